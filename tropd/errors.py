@@ -1,0 +1,75 @@
+"""Everything that tropd raises on purpose.
+
+    TropdError
+      ConfigError(ValueError)          the run cannot be what it says
+        EvidenceError                  a term reads what nobody supplied, or what cannot be right
+        VocabularyError                student and teacher do not share tokens
+      DataError(ValueError)            a dataset, a row or a grader
+      EngineError(RuntimeError)        whoever writes tokens as the student
+        EngineTimeout, EngineOutOfSync
+      TeacherError(RuntimeError)       whoever judges tokens
+        TeacherUnavailable, TeacherRefused
+      CheckpointError(RuntimeError)    saving, loading, exporting
+      TrainingDiverged(RuntimeError)   a non-finite loss or gradient, or an alarm that stops the run
+
+A message has three parts: what was asked, what there is, what to do.  The command line prints the message alone and
+exits with code 2; a traceback means a defect of tropd.
+"""
+
+from __future__ import annotations
+
+
+class TropdError(Exception):
+    """The root: `except TropdError` catches every refusal and nothing else."""
+
+
+class ConfigError(TropdError, ValueError):
+    """The run cannot be what it says."""
+
+
+class EvidenceError(ConfigError):
+    """A term reads evidence that nobody supplied, or that cannot be right."""
+
+
+class VocabularyError(ConfigError):
+    """Student and teacher do not share tokens."""
+
+
+class DataError(TropdError, ValueError):
+    """A dataset, a row of it, or a grader is not what it should be."""
+
+
+class EngineError(TropdError, RuntimeError):
+    """The engine that writes tokens as the student failed."""
+
+
+class EngineTimeout(EngineError):
+    """The engine did not answer in time."""
+
+
+class EngineOutOfSync(EngineError):
+    """The engine does not hold the weights that it should."""
+
+
+class TeacherError(TropdError, RuntimeError):
+    """The teacher failed."""
+
+
+class TeacherUnavailable(TeacherError):
+    """The teacher did not answer."""
+
+
+class TeacherRefused(TeacherError):
+    """The teacher answered, and what it said is no."""
+
+
+class CheckpointError(TropdError, RuntimeError):
+    """A checkpoint cannot be written, read or exported."""
+
+
+class TrainingDiverged(TropdError, RuntimeError):
+    """Training would go on with numbers that mean nothing."""
+
+
+class MethodWarning(UserWarning):
+    """A method was configured in a way that is known to work badly; the text says why."""

@@ -1,0 +1,200 @@
+"""How a written token is judged: links of a chain, each (reward so far) -> (next reward).  No gradient.
+
+`PolicyGradient` turns the chain's result a into -a * grad log pi_S(x).  With x drawn from the student, its expectation
+is the gradient of whatever divergence the link names; `tests/objective/test_theorems.py` enumerates it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tropd.errors import ConfigError
+from tropd.objective.evidence import Needs, Tokens
+from tropd.objective.measures import padded
+from tropd.objective.terms import Context, Reach, Reward
+from tropd.types import Author
+
+
+@dataclass(frozen=True)
+class chain(Reward):
+    """Links applied in order, starting from 0."""
+
+    links: tuple[Reward, ...]
+
+    def __init__(self, *links: Reward) -> None:
+        object.__setattr__(self, "links", links)
+
+    def __call__(self, reward_N: Tensor, tokens: Tokens, context: Context) -> Tensor:
+        for link in self.links:
+            reward_N = link(reward_N, tokens, context)
+        return reward_N
+
+
+@dataclass(frozen=True)
+class LogRatio(Reward):
+    """+ log pi_T - log pi_S.  Gradient: that of KL(student || teacher)."""
+
+    scale: float = 1.0
+    own_needs = Needs.SAMPLED
+
+    def __call__(self, reward_N: Tensor, tokens: Tokens, context: Context) -> Tensor:
+        return reward_N + self.scale * tokens.log_ratio_N
+
+
+@dataclass(frozen=True)
+class Clip(Reward):
+    """Into [low, high]."""
+
+    low: float = -math.inf
+    high: float = math.inf
+
+    def __call__(self, reward_N: Tensor, tokens: Tokens, context: Context) -> Tensor:
+        return reward_N.clamp(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class ProximalTeacher(Reward):
+    """log(alpha e^r + 1 - alpha): the teacher replaced by alpha pi_T + (1 - alpha) pi_S; bounded by log(1 - alpha).
+
+    alpha = 1 changes nothing.
+    """
+
+    alpha: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.alpha <= 1.0:
+            raise ConfigError(f"the proximal teacher's alpha lies in (0, 1], not {self.alpha}.")
+
+    def __call__(self, reward_N: Tensor, tokens: Tokens, context: Context) -> Tensor:
+        if self.alpha == 1.0:
+            return reward_N
+        rest = torch.full_like(reward_N, math.log1p(-self.alpha))
+        return torch.logaddexp(reward_N + math.log(self.alpha), rest)
+
+
+Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon"]
+
+
+@dataclass(frozen=True)
+class DivergenceWeight(Reward):
+    """The advantage whose gradient is that of D_f = E_S[f(u)], u = pi_T / pi_S (OPD+, arXiv 2606.01039).
+
+        w(u) = -f(u) + u f'(u):   forward_kl  u       reverse_kl  log u - 1       jensen_shannon  log((1 + u) / 2) / 2
+
+    The naive advantage -f(u) points the wrong way for forward KL (`naive`, kept for the test that shows it).
+    """
+
+    divergence: Divergence
+    naive: bool = False
+
+    def __call__(self, reward_N: Tensor, tokens: Tokens, context: Context) -> Tensor:
+        log_mean_N = torch.logaddexp(reward_N, torch.zeros_like(reward_N)) - math.log(2.0)
+        u_N = reward_N.exp()
+        if self.divergence == "reverse_kl":
+            return reward_N if self.naive else reward_N - 1.0
+        if self.divergence == "forward_kl":
+            return -u_N * reward_N if self.naive else u_N
+        if self.naive:
+            return -0.5 * (u_N * reward_N - (1.0 + u_N) * log_mean_N)
+        return 0.5 * log_mean_N
+
+
+@dataclass(frozen=True)
+class FutureSum(Reward):
+    """sum_{i >= t} discount^(i - t) r_i over the rest of the sequence.
+
+    `current`: whether i = t counts.  `mean`: divided by the number of tokens that are left.
+    """
+
+    discount: float = 1.0
+    current: bool = True
+    mean: bool = False
+    own_reach = Reach.SEQUENCE
+
+    def __call__(self, reward_N: Tensor, tokens: Tokens, context: Context) -> Tensor:
+        reward_ST = padded(reward_N, tokens)
+        count_ST = padded(torch.ones_like(reward_N), tokens)
+        total_S, left_S = torch.zeros_like(reward_ST[:, :1]), torch.zeros_like(reward_ST[:, :1])
+        columns = []
+        for t in range(reward_ST.shape[1] - 1, -1, -1):
+            now, after = reward_ST[:, t : t + 1], self.discount * total_S
+            total_S, left_S = now + after, left_S + count_ST[:, t : t + 1]
+            column = total_S if self.current else after
+            columns.append(column / left_S.clamp_min(1.0) if self.mean else column)
+        if not columns:
+            return reward_N
+        future_ST = torch.cat(columns[::-1], dim=1)
+        return future_ST[tokens.sequences_N, tokens.positions_N]
+
+
+@dataclass(frozen=True)
+class Standardise(Reward):
+    """(r - mean) / std over the student's tokens of the batch on all ranks, or of each group of rollouts.
+
+    The mean is a baseline, free in expectation when it is constant; the division rescales the learning rate.
+    """
+
+    scope: Literal["batch", "group"] = "batch"
+    divide: bool = True
+    floor: float = 1e-6
+    """Smallest standard deviation."""
+
+    @property
+    def reach(self) -> Reach:
+        return Reach.BATCH if self.scope == "batch" else Reach.GROUP
+
+    def __call__(self, reward_N: Tensor, tokens: Tokens, context: Context) -> Tensor:
+        member_N = tokens.authors_N == Author.STUDENT
+        group_N = torch.zeros_like(tokens.sequences_N)
+        if self.scope == "group":
+            group_N = tokens.groups_S[tokens.sequences_N]
+        r, g = context.world.gather(reward_N[member_N]), context.world.gather(group_N[member_N])
+        names, index = torch.unique(g, return_inverse=True)
+        if len(names) == 0:
+            return torch.zeros_like(reward_N)
+        count = torch.bincount(index, minlength=len(names)).to(r.dtype)
+        mean = r.new_zeros(len(names)).index_add_(0, index, r) / count
+        spread = r.new_zeros(len(names)).index_add_(0, index, (r - mean[index]) ** 2) / count
+        slot_N = torch.searchsorted(names, group_N).clamp(max=len(names) - 1)
+        centred_N = reward_N - mean[slot_N]
+        return centred_N / spread.sqrt().clamp_min(self.floor)[slot_N] if self.divide else centred_N
+
+
+@dataclass(frozen=True)
+class Scale(Reward):
+    factor: float
+
+    def __call__(self, reward_N: Tensor, tokens: Tokens, context: Context) -> Tensor:
+        return self.factor * reward_N
+
+
+@dataclass(frozen=True)
+class ReverseKLBaseline(Reward):
+    """+ KL(student || teacher) at the position: centres LogRatio; unbiased, since it does not depend on the token."""
+
+    own_needs = Needs.REVERSE_KL
+
+    def __call__(self, reward_N: Tensor, tokens: Tokens, context: Context) -> Tensor:
+        return reward_N + tokens.reverse_kl_N
+
+
+@dataclass(frozen=True)
+class GroupAdvantage(Reward):
+    """+ weight * (grader's reward - mean of its group): GRPO's advantage without the division."""
+
+    weight: float = 1.0
+    own_needs = Needs.REWARD
+    own_reach = Reach.GROUP
+
+    def __call__(self, reward_N: Tensor, tokens: Tokens, context: Context) -> Tensor:
+        rewards, groups = context.world.gather(tokens.rewards_S), context.world.gather(tokens.groups_S)
+        names, index = torch.unique(groups, return_inverse=True)
+        count = torch.bincount(index, minlength=len(names)).to(rewards.dtype)
+        mean = rewards.new_zeros(len(names)).index_add_(0, index, rewards) / count
+        advantage_S = tokens.rewards_S - mean[torch.searchsorted(names, tokens.groups_S)]
+        return reward_N + self.weight * advantage_S[tokens.sequences_N].to(reward_N.dtype)

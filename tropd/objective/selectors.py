@@ -1,0 +1,192 @@
+"""Which tokens, how much.  Evaluated once per batch, in the plan; no gradient."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tropd.errors import ConfigError
+from tropd.objective.draws import uniform
+from tropd.objective.evidence import Needs, Tokens
+from tropd.objective.measures import group_ranks_of
+from tropd.objective.terms import Context, Measure, Reach, Selector
+from tropd.types import Author
+
+
+def as_weight(mask_N: Tensor, like: Tensor) -> Tensor:
+    return mask_N.to(like.dtype if like.is_floating_point() else torch.float32)
+
+
+@dataclass(frozen=True)
+class WrittenBy(Selector):
+    author: Author
+
+    def __call__(self, tokens: Tokens, context: Context) -> Tensor:
+        return as_weight(tokens.authors_N == self.author, tokens.token_ids_N)
+
+    def __str__(self) -> str:
+        return self.author.name.lower()
+
+
+STUDENT, TEACHER = WrittenBy(Author.STUDENT), WrittenBy(Author.TEACHER)
+
+Trust = Literal["bernoulli", "threshold", "soft"]
+
+
+@dataclass(frozen=True)
+class TrustRegion(Selector):
+    """Where the teacher plausibly agrees with a token that the student wrote (TrOPD, arXiv 2606.01249).
+
+        agreement = min(pi_T(x) / pi_S(x), 1)
+        bernoulli   1 with probability `agreement`: the paper's M_x.  E[1 - M] = total variation at the position
+        threshold   1 where agreement >= tau
+        soft        the agreement itself: same expectation as bernoulli, no draw
+
+    Gradient: none; the student is the one of planning time, so the region stays put while it is trained on.
+    """
+
+    rule: Trust = "bernoulli"
+    tau: float = 1.0
+    own_needs = Needs.SAMPLED
+
+    def __post_init__(self) -> None:
+        if self.rule == "threshold" and not 0.0 < self.tau <= 1.0:
+            raise ConfigError(f"the trust threshold is an agreement in (0, 1], not {self.tau}.")
+
+    def __call__(self, tokens: Tokens, context: Context) -> Tensor:
+        log_agreement_N = tokens.log_ratio_N.clamp(max=0.0)
+        if self.rule == "soft":
+            return log_agreement_N.exp()
+        if self.rule == "threshold":
+            return as_weight(log_agreement_N >= math.log(self.tau), log_agreement_N)
+        draws_N = uniform(tokens.keys_S[tokens.sequences_N], tokens.positions_N).to(log_agreement_N.device)
+        return as_weight(draws_N < log_agreement_N.exp(), log_agreement_N)
+
+
+@dataclass(frozen=True)
+class LogRatioAbove(Selector):
+    """1 where log pi_T - log pi_S > floor (`inclusive`: >=)."""
+
+    floor: float
+    inclusive: bool = False
+    own_needs = Needs.SAMPLED
+
+    def __call__(self, tokens: Tokens, context: Context) -> Tensor:
+        ratio_N = tokens.log_ratio_N
+        return as_weight(ratio_N >= self.floor if self.inclusive else ratio_N > self.floor, ratio_N)
+
+
+@dataclass(frozen=True)
+class ProbabilityGapAbove(Selector):
+    """1 where pi_T - pi_S > tau (AOPD's gate, arXiv 2605.06387)."""
+
+    tau: float = 0.0
+    own_needs = Needs.SAMPLED
+
+    def __call__(self, tokens: Tokens, context: Context) -> Tensor:
+        # The sign is taken in log space: exp rounds small gaps to nothing.
+        if self.tau == 0.0:
+            return as_weight(tokens.log_ratio_N > 0.0, tokens.log_ratio_N)
+        gap_N = tokens.teacher_logprobs_N.exp() - tokens.student_logprobs_N.exp()
+        return as_weight(gap_N > self.tau, gap_N)
+
+
+@dataclass(frozen=True)
+class TeacherEntropyAbove(Selector):
+    """1 where the teacher's next-token entropy exceeds a number of nats."""
+
+    nats: float
+    own_needs = Needs.TEACHER_ENTROPY
+
+    def __call__(self, tokens: Tokens, context: Context) -> Tensor:
+        return as_weight(tokens.teacher_entropy_N > self.nats, tokens.teacher_entropy_N)
+
+
+@dataclass(frozen=True)
+class TopFraction(Selector):
+    """1 on the `fraction` of the student's tokens that score highest; ties at the cut are kept.
+
+    The cut is taken over the whole batch of all ranks, or within each sequence: never within a micro-batch, where the
+    top 20 % of one token is that token.
+    """
+
+    score: Measure
+    fraction: float
+    scope: Literal["batch", "sequence"] = "batch"
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.fraction <= 1.0:
+            raise ConfigError(f"a fraction of tokens lies in (0, 1], not {self.fraction}.")
+
+    @property
+    def reach(self) -> Reach:
+        return max(self.score.reach, Reach.BATCH if self.scope == "batch" else Reach.SEQUENCE)
+
+    def __call__(self, tokens: Tokens, context: Context) -> Tensor:
+        score_N = self.score(tokens, context)
+        member_N = tokens.authors_N == Author.STUDENT
+        if self.scope == "sequence":
+            rank_N, size_N = group_ranks_of(score_N, tokens.sequences_N, member_N)
+            kept_N = rank_N < (size_N * self.fraction).ceil()
+            return as_weight(kept_N & member_N, score_N)
+        everyone = context.world.gather(score_N[member_N])
+        if everyone.numel() == 0:
+            return torch.zeros_like(score_N)
+        k = max(1, math.ceil(self.fraction * everyone.numel() - 1e-9))
+        return as_weight((score_N >= everyone.topk(k).values[-1]) & member_N, score_N)
+
+
+@dataclass(frozen=True)
+class TokenIn(Selector):
+    """1 where the written token is one of `ids` (special-token masking: `~TokenIn(...)`)."""
+
+    ids: tuple[int, ...]
+
+    def __call__(self, tokens: Tokens, context: Context) -> Tensor:
+        ids = torch.tensor(self.ids, dtype=tokens.token_ids_N.dtype, device=tokens.token_ids_N.device)
+        return as_weight(torch.isin(tokens.token_ids_N, ids), tokens.token_ids_N)
+
+
+@dataclass(frozen=True)
+class PositionBelow(Selector):
+    """1 on the first `limit` tokens of each response."""
+
+    limit: int
+
+    def __call__(self, tokens: Tokens, context: Context) -> Tensor:
+        return as_weight(tokens.positions_N < self.limit, tokens.positions_N)
+
+
+@dataclass(frozen=True)
+class FromProgress(Selector):
+    """`early` until `switch` of training is over, then `late`."""
+
+    early: Selector
+    late: Selector
+    switch: float
+
+    def __call__(self, tokens: Tokens, context: Context) -> Tensor:
+        return (self.early if context.progress < self.switch else self.late)(tokens, context)
+
+
+@dataclass(frozen=True)
+class Verified(Selector):
+    """1 on sequences that the grader passes (reward > `above`)."""
+
+    above: float = 0.0
+    own_needs = Needs.REWARD
+
+    def __call__(self, tokens: Tokens, context: Context) -> Tensor:
+        return as_weight(tokens.rewards_S[tokens.sequences_N] > self.above, tokens.rewards_S)
+
+
+@dataclass(frozen=True)
+class Everywhere(Selector):
+    """1."""
+
+    def __call__(self, tokens: Tokens, context: Context) -> Tensor:
+        return torch.ones(len(tokens), device=tokens.token_ids_N.device)

@@ -1,0 +1,187 @@
+"""The algebra: an objective is a sum of terms, a term is *which tokens* times *what to minimise there*.
+
+    L = sum_k  c_k(u) * (1 / N_k) * sum_n  w_k[n] * l_k[n]            u = training progress in [0, 1]
+
+    Selector   tokens -> weights >= 0, no gradient     which tokens, how much; closed under & | ~
+    Measure    tokens -> numbers, no gradient          what a selector looks at
+    Reward     (reward, tokens) -> reward, no gradient how a written token is judged; chainable
+    TokenLoss  (tokens, student) -> loss per token     the only piece with a gradient
+
+Selectors, measures and rewards are evaluated once per batch, in `plan`; what is left afterwards is local to a row, so
+any cut into micro-batches, ranks or tiles gives the same gradient.  Each piece declares what evidence it reads
+(`needs`) and how far it looks (`reach`); both are collected from its parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from typing import Any, ClassVar, Literal, Protocol
+
+from torch import Tensor
+
+from tropd.objective.evidence import Needs, StudentView, Tokens
+from tropd.objective.schedules import Schedule
+
+
+class Reach(IntEnum):
+    """How far a piece looks beyond the token itself.  Anything above TOKEN must be planned on the whole batch."""
+
+    TOKEN = 0
+    SEQUENCE = 1
+    GROUP = 2
+    BATCH = 3
+
+
+class World(Protocol):
+    """The other ranks, as a plan sees them."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The tensors of all ranks, concatenated along the first axis in rank order; lengths may differ."""
+        ...
+
+
+class Alone:
+    """One process."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Context:
+    """When and among whom a batch is planned."""
+
+    progress: float = 0.0
+    world: World = Alone()
+
+
+class Piece:
+    """A part of an objective.  Subclasses are frozen dataclasses; parts of parts are found in their fields."""
+
+    own_needs: ClassVar[Needs] = Needs.NOTHING
+    own_reach: ClassVar[Reach] = Reach.TOKEN
+
+    def parts(self) -> Iterator[Piece]:
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            for part in value if isinstance(value, tuple) else (value,):
+                if isinstance(part, Piece):
+                    yield part
+
+    @property
+    def needs(self) -> Needs:
+        needs = self.own_needs
+        for part in self.parts():
+            needs |= part.needs
+        return needs
+
+    @property
+    def reach(self) -> Reach:
+        return max([self.own_reach, *(part.reach for part in self.parts())])
+
+    def __str__(self) -> str:
+        """Name and arguments that differ from the defaults: what `tropd explain` prints."""
+        said = []
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if value == f.default:
+                continue
+            said.append(", ".join(map(str, value)) if isinstance(value, tuple) else f"{f.name}={value}")
+        return f"{type(self).__name__}({', '.join(said)})" if said else type(self).__name__
+
+
+class Measure(Piece):
+    """A number per token, no gradient."""
+
+    def __call__(self, tokens: Tokens, context: Context) -> Tensor:
+        raise NotImplementedError
+
+
+class Selector(Measure):
+    """A weight >= 0 per token: which tokens, how much."""
+
+    def __and__(self, other: Selector) -> Selector:
+        return Both(self, other)
+
+    def __or__(self, other: Selector) -> Selector:
+        return ~(~self & ~other)
+
+    def __invert__(self) -> Selector:
+        return self.inner if isinstance(self, Not) else Not(self)
+
+
+@dataclass(frozen=True)
+class Both(Selector):
+    first: Selector
+    second: Selector
+
+    def __call__(self, tokens: Tokens, context: Context) -> Tensor:
+        return self.first(tokens, context) * self.second(tokens, context)
+
+    def __str__(self) -> str:
+        return f"{self.first} & {self.second}"
+
+
+@dataclass(frozen=True)
+class Not(Selector):
+    """1 - w: with a soft selector, the rest of the weight."""
+
+    inner: Selector
+
+    def __call__(self, tokens: Tokens, context: Context) -> Tensor:
+        return 1.0 - self.inner(tokens, context)
+
+    def __str__(self) -> str:
+        return f"~({self.inner})" if isinstance(self.inner, Both) else f"~{self.inner}"
+
+
+class Reward(Piece):
+    """One link in the judgement of written tokens: takes the reward so far, gives the next.  No gradient."""
+
+    def __call__(self, reward_N: Tensor, tokens: Tokens, context: Context) -> Tensor:
+        raise NotImplementedError
+
+
+class TokenLoss(Piece):
+    """What to minimise at a token.  `reward` is judged in the plan and handed back as `reward_N`."""
+
+    reward: Reward | None = None
+
+    def __call__(self, tokens: Tokens, student: StudentView, reward_N: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+
+Over = Literal["actions", "student", "teacher", "members", "sequences"]
+"""What a term's sum is divided by: all trained tokens of the batch; those the student wrote; those the teacher wrote;
+the selector's own weights; or per sequence and then over sequences (a mean of means, where a paper says so)."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """Which tokens, what to minimise there, how strongly, divided by what."""
+
+    name: str
+    where: Selector
+    loss: TokenLoss
+    weight: float | Schedule = 1.0
+    over: Over = "actions"
+
+    @property
+    def needs(self) -> Needs:
+        return self.where.needs | self.loss.needs
+
+    @property
+    def reach(self) -> Reach:
+        wide = Reach.BATCH if self.over == "members" else Reach.TOKEN
+        return max(self.where.reach, self.loss.reach, wide)
+
+    def coefficient(self, progress: float) -> float:
+        return self.weight(progress) if isinstance(self.weight, Schedule) else self.weight
+
+
+def support_width(piece: Any, kind: str) -> int:
+    """The largest top-k of one kind ("teacher" or "student") that a piece or its parts ask for."""
+    own = getattr(piece, f"{kind}_top_k", 0)
+    return max([own, *(support_width(part, kind) for part in piece.parts())])
