@@ -1,0 +1,49 @@
+# Every target sets up what it needs: a fresh clone and `python3` >= 3.11 are enough.
+
+PYTHON ?= python3
+JOBS ?= 2
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Without a GPU the version is pinned, so that a CPU build of it that pip already knows of is preferred.
+TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),torch,torch==2.13.0)
+
+.PHONY: demo test test-slow test-gpu lint format install clean
+
+demo: $(INSTALLED)
+	$(BIN)/tropd demo
+
+test: lint
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(INSTALLED)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "tropd needs Python >= 3.11, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Use: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+$(INSTALLED): pyproject.toml | $(BIN)/python
+	@echo "Installing into .venv (a few minutes the first time)"
+	@$(PIP) install $(TORCH)
+	@$(PIP) install -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find tropd tests -name __pycache__ -type d -prune -exec rm -rf {} +
