@@ -108,7 +108,7 @@ class DivergenceWeight(Reward):
 class FutureSum(Reward):
     """sum_{i >= t} discount^(i - t) r_i over the rest of the sequence.
 
-    `current`: whether i = t counts.  `mean`: divided by the number of tokens that are left.
+    `current`: whether i = t counts.  `mean`: divided by the number of tokens in the sum.
     """
 
     discount: float = 1.0
@@ -122,14 +122,24 @@ class FutureSum(Reward):
         total_S, left_S = torch.zeros_like(reward_ST[:, :1]), torch.zeros_like(reward_ST[:, :1])
         columns = []
         for t in range(reward_ST.shape[1] - 1, -1, -1):
-            now, after = reward_ST[:, t : t + 1], self.discount * total_S
-            total_S, left_S = now + after, left_S + count_ST[:, t : t + 1]
-            column = total_S if self.current else after
-            columns.append(column / left_S.clamp_min(1.0) if self.mean else column)
+            after, num_after = self.discount * total_S, left_S
+            total_S, left_S = reward_ST[:, t : t + 1] + after, left_S + count_ST[:, t : t + 1]
+            column, summed = (total_S, left_S) if self.current else (after, num_after)
+            columns.append(column / summed.clamp_min(1.0) if self.mean else column)
         if not columns:
             return reward_N
         future_ST = torch.cat(columns[::-1], dim=1)
         return future_ST[tokens.sequences_N, tokens.positions_N]
+
+
+@dataclass(frozen=True)
+class PlusFutureMean(Reward):
+    """+ the mean reward of the rest of the sequence."""
+
+    own_reach = Reach.SEQUENCE
+
+    def __call__(self, reward_N: Tensor, tokens: Tokens, context: Context) -> Tensor:
+        return reward_N + FutureSum(current=False, mean=True)(reward_N, tokens, context)
 
 
 @dataclass(frozen=True)

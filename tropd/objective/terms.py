@@ -88,7 +88,10 @@ class Piece:
             value = getattr(self, f.name)
             if value == f.default:
                 continue
-            said.append(", ".join(map(str, value)) if isinstance(value, tuple) else f"{f.name}={value}")
+            if isinstance(value, tuple):
+                said.append(", ".join(map(str, value)))
+            else:
+                said.append(str(value) if isinstance(value, Piece) else f"{f.name}={value}")
         return f"{type(self).__name__}({', '.join(said)})" if said else type(self).__name__
 
 
@@ -106,7 +109,7 @@ class Selector(Measure):
         return Both(self, other)
 
     def __or__(self, other: Selector) -> Selector:
-        return ~(~self & ~other)
+        return Either(self, other)
 
     def __invert__(self) -> Selector:
         return self.inner if isinstance(self, Not) else Not(self)
@@ -122,6 +125,21 @@ class Both(Selector):
 
     def __str__(self) -> str:
         return f"{self.first} & {self.second}"
+
+
+@dataclass(frozen=True)
+class Either(Selector):
+    """1 - (1 - a)(1 - b)."""
+
+    first: Selector
+    second: Selector
+
+    def __call__(self, tokens: Tokens, context: Context) -> Tensor:
+        a_N, b_N = self.first(tokens, context), self.second(tokens, context)
+        return a_N + b_N - a_N * b_N
+
+    def __str__(self) -> str:
+        return f"({self.first} | {self.second})"
 
 
 @dataclass(frozen=True)

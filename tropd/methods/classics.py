@@ -1,0 +1,114 @@
+"""GKD, MiniLLM and SeqKD: the classical baselines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tropd.methods.base import Method, warn
+from tropd.objective.losses import ForwardKL, JensenShannon, NegativeLogLikelihood, PolicyGradient, ReverseKL
+from tropd.objective.objective import Objective
+from tropd.objective.rewards import FutureSum, LogRatio, Standardise, chain
+from tropd.objective.selectors import STUDENT, TEACHER
+from tropd.objective.terms import Term, TokenLoss
+from tropd.rollout.policies import Mixture, RolloutPolicy, TeacherText
+from tropd.types import Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class GKD(Method):
+    r"""Generalised knowledge distillation: full-vocabulary Jensen-Shannon on a mix of texts.
+
+        beta KL(T || M) + (1 - beta) KL(S || M),    M = beta T + (1 - beta) S
+    """
+
+    name: Literal["gkd"] = "gkd"
+    beta: float = 0.5
+    """Between forward KL (0) and reverse KL (1); the ends are special cases, not limits (TRL: 0.5)."""
+    student_share: float = 0.5
+    """Share of batches that the student writes, the teacher the others (paper's lambda; TRL: 0.5)."""
+    temperature: float = 0.9
+    """Of the rollouts (TRL: 0.9); the loss is at temperature 1."""
+
+    paper = "2306.13649"
+    summary = "Jensen-Shannon over the whole vocabulary, on texts of student and teacher"
+
+    def __post_init__(self) -> None:
+        if self.beta in (0.0, 1.0):
+            end = "forward" if self.beta == 0 else "reverse"
+            warn(
+                f"GKD with beta = {self.beta:g} is {end} KL by convention, not by continuity: Jensen-Shannon vanishes "
+                "at both ends, so a beta of 0.001 or 0.999 is about 1000 times weaker."
+            )
+        _ = self.objective
+
+    @property
+    def objective(self) -> Objective:
+        ends: dict[float, TokenLoss] = {0.0: ForwardKL(), 1.0: ReverseKL()}
+        loss = ends.get(self.beta) or JensenShannon(beta=self.beta)
+        return Objective(Term("divergence", STUDENT | TEACHER, loss))
+
+    @property
+    def rollout(self) -> RolloutPolicy:
+        return Mixture(student_share=self.student_share)
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(temperature=self.temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiniLLM(Method):
+    r"""MiniLLM: sequence-level reverse KL, split into the token's own part (exact) and the rest (policy gradient).
+
+        long    PPO-clipped, a_t = mean_{i > t} discount^(i - t) (log pi_T - log pi_S)_i, standardised over the batch
+        single  KL(student || teacher) over the whole vocabulary
+    """
+
+    name: Literal["minillm"] = "minillm"
+    discount: float = 1.0
+    """How much later tokens count (paper: 1)."""
+    length_normalised: bool = True
+    """Divide the future by the number of tokens left (paper)."""
+    standardised: bool = True
+    """Zero mean and unit deviation over the batch (code)."""
+    single_step: bool = True
+    """Whether the token's own part is exact; otherwise it is part of the reward."""
+    ratio_clip: float | None = 0.2
+    """PPO clip (code: 0.2)."""
+
+    paper = "2306.08543"
+    summary = "reverse KL of whole sequences: return-to-go reward plus an exact single step"
+    readings = (
+        "Left out: sampling from a mixture of both models, which needs the teacher in the decoding loop, and the "
+        "language-modelling loss on a pre-training corpus.",
+        "With single_step the reward excludes the token itself; TRL at discount 0 counts it twice.",
+    )
+
+    @property
+    def objective(self) -> Objective:
+        future = FutureSum(self.discount, current=not self.single_step, mean=self.length_normalised)
+        links = [LogRatio(), future, *([Standardise()] if self.standardised else [])]
+        terms = [Term("long", STUDENT, PolicyGradient(chain(*links), clip=self.ratio_clip))]
+        if self.single_step:
+            terms.append(Term("single", STUDENT, ReverseKL()))
+        return Objective(*terms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeqKD(Method):
+    r"""Sequence-level knowledge distillation: -log pi_S(x) on texts that the teacher (or the dataset) wrote."""
+
+    name: Literal["seqkd"] = "seqkd"
+
+    paper = "1606.07947"
+    summary = "supervised training on the teacher's texts"
+    zero_at_teacher = False
+
+    @property
+    def objective(self) -> Objective:
+        return Objective(Term("likelihood", TEACHER, NegativeLogLikelihood()))
+
+    @property
+    def rollout(self) -> RolloutPolicy:
+        return TeacherText()

@@ -1,0 +1,54 @@
+"""EOPD: forward KL added where the teacher is uncertain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tropd.methods.base import Method
+from tropd.objective.losses import ForwardKL, PolicyGradient
+from tropd.objective.objective import Objective
+from tropd.objective.rewards import LogRatio
+from tropd.objective.selectors import STUDENT, TeacherEntropyAbove
+from tropd.objective.terms import Term
+
+
+@dataclass(frozen=True, kw_only=True)
+class EOPD(Method):
+    r"""Entropy-aware on-policy distillation.
+
+        all tokens           PPO-clipped reward  log pi_T - log pi_S
+        H(pi_T) > threshold  + weight * sum_{v in top-k(pi_T)} q(v) log(q(v) / pi_S(v)),   q = pi_T renormalised
+
+    The second term is added; it does not replace the first.
+    """
+
+    name: Literal["eopd"] = "eopd"
+    threshold: float = 0.8
+    """Teacher entropy in nats above which the second term applies (paper: 0.8)."""
+    weight: float = 1.0
+    """Of the second term (paper: alpha = 1)."""
+    top_k: int = 16
+    """Teacher support (paper: 16; the code's example: 32)."""
+    teacher_renormalised: bool = True
+    """Teacher's top-k weights sum to 1 (paper, eq. 10); an audit says the code does not [open]."""
+    ratio_clip: float = 0.2
+    """PPO clip; not stated, verl's default [inferred]."""
+
+    paper = "2603.07079"
+    summary = "OPD plus forward KL where the teacher's entropy is high"
+    zero_at_teacher = False
+    readings = (
+        "Summaries say that the loss switches to forward KL; the paper's equation adds it.",
+        "Both terms are divided by all trained tokens, not by the gated ones.",
+        "Needs the entropy of the teacher's whole distribution: a server that returns top-k only cannot supply it.",
+    )
+
+    @property
+    def objective(self) -> Objective:
+        outside = "renormalise_teacher" if self.teacher_renormalised else "ignore"
+        forward = ForwardKL(support="teacher_top_k", top_k=self.top_k, outside=outside)
+        return Objective(
+            Term("reverse_kl", STUDENT, PolicyGradient(LogRatio(), clip=self.ratio_clip)),
+            Term("uncertain", STUDENT & TeacherEntropyAbove(self.threshold), forward, weight=self.weight),
+        )

@@ -1,0 +1,89 @@
+"""LSM, and the supports and corrections of "Many Faces": reverse KL on a few tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tropd.methods.base import Method, warn
+from tropd.objective.losses import DivergenceLoss, ForwardKL, ReverseKL
+from tropd.objective.objective import Objective
+from tropd.objective.selectors import STUDENT, TokenIn
+from tropd.objective.support import Outside, Support
+from tropd.objective.terms import Term
+from tropd.types import Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class LSM(Method):
+    r"""Teacher top-k local support matching: reverse KL, both sides renormalised on the teacher's top-k.
+
+        sum_{v in top-k(pi_T)} p(v) log(p(v) / q(v)),    p, q = pi_S, pi_T renormalised there
+
+    The loss has no force on mass outside the support; rollouts drawn with top_p < 1 are the other half of the method.
+    """
+
+    name: Literal["lsm"] = "lsm"
+    top_k: int = 32
+    """Teacher support (paper: 32)."""
+    top_p: float = 0.9
+    """Of the rollouts (paper: 0.9; 1.0 loses: 17.7 against 23.6 on AIME24)."""
+    special_ids: tuple[int, ...] = ()
+    """Written tokens that teach nothing, such as end-of-turn tokens that the two models use differently (paper's
+    special-token masking, off by default)."""
+
+    paper = "2603.25562"
+    summary = "renormalised reverse KL on the teacher's top-k, rollouts with top-p"
+
+    @property
+    def objective(self) -> Objective:
+        where = STUDENT & ~TokenIn(self.special_ids) if self.special_ids else STUDENT
+        loss = ReverseKL(support="teacher_top_k", top_k=self.top_k, outside="renormalise")
+        return Objective(Term("reverse_kl", where, loss))
+
+    def __post_init__(self) -> None:
+        _ = self.objective
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(top_p=self.top_p)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManyFaces(Method):
+    r"""A divergence on a small support, and what is done about the rest (The Many Faces of OPD).
+
+        support    teacher_top_k, student_top_k, union, intersection, full
+        outside    ignore           sum_A S log(S/T): biased, fixed point S/T = 1/e
+                   stop_gradient    sum_A S (sg[log S] - log T)
+                   generalised      sum_A S log(S/T) - S + T: the same gradient, never negative
+                   bucket           the rest of the vocabulary as one more token
+                   renormalise      both sides sum to 1 on the support: shape right, mass free
+    """
+
+    name: Literal["many_faces"] = "many_faces"
+    divergence: Literal["reverse_kl", "forward_kl"] = "reverse_kl"
+    """Which divergence (paper: reverse KL)."""
+    support: Support = "student_top_k"
+    """Whose likeliest tokens."""
+    outside: Outside = "stop_gradient"
+    """Treatment of the rest (paper's fix: stop-gradient)."""
+    top_k: int = 20
+    """Support size (code: 20)."""
+
+    paper = "2605.11182"
+    summary = "reverse KL on a chosen top-k support with a chosen correction"
+
+    def __post_init__(self) -> None:
+        _ = self.objective
+        if self.divergence == "reverse_kl" and self.outside == "ignore" and self.support != "full":
+            warn(
+                "outside = 'ignore' with reverse KL on a top-k support is no divergence: its fixed point is "
+                "S/T = 1/e and it pushes probability out of the support. Use 'stop_gradient' or 'generalised'."
+            )
+
+    @property
+    def objective(self) -> Objective:
+        kind: type[DivergenceLoss] = ReverseKL if self.divergence == "reverse_kl" else ForwardKL
+        loss = kind(support=self.support, top_k=self.top_k, outside=self.outside)
+        return Objective(Term(self.divergence, STUDENT, loss))

@@ -1,0 +1,44 @@
+"""The algebra of on-policy distillation.  Imports torch and nothing else: use it inside any training loop."""
+
+from tropd.objective.borrow import distillation_loss
+from tropd.objective.evidence import Needs, StudentView, Tokens
+from tropd.objective.losses import (
+    ForwardKL,
+    JensenShannon,
+    NegativeLogLikelihood,
+    PolicyGradient,
+    ReverseKL,
+    SampledForwardKL,
+    SampledReverseKL,
+    StateReward,
+)
+from tropd.objective.objective import LossOutput, Objective
+from tropd.objective.plan import Counts, Plan
+from tropd.objective.schedules import Schedule
+from tropd.objective.terms import Context, Reach, Reward, Selector, Term, TokenLoss
+
+__all__ = [
+    "Context",
+    "Counts",
+    "ForwardKL",
+    "JensenShannon",
+    "LossOutput",
+    "Needs",
+    "NegativeLogLikelihood",
+    "Objective",
+    "Plan",
+    "PolicyGradient",
+    "Reach",
+    "ReverseKL",
+    "Reward",
+    "SampledForwardKL",
+    "SampledReverseKL",
+    "Schedule",
+    "Selector",
+    "StateReward",
+    "StudentView",
+    "Term",
+    "TokenLoss",
+    "Tokens",
+    "distillation_loss",
+]

@@ -1,0 +1,224 @@
+"""A method's loss from plain tensors, for any training loop.
+
+    from tropd.methods import TrOPD
+    from tropd.objective import distillation_loss
+
+    output = distillation_loss(TrOPD(), token_ids=ids, authors=authors, logits=logits,
+                               teacher_logprobs=t, teacher_topk=(k_ids, k_logprobs), seed=step)
+    output.loss.backward()
+
+Per-token tensors are [B, T] or flat [N]; entry t describes token t itself, so shift your logits first:
+`logits = model(ids).logits[:, :-1]`, `token_ids = ids[:, 1:]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tropd.errors import EvidenceError
+from tropd.objective.evidence import Needs, StudentView, Tokens, at_least_float32
+from tropd.objective.objective import LossOutput, Objective
+from tropd.objective.plan import Counts
+from tropd.objective.terms import Alone, Context, Reach, World
+from tropd.types import Author, key_of
+
+
+class HasObjective(Protocol):
+    @property
+    def objective(self) -> Objective: ...
+
+
+TopK = tuple[Tensor, Tensor]
+"""(ids, log-probabilities), each [..., K], likeliest first."""
+
+
+def distillation_loss(
+    method: HasObjective | Objective,
+    *,
+    token_ids: Tensor,
+    authors: Tensor,
+    logits: Tensor | None = None,
+    logprobs: Tensor | None = None,
+    topk_logprobs: Tensor | None = None,
+    teacher_logprobs: Tensor | None = None,
+    teacher_topk: TopK | None = None,
+    teacher_entropy: Tensor | None = None,
+    teacher_logits: Tensor | None = None,
+    behavior_logprobs: Tensor | None = None,
+    sequences: Tensor | None = None,
+    rollout_ids: Sequence[object] | None = None,
+    rewards: Tensor | None = None,
+    groups: Tensor | None = None,
+    seed: int = 0,
+    progress: float = 0.0,
+    counts: Counts | None = None,
+    world: World | None = None,
+) -> LossOutput:
+    """The loss of one batch and every term's part of it.
+
+    authors            1 where the student wrote the token, 2 where the teacher did, anything else is context
+    logits             the student's, with gradient; or give `logprobs` of the written tokens (and `topk_logprobs` at
+                       the teacher's top-k ids) when you have them without the vocabulary
+    teacher_logits     instead of the other teacher_* evidence, if you hold the whole distribution
+    behavior_logprobs  of the sampler; by default the student itself, that is, on-policy
+    sequences          which sequence each token of flat input belongs to
+    seed, rollout_ids  key the trust draws: the same (seed, rollout id, position) gives the same draw in any batch
+    counts             global denominators (`Objective.plan(...).counts`) when this is one of several micro-batches
+    """
+    objective = method if isinstance(method, Objective) else method.objective
+    if counts is not None and objective.reach > Reach.TOKEN:
+        raise EvidenceError(
+            "this method selects or normalises over the whole batch, so it cannot be planned one micro-batch at a "
+            "time. Call Objective.plan on all tokens first, then the objective on `tokens.rows(...)`, `plan.rows(...)`."
+        )
+    given = _Given(token_ids.shape, token_ids.numel())
+    tokens = _describe(given, token_ids, authors, sequences, rollout_ids, seed, rewards, groups)
+    view, teacher = _read(given, objective, tokens, (logits, logprobs, topk_logprobs), teacher_logits, teacher_topk)
+    own_N = view.logprobs_N.detach()
+    tokens = tokens.with_(
+        student_logprobs_N=own_N,
+        behavior_logprobs_N=own_N if behavior_logprobs is None else given.flat(behavior_logprobs, "behavior_logprobs"),
+        **teacher,
+    )
+    if teacher_logprobs is not None:
+        tokens = tokens.with_(teacher_logprobs_N=given.flat(teacher_logprobs, "teacher_logprobs"))
+    if teacher_entropy is not None:
+        tokens = tokens.with_(teacher_entropy_N=given.flat(teacher_entropy, "teacher_entropy"))
+    plan = objective.plan(tokens, Context(progress=progress, world=world or Alone()), counts)
+    return objective(tokens, view, plan)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The common shape of the caller's per-token tensors."""
+
+    shape: torch.Size
+    num_tokens: int
+
+    def flat(self, x: Tensor, name: str, extra: int = 0) -> Tensor:
+        if x.shape[: x.dim() - extra] != self.shape:
+            raise EvidenceError(
+                f"`{name}` has shape {tuple(x.shape)}, but token_ids has {tuple(self.shape)}; per-token tensors share "
+                "their leading shape."
+            )
+        return x.reshape(self.num_tokens, *x.shape[x.dim() - extra :])
+
+
+def _describe(
+    given: _Given,
+    token_ids: Tensor,
+    authors: Tensor,
+    sequences: Tensor | None,
+    rollout_ids: Sequence[object] | None,
+    seed: int,
+    rewards: Tensor | None,
+    groups: Tensor | None,
+) -> Tokens:
+    authors_N = given.flat(authors, "authors")
+    if sequences is not None:
+        sequences_N = given.flat(sequences, "sequences")
+    elif token_ids.dim() == 2:
+        sequences_N = torch.arange(given.shape[0], device=token_ids.device).repeat_interleave(given.shape[1])
+    else:
+        raise EvidenceError("flat tokens need `sequences`: which sequence each token belongs to.")
+    num_sequences = int(sequences_N.max()) + 1 if given.num_tokens else 0
+    names = list(rollout_ids) if rollout_ids is not None else list(range(num_sequences))
+    if len(names) < num_sequences:
+        raise EvidenceError(f"{num_sequences} sequences, but {len(names)} rollout_ids: give one name per sequence.")
+    action_N = (authors_N == Author.STUDENT) | (authors_N == Author.TEACHER)
+    device = token_ids.device
+    return Tokens(
+        token_ids_N=token_ids.reshape(-1),
+        authors_N=authors_N,
+        sequences_N=sequences_N,
+        positions_N=positions_of(sequences_N, authors_N != Author.CONTEXT),
+        keys_S=torch.tensor([key_of(seed, name) for name in names], dtype=torch.int64, device=device),
+        num_actions_S=torch.bincount(sequences_N[action_N], minlength=len(names)),
+        **({"rewards_S": rewards} if rewards is not None else {}),
+        **({"groups_S": groups} if groups is not None else {}),
+    )
+
+
+def positions_of(sequences_N: Tensor, counted_N: Tensor) -> Tensor:
+    """Per token: how many counted tokens of its sequence come before it."""
+    order = torch.argsort(sequences_N, stable=True)
+    counted = counted_N[order].long()
+    before = counted.cumsum(0) - counted
+    start = torch.searchsorted(sequences_N[order].contiguous(), sequences_N[order].contiguous())
+    positions_N = torch.empty_like(sequences_N)
+    positions_N[order] = before - before[start]
+    return positions_N
+
+
+def _read(
+    given: _Given,
+    objective: Objective,
+    tokens: Tokens,
+    student: tuple[Tensor | None, Tensor | None, Tensor | None],
+    teacher_logits: Tensor | None,
+    teacher_topk: TopK | None,
+) -> tuple[StudentView, dict[str, Tensor | int]]:
+    """The student's view and the teacher's evidence, from logits where they are given."""
+    logits, logprobs, topk_logprobs = student
+    needs, evidence = objective.needs, {}
+    full_t = None
+    if teacher_logits is not None:
+        full_t = at_least_float32(given.flat(teacher_logits, "teacher_logits", 1)).log_softmax(-1).detach()
+        evidence |= teacher_evidence(full_t, tokens.token_ids_N, needs, objective.teacher_top_k)
+    if teacher_topk is not None:
+        evidence["teacher_topk_ids_NK"] = given.flat(teacher_topk[0], "teacher_topk ids", 1)
+        evidence["teacher_topk_logprobs_NK"] = given.flat(teacher_topk[1], "teacher_topk log-probabilities", 1)
+    if logits is None:
+        if logprobs is None:
+            raise EvidenceError("give the student's `logits`, or its `logprobs` of the written tokens.")
+        view = StudentView(logprobs_N=given.flat(logprobs, "logprobs"))
+        if topk_logprobs is not None:
+            view = view.with_(topk_logprobs_NK=given.flat(topk_logprobs, "topk_logprobs", 1))
+        return view, evidence
+    full_s = at_least_float32(given.flat(logits, "logits", 1)).log_softmax(-1)
+    evidence["vocab_size"] = full_s.shape[-1]
+    return student_view(full_s, full_t, tokens.token_ids_N, needs, objective.student_top_k, evidence), evidence
+
+
+def teacher_evidence(full_t: Tensor, token_ids_N: Tensor, needs: Needs, top_k: int) -> dict[str, Tensor | int]:
+    """Everything that `needs` asks of a teacher, from its whole log-distribution [N, V]."""
+    top = full_t.topk(min(max(top_k, 1), full_t.shape[-1]), -1)
+    return {
+        "teacher_logprobs_N": full_t.gather(-1, token_ids_N[:, None]).squeeze(-1),
+        "teacher_topk_ids_NK": top.indices,
+        "teacher_topk_logprobs_NK": top.values,
+        "teacher_entropy_N": torch.special.entr(full_t.exp()).sum(-1),
+        "vocab_size": full_t.shape[-1],
+        **({"teacher_full_logprobs_NV": full_t} if Needs.FULL in needs else {}),
+    }
+
+
+def student_view(
+    full_s: Tensor,
+    full_t: Tensor | None,
+    token_ids_N: Tensor,
+    needs: Needs,
+    top_k: int,
+    evidence: dict[str, Tensor | int],
+) -> StudentView:
+    """The student's view from its whole log-distribution; what only plans read goes into `evidence`."""
+    ids_N = token_ids_N.clamp(0, full_s.shape[-1] - 1)  # ids out of range are refused by the plan, in words
+    view = StudentView(logprobs_N=full_s.gather(-1, ids_N[:, None]).squeeze(-1))
+    fixed = full_s.detach()
+    evidence["student_entropy_N"] = torch.special.entr(fixed.exp()).sum(-1)
+    if full_t is not None:
+        evidence["reverse_kl_N"] = (fixed.exp() * (fixed - full_t)).sum(-1)
+    if Needs.STUDENT_TOPK in needs and full_t is not None:
+        ids_NJ = fixed.topk(min(top_k, fixed.shape[-1]), -1).indices
+        evidence["student_topk_ids_NJ"] = ids_NJ
+        evidence["teacher_at_student_topk_NJ"] = full_t.gather(-1, ids_NJ)
+        view = view.with_(student_topk_logprobs_NJ=full_s.gather(-1, ids_NJ))
+    ids_NK = evidence.get("teacher_topk_ids_NK")
+    if Needs.TOPK in needs and isinstance(ids_NK, Tensor):
+        view = view.with_(topk_logprobs_NK=full_s.gather(-1, ids_NK.clamp(0, full_s.shape[-1] - 1)))
+    return view.with_(full_logprobs_NV=full_s) if Needs.FULL in needs else view

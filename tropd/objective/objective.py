@@ -1,0 +1,95 @@
+"""An objective: terms, what they need, and their sum on one micro-batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tropd.errors import ConfigError, EvidenceError, TrainingDiverged
+from tropd.objective.evidence import Needs, StudentView, Tokens, at_least_float32
+from tropd.objective.plan import Counts, Plan, make_plan
+from tropd.objective.terms import Context, Reach, Term, support_width
+from tropd.types import TermStats
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossOutput:
+    """The loss of one micro-batch and each term's part of it.  Both add over micro-batches and ranks."""
+
+    loss: Tensor
+    terms: dict[str, TermStats]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """L = sum of its terms.  `plan` once per batch, then call it on any cut of the rows."""
+
+    terms: tuple[Term, ...]
+
+    def __init__(self, *terms: Term) -> None:
+        names = [term.name for term in terms]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"two terms of one objective share a name: {', '.join(names)}.")
+        object.__setattr__(self, "terms", terms)
+
+    @property
+    def needs(self) -> Needs:
+        needs = Needs.NOTHING
+        for term in self.terms:
+            needs |= term.needs
+        return needs
+
+    @property
+    def reach(self) -> Reach:
+        return max(term.reach for term in self.terms)
+
+    @property
+    def teacher_top_k(self) -> int:
+        """How many of the teacher's likeliest tokens the terms read."""
+        return max(support_width(term.loss, "teacher") for term in self.terms)
+
+    @property
+    def student_top_k(self) -> int:
+        return max(support_width(term.loss, "student") for term in self.terms)
+
+    def plan(self, tokens: Tokens, context: Context | None = None, counts: Counts | None = None) -> Plan:
+        return make_plan(self, tokens, context or Context(), counts)
+
+    def __call__(self, tokens: Tokens, student: StudentView, plan: Plan) -> LossOutput:
+        """The loss of these rows.  A row that no term weighs is never computed, so it cannot spoil a gradient."""
+        logprobs_N = at_least_float32(student.logprobs_N)
+        if len(tokens) == 0:
+            anchor = logprobs_N.sum()
+        else:  # connected to the graph even when no term applies: every rank must run the same backward
+            anchor = torch.nan_to_num(logprobs_N[:1].sum(), nan=0.0, posinf=0.0, neginf=0.0)
+        loss, parts = 0.0 * anchor, {}
+        student = student.with_(logprobs_N=logprobs_N)
+        for term in self.terms:
+            weight_N = plan.weights[term.name]
+            rows = weight_N.nonzero().flatten()
+            if len(rows) == 0:
+                parts[term.name] = TermStats(loss=0.0, tokens=0.0, weight=0.0)
+                continue
+            loss = loss + self._part(term, tokens.rows(rows), student.rows(rows), plan.rows(rows), parts)
+        return LossOutput(loss=loss, terms=parts)
+
+    def _part(
+        self, term: Term, tokens: Tokens, student: StudentView, plan: Plan, parts: dict[str, TermStats]
+    ) -> Tensor:
+        try:
+            per_token_N = term.loss(tokens, student, plan.rewards.get(term.name))
+        except EvidenceError as error:
+            raise EvidenceError(f"term {term.name!r}: {error}") from error
+        weight_N = plan.weights[term.name]
+        total = (weight_N * per_token_N).sum()
+        value = float(total.detach())
+        if value != value or value in (float("inf"), float("-inf")):
+            bad = int((~torch.isfinite(per_token_N)).sum())
+            raise TrainingDiverged(
+                f"term {term.name!r} is not finite on {bad} of {len(tokens)} tokens. Either a model gave a "
+                "log-probability of -inf or NaN where this loss needs a finite one, or the weights have diverged."
+            )
+        parts[term.name] = TermStats(loss=value, tokens=float(len(tokens)), weight=float(weight_N.sum()))
+        return total

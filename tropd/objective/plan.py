@@ -1,0 +1,163 @@
+"""What must be known before any backward: who counts, how much, and how written tokens are judged.
+
+The plan is made once per batch from evidence without gradient.  It holds, for every term and token, the finished
+weight c_k(u) w_k[n] / N_k and the reward; denominators and batch-wide selections are global over ranks.  What remains
+is a sum of independent rows, so micro-batches, ranks and tiles simply add.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tropd.errors import EvidenceError
+from tropd.objective.evidence import Tokens, at_least_float32
+from tropd.objective.terms import Context, Over, Term
+from tropd.types import Author
+
+if TYPE_CHECKING:
+    from tropd.objective.objective import Objective
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """Global denominators: over all micro-batches and ranks."""
+
+    actions: int
+    student: int
+    teacher: int
+    sequences: int
+    """Sequences with at least one token that can be trained on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Weights and rewards of every term for the rows of one batch."""
+
+    weights: dict[str, Tensor]
+    rewards: dict[str, Tensor]
+    counts: Counts
+    progress: float
+
+    def rows(self, index: Tensor | slice) -> Plan:
+        return Plan(
+            weights={name: x[index] for name, x in self.weights.items()},
+            rewards={name: x[index] for name, x in self.rewards.items()},
+            counts=self.counts,
+            progress=self.progress,
+        )
+
+
+def count(tokens: Tokens, context: Context) -> Counts:
+    """Denominators that depend only on who wrote what."""
+    authors_N = tokens.authors_N
+    local = torch.stack(
+        [
+            (authors_N == Author.STUDENT).sum(),
+            (authors_N == Author.TEACHER).sum(),
+            (tokens.num_actions_S > 0).sum().to(authors_N.device),
+        ]
+    )
+    student, teacher, sequences = context.world.gather(local[None]).sum(0).tolist()
+    return Counts(actions=student + teacher, student=student, teacher=teacher, sequences=sequences)
+
+
+def make_plan(objective: Objective, tokens: Tokens, context: Context, counts: Counts | None = None) -> Plan:
+    """Weights and rewards for all rows of `tokens`.
+
+    `counts` lets rows be planned piece by piece when every term reaches no further than the token.
+    """
+    check_tokens(tokens)
+    counts = counts or count(tokens, context)
+    weights: dict[str, Tensor] = {}
+    rewards: dict[str, Tensor] = {}
+    for term in objective.terms:
+        try:
+            weights[term.name] = _weigh(term, tokens, context, counts)
+            if term.loss.reward is not None:
+                rewards[term.name] = _judge(term, tokens, context, weights[term.name])
+        except EvidenceError as error:
+            raise EvidenceError(f"term {term.name!r}: {error}") from error
+    return Plan(weights=weights, rewards=rewards, counts=counts, progress=context.progress)
+
+
+def _weigh(term: Term, tokens: Tokens, context: Context, counts: Counts) -> Tensor:
+    actions_N = (tokens.authors_N == Author.STUDENT) | (tokens.authors_N == Author.TEACHER)
+    weight_N = at_least_float32(term.where(tokens, context)) * actions_N
+    if not bool(torch.isfinite(weight_N).all()) or bool((weight_N < 0).any()):
+        raise EvidenceError("its selector gave a weight that is negative or not finite. " + _where(weight_N, tokens))
+    scale = term.coefficient(context.progress)
+    if term.over == "sequences":
+        length_N = tokens.num_actions_S[tokens.sequences_N].clamp_min(1)
+        return scale * weight_N / length_N / max(counts.sequences, 1)
+    return scale * weight_N / _denominator(term.over, weight_N, context, counts)
+
+
+def _denominator(over: Over, weight_N: Tensor, context: Context, counts: Counts) -> float:
+    """A count of zero divides nothing: all weights are zero then."""
+    if over == "members":
+        total = float(context.world.gather(weight_N.sum().double()[None]).sum())
+        return total if total > 0 else 1.0
+    return float(max(getattr(counts, over), 1))
+
+
+def _judge(term: Term, tokens: Tokens, context: Context, weight_N: Tensor) -> Tensor:
+    assert term.loss.reward is not None
+    zero_N = torch.zeros(len(tokens), dtype=weight_N.dtype, device=weight_N.device)
+    if tokens.peek("student_logprobs_N") is not None:
+        zero_N = torch.zeros_like(tokens.student_logprobs_N)
+    reward_N = term.loss.reward(zero_N, tokens, context)
+    bad_N = (weight_N != 0) & ~torch.isfinite(reward_N)
+    if bool(bad_N.any()):
+        raise EvidenceError(
+            f"its reward is not finite at {int(bad_N.sum())} of {int((weight_N != 0).sum())} tokens. "
+            + _where(torch.where(bad_N, reward_N, torch.zeros_like(reward_N)), tokens)
+            + " A teacher that gives a written token no probability at all breaks an unbounded log-ratio: "
+            "use method 'tropd', 'clip_outlier' or 'topd', which bound it."
+        )
+    return torch.where(weight_N != 0, reward_N, torch.zeros_like(reward_N))
+
+
+def _where(x_N: Tensor, tokens: Tokens) -> str:
+    bad = (~torch.isfinite(x_N) | (x_N < 0)).nonzero().flatten()
+    n = int(bad[0])
+    return f"First: {float(x_N[n])} at sequence {int(tokens.sequences_N[n])}, position {int(tokens.positions_N[n])}."
+
+
+_LOGPROBS = (
+    "behavior_logprobs_N",
+    "student_logprobs_N",
+    "teacher_logprobs_N",
+    "teacher_topk_logprobs_NK",
+    "teacher_at_student_topk_NJ",
+    "teacher_full_logprobs_NV",
+    "reference_logprobs_N",
+)
+_SLACK = 1e-2  # a bfloat16 log-softmax can exceed 0 by rounding; logits exceed it by far more
+
+
+def check_tokens(tokens: Tokens) -> None:
+    """Refuse evidence that cannot be right, before anything is computed from it."""
+    for name in _LOGPROBS:
+        x = tokens.peek(name)
+        if x is None or x.numel() == 0:
+            continue
+        if bool(torch.isnan(x).any()):
+            raise EvidenceError(f"`{name}` holds NaN in {int(torch.isnan(x).sum())} places: its source is broken.")
+        if float(x.max()) > _SLACK:
+            raise EvidenceError(
+                f"`{name}` holds {float(x.max()):.4g}, but a log-probability is never above 0. "
+                "Were logits given? Apply log_softmax over the whole vocabulary first."
+            )
+    vocab_size = tokens.peek("vocab_size")
+    for name in ("token_ids_N", "teacher_topk_ids_NK", "student_topk_ids_NJ"):
+        ids = tokens.peek(name)
+        if ids is None or ids.numel() == 0:
+            continue
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or (vocab_size is not None and high >= int(vocab_size)):
+            limit = f"0..{int(vocab_size) - 1}" if vocab_size is not None else ">= 0"
+            raise EvidenceError(f"`{name}` holds ids from {low} to {high}, but the vocabulary is {limit}.")

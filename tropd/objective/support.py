@@ -1,0 +1,70 @@
+"""Both models' log-probabilities on a set of tokens, and the mass outside it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tropd.errors import EvidenceError
+from tropd.objective.evidence import StudentView, Tokens, at_least_float32
+
+Support = Literal["full", "teacher_top_k", "student_top_k", "union", "intersection"]
+Outside = Literal["ignore", "stop_gradient", "generalised", "bucket", "renormalise", "renormalise_teacher"]
+"""What happens to the probability outside the support; the losses say what each choice converges to."""
+
+
+def on_support(kind: Support, top_k: int, tokens: Tokens, student: StudentView) -> tuple[Tensor, Tensor]:
+    """(log T, log S) on the support; entries that do not belong hold NOTHING on both sides."""
+    if kind == "full":
+        return at_least_float32(tokens.teacher_full_logprobs_NV), at_least_float32(student.full_logprobs_NV)
+    if kind == "teacher_top_k":
+        return _teacher(top_k, tokens, student)
+    if kind == "student_top_k":
+        return _student(top_k, tokens, student)
+    teacher_t, teacher_s = _teacher(top_k, tokens, student)
+    own_t, own_s = _student(top_k, tokens, student)
+    teacher_ids, own_ids = tokens.teacher_topk_ids_NK[:, :top_k], tokens.student_topk_ids_NJ[:, :top_k]
+    same_NKJ = teacher_ids[:, :, None] == own_ids[:, None, :]
+    if kind == "intersection":
+        outside_NK = ~same_NKJ.any(-1)
+        return _drop(teacher_t, outside_NK), _drop(teacher_s, outside_NK)
+    twice_NJ = same_NKJ.any(-2)
+    return torch.cat([teacher_t, _drop(own_t, twice_NJ)], -1), torch.cat([teacher_s, _drop(own_s, twice_NJ)], -1)
+
+
+NOTHING = -1e4
+"""A log-probability whose exp is 0 in every dtype, finite so that no gradient turns into inf - inf."""
+
+
+def _drop(x: Tensor, where: Tensor) -> Tensor:
+    return x.masked_fill(where, NOTHING)
+
+
+def _teacher(top_k: int, tokens: Tokens, student: StudentView) -> tuple[Tensor, Tensor]:
+    log_t = tokens.teacher_topk_logprobs_NK
+    _check_width("the teacher's", top_k, log_t, tokens)
+    return at_least_float32(log_t[:, :top_k]), at_least_float32(student.topk_logprobs_NK[:, :top_k])
+
+
+def _student(top_k: int, tokens: Tokens, student: StudentView) -> tuple[Tensor, Tensor]:
+    log_t = tokens.teacher_at_student_topk_NJ
+    _check_width("the student's", top_k, log_t, tokens)
+    return at_least_float32(log_t[:, :top_k]), at_least_float32(student.student_topk_logprobs_NJ[:, :top_k])
+
+
+def _check_width(whose: str, top_k: int, given: Tensor, tokens: Tokens) -> None:
+    width, vocab_size = given.shape[-1], tokens.peek("vocab_size")
+    if width >= top_k or (vocab_size is not None and width == int(vocab_size)):
+        return
+    raise EvidenceError(
+        f"{whose} top-{top_k} log-probabilities were asked for, but only {width} per token were given. "
+        f"Ask for top_k <= {width}, or a teacher that returns more (vLLM: --max-logprobs {top_k})."
+    )
+
+
+def add_bucket(log_p: Tensor) -> Tensor:
+    """Append log(1 - mass): everything outside the support as one more token."""
+    rest = (1.0 - log_p.exp().sum(-1, keepdim=True)).clamp_min(torch.finfo(log_p.dtype).eps)
+    return torch.cat([log_p, rest.log()], -1)
