@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from tests.report.examples import rollout, step_record
+from tropd.errors import CheckpointError, ConfigError
+from tropd.report.records import RecordWriter, read_records, require, write_rollouts
+
+
+def write_run(path: Path, steps: int) -> None:
+    with RecordWriter(path, {"method": "tropd"}) as writer:
+        for step in range(steps):
+            writer.write(step_record(step))
+
+
+def refuse_constant(name: str) -> float:
+    raise AssertionError(f"{name} is not JSON")
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "records.jsonl"
+    records = [step_record(0), step_record(1, evaluation={"gsm8k@1": 0.5}, alarms=("mismatch: why, and what to do",))]
+    with RecordWriter(path, {"method": "tropd", "data": Path("a/b")}) as writer:
+        for record in records:
+            writer.write(record)
+    read = read_records(path)
+    assert read.steps == records
+    assert read.header == {"schema": 1, "kind": "header", "method": "tropd", "data": "a/b"}
+    assert read.problems == []
+
+
+def test_a_line_can_be_read_as_soon_as_write_returns(tmp_path: Path) -> None:
+    writer = RecordWriter(tmp_path / "records.jsonl")
+    writer.write(step_record(0))
+    assert [record.step for record in read_records(writer.path).steps] == [0]
+    writer.close()
+
+
+def test_numbers_that_json_cannot_say_come_back_and_every_line_is_json(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    with RecordWriter(path, {"clip": (math.inf, 1.0)}) as writer:
+        writer.write(step_record(0, loss=math.nan, probes={"ratio/min": -math.inf, "a~b": math.inf, "fine": 2.0}))
+    lines = [json.loads(line, parse_constant=refuse_constant) for line in path.read_text().splitlines()]
+    assert lines[1]["loss"] is None
+    assert lines[1]["nonfinite"] == {"/loss": "nan", "/probes/ratio~1min": "-inf", "/probes/a~0b": "inf"}
+    read = read_records(path)
+    assert read.header["clip"] == [math.inf, 1.0]
+    assert math.isnan(read.steps[0].loss)
+    assert read.steps[0].probes == {"ratio/min": -math.inf, "a~b": math.inf, "fine": 2.0}
+    assert read.problems == []
+
+
+def test_records_of_another_run_are_never_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    write_run(path, 2)
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="resume"):
+        RecordWriter(path)
+    assert path.read_bytes() == before
+
+
+def test_a_step_cannot_be_written_twice(tmp_path: Path) -> None:
+    with RecordWriter(tmp_path / "records.jsonl") as writer:
+        writer.write(step_record(3))
+        with pytest.raises(AssertionError, match="step 3 after 3"):
+            writer.write(step_record(3))
+
+
+def test_a_resumed_run_has_the_bytes_of_an_unbroken_one(tmp_path: Path) -> None:
+    unbroken, broken = tmp_path / "unbroken.jsonl", tmp_path / "broken.jsonl"
+    write_run(unbroken, 6)
+    write_run(broken, 5)
+    with broken.open("ab") as file:
+        file.write(b'{"kind": "step", "step": 5, "lo')
+    with RecordWriter.resume(broken, step=3) as writer:
+        for step in range(3, 6):
+            writer.write(step_record(step))
+    assert broken.read_bytes() == unbroken.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.jsonl", "unbroken.jsonl"]
+
+
+def test_resume_at_the_end_drops_only_the_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    write_run(path, 3)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"kind": "st')
+    RecordWriter.resume(path, step=3).close()
+    assert path.read_bytes() == whole
+
+
+def test_a_resumed_writer_knows_its_last_step(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    write_run(path, 5)
+    with RecordWriter.resume(path, step=3) as writer, pytest.raises(AssertionError, match="step 2 after 2"):
+        writer.write(step_record(2))
+
+
+def test_resume_without_records_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="do not exist"):
+        RecordWriter.resume(tmp_path / "records.jsonl", step=3)
+
+
+def test_reading_names_every_line_that_it_leaves_out(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    write_run(path, 2)
+    step = json.loads(path.read_text().splitlines()[1])
+    odd = [
+        {"kind": "weather"},
+        {**step, "step": 1},
+        {**step, "step": 4, "colour": "red"},
+        {**step, "step": 5, "loss": "big"},
+        {**step, "step": 6, "nonfinite": {"/probes/none/there": "nan"}},
+        ["a list"],
+    ]
+    with path.open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in odd)
+        file.write('{"kind": "step", "step": 7')
+    read = read_records(path)
+    assert [record.step for record in read.steps] == [0, 1, 4]
+    assert [problem.split(":")[0] for problem in read.problems] == [f"line {n}" for n in (4, 5, 6, 6, 7, 8, 9, 10)]
+    for number, said in ((0, "weather"), (1, "after step 1"), (2, "colour"), (3, "2 to 3 are missing"), (4, "loss")):
+        assert said in read.problems[number]
+    assert "torn" in read.problems[-1]
+
+
+def test_another_schema_is_refused_in_words(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"schema": 7, "kind": "header"}\n')
+    with pytest.raises(ConfigError, match=r"schema 7, and this tropd reads schema 1.*upgrade"):
+        read_records(path)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"kind": "step"}\n', "[]\n"])
+def test_a_file_that_is_no_record_of_a_run_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match="no header"):
+        read_records(path)
+
+
+def test_a_saved_rollout_keeps_every_number_beside_its_token(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    question, answer = (tuple(tiny_tokenizer.encode(text)) for text in ("hi", "yes"))
+    rollouts = [rollout("a", question, answer), rollout("b", question[:1], answer[:2])]
+    path = write_rollouts(
+        tmp_path,
+        120,
+        rollouts,
+        decode=tiny_tokenizer.decode,
+        teacher_logprobs_N=torch.tensor([-1.0, -2.0, -math.inf, -4.0, -5.0]),
+        weights={"trusted": torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0])},
+    )
+    assert path == tmp_path / "step_000120.parquet"
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    first, second = pq.read_table(path).to_pylist()
+    assert first == {
+        "id": "a",
+        "prompt_id": "prompt-a",
+        "prompt": "hi",
+        "response": "yes",
+        "reward": 1.0,
+        "finish": "length",
+        "policy_version": [3, 4],
+        "token_ids": list(question + answer),
+        "authors": ["context", "context", "teacher", "student", "student"],
+        "behavior_logprobs": [None, None, None, -0.5, -1.0],
+        "weight_trusted": [None, None, 0.0, 1.0, 0.0],
+        "teacher_logprobs": [None, None, -1.0, -2.0, -math.inf],
+    }
+    assert second["weight_trusted"] == [None, 0.0, 1.0]
+    assert second["teacher_logprobs"] == [None, -4.0, -5.0]
+
+
+def test_only_every_nth_step_saves_rollouts(tmp_path: Path) -> None:
+    def saved(every: int) -> list[int]:
+        paths = [write_rollouts(tmp_path, step, [], decode=str, every=every) for step in range(5)]
+        return [step for step, path in enumerate(paths) if path is not None]
+
+    assert saved(every=2) == [0, 2, 4]
+    assert saved(every=0) == []
+
+
+def test_numbers_for_other_tokens_than_the_responses_are_a_defect(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="numbers for 2 response tokens"):
+        write_rollouts(
+            tmp_path, 0, [rollout("a", (1,), (2, 3))], decode=str, weights={"trusted": torch.tensor([0.0, 1.0, 0.0])}
+        )
+
+
+def test_a_missing_package_is_refused_with_the_line_that_installs_it() -> None:
+    with pytest.raises(ConfigError, match=r"saving rollouts was asked for.*pip install 'tropd\[data\]'"):
+        require("a_package_that_nobody_has", "data", "saving rollouts")

@@ -1,0 +1,286 @@
+"""What a run leaves behind: records.jsonl, one line per step, and rollouts/step_000120.parquet.
+
+    {"schema": 1, "kind": "header", ...facts of the run}
+    {"kind": "step", "step": 0, "loss": null, ..., "nonfinite": {"/loss": "nan"}}
+
+JSON has no NaN or infinity, so such a number is written as null and `nonfinite` tells, by JSON pointer, what it was;
+`read_records` puts it back.  A report is made from these files alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from tropd.errors import CheckpointError, ConfigError
+from tropd.types import Author, Rollout, StepRecord
+
+SCHEMA = 1
+
+_STEP = TypeAdapter(StepRecord)
+_STEP_FIELDS = {f.name for f in fields(StepRecord)} | {"kind", "nonfinite"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Records:
+    """A records.jsonl as read: what could be understood, and what could not, in words."""
+
+    header: dict[str, Any]
+    steps: list[StepRecord]
+    problems: list[str]
+
+
+class RecordWriter:
+    """Appends one line per step; a line is on the disk when `write` returns."""
+
+    def __init__(self, path: Path, facts: Mapping[str, Any] | None = None) -> None:
+        """Start the records of a new run with its header.  Records that are there already are never overwritten."""
+        if path.exists():
+            raise ConfigError(
+                f"a new run was asked to write {path}, but that file holds the records of a run. "
+                "Resume that run (`tropd resume DIR`), or choose another run directory."
+            )
+        facts = dict(facts or {})
+        assert not facts.keys() & {"schema", "kind", "nonfinite"}, "names that the header itself uses"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, (_line({"schema": SCHEMA, "kind": "header", **facts}, default=str)).encode())
+        self._open(path, last_step=None)
+
+    @classmethod
+    def resume(cls, path: Path, step: int) -> Self:
+        """Go on before `step`: later records and a torn last line are dropped, the rest is kept byte for byte."""
+        if not path.exists():
+            raise CheckpointError(
+                f"a run was asked to go on at step {step}, but its records {path} do not exist. "
+                "Put the file back, or start a new run from the checkpoint in another directory."
+            )
+        read_header(path)
+        kept, last_step = [], None
+        for line in path.read_bytes().splitlines(keepends=True):
+            written = _step_of(line)
+            if not line.endswith(b"\n") or (written is not None and written >= step):
+                break
+            kept.append(line)
+            last_step = last_step if written is None else written
+        _replace(path, b"".join(kept))
+        writer = cls.__new__(cls)
+        writer._open(path, last_step)
+        return writer
+
+    def _open(self, path: Path, last_step: int | None) -> None:
+        self.path = path
+        self.last_step = last_step
+        self._file = path.open("ab")
+
+    def write(self, record: StepRecord) -> None:
+        """Append a step and wait until the disk has it."""
+        assert self.last_step is None or record.step > self.last_step, f"step {record.step} after {self.last_step}"
+        self._file.write(_line({"kind": "step", **asdict(record)}).encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.last_step = record.step
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The run's facts; refuses a file that is not a records.jsonl of this schema."""
+    if not path.exists():
+        raise ConfigError(f"records were asked for, but {path} does not exist. Name a run directory that has one.")
+    with path.open("rb") as file:
+        header = _parse(file.readline())
+    if header is None or header.get("kind") != "header":
+        raise ConfigError(
+            f"{path} was asked for as the records of a run, but its first line is no header. "
+            "Name the records.jsonl that tropd wrote into the run directory."
+        )
+    if header.get("schema") != SCHEMA:
+        raise ConfigError(
+            f"{path} is written in schema {header.get('schema')!r}, and this tropd reads schema {SCHEMA}. "
+            "Read it with the version of tropd that wrote it, or upgrade: pip install --upgrade tropd"
+        )
+    return _restore(header)
+
+
+def read_records(path: Path) -> Records:
+    """Everything that can be understood; what cannot is listed in `problems`, never guessed."""
+    header = read_header(path)
+    steps: list[StepRecord] = []
+    problems: list[str] = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if number == 1:
+            continue
+        record, said = _read_step(line)
+        problems += [f"line {number}: {text}" for text in said]
+        if record is None:
+            continue
+        if steps and record.step <= steps[-1].step:
+            problems.append(f"line {number}: step {record.step} comes after step {steps[-1].step}; left out")
+            continue
+        if steps and record.step > steps[-1].step + 1:
+            problems.append(f"line {number}: steps {steps[-1].step + 1} to {record.step - 1} are missing")
+        steps.append(record)
+    return Records(header=header, steps=steps, problems=problems)
+
+
+def _read_step(line: bytes) -> tuple[StepRecord | None, list[str]]:
+    if not line.endswith(b"\n"):
+        return None, ["torn: the run was cut off while writing it; left out"]
+    values = _parse(line)
+    if values is None:
+        return None, ["not a JSON object; left out"]
+    if values.get("kind") != "step":
+        return None, [f"unknown kind {values.get('kind')!r}; left out"]
+    unknown = sorted(values.keys() - _STEP_FIELDS)
+    said = [f"unknown field {', '.join(unknown)}; ignored"] if unknown else []
+    try:
+        record = _STEP.validate_python({k: v for k, v in _restore(values).items() if k in _STEP_FIELDS - {"kind"}})
+    except ValidationError as error:
+        first = error.errors()[0]
+        return None, [*said, f"not a step: {'.'.join(map(str, first['loc']))}: {first['msg']}; left out"]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        return None, [*said, f"not a step: its `nonfinite` cannot be applied ({error}); left out"]
+    return record, said
+
+
+def _line(values: Mapping[str, Any], default: Callable[[Any], Any] | None = None) -> str:
+    clean, nonfinite = _split(values, "")
+    if nonfinite:
+        clean = {**clean, "nonfinite": nonfinite}
+    return json.dumps(clean, allow_nan=False, ensure_ascii=False, default=default) + "\n"
+
+
+def _split(value: Any, pointer: str) -> tuple[Any, dict[str, str]]:
+    """The value with None for each number that JSON cannot say, and what those numbers were."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None, {pointer: str(float(value))}
+    if isinstance(value, Mapping):
+        parts = {k: _split(v, f"{pointer}/{str(k).replace('~', '~0').replace('/', '~1')}") for k, v in value.items()}
+        return {k: part for k, (part, _) in parts.items()}, _merge(found for _, found in parts.values())
+    if isinstance(value, list | tuple):
+        listed = [_split(v, f"{pointer}/{i}") for i, v in enumerate(value)]
+        return [part for part, _ in listed], _merge(found for _, found in listed)
+    return value, {}
+
+
+def _merge(found: Iterator[dict[str, str]]) -> dict[str, str]:
+    return {pointer: said for part in found for pointer, said in part.items()}
+
+
+def _restore(values: dict[str, Any]) -> dict[str, Any]:
+    """Puts back, in place, the numbers that JSON could not say."""
+    for pointer, said in values.pop("nonfinite", {}).items():
+        *parents, last = [part.replace("~1", "/").replace("~0", "~") for part in pointer.split("/")[1:]]
+        place: Any = values
+        for part in parents:
+            place = place[int(part)] if isinstance(place, list) else place[part]
+        place[int(last) if isinstance(place, list) else last] = float(said)
+    return values
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        values = json.loads(line)
+    except ValueError:  # torn or foreign: the caller says so
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _step_of(line: bytes) -> int | None:
+    values = _parse(line)
+    return values["step"] if values and values.get("kind") == "step" and isinstance(values.get("step"), int) else None
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """The whole file or the old one: whoever looks, and whenever the power fails, never sees a part."""
+    with temporary(path).open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary(path).replace(path)
+
+
+def temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
+def write_rollouts(
+    directory: Path,
+    step: int,
+    rollouts: Sequence[Rollout],
+    *,
+    decode: Callable[[Sequence[int]], str],
+    teacher_logprobs_N: Tensor | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    every: int = 1,
+) -> Path | None:
+    """Saves one row per rollout at every `every`-th step (0: never), and returns where.
+
+    The rows N of a batch run over the responses, one rollout after another.  In the file, entry t of each per-token
+    column describes token_ids[t]; null where nothing is known, as on the prompt.
+    """
+    if every <= 0 or step % every:
+        return None
+    require("pyarrow", "data", "saving rollouts")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    known_N = {f"weight_{term}": weight_N for term, weight_N in (weights or {}).items()}
+    if teacher_logprobs_N is not None:
+        known_N["teacher_logprobs"] = teacher_logprobs_N
+    columns = {
+        "id": pa.array([r.id for r in rollouts], pa.string()),
+        "prompt_id": pa.array([r.prompt.id for r in rollouts], pa.string()),
+        "prompt": pa.array([decode(r.prompt.token_ids) for r in rollouts], pa.string()),
+        "response": pa.array([decode(r.response_ids) for r in rollouts], pa.string()),
+        "reward": pa.array([r.reward for r in rollouts], pa.float64()),
+        "finish": pa.array([r.finish.value for r in rollouts], pa.string()),
+        "policy_version": pa.array([r.policy_version for r in rollouts], pa.list_(pa.int64())),
+        "token_ids": pa.array([r.token_ids for r in rollouts], pa.list_(pa.int32())),
+        "authors": pa.array([[a.name.lower() for a in r.authors] for r in rollouts], pa.list_(pa.string())),
+        "behavior_logprobs": pa.array([_sampled(r) for r in rollouts], pa.list_(pa.float32())),
+    }
+    for name, x_N in known_N.items():
+        columns[name] = pa.array(_per_rollout(x_N, rollouts), pa.list_(pa.float32()))
+    path = directory / f"step_{step:06d}.parquet"
+    directory.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), temporary(path), compression="zstd")
+    temporary(path).replace(path)
+    return path
+
+
+def _sampled(rollout: Rollout) -> list[float | None]:
+    pairs = zip(rollout.authors, rollout.behavior_logprobs, strict=True)
+    return [logprob if author is Author.STUDENT else None for author, logprob in pairs]
+
+
+def _per_rollout(x_N: Tensor, rollouts: Sequence[Rollout]) -> list[list[float | None]]:
+    lengths = [len(r.response_ids) for r in rollouts]
+    assert x_N.shape == (sum(lengths),), f"{tuple(x_N.shape)} numbers for {sum(lengths)} response tokens"
+    parts = x_N.detach().float().cpu().split(lengths)
+    return [[*[None] * len(r.prompt.token_ids), *part.tolist()] for r, part in zip(rollouts, parts, strict=True)]
+
+
+def require(package: str, extra: str, asked: str) -> None:
+    """Refuse what was asked if the optional package that does it is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"{asked} was asked for, and needs the package {package}, which is not installed here. "
+            f"Install it with: pip install 'tropd[{extra}]'"
+        )
