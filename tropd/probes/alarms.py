@@ -1,0 +1,255 @@
+"""Signs that a run has gone wrong, each with its likely cause and its remedy.
+
+Every alarm is "warn", "stop" or "off".  An alarm whose probes are absent stays silent.  What looks back over steps
+(a median, a first value) is saved with `state_dict`, so a resumed run raises the same alarms as one that never stopped.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from math import isfinite, log
+from statistics import median
+from typing import Any, Literal, get_args
+
+from tropd.errors import CheckpointError, ConfigError
+
+Action = Literal["warn", "stop", "off"]
+_ACTIONS = get_args(Action)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlarmConfig:
+    """What each alarm does, and from where on."""
+
+    non_finite: Action = "stop"
+    """The loss or the gradient is not a finite number."""
+    uniform_teacher: Action = "stop"
+    """The teacher gives every token the same probability 1 / vocabulary."""
+    uniform_teacher_tolerance: float = 0.05
+    """How near to -ln V and ln V counts, as a share of ln V."""
+    mismatch: Action = "stop"
+    """The sampler's log-probabilities are not the trainer's."""
+    mismatch_nats: float = 0.05
+    """Largest mean absolute difference.  A healthy bfloat16 engine has a standard deviation of at most 0.06."""
+    length_blow_up: Action = "warn"
+    """Answers grow suddenly and run into the limit."""
+    length_blow_up_factor: float = 2.0
+    """Times the running median of the mean length."""
+    length_blow_up_truncated: float = 0.5
+    """And this share of answers is cut off."""
+    length_window: int = 20
+    """Steps in the running median; the alarm waits for a quarter of them."""
+    support_collapse: Action = "warn"
+    """The student puts its probability where the teacher's top-k is not."""
+    support_collapse_mass: float = 0.2
+    """Least mean student probability inside the teacher's top-k."""
+    entropy_collapse: Action = "warn"
+    """The student has become almost deterministic."""
+    entropy_collapse_share: float = 0.1
+    """Least share of the entropy of the first step."""
+    repetition: Action = "warn"
+    """Answers repeat themselves."""
+    repetition_share: float = 0.5
+    """Largest mean share of repeated 4-grams."""
+    no_signal: Action = "warn"
+    """The gradient of the first step is exactly zero although the models differ."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.default in _ACTIONS:
+                if value not in _ACTIONS:
+                    raise ConfigError(f"alarm {f.name!r} was set to {value!r}. Choose 'warn', 'stop' or 'off'.")
+            elif not (isinstance(value, int | float) and isfinite(value) and value > 0):
+                raise ConfigError(f"threshold {f.name!r} was set to {value!r}. Give a number above 0.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Alarm:
+    name: str
+    message: str
+    action: Literal["warn", "stop"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Moment:
+    """What an alarm may look at."""
+
+    probes: Mapping[str, float]
+    vocab_size: int
+    loss: float
+    gradient_norm: float
+    max_new_tokens: int
+    first: bool
+
+
+class Alarms:
+    """Checks every step; call it once per step, on the probes of the whole batch."""
+
+    def __init__(self, config: AlarmConfig | None = None) -> None:
+        self.config = config or AlarmConfig()
+        self._lengths: deque[float] = deque(maxlen=int(self.config.length_window))
+        self._first_entropy: float | None = None
+        self._started = False
+
+    def check(
+        self,
+        probes: Mapping[str, float],
+        *,
+        step: int,
+        vocab_size: int,
+        loss: float,
+        gradient_norm: float,
+        max_new_tokens: int,
+    ) -> list[Alarm]:
+        """The alarms of this step, those that stop the run first."""
+        moment = _Moment(
+            probes=probes,
+            vocab_size=vocab_size,
+            loss=loss,
+            gradient_norm=gradient_norm,
+            max_new_tokens=max_new_tokens,
+            first=not self._started,
+        )
+        alarms = []
+        for name, look in self._looks().items():
+            action: Action = getattr(self.config, name)
+            message = look(moment) if action != "off" else None
+            if message is not None and action != "off":
+                alarms.append(Alarm(name=name, message=f"step {step}: {message}", action=action))
+        self._remember(probes)
+        return sorted(alarms, key=lambda alarm: alarm.action != "stop")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"lengths": list(self._lengths), "first_entropy": self._first_entropy, "started": self._started}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        missing = {"lengths", "first_entropy", "started"} - set(state)
+        if missing:
+            raise CheckpointError(
+                f"the state of the alarms lacks {', '.join(sorted(missing))}. Load what `Alarms.state_dict` returned."
+            )
+        self._lengths = deque(state["lengths"], maxlen=int(self.config.length_window))
+        self._first_entropy = state["first_entropy"]
+        self._started = state["started"]
+
+    def _remember(self, probes: Mapping[str, float]) -> None:
+        self._started = True
+        length, entropy = probes.get("length/mean"), probes.get("entropy/student")
+        if length is not None and isfinite(length):
+            self._lengths.append(length)
+        if self._first_entropy is None and entropy is not None and isfinite(entropy):
+            self._first_entropy = entropy
+
+    def _looks(self) -> dict[str, Callable[[_Moment], str | None]]:
+        return {
+            "non_finite": self._non_finite,
+            "uniform_teacher": self._uniform_teacher,
+            "mismatch": self._mismatch,
+            "length_blow_up": self._length_blow_up,
+            "support_collapse": self._support_collapse,
+            "entropy_collapse": self._entropy_collapse,
+            "repetition": self._repetition,
+            "no_signal": self._no_signal,
+        }
+
+    def _non_finite(self, now: _Moment) -> str | None:
+        bad = [f"{name} is {x}" for name, x in (("loss", now.loss), ("gradient norm", now.gradient_norm)) if _bad(x)]
+        if not bad:
+            return None
+        return (
+            f"the {' and the '.join(bad)}. The usual causes are a learning rate that is too high, half-precision "
+            "weights, or a teacher that gives a written token no probability. Go back to the last checkpoint, lower "
+            "the learning rate, and bound the log-ratio (method 'tropd', 'clip_outlier' or 'topd')."
+        )
+
+    def _uniform_teacher(self, now: _Moment) -> str | None:
+        """Both |mean log pi_T + ln V| and |H_T - ln V| within 5 % of ln V; lacking H_T, all log pi_T must be there."""
+        mean, uniform = now.probes.get("teacher/mean_logprob"), log(max(now.vocab_size, 2))
+        others = [now.probes.get("entropy/teacher")]
+        if others[0] is None:
+            others = [_minus(now.probes.get(f"teacher/{end}_logprob")) for end in ("min", "max")]
+        near = self.config.uniform_teacher_tolerance * uniform
+        if mean is None or not abs(mean + uniform) < near:
+            return None
+        if any(other is None or not abs(other - uniform) < near for other in others):
+            return None
+        return (
+            f"the teacher knows nothing: its mean log-probability is {mean:.3f}, and -ln V = {-uniform:.3f} is what a "
+            f"model without weights gives every one of {now.vocab_size} tokens. Its weights were probably not loaded, "
+            "or were freed while it slept. Reload the teacher, then let `tropd doctor` score a prompt before training."
+        )
+
+    def _mismatch(self, now: _Moment) -> str | None:
+        mean, limit = now.probes.get("mismatch/behavior"), self.config.mismatch_nats
+        if mean is None or mean <= limit:
+            return None
+        return (
+            f"sampler and trainer disagree: log-probabilities of the same student tokens differ by {mean:.4f} nats on "
+            f"average, and at most {limit:g} is allowed. Likely causes: the engine holds older weights, another chat "
+            "template or token ids, another temperature, or prefix caching that corrupts its log-probabilities. Check "
+            "that the engine was synchronised, compare token ids, try vLLM's --no-enable-prefix-caching."
+        )
+
+    def _length_blow_up(self, now: _Moment) -> str | None:
+        length, truncated = now.probes.get("length/mean"), now.probes.get("finish/truncated")
+        if length is None or truncated is None or len(self._lengths) < max(1, self.config.length_window // 4):
+            return None
+        usual = median(self._lengths)
+        if length <= self.config.length_blow_up_factor * usual or truncated <= self.config.length_blow_up_truncated:
+            return None
+        return (
+            f"answers grew to {length:.0f} tokens from a running median of {usual:.0f}, and {truncated:.0%} are cut at "
+            f"{now.max_new_tokens}. Student and teacher often end a turn with different tokens (a base student with "
+            "an instruct teacher). Compare their stop tokens and chat templates with `tropd doctor`, and give the "
+            "student the teacher's end-of-turn token."
+        )
+
+    def _support_collapse(self, now: _Moment) -> str | None:
+        mass = now.probes.get("mass/student_in_teacher_top_k")
+        if mass is None or mass >= self.config.support_collapse_mass:
+            return None
+        return (
+            f"the student puts {mass:.1%} of its probability on the teacher's top-k. It writes what the teacher would "
+            "never write, so a loss on the top-k alone says little. Raise top_k, let the teacher write prefixes, "
+            "or warm the student up on the teacher's answers; if it fell suddenly, check that both share a tokenizer."
+        )
+
+    def _entropy_collapse(self, now: _Moment) -> str | None:
+        entropy, first = now.probes.get("entropy/student"), self._first_entropy
+        if entropy is None or first is None or entropy >= self.config.entropy_collapse_share * first:
+            return None
+        return (
+            f"the student's entropy fell to {entropy:.4f} nats from {first:.4f} at the start: it has nearly "
+            "stopped exploring. Lower the learning rate, or use a loss that keeps the teacher's spread, such as 'eopd'."
+        )
+
+    def _repetition(self, now: _Moment) -> str | None:
+        share = now.probes.get("repetition/4gram")
+        if share is None or share <= self.config.repetition_share:
+            return None
+        return (
+            f"{share:.0%} of the 4-grams of an answer are repeated. Loops are cheap under a per-token reward: teachers "
+            "score a repeated token highly. Read some rollouts, shorten max_new_tokens, and check the stop tokens."
+        )
+
+    def _no_signal(self, now: _Moment) -> str | None:
+        if not now.first or now.gradient_norm != 0.0:
+            return None
+        if now.probes.get("ratio/min") == 0.0 == now.probes.get("ratio/max"):
+            return None
+        return (
+            "the gradient of the first step is exactly 0, although the student is not the teacher. The teacher's "
+            "scores may be dropped on the way, every weight may be 0, or no parameter is trainable. See the token "
+            "shares of the terms, and which parameters require a gradient."
+        )
+
+
+def _bad(x: float) -> bool:
+    return not isfinite(x)
+
+
+def _minus(x: float | None) -> float | None:
+    return None if x is None else -x

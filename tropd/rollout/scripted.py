@@ -1,0 +1,54 @@
+"""An engine that writes what it is told: known answers for examples, tests and dry runs of a whole pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tropd.errors import EngineError
+from tropd.types import Completion, Finish, Request
+
+
+class ScriptedEngine:
+    """Answers each request with `answers(request)`, then with the request's first stop id where there is room."""
+
+    def __init__(self, answers: Callable[[Request], Sequence[int]], *, logprob: float = 0.0, version: int = 0) -> None:
+        self.answers = answers
+        self.logprob = logprob
+        """What every written token is said to have had; 0 is certainty."""
+        self.version = version
+        self.requests: list[Request] = []
+        """Everything that was asked, in order."""
+        self.closed = False
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        if self.closed:
+            raise EngineError(f"{len(requests)} completions were asked of a closed engine. Make a new engine.")
+        self.requests.extend(requests)
+        return [self._complete(request) for request in requests]
+
+    def sync(self, weights: Any, version: int) -> None:
+        """Note the version: a script has no weights."""
+        self.version = version
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _complete(self, request: Request) -> Completion:
+        written, finish = _cut(tuple(self.answers(request)), request)
+        logprobs = (self.logprob,) * len(written)
+        return Completion(
+            token_ids=written,
+            behavior_logprobs=logprobs,
+            model_logprobs=logprobs,
+            finish=finish,
+            policy_version=(self.version, self.version),
+        )
+
+
+def _cut(script: tuple[int, ...], request: Request) -> tuple[tuple[int, ...], Finish]:
+    """What a sampler would have kept of the script, and why it ended there."""
+    stops = [t for t, token in enumerate(script) if token in request.stop_ids]
+    text = script[: stops[0] + 1] if stops else script + request.stop_ids[:1]
+    kept = text[: request.max_new_tokens]
+    return kept, Finish.STOP if len(kept) == len(text) else Finish.LENGTH
