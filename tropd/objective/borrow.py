@@ -1,10 +1,7 @@
 """A method's loss from plain tensors, for any training loop.
 
-    from tropd.methods import TrOPD
-    from tropd.objective import distillation_loss
-
     output = distillation_loss(TrOPD(), token_ids=ids, authors=authors, logits=logits,
-                               teacher_logprobs=t, teacher_topk=(k_ids, k_logprobs), seed=step)
+                               teacher_logprobs=t, teacher_top_k=(k_ids, k_logprobs), seed=step)
     output.loss.backward()
 
 Per-token tensors are [B, T] or flat [N]; entry t describes token t itself, so shift your logits first:
@@ -24,7 +21,7 @@ from tropd.errors import EvidenceError
 from tropd.objective.evidence import Needs, StudentView, Tokens, at_least_float32
 from tropd.objective.objective import LossOutput, Objective
 from tropd.objective.plan import Counts
-from tropd.objective.terms import Alone, Context, Reach, World
+from tropd.objective.terms import Context, Reach
 from tropd.types import Author, key_of
 
 
@@ -44,9 +41,9 @@ def distillation_loss(
     authors: Tensor,
     logits: Tensor | None = None,
     logprobs: Tensor | None = None,
-    topk_logprobs: Tensor | None = None,
+    top_k_logprobs: Tensor | None = None,
     teacher_logprobs: Tensor | None = None,
-    teacher_topk: TopK | None = None,
+    teacher_top_k: TopK | None = None,
     teacher_entropy: Tensor | None = None,
     teacher_logits: Tensor | None = None,
     behavior_logprobs: Tensor | None = None,
@@ -57,13 +54,11 @@ def distillation_loss(
     seed: int = 0,
     progress: float = 0.0,
     counts: Counts | None = None,
-    world: World | None = None,
 ) -> LossOutput:
     """The loss of one batch and every term's part of it.
 
     authors            1 where the student wrote the token, 2 where the teacher did, anything else is context
-    logits             the student's, with gradient; or give `logprobs` of the written tokens (and `topk_logprobs` at
-                       the teacher's top-k ids) when you have them without the vocabulary
+    logits             the student's, with gradient; or its `logprobs` (and `top_k_logprobs` at the teacher's ids)
     teacher_logits     instead of the other teacher_* evidence, if you hold the whole distribution
     behavior_logprobs  of the sampler; by default the student itself, that is, on-policy
     sequences          which sequence each token of flat input belongs to
@@ -78,7 +73,7 @@ def distillation_loss(
         )
     given = _Given(token_ids.shape, token_ids.numel())
     tokens = _describe(given, token_ids, authors, sequences, rollout_ids, seed, rewards, groups)
-    view, teacher = _read(given, objective, tokens, (logits, logprobs, topk_logprobs), teacher_logits, teacher_topk)
+    view, teacher = _read(given, objective, tokens, (logits, logprobs, top_k_logprobs), teacher_logits, teacher_top_k)
     own_N = view.logprobs_N.detach()
     tokens = tokens.with_(
         student_logprobs_N=own_N,
@@ -89,7 +84,7 @@ def distillation_loss(
         tokens = tokens.with_(teacher_logprobs_N=given.flat(teacher_logprobs, "teacher_logprobs"))
     if teacher_entropy is not None:
         tokens = tokens.with_(teacher_entropy_N=given.flat(teacher_entropy, "teacher_entropy"))
-    plan = objective.plan(tokens, Context(progress=progress, world=world or Alone()), counts)
+    plan = objective.plan(tokens, Context(progress=progress), counts)
     return objective(tokens, view, plan)
 
 
@@ -161,24 +156,24 @@ def _read(
     tokens: Tokens,
     student: tuple[Tensor | None, Tensor | None, Tensor | None],
     teacher_logits: Tensor | None,
-    teacher_topk: TopK | None,
+    teacher_top_k: TopK | None,
 ) -> tuple[StudentView, dict[str, Tensor | int]]:
     """The student's view and the teacher's evidence, from logits where they are given."""
-    logits, logprobs, topk_logprobs = student
-    needs, evidence = objective.needs, {}
-    full_t = None
+    logits, logprobs, top_k_logprobs = student
+    needs, full_t = objective.needs, None
+    evidence: dict[str, Tensor | int] = {}
     if teacher_logits is not None:
         full_t = at_least_float32(given.flat(teacher_logits, "teacher_logits", 1)).log_softmax(-1).detach()
         evidence |= teacher_evidence(full_t, tokens.token_ids_N, needs, objective.teacher_top_k)
-    if teacher_topk is not None:
-        evidence["teacher_topk_ids_NK"] = given.flat(teacher_topk[0], "teacher_topk ids", 1)
-        evidence["teacher_topk_logprobs_NK"] = given.flat(teacher_topk[1], "teacher_topk log-probabilities", 1)
+    if teacher_top_k is not None:
+        evidence["teacher_topk_ids_NK"] = given.flat(teacher_top_k[0], "teacher_top_k ids", 1)
+        evidence["teacher_topk_logprobs_NK"] = given.flat(teacher_top_k[1], "teacher_top_k log-probabilities", 1)
     if logits is None:
         if logprobs is None:
             raise EvidenceError("give the student's `logits`, or its `logprobs` of the written tokens.")
         view = StudentView(logprobs_N=given.flat(logprobs, "logprobs"))
-        if topk_logprobs is not None:
-            view = view.with_(topk_logprobs_NK=given.flat(topk_logprobs, "topk_logprobs", 1))
+        if top_k_logprobs is not None:
+            view = view.with_(topk_logprobs_NK=given.flat(top_k_logprobs, "top_k_logprobs", 1))
         return view, evidence
     full_s = at_least_float32(given.flat(logits, "logits", 1)).log_softmax(-1)
     evidence["vocab_size"] = full_s.shape[-1]

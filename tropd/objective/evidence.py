@@ -143,9 +143,18 @@ class Tokens(Evidence):
         return self.token_ids_N.shape[0]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """In which weights and rewards are computed: that of the log-probabilities, float32 at least."""
+        for name in ("student_logprobs_N", "behavior_logprobs_N", "teacher_logprobs_N"):
+            given = self.peek(name)
+            if given is not None:
+                return torch.promote_types(given.dtype, torch.float32)
+        return torch.float32
+
+    @property
     def log_ratio_N(self) -> Tensor:
         """log pi_T - log pi_S of the written token, as of planning."""
-        return self.teacher_logprobs_N - self.student_logprobs_N
+        return at_least_float32(self.teacher_logprobs_N) - at_least_float32(self.student_logprobs_N)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False, repr=False)

@@ -82,9 +82,9 @@ def group_ranks_of(score_N: Tensor, group_N: Tensor, member_N: Tensor) -> tuple[
 
 
 def padded(x_N: Tensor, tokens: Tokens) -> Tensor:
-    """[S, T] with 0 where a sequence has no token: for arithmetic along sequences, whatever the order of rows."""
-    num_sequences = tokens.keys_S.shape[0]
+    """[S, T] with 0 where a sequence has no trained token: arithmetic along sequences, whatever the order of rows."""
     length = int(tokens.positions_N.max()) + 1 if len(tokens) else 0
-    out = x_N.new_zeros((num_sequences, length))
-    out[tokens.sequences_N, tokens.positions_N] = x_N
+    out = x_N.new_zeros((tokens.keys_S.shape[0], length))
+    rows = (tokens.authors_N == Author.STUDENT) | (tokens.authors_N == Author.TEACHER)
+    out[tokens.sequences_N[rows], tokens.positions_N[rows]] = x_N[rows]
     return out

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tropd.errors import EvidenceError
-from tropd.objective.evidence import Tokens, at_least_float32
+from tropd.objective.evidence import Tokens
 from tropd.objective.terms import Context, Over, Term
 from tropd.types import Author
 
@@ -86,7 +86,7 @@ def make_plan(objective: Objective, tokens: Tokens, context: Context, counts: Co
 
 def _weigh(term: Term, tokens: Tokens, context: Context, counts: Counts) -> Tensor:
     actions_N = (tokens.authors_N == Author.STUDENT) | (tokens.authors_N == Author.TEACHER)
-    weight_N = at_least_float32(term.where(tokens, context)) * actions_N
+    weight_N = term.where(tokens, context).to(tokens.dtype) * actions_N
     if not bool(torch.isfinite(weight_N).all()) or bool((weight_N < 0).any()):
         raise EvidenceError("its selector gave a weight that is negative or not finite. " + _where(weight_N, tokens))
     scale = term.coefficient(context.progress)
@@ -106,10 +106,7 @@ def _denominator(over: Over, weight_N: Tensor, context: Context, counts: Counts)
 
 def _judge(term: Term, tokens: Tokens, context: Context, weight_N: Tensor) -> Tensor:
     assert term.loss.reward is not None
-    zero_N = torch.zeros(len(tokens), dtype=weight_N.dtype, device=weight_N.device)
-    if tokens.peek("student_logprobs_N") is not None:
-        zero_N = torch.zeros_like(tokens.student_logprobs_N)
-    reward_N = term.loss.reward(zero_N, tokens, context)
+    reward_N = term.loss.reward(torch.zeros_like(weight_N), tokens, context)
     bad_N = (weight_N != 0) & ~torch.isfinite(reward_N)
     if bool(bad_N.any()):
         raise EvidenceError(

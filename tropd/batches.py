@@ -1,0 +1,137 @@
+"""Scored rollouts as one flat batch of tokens, and its cuts into micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tropd.errors import TeacherError
+from tropd.objective.evidence import Tokens
+from tropd.types import Author, Rollout, TeacherScores, key_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredBatch:
+    """Rollouts and one row of `tokens` per response token, rollout after rollout.  No gradient."""
+
+    rollouts: tuple[Rollout, ...]
+    tokens: Tokens
+    measured: bool = False
+    """The student was asked in a pass of its own, so plans need not wait for the gradient pass."""
+
+    def rows_of(self, chosen: Sequence[int]) -> Tensor:
+        """Row numbers of some rollouts, in the order given."""
+        starts = _starts(self.rollouts)
+        device = self.tokens.token_ids_N.device
+        rows = [torch.arange(starts[i], starts[i + 1], device=device) for i in chosen]
+        return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64, device=device)
+
+    def take(self, chosen: Sequence[int]) -> ScoredBatch:
+        """Some rollouts.  Per-sequence fields stay whole, so `sequences_N` keeps its meaning."""
+        return ScoredBatch(
+            rollouts=tuple(self.rollouts[i] for i in chosen),
+            tokens=self.tokens.rows(self.rows_of(chosen)),
+            measured=self.measured,
+        )
+
+    def alone(self, chosen: Sequence[int]) -> ScoredBatch:
+        """Some rollouts as a batch of its own, sequences renumbered."""
+        part = self.take(chosen)
+        new_of = torch.zeros(len(self.rollouts), dtype=torch.int64, device=part.tokens.sequences_N.device)
+        index = torch.tensor(list(chosen), dtype=torch.int64, device=new_of.device)
+        new_of[index] = torch.arange(len(chosen), device=new_of.device)
+        fields = ("keys_S", "num_actions_S", "rewards_S", "groups_S")
+        held = {f: x[index.to(x.device)] for f in fields if (x := part.tokens.peek(f)) is not None}
+        tokens = part.tokens.with_(sequences_N=new_of[part.tokens.sequences_N], **held)
+        return ScoredBatch(rollouts=part.rollouts, tokens=tokens, measured=part.measured)
+
+
+def _starts(rollouts: Sequence[Rollout]) -> list[int]:
+    starts = [0]
+    for rollout in rollouts:
+        starts.append(starts[-1] + len(rollout.response_ids))
+    return starts
+
+
+def make_tokens(rollouts: Sequence[Rollout], seed: int, device: torch.device, vocab_size: int | None) -> Tokens:
+    """Everything that rollouts themselves say about their response tokens."""
+    lengths = [len(r.response_ids) for r in rollouts]
+
+    def flat(of_rollout: list[Sequence[float]], dtype: torch.dtype) -> Tensor:
+        return torch.tensor([x for row in of_rollout for x in row], dtype=dtype, device=device)
+
+    def response(r: Rollout, values: Sequence) -> Sequence:
+        return values[len(r.prompt.token_ids) :]
+
+    authors = [response(r, r.authors) for r in rollouts]
+    trained = {Author.STUDENT, Author.TEACHER}
+    groups = {name: n for n, name in enumerate(sorted({r.group for r in rollouts}))}
+    optional: dict[str, object] = {"groups_S": torch.tensor([groups[r.group] for r in rollouts], device=device)}
+    if vocab_size is not None:
+        optional["vocab_size"] = vocab_size
+    if all(r.reward is not None for r in rollouts):
+        optional["rewards_S"] = torch.tensor([r.reward for r in rollouts], dtype=torch.float32, device=device)
+    if all(r.model_logprobs or not _wrote(r) for r in rollouts):
+        known = [response(r, r.model_logprobs or r.behavior_logprobs) for r in rollouts]
+        optional["student_logprobs_N"] = flat(known, torch.float32)
+    return Tokens(
+        token_ids_N=flat([r.response_ids for r in rollouts], torch.int64),
+        authors_N=flat(authors, torch.int64),
+        sequences_N=torch.arange(len(rollouts), device=device).repeat_interleave(torch.tensor(lengths, device=device)),
+        positions_N=flat([range(n) for n in lengths], torch.int64),
+        keys_S=torch.tensor([key_of(seed, r.id) for r in rollouts], dtype=torch.int64, device=device),
+        num_actions_S=torch.tensor([sum(a in trained for a in row) for row in authors], device=device),
+        behavior_logprobs_N=flat([response(r, r.behavior_logprobs) for r in rollouts], torch.float32),
+        **optional,  # type: ignore[arg-type]
+    )
+
+
+def _wrote(rollout: Rollout) -> bool:
+    return Author.STUDENT in rollout.authors
+
+
+_OF_SCORES = {
+    "teacher_logprobs_N": "logprobs_T",
+    "teacher_topk_ids_NK": "topk_ids_TK",
+    "teacher_topk_logprobs_NK": "topk_logprobs_TK",
+    "teacher_entropy_N": "entropy_T",
+    "teacher_at_student_topk_NJ": "at_student_topk_TJ",
+    "teacher_full_logprobs_NV": "full_logprobs_TV",
+}
+
+
+def add_scores(tokens: Tokens, rollouts: Sequence[Rollout], scores: Sequence[TeacherScores]) -> Tokens:
+    """Join a teacher's scores to the tokens they describe; a row too many or too few is an error, never a shift."""
+    if len(scores) != len(rollouts):
+        raise TeacherError(f"the teacher was given {len(rollouts)} rollouts and scored {len(scores)}.")
+    for rollout, score in zip(rollouts, scores, strict=True):
+        if score.logprobs_T.shape[0] != len(rollout.response_ids):
+            raise TeacherError(
+                f"rollout {rollout.id} has {len(rollout.response_ids)} response tokens, but teacher {score.teacher!r} "
+                f"scored {score.logprobs_T.shape[0]}: misaligned evidence is never trained on."
+            )
+    joined = {}
+    for field, name in _OF_SCORES.items():
+        rows = [getattr(s, name) for s in scores]
+        if rows and all(x is not None for x in rows):
+            joined[field] = torch.cat(rows).to(tokens.token_ids_N.device)
+    return tokens.with_(**joined)
+
+
+def micro_batches(batch: ScoredBatch, max_tokens: int) -> list[list[int]]:
+    """Rollouts grouped under a token budget, similar lengths together so that padding costs little.
+
+    A rollout longer than the budget goes alone.
+    """
+    order = sorted(range(len(batch.rollouts)), key=lambda i: (len(batch.rollouts[i].token_ids), i))
+    groups: list[list[int]] = []
+    for i in order:
+        width = len(batch.rollouts[i].token_ids)
+        if groups and (len(groups[-1]) + 1) * width <= max_tokens:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups

@@ -1,0 +1,188 @@
+"""One training step: score -> plan -> forward and backward -> optimise.
+
+                 rollouts
+                    |                       student evidence (only what the objective reads)
+    teacher.score --+--> ScoredBatch --> plan: weights, rewards, global denominators
+                                            |
+                        micro-batch --> student view --> objective --> backward      (sums, never means of means)
+                                            |
+                                     optimiser step
+
+Where every term reaches no further than the token and one step is taken per rollout batch, the plan of a micro-batch is
+made from the student's own forward pass: exact, and free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tropd.batches import ScoredBatch, add_scores, make_tokens, micro_batches
+from tropd.errors import EvidenceError
+from tropd.objective.evidence import OF_TEACHER, Needs, StudentView, Tokens
+from tropd.objective.objective import Objective
+from tropd.objective.plan import Counts, Plan, count
+from tropd.objective.terms import Context, Reach
+from tropd.teachers.teacher import Teacher
+from tropd.types import Rollout, TermStats
+
+
+class Learner(Protocol):
+    """The student as the step sees it."""
+
+    device: torch.device
+    vocab_size: int | None
+
+    def view(self, rollouts: Sequence[Rollout], tokens: Tokens, needs: Needs) -> StudentView:
+        """Its opinion of these tokens, with gradient."""
+        ...
+
+    def measure(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int) -> dict[str, Tensor]:
+        """Its opinion without gradient, as fields of Tokens: what plans read."""
+        ...
+
+    def reverse_kl(self, rollouts: Sequence[Rollout], teacher: Teacher) -> Tensor:
+        """KL(student || teacher) at every response token."""
+        ...
+
+    def update(self) -> tuple[float, float]:
+        """One optimiser step from the gradients at hand: (gradient norm before clipping, learning rate)."""
+        ...
+
+
+PASS_NEEDS = Needs.STUDENT_ENTROPY | Needs.STUDENT_TOPK | Needs.REVERSE_KL
+"""Evidence of the student that must exist before the gradient pass."""
+
+
+@dataclass
+class StepSums:
+    """What a step adds up over its micro-batches."""
+
+    loss: float = 0.0
+    terms: dict[str, TermStats] = field(default_factory=dict)
+    gradient_norms: list[float] = field(default_factory=list)
+    learning_rate: float = 0.0
+
+    def add(self, loss: float, terms: dict[str, TermStats], share: float) -> None:
+        self.loss += share * loss
+        for name, part in terms.items():
+            old = self.terms.get(name, TermStats(loss=0.0, tokens=0.0, weight=0.0))
+            self.terms[name] = TermStats(
+                loss=old.loss + share * part.loss,
+                tokens=old.tokens + part.tokens,
+                weight=old.weight + share * part.weight,
+            )
+
+
+Watch = Callable[[ScoredBatch, StudentView, Plan], None]
+"""Called once per micro-batch with what was trained on: probes, and rollouts that are kept."""
+
+
+def check_evidence(objective: Objective, teacher: Teacher, name: str, grader: bool) -> None:
+    """Refuse before step 0 what could only fail later."""
+    lacking = objective.needs & OF_TEACHER & ~teacher.capabilities
+    if lacking:
+        terms = [t.name for t in objective.terms if t.needs & lacking]
+        raise EvidenceError(
+            f"term {', '.join(map(repr, terms))} of method {name!r} needs {_names(lacking)} from the teacher, which "
+            f"offers {_names(teacher.capabilities)}. Use another method (`tropd methods`), or a teacher in this "
+            "process, which can answer everything."
+        )
+    if Needs.REWARD in objective.needs and not grader:
+        raise EvidenceError(f"method {name!r} reads a grader's reward: set `data.grader`.")
+
+
+def _names(needs: Needs) -> str:
+    return " and ".join(str(n.name) for n in needs) or "nothing"
+
+
+def score(
+    rollouts: Sequence[Rollout], objective: Objective, teacher: Teacher, learner: Learner, *, seed: int, recall: bool
+) -> ScoredBatch:
+    """Join everything known about the rollouts.  `recall`: plan from the student as it is now, not as it will be."""
+    tokens = make_tokens(rollouts, seed, learner.device, learner.vocab_size)
+    needs = objective.needs
+    own: dict[str, Tensor] = {}
+    if recall or needs & PASS_NEEDS:
+        own = learner.measure(rollouts, needs, objective.student_top_k)
+    ids = own.get("student_topk_ids_NJ")
+    asked = None
+    if ids is not None:
+        asked = list(ids.split([len(r.response_ids) for r in rollouts]))
+    if needs & OF_TEACHER:
+        scores = teacher.score(rollouts, needs, top_k=objective.teacher_top_k, student_topk_ids=asked)
+        tokens = add_scores(tokens, rollouts, scores)
+    if Needs.REVERSE_KL in needs:
+        own["reverse_kl_N"] = learner.reverse_kl(rollouts, teacher)
+    return ScoredBatch(rollouts=tuple(rollouts), tokens=tokens.with_(**own), measured=bool(own))
+
+
+def train_step(
+    batch: ScoredBatch,
+    objective: Objective,
+    learner: Learner,
+    context: Context,
+    *,
+    tokens_per_micro_batch: int,
+    num_updates: int = 1,
+    watch: Watch | None = None,
+) -> StepSums:
+    """Gradient and optimiser step(s) on a scored batch.
+
+    With several updates each is planned on its own share of the rollouts; importance ratios correct for the drift.
+    """
+    sums = StepSums()
+    order = range(len(batch.rollouts))
+    for u in range(num_updates):
+        part = batch if num_updates == 1 else batch.alone(list(order[u::num_updates]))
+        _accumulate(part, objective, learner, context, tokens_per_micro_batch, sums, 1.0 / num_updates, watch)
+        norm, sums.learning_rate = learner.update()
+        sums.gradient_norms.append(norm)
+    return sums
+
+
+def recall_needed(objective: Objective, num_updates: int) -> bool:
+    """Whether plans must be made from a pass of their own."""
+    return objective.reach > Reach.TOKEN or num_updates > 1
+
+
+def _accumulate(
+    batch: ScoredBatch,
+    objective: Objective,
+    learner: Learner,
+    context: Context,
+    max_tokens: int,
+    sums: StepSums,
+    share: float,
+    watch: Watch | None,
+) -> None:
+    whole: Plan | None = None
+    if objective.reach > Reach.TOKEN:
+        whole = objective.plan(batch.tokens, context)
+    counts: Counts = whole.counts if whole else count(batch.tokens, context)
+    for chosen in micro_batches(batch, max_tokens):
+        part = batch.take(chosen)
+        view = learner.view(part.rollouts, part.tokens, objective.needs)
+        if whole is not None:
+            plan = whole.rows(batch.rows_of(chosen))
+        else:
+            part, plan = _plan_from_view(part, view, objective, context, counts)
+        output = objective(part.tokens, view, plan)
+        output.loss.backward()
+        sums.add(float(output.loss.detach()), output.terms, share)
+        if watch is not None:
+            watch(part, view, plan)
+
+
+def _plan_from_view(
+    part: ScoredBatch, view: StudentView, objective: Objective, context: Context, counts: Counts
+) -> tuple[ScoredBatch, Plan]:
+    """The student of this very pass judges its tokens, unless a pass of its own has been made for that."""
+    if not part.measured:
+        tokens = part.tokens.with_(student_logprobs_N=view.logprobs_N.detach())
+        part = ScoredBatch(rollouts=part.rollouts, tokens=tokens)
+    return part, objective.plan(part.tokens, context, counts)

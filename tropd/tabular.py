@@ -1,0 +1,178 @@
+"""A language model small enough to be exact: the whole loop in milliseconds, with sequence-level KL in closed form.
+
+A response token depends on the prompt and the token before it; the model is a table of logits [P, V + 1, V], where row V
+stands before the first token and token 0 ends the response.  One class is engine, teacher and student at once, so the
+same stages run as with real models.  Divergences between two tables are sums over states weighted by how often the
+student visits them; no sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tropd.objective.borrow import student_view, teacher_evidence
+from tropd.objective.draws import uniform
+from tropd.objective.evidence import OF_TEACHER, Needs, StudentView, Tokens
+from tropd.teachers.teacher import Teacher
+from tropd.types import Completion, Finish, Prompt, Request, Rollout, TeacherScores
+
+END = 0
+
+
+class TabularLM:
+    """A table of next-token logits, float64."""
+
+    capabilities = OF_TEACHER & ~Needs.REFERENCE
+    device = torch.device("cpu")
+
+    def __init__(self, logits_PWV: Tensor, *, learning_rate: float = 0.1, max_gradient_norm: float = 1.0) -> None:
+        self.logits = logits_PWV.double().clone().requires_grad_()
+        self.vocab_size = logits_PWV.shape[-1]
+        self.max_gradient_norm = max_gradient_norm
+        self.optimizer = torch.optim.Adam([self.logits], lr=learning_rate)
+        self.version = 0
+
+    @classmethod
+    def random(cls, num_prompts: int, vocab_size: int, seed: int, sharp: float = 2.0, **options) -> TabularLM:
+        g = torch.Generator().manual_seed(seed)
+        return cls(
+            sharp * torch.randn(num_prompts, vocab_size + 1, vocab_size, generator=g, dtype=torch.float64), **options
+        )
+
+    def prompts(self) -> list[Prompt]:
+        """One prompt per row of the table; its only token is its number."""
+        return [Prompt(id=f"p{i}", token_ids=(i,)) for i in range(self.logits.shape[0])]
+
+    def full_logprobs(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """[N, V]: the distribution that each response token was, or would have been, drawn from."""
+        prompt_N = [r.prompt.token_ids[-1] for r in rollouts for _ in r.response_ids]
+        before_N = [b for r in rollouts for b in (self.vocab_size, *r.response_ids[:-1]) if r.response_ids]
+        index = torch.tensor(prompt_N, dtype=torch.int64), torch.tensor(before_N, dtype=torch.int64)
+        return self.logits[index].log_softmax(-1)
+
+    # As an engine
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        return [self._write(request) for request in requests]
+
+    def _write(self, request: Request) -> Completion:
+        prompt, *given = request.token_ids
+        state = given[-1] if given else self.vocab_size
+        table = self.logits[prompt].log_softmax(-1)
+        draws = uniform(torch.tensor(request.seed), torch.arange(request.max_new_tokens), stream=1).double()
+        ids: list[int] = []
+        logprobs: list[float] = []
+        for u in draws:
+            cumulative = table[state].exp().cumsum(0)
+            state = int(torch.searchsorted(cumulative, u * cumulative[-1], right=True).clamp(max=self.vocab_size - 1))
+            logprobs.append(float(table[ids[-1] if ids else (given[-1] if given else self.vocab_size), state]))
+            ids.append(state)
+            if state == END:
+                break
+        finish = Finish.STOP if ids and ids[-1] == END else Finish.LENGTH
+        both = tuple(logprobs)
+        version = (self.version, self.version)
+        return Completion(
+            token_ids=tuple(ids), behavior_logprobs=both, model_logprobs=both, finish=finish, policy_version=version
+        )
+
+    def sync(self, weights: object, version: int) -> None:
+        self.version = version
+
+    def close(self) -> None:
+        pass
+
+    # As a teacher
+
+    @torch.no_grad()
+    def score(
+        self,
+        rollouts: Sequence[Rollout],
+        needs: Needs,
+        *,
+        top_k: int = 0,
+        student_topk_ids_TJ: Sequence[Tensor] | None = None,
+    ) -> list[TeacherScores]:
+        scores = []
+        for n, rollout in enumerate(rollouts):
+            full = self.full_logprobs([rollout])
+            ids = torch.tensor(rollout.response_ids, dtype=torch.int64)
+            found = teacher_evidence(full, ids, needs, top_k)
+            at_student = full.gather(-1, student_topk_ids_TJ[n]) if student_topk_ids_TJ is not None else None
+            scores.append(
+                TeacherScores(
+                    logprobs_T=found["teacher_logprobs_N"],
+                    topk_ids_TK=found["teacher_topk_ids_NK"],
+                    topk_logprobs_TK=found["teacher_topk_logprobs_NK"],
+                    entropy_T=found["teacher_entropy_N"],
+                    at_student_topk_TJ=at_student,
+                    full_logprobs_TV=full if Needs.FULL in needs else None,
+                )
+            )
+        return scores
+
+    # As a student
+
+    def view(self, rollouts: Sequence[Rollout], tokens: Tokens, needs: Needs) -> StudentView:
+        evidence = {"teacher_topk_ids_NK": tokens.teacher_topk_ids_NK} if Needs.TOPK in needs else {}
+        full = self.full_logprobs(rollouts)
+        view = student_view(full, None, tokens.token_ids_N, needs, 0, evidence)
+        if Needs.STUDENT_TOPK in needs:
+            view = view.with_(student_topk_logprobs_NJ=full.gather(-1, tokens.student_topk_ids_NJ))
+        return view
+
+    @torch.no_grad()
+    def measure(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int) -> dict[str, Tensor]:
+        full = self.full_logprobs(rollouts)
+        ids_N = torch.tensor([i for r in rollouts for i in r.response_ids], dtype=torch.int64)
+        found = {
+            "student_logprobs_N": full.gather(-1, ids_N[:, None]).squeeze(-1),
+            "student_entropy_N": torch.special.entr(full.exp()).sum(-1),
+        }
+        if Needs.STUDENT_TOPK in needs:
+            found["student_topk_ids_NJ"] = full.topk(min(top_k, self.vocab_size), -1).indices
+        return found
+
+    @torch.no_grad()
+    def reverse_kl(self, rollouts: Sequence[Rollout], teacher: Teacher) -> Tensor:
+        assert isinstance(teacher, TabularLM)
+        own, other = self.full_logprobs(rollouts), teacher.full_logprobs(rollouts)
+        return (own.exp() * (own - other)).sum(-1)
+
+    def update(self) -> tuple[float, float]:
+        norm = float(torch.nn.utils.clip_grad_norm_([self.logits], self.max_gradient_norm))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm, self.optimizer.param_groups[0]["lr"]
+
+
+def sequence_kl(p: TabularLM, q: TabularLM, max_new_tokens: int) -> Tensor:
+    """KL(p || q) between whole responses of at most `max_new_tokens`, averaged over prompts.  Differentiable in p, q."""
+    log_p, log_q = p.logits.log_softmax(-1), q.logits.log_softmax(-1)
+    at_state_PW = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return (visits(p, max_new_tokens) * at_state_PW).sum(-1).mean()
+
+
+def total_variation(p: TabularLM, q: TabularLM, max_new_tokens: int) -> float:
+    """Mean total variation of the next-token distributions over the states that p visits."""
+    gap_PW = 0.5 * (p.logits.softmax(-1) - q.logits.softmax(-1)).abs().sum(-1)
+    weight = visits(p, max_new_tokens)
+    return float(((weight * gap_PW).sum() / weight.sum()).detach())
+
+
+def visits(model: TabularLM, max_new_tokens: int) -> Tensor:
+    """[P, V + 1]: expected number of tokens drawn at each state."""
+    probability = model.logits.softmax(-1)
+    here = torch.zeros_like(probability[..., 0])
+    here[:, -1] = 1.0
+    total = torch.zeros_like(here)
+    for _ in range(max_new_tokens):
+        total = total + here
+        drawn = (here[..., None] * probability).sum(1)
+        alive = torch.cat([torch.zeros_like(drawn[:, :1]), drawn[:, 1:]], -1)  # END is never continued
+        here = torch.cat([alive, torch.zeros_like(drawn[:, :1])], -1)
+    return total
