@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.student.test_forward import LENGTHS, plain, rollouts_of, tokens_of, written
+from tests.student.cases import LENGTHS, plain, rollouts_of, tokens_of, written
 from tests.tiny import VOCAB, byte_tokenizer, tiny_model
 from tropd.errors import ConfigError, EvidenceError, TeacherError, VocabularyError
 from tropd.objective.evidence import Needs
@@ -26,9 +26,9 @@ def test_scores_are_the_models_own_in_the_order_of_the_rollouts(tokens_per_batch
     rollouts = rollouts_of()
     teacher: Teacher = LocalTeacher(model, name="big", tokens_per_batch=tokens_per_batch, tile_tokens=4)
     generator = torch.Generator().manual_seed(0)
-    student_topk_ids = [torch.randint(VOCAB, (length, 3), generator=generator) for _, length in LENGTHS]
-    scores = teacher.score(rollouts, EVERYTHING, top_k=6, student_topk_ids=student_topk_ids)
-    for rollout, score, at_TJ in zip(rollouts, scores, student_topk_ids, strict=True):
+    at_ids = [torch.randint(VOCAB, (length, 3), generator=generator) for _, length in LENGTHS]
+    scores = teacher.score(rollouts, EVERYTHING, top_k=6, student_topk_ids=at_ids)
+    for rollout, score, at_TJ in zip(rollouts, scores, at_ids, strict=True):
         with torch.no_grad():
             full_TV = plain(model, [rollout])
         entropy_T = -(full_TV.exp() * full_TV).sum(-1)
@@ -116,10 +116,10 @@ def test_the_base_under_an_adapter_is_a_teacher_and_the_student_stays_as_it_was(
     student.get_base_model().model.layers[1].eval()
     next(p for p in student.parameters() if p.requires_grad).requires_grad_(False)
     rollouts = rollouts_of()
-    teacher: Teacher = BaseAsTeacher(student)
     before_N = Forward(student).measure(rollouts, Needs.SAMPLED).logprobs_N
     flags = [p.requires_grad for p in student.parameters()]
     modes = [module.training for module in student.modules()]
+    teacher: Teacher = BaseAsTeacher(student)
 
     scores = teacher.score(rollouts, Needs.FULL | Needs.TOPK, top_k=3)
     for found, expected in zip(scores, wanted.score(rollouts, Needs.FULL | Needs.TOPK, top_k=3), strict=True):
