@@ -180,23 +180,19 @@ def read_logits(
 def likeliest(logits_NV: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Ids and logits of the `top_k` likeliest tokens, likeliest first, equal ones by id.
 
-    torch.topk promises nothing about equal logits, and in half precision many are equal.
+    torch.topk promises nothing about equal logits, and in half precision many are equal: so more candidates are taken
+    than needed, and where even their last one equals the k-th, the whole row is looked through.
     """
-    more = min(top_k + 1, logits_NV.shape[1])
-    logits_NK, ids_NK = logits_NV.topk(more, dim=-1)
-    last_N1 = logits_NK[:, top_k - 1 : top_k]
-    cut_N = (logits_NK[:, top_k:] == last_N1).any(-1)
-    ids_NK = ids_NK[:, :top_k].clone()
-    rows = cut_N.nonzero().squeeze(1)
+    num_candidates = min(4 * top_k + 16, logits_NV.shape[1])
+    ids_NC = logits_NV.topk(num_candidates, dim=-1).indices.sort(dim=-1).values
+    logits_NC, order_NC = logits_NV.gather(1, ids_NC).sort(dim=-1, descending=True, stable=True)
+    logits_NK, ids_NK = logits_NC[:, :top_k].clone(), ids_NC.gather(1, order_NC)[:, :top_k].clone()
+    spills_N = (logits_NC[:, -1] == logits_NK[:, -1]) & (num_candidates < logits_NV.shape[1])
+    rows = spills_N.nonzero().squeeze(1)
     if rows.numel():
-        tied_RV, last_R1 = logits_NV[rows], last_N1[rows]
-        above_RV, equal_RV = ~(tied_RV <= last_R1), tied_RV == last_R1
-        room_R1 = top_k - above_RV.sum(-1, keepdim=True)
-        chosen_RV = above_RV | (equal_RV & (equal_RV.cumsum(-1, dtype=torch.int32) <= room_R1))
-        ids_NK[rows] = chosen_RV.nonzero()[:, 1].view(-1, top_k)
-    ids_NK = ids_NK.sort(dim=-1).values
-    logits_NK, order_NK = logits_NV.gather(1, ids_NK).sort(dim=-1, descending=True, stable=True)
-    return ids_NK.gather(1, order_NK), logits_NK
+        ordered = logits_NV[rows].sort(dim=-1, descending=True, stable=True)
+        ids_NK[rows], logits_NK[rows] = ordered.indices[:, :top_k], ordered.values[:, :top_k]
+    return ids_NK, logits_NK
 
 
 def _number(config: Any, name: str, default: float) -> float:
