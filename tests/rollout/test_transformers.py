@@ -19,7 +19,7 @@ from tests.tiny import VOCAB, tiny_config, tiny_model
 from tropd.errors import ConfigError, DataError, EngineError
 from tropd.objective.draws import uniform
 from tropd.rollout.sampling import draw_uniforms, invert, truncate
-from tropd.rollout.transformers import TransformersEngine
+from tropd.rollout.transformers import PREFILL_TOKENS, TransformersEngine
 from tropd.types import Completion, Finish, Request, Sampling
 
 GREEDY = Sampling(temperature=0.0)
@@ -235,6 +235,7 @@ def test_a_token_has_48_random_bits_and_the_first_24_are_those_of_the_counter():
     low = draws * 2**24 % 1
     assert len(set(low.tolist())) == 2000
     assert abs(low.mean() - 0.5) < 4 / math.sqrt(12 * 2000)
+    assert abs(torch.corrcoef(torch.stack([high, low]))[0, 1]) < 4 / math.sqrt(2000)
     assert draws.tolist() == draw_uniforms(-5, 7, 1) + draw_uniforms(-5, 8, 1999)
 
 
@@ -291,6 +292,15 @@ def test_finished_rows_leave_and_equal_prompts_are_read_once():
     assert shapes == [(1, 4), (3, 1), (2, 1), *[(1, 1)] * 6]
 
 
+def test_a_prefill_is_cut_so_that_its_activations_fit():
+    model = tiny_model(width=8, layers=1)
+    shapes = count_forwards(model)
+    prompts = some_prompts(lengths=(250,) * 70)
+    TransformersEngine(model, max_batch=80).generate([Request(token_ids=p, max_new_tokens=1, seed=0) for p in prompts])
+    assert shapes == [(65, 250), (5, 250)]
+    assert 65 * 250 <= PREFILL_TOKENS < 66 * 250
+
+
 def test_a_checkpointing_model_in_training_keeps_its_cache_and_is_left_as_it_was():
     model = tiny_model()
     request = Request(token_ids=tuple(range(10)), max_new_tokens=6, seed=1)
@@ -301,8 +311,11 @@ def test_a_checkpointing_model_in_training_keeps_its_cache_and_is_left_as_it_was
     model.lm_head.eval()
     before = {name: module.training for name, module in model.named_modules()}
     shapes = count_forwards(model)
+    checkpointing: list[bool] = []
+    model.register_forward_pre_hook(lambda module, args: checkpointing.append(module.is_gradient_checkpointing))
     assert TransformersEngine(model).generate([request]) == expected
     assert shapes == [(1, 10), *[(1, 1)] * 5]
+    assert not any(checkpointing)
     assert {name: module.training for name, module in model.named_modules()} == before
     assert model.is_gradient_checkpointing
     assert not model.config.use_cache
