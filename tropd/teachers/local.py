@@ -47,10 +47,10 @@ class LocalTeacher:
         needs: Needs,
         *,
         top_k: int = 0,
-        student_topk_ids: Sequence[Tensor] | None = None,
+        student_topk_ids_TJ: Sequence[Tensor] | None = None,
     ) -> list[TeacherScores]:
         """One TeacherScores per rollout, in order; a `top_k` beyond the vocabulary gives the whole vocabulary."""
-        return _score(self, rollouts, needs, top_k, student_topk_ids)
+        return _score(self, rollouts, needs, top_k, student_topk_ids_TJ)
 
 
 class BaseAsTeacher:
@@ -79,10 +79,10 @@ class BaseAsTeacher:
         needs: Needs,
         *,
         top_k: int = 0,
-        student_topk_ids: Sequence[Tensor] | None = None,
+        student_topk_ids_TJ: Sequence[Tensor] | None = None,
     ) -> list[TeacherScores]:
         """One TeacherScores per rollout, in order; a `top_k` beyond the vocabulary gives the whole vocabulary."""
-        return _score(self, rollouts, needs, top_k, student_topk_ids)
+        return _score(self, rollouts, needs, top_k, student_topk_ids_TJ)
 
 
 def same_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
@@ -132,10 +132,10 @@ def _score(
     rollouts: Sequence[Rollout],
     needs: Needs,
     top_k: int,
-    student_topk_ids: Sequence[Tensor] | None,
+    student_topk_ids_TJ: Sequence[Tensor] | None,
 ) -> list[TeacherScores]:
     """Batches of similar length, then back to the order of the rollouts."""
-    at_ids = student_topk_ids if Needs.STUDENT_TOPK in needs else None
+    at_ids = student_topk_ids_TJ if Needs.STUDENT_TOPK in needs else None
     _check_request(teacher, rollouts, needs, top_k, at_ids)
     scores: dict[int, TeacherScores] = {}
     for batch in similar_lengths([len(rollout.token_ids) for rollout in rollouts], teacher.tokens_per_batch):
@@ -192,11 +192,11 @@ def _check_request(
     if Needs.STUDENT_TOPK in needs:
         if at_ids is None:
             raise EvidenceError(
-                f"Needs.STUDENT_TOPK was asked of teacher {teacher.name} without ids; give student_topk_ids, a [T, J] "
+                f"Needs.STUDENT_TOPK was asked of teacher {teacher.name} without ids; give student_topk_ids_TJ, a [T, J] "
                 "tensor per rollout."
             )
         lengths = [len(ids) for ids in at_ids]
-        assert lengths == [len(rollout.response_ids) for rollout in rollouts], "student_topk_ids: a row per token"
+        assert lengths == [len(rollout.response_ids) for rollout in rollouts], "student_topk_ids_TJ: a row per token"
 
 
 def _check_adapter(student: nn.Module) -> None:

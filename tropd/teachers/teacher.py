@@ -22,10 +22,10 @@ class Teacher(Protocol):
         needs: Needs,
         *,
         top_k: int = 0,
-        student_topk_ids: Sequence[Tensor] | None = None,
+        student_topk_ids_TJ: Sequence[Tensor] | None = None,
     ) -> list[TeacherScores]:
         """One TeacherScores per rollout, rows aligned with its response tokens.
 
-        `student_topk_ids` gives, per rollout, the [T, J] ids that STUDENT_TOPK asks to be scored.
+        `student_topk_ids_TJ` gives, per rollout, the [T, J] ids that STUDENT_TOPK asks to be scored.
         """
         ...

@@ -1,0 +1,65 @@
+"""The student as the training step sees it: a Hugging Face model, its forward pass and its optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tropd.objective.evidence import Needs, StudentView, Tokens
+from tropd.student.forward import Forward, similar_lengths
+from tropd.student.optimizer import Optimizer
+from tropd.teachers.teacher import Teacher
+from tropd.types import Rollout
+
+
+class ModelLearner:
+    """Implements `tropd.step.Learner`."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, *, vocab_size: int, tile_tokens: int, tokens_per_batch: int
+    ) -> None:
+        self.model, self.optimizer, self.tokens_per_batch = model, optimizer, tokens_per_batch
+        self.forward = Forward(model, vocab_size=vocab_size, tile_tokens=tile_tokens)
+        self.vocab_size: int | None = vocab_size
+        self.device = next(model.parameters()).device
+
+    def view(self, rollouts: Sequence[Rollout], tokens: Tokens, needs: Needs) -> StudentView:
+        self.model.train()
+        return self.forward.view(rollouts, tokens, needs)
+
+    def measure(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int) -> dict[str, Tensor]:
+        wanted = top_k if Needs.STUDENT_TOPK in needs else 0
+        needs &= Needs.STUDENT_ENTROPY
+
+        def ask(part: list[Rollout]) -> dict[str, Tensor]:
+            found = self.forward.measure(part, needs, top_k=wanted)
+            fields = {
+                "student_logprobs_N": found.logprobs_N,
+                "student_entropy_N": found.entropy_N,
+                "student_topk_ids_NJ": found.topk_ids_NK if wanted else None,
+            }
+            return {name: x for name, x in fields.items() if x is not None}
+
+        return self._in_parts(rollouts, ask)
+
+    def reverse_kl(self, rollouts: Sequence[Rollout], teacher: Teacher) -> Tensor:
+        other: Any = teacher  # REVERSE_KL is offered only by teachers in this process, which have a forward pass
+        return self._in_parts(rollouts, lambda part: {"x": self.forward.reverse_kl(part, other.forward)})["x"]
+
+    def update(self) -> tuple[float, float]:
+        return self.optimizer.step()
+
+    def _in_parts(self, rollouts: Sequence[Rollout], ask: Any) -> dict[str, Tensor]:
+        """Ask under the token budget, similar lengths together; rows come back in the order of the rollouts."""
+        pieces: list[dict[str, Tensor]] = [{} for _ in rollouts]
+        for group in similar_lengths([len(r.token_ids) for r in rollouts], self.tokens_per_batch):
+            found = ask([rollouts[i] for i in group])
+            lengths = [len(rollouts[i].response_ids) for i in group]
+            for name, x in found.items():
+                for i, rows in zip(group, x.split(lengths), strict=True):
+                    pieces[i][name] = rows
+        names = pieces[0].keys() if pieces else ()
+        return {name: torch.cat([piece[name] for piece in pieces]) for name in names}

@@ -1,0 +1,126 @@
+"""Models and tokenizers from disk or hub, and what a user must be told when that fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from tropd.config import LoraConfig, ModelConfig, StudentConfig
+from tropd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def choose_device(asked: str) -> torch.device:
+    if asked != "auto":
+        there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        if not there[asked]:
+            raise ConfigError(f"device {asked!r} was asked for, but torch {torch.__version__} finds none here.")
+        return torch.device(asked)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def choose_dtype(asked: str, device: torch.device) -> torch.dtype:
+    if asked == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return getattr(torch, asked)
+
+
+def load_tokenizer(config: ModelConfig, whose: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    source = config.tokenizer or config.path
+    _check_path(source, f"{whose}.tokenizer" if config.tokenizer else f"{whose}.path")
+    options = _options(config) if config.tokenizer is None else {"trust_remote_code": config.trust_remote_code}
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"the {whose}'s tokenizer cannot be read from {source}: {_first_line(error)} "
+            f"Set {whose}.tokenizer to a folder that has one."
+        ) from error
+
+
+def load_model(config: ModelConfig, whose: str, device: torch.device) -> Any:
+    """The causal language model of a configuration, in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    _check_path(config.path, f"{whose}.path")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.path, dtype=choose_dtype(config.dtype, device), **_options(config)
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"the {whose} {config.path} cannot be loaded as a causal language model: {_first_line(error)} "
+            "tropd trains and asks models that AutoModelForCausalLM reads."
+        ) from error
+    return model.to(device).eval()
+
+
+def wrap_student(model: Any, config: StudentConfig, seed: int) -> nn.Module:
+    """The student as it is trained: adapter, gradient checkpointing, modes."""
+    student = add_adapter(model, config.lora, seed) if config.lora else model.requires_grad_(True)
+    if config.gradient_checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return student
+
+
+def add_adapter(model: Any, lora: LoraConfig, seed: int) -> nn.Module:
+    try:
+        from peft import LoraConfig as PeftConfig
+        from peft import get_peft_model
+    except ImportError:
+        raise ConfigError("a [student.lora] section needs peft: pip install 'tropd[lora]'.") from None
+    targets = list(lora.targets) if lora.targets != ("all-linear",) else "all-linear"
+    asked = PeftConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)  # the adapter's random half is part of the run, not of the process's history
+    try:
+        return get_peft_model(model, asked)
+    except ValueError as error:
+        raise ConfigError(f"the adapter does not fit the student: {_first_line(error)}") from error
+    finally:
+        torch.set_rng_state(state)
+
+
+def _options(config: ModelConfig) -> dict[str, Any]:
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if config.revision:
+        options["revision"] = config.revision
+    if config.gguf_file:
+        options["gguf_file"] = config.gguf_file
+    return options
+
+
+def _check_path(path: str, field: str) -> None:
+    """A path that looks like a folder but is none would be taken for a hub id, and end in a confusing error."""
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if looks_local and not Path(path).expanduser().is_dir():
+        raise ConfigError(f"{field} is {path}, but there is no such folder.")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return (text[0].rstrip(". ") if text else type(error).__name__)[:400] + "."
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Names the weights: shapes, types and 64 values of every parameter, spread evenly."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        stride = max(1, flat.numel() // 64)
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(flat[::stride][:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

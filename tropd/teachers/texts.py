@@ -1,0 +1,75 @@
+"""The teacher's texts, kept on disk: a text is asked for once, whatever happens to the process afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tropd.errors import TeacherError
+from tropd.rollout.engine import Engine
+from tropd.types import Completion, Finish, Request
+
+
+class CachedTexts:
+    """An engine that asks another one only for what it has not written before.
+
+    The key is the teacher, the prompt and everything that shapes the draw.  SQLite commits whole batches, so a process
+    killed while writing leaves the file as it was before.
+    """
+
+    def __init__(self, engine: Engine, path: Path, teacher: str) -> None:
+        self.engine, self.teacher, self.path = engine, teacher, path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.db = sqlite3.connect(path)
+            self.db.execute("CREATE TABLE IF NOT EXISTS texts (key TEXT PRIMARY KEY, completion TEXT NOT NULL)")
+            self.db.commit()
+        except (sqlite3.Error, OSError) as error:
+            raise TeacherError(
+                f"the cache of the teacher's texts, {path}, cannot be opened: {error}. Delete the file (texts are "
+                "written again), free the disk, or set teacher.text_cache = false."
+            ) from error
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        keys = [self._key(request) for request in requests]
+        known = self._read(set(keys))
+        missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in known}
+        if missing:
+            written = self.engine.generate(list(missing.values()))
+            known |= dict(zip(missing, written, strict=True))
+            self._write({key: known[key] for key in missing})
+        return [known[key] for key in keys]
+
+    def sync(self, weights: Any, version: int) -> None:
+        """A teacher does not change."""
+
+    def close(self) -> None:
+        self.db.close()
+        self.engine.close()
+
+    def _key(self, request: Request) -> str:
+        shape = json.dumps({"teacher": self.teacher, **asdict(request)}, sort_keys=True)
+        return hashlib.sha256(shape.encode()).hexdigest()
+
+    def _read(self, keys: set[str]) -> dict[str, Completion]:
+        rows = (self.db.execute("SELECT completion FROM texts WHERE key = ?", (k,)).fetchone() for k in sorted(keys))
+        return {k: _decode(row[0]) for k, row in zip(sorted(keys), rows, strict=True) if row}
+
+    def _write(self, texts: dict[str, Completion]) -> None:
+        rows = [(key, json.dumps(asdict(text))) for key, text in texts.items()]
+        try:
+            with self.db:  # one transaction
+                self.db.executemany("INSERT OR REPLACE INTO texts VALUES (?, ?)", rows)
+        except sqlite3.Error as error:
+            raise TeacherError(f"{len(rows)} of the teacher's texts cannot be kept in {self.path}: {error}.") from error
+
+
+def _decode(text: str) -> Completion:
+    values = json.loads(text)
+    lists = ("token_ids", "behavior_logprobs", "model_logprobs", "policy_version")
+    return Completion(**{**values, **{n: tuple(values[n]) for n in lists}, "finish": Finish(values["finish"])})
