@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny import byte_tokenizer
+from tests.tiny import byte_tokenizer, tiny_model
 from tropd.errors import ConfigError, DataError, EngineError
 from tropd.evaluation.runner import EvalConfig, EvalResult, evaluate
 from tropd.rollout.scripted import ScriptedEngine
+from tropd.rollout.transformers import TransformersEngine
 from tropd.types import Completion, Finish, Prompt, Request, Sampling
 
 TOKENIZER = byte_tokenizer()
@@ -116,6 +117,26 @@ def test_no_global_random_state_is_moved() -> None:
     assert np.random.get_state()[1].tolist() == before[2]  # type: ignore[index]
 
 
+def test_a_real_model_in_process_gives_the_same_numbers_twice_and_greedy_is_its_likeliest_text() -> None:
+    model = tiny_model(vocab=len(TOKENIZER))
+    config = EvalConfig(num_samples=2, max_new_tokens=8)
+    first = run(TransformersEngine(model), config, PROMPTS[:3])
+    again = run(TransformersEngine(model, max_batch=1), config, PROMPTS[:3])
+    assert first == again
+    context = torch.tensor([PROMPTS[0].token_ids])
+    likeliest = model.generate(
+        context,
+        attention_mask=torch.ones_like(context),
+        do_sample=False,
+        max_new_tokens=8,
+        eos_token_id=STOP,
+        pad_token_id=0,
+    )[0, context.shape[1] :]
+    assert first.items[0].greedy is not None
+    assert first.items[0].greedy.text == TOKENIZER.decode(likeliest, skip_special_tokens=True)
+    assert {answer.text for item in first.items for answer in item.samples} != {""}
+
+
 def test_one_json_line_per_prompt(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "evaluation.jsonl"
     run(ScriptedEngine(clever), EvalConfig(num_samples=2), progress_path=path)
@@ -171,6 +192,7 @@ def test_other_weights_or_another_prompt_are_generated_anew(tmp_path: Path) -> N
         (1, PROMPTS, 0),
         (2, PROMPTS, 0),
         (1, (replace(PROMPTS[0], answer="7"), *PROMPTS[1:]), 4),
+        (1, (replace(PROMPTS[0], columns={"hint": 1}), *PROMPTS[1:]), 4),
         (1, (replace(PROMPTS[0], token_ids=tuple(encode("R0?"))), *PROMPTS[1:]), 4),
     ):
         engine = ScriptedEngine(by_seed)
@@ -246,5 +268,13 @@ def test_nothing_is_scored_that_is_not_a_whole_answer() -> None:
         run(ScriptedEngine(by_seed), EvalConfig(), (PROMPTS[0], PROMPTS[0]))
     with pytest.raises(DataError, match="without prompts"):
         run(ScriptedEngine(by_seed), EvalConfig(), ())
+    with pytest.raises(DataError, match="scored an answer to 'p0' nan"):
+        evaluate(
+            ScriptedEngine(by_seed),
+            PROMPTS,
+            lambda prompts, completions, **columns: [float("nan")] * len(prompts),
+            TOKENIZER,
+            EvalConfig(),
+        )
     with pytest.raises(ConfigError, match="names the grader 'math'"):
         evaluate(ScriptedEngine(by_seed), PROMPTS, None, TOKENIZER, EvalConfig(grader="math"))

@@ -23,8 +23,9 @@ SCHEMA = 1
 
 def key_of_prompt(prompt: Prompt, version: int | str) -> str:
     """Names the weights and everything of the prompt that its answers and scores depend on."""
-    facts = [str(version), prompt.id, list(prompt.token_ids), prompt.answer]
-    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+    facts = [str(version), prompt.id, list(prompt.token_ids), prompt.answer, dict(prompt.columns)]
+    said = json.dumps(facts, sort_keys=True, default=repr)
+    return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
 
 
 class ProgressFile:

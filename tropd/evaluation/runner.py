@@ -7,25 +7,22 @@ an interrupted evaluation goes on where it stopped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tropd.data.graders import grade
+from tropd.data.graders import Grader, grade_texts
 from tropd.errors import ConfigError, DataError, EngineError
 from tropd.evaluation.progress import ProgressFile, key_of_prompt
 from tropd.evaluation.results import GREEDY, EvalAnswer, EvalConfig, EvalItem, EvalResult, summarize
 from tropd.rollout.engine import Engine
-from tropd.types import Author, Completion, Finish, Prompt, Request, Rollout, key_of
+from tropd.types import Completion, Finish, Prompt, Request, key_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["EvalAnswer", "EvalConfig", "EvalItem", "EvalResult", "Grader", "evaluate", "summarize"]
-
-Grader = Callable[..., list[float]]
-"""TRL's signature: (prompts, completions, **columns) -> scores."""
+__all__ = ["EvalAnswer", "EvalConfig", "EvalItem", "EvalResult", "evaluate", "summarize"]
 
 
 def evaluate(
@@ -82,7 +79,7 @@ def _settings(config: EvalConfig, grader: Grader | None, stop_ids: tuple[int, ..
     """What an answer and its score depend on, beside the weights and the prompt."""
     name = config.grader
     if name is None and grader is not None:
-        name = f"{grader.__module__}.{getattr(grader, '__qualname__', type(grader).__qualname__)}"
+        name = str(getattr(grader, "__qualname__", type(grader).__qualname__))
     sampling = {f"sampling.{f.name}": getattr(config.sampling, f.name) for f in fields(config.sampling)}
     return {
         "num_samples": config.num_samples,
@@ -116,18 +113,14 @@ def _answer(
         for prompt, draw in asked
     ]
     completions = engine.generate(requests)
-    if len(completions) != len(requests):
-        raise EngineError(f"{len(requests)} completions were asked, {len(completions)} came. The engine is at fault.")
-    rollouts = [_rollout(prompt, draw, done) for (prompt, draw), done in zip(asked, completions, strict=True)]
-    scores = grade(grader, rollouts, tokenizer) if grader is not None else [None] * len(rollouts)
+    _check_completions(completions, [prompt for prompt, _ in asked])
+    texts = [str(tokenizer.decode(list(done.token_ids), skip_special_tokens=True)) for done in completions]
+    scores: Sequence[float | None] = [None] * len(texts)
+    if grader is not None:
+        scores = grade_texts(grader, [prompt for prompt, _ in asked], texts, tokenizer)
     answers = [
-        EvalAnswer(
-            text=str(tokenizer.decode(list(rollout.response_ids), skip_special_tokens=True)),
-            num_tokens=len(rollout.response_ids),
-            finish=rollout.finish,
-            score=score,
-        )
-        for rollout, score in zip(rollouts, scores, strict=True)
+        EvalAnswer(text=text, num_tokens=len(done.token_ids), finish=done.finish, score=score)
+        for text, done, score in zip(texts, completions, scores, strict=True)
     ]
     items = []
     for i, prompt in enumerate(prompts):
@@ -137,19 +130,12 @@ def _answer(
     return items
 
 
-def _rollout(prompt: Prompt, draw: int | str, completion: Completion) -> Rollout:
-    if completion.finish == Finish.ABORT:
-        raise EngineError(
-            f"the answer to prompt {prompt.id!r} was aborted, and half an answer has no score. "
-            "See the engine's log, then evaluate again: what is graded already is kept in the progress file."
-        )
-    num_context, num_written = len(prompt.token_ids), len(completion.token_ids)
-    return Rollout(
-        id=f"evaluation/{prompt.id}/{draw}",
-        prompt=prompt,
-        token_ids=prompt.token_ids + completion.token_ids,
-        authors=(Author.CONTEXT,) * num_context + (Author.STUDENT,) * num_written,
-        behavior_logprobs=(0.0,) * num_context + completion.behavior_logprobs,
-        policy_version=completion.policy_version,
-        finish=completion.finish,
-    )
+def _check_completions(completions: Sequence[Completion], prompts: Sequence[Prompt]) -> None:
+    if len(completions) != len(prompts):
+        raise EngineError(f"{len(prompts)} completions were asked, {len(completions)} came. The engine is at fault.")
+    for completion, prompt in zip(completions, prompts, strict=True):
+        if completion.finish == Finish.ABORT:
+            raise EngineError(
+                f"the answer to prompt {prompt.id!r} was aborted, and half an answer has no score. "
+                "See the engine's log, then evaluate again: what a progress file holds is not drawn twice."
+            )
