@@ -27,7 +27,9 @@ def test_sequence_kl_is_the_sum_over_all_sequences():
                     continue
                 before = (3, *ids[:-1])
                 log_p, log_q = (
-                    sum(float(m.logits[prompt].detach().log_softmax(-1)[b, i]) for b, i in zip(before, ids, strict=True))
+                    sum(
+                        float(m.logits[prompt].detach().log_softmax(-1)[b, i]) for b, i in zip(before, ids, strict=True)
+                    )
                     for m in (p, q)
                 )
                 total += torch.tensor(log_p).exp().item() * (log_p - log_q) / 2

@@ -119,19 +119,3 @@ def add_scores(tokens: Tokens, rollouts: Sequence[Rollout], scores: Sequence[Tea
         if rows and all(x is not None for x in rows):
             joined[field] = torch.cat(rows).to(tokens.token_ids_N.device)
     return tokens.with_(**joined)
-
-
-def micro_batches(batch: ScoredBatch, max_tokens: int) -> list[list[int]]:
-    """Rollouts grouped under a token budget, similar lengths together so that padding costs little.
-
-    A rollout longer than the budget goes alone.
-    """
-    order = sorted(range(len(batch.rollouts)), key=lambda i: (len(batch.rollouts[i].token_ids), i))
-    groups: list[list[int]] = []
-    for i in order:
-        width = len(batch.rollouts[i].token_ids)
-        if groups and (len(groups[-1]) + 1) * width <= max_tokens:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups

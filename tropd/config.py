@@ -1,31 +1,16 @@
-"""What a run is: frozen dataclasses, one default each, read from TOML and from flags, written back complete.
-
-load(path, flags) -> Run     unknown keys and wrong types are refused with their path and a suggestion
-dump(run) -> str             the whole run as TOML, defaults included
-fingerprint(run) -> str      names it
-"""
+"""What a run is: frozen dataclasses with one default each.  `tropd.config_file` reads and writes them."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import hashlib
-import json
-import tomllib
-import types
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal
 
-import tyro
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
 from tropd.data.prompts import DataConfig
 from tropd.errors import ConfigError
 from tropd.evaluation.results import EvalConfig
-from tropd.methods import METHODS, AnyMethod, TrOPD
+from tropd.methods import AnyMethod, TrOPD
 from tropd.probes.alarms import AlarmConfig
 from tropd.types import Sampling
 
@@ -187,126 +172,3 @@ class Run:
     def sampling(self) -> Sampling:
         """How rollouts are drawn: asked for, else prescribed by the method, else from the student itself."""
         return self.rollout.sampling or self.method.sampling or Sampling()
-
-
-def parts(cls: Any) -> Iterator[Any]:
-    """A dataclass and all dataclasses in its fields."""
-    yield cls
-    for hint in get_type_hints(cls).values():
-        for choice in _flat(hint):
-            if dataclasses.is_dataclass(choice):
-                yield from parts(choice)
-
-
-def _flat(hint: Any) -> Iterator[Any]:
-    """The classes inside a hint such as `tuple[A, ...] | None`."""
-    if isinstance(hint, type):
-        yield hint
-    for inner in get_args(hint) if get_origin(hint) is not Literal else ():
-        yield from _flat(inner)
-
-
-@cache
-def _adapter() -> TypeAdapter[Run]:
-    for cls in set(parts(Run)):
-        cls.__pydantic_config__ = {"extra": "forbid"}
-    return TypeAdapter(Run)
-
-
-def build(values: dict[str, Any], source: str) -> Run:
-    """A run from nested values, such as parsed TOML.  `source` names it in errors."""
-    method = values.get("method")
-    if isinstance(method, str):
-        values = {**values, "method": {"name": method}}
-    elif isinstance(method, dict) and "name" not in method:
-        values = {**values, "method": {"name": "tropd", **method}}
-    try:
-        return _adapter().validate_json(json.dumps(values, default=str), strict=True)
-    except ValidationError as error:
-        lines = [_explain(e) for e in error.errors()]
-        raise ConfigError(f"{source}: " + "\n  ".join(lines)) from None
-
-
-def load(path: Path, flags: Sequence[str] = ()) -> Run:
-    """A run from a TOML file, changed by flags such as `--method.top-k 32`."""
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
-        near = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
-        there = f" TOML files there: {', '.join(near)}." if near else ""
-        raise ConfigError(f"there is no file {path}.{there}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not TOML: {error}.") from None
-    run = build(values, str(path))
-    if not flags:
-        return run
-    try:
-        return tyro.cli(tyro.conf.AvoidSubcommands[Run], default=run, args=list(flags), prog="tropd train RUN.toml")
-    except SystemExit as stop:
-        if stop.code:
-            raise ConfigError("the flags above are not understood. See `tropd train RUN.toml --help`.") from None
-        raise
-
-
-def _explain(error: Any) -> str:
-    path = [str(x) for x in error["loc"] if not (len(error["loc"]) > 1 and x in METHODS)]
-    where, last = ".".join(path), path[-1] if path else ""
-    if error["type"] == "unexpected_keyword_argument":
-        known = _fields_at(error["loc"][:-1])
-        near = difflib.get_close_matches(last, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}."
-        return f"unknown key {where!r}; {hint}"
-    if error["type"] == "union_tag_invalid":
-        name = str(error["input"].get("name"))
-        near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.4)
-        hint = f" did you mean {near[0]!r}?" if near else ""
-        return f"there is no method {name!r};{hint} known: {', '.join(METHODS)}."
-    if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
-        return f"{where!r} is missing."
-    message = str(error["msg"]).removeprefix("Value error, ")
-    return f"{where!r}: {message} (given: {error['input']!r})" if error["type"] != "value_error" else message
-
-
-def _fields_at(loc: tuple[Any, ...]) -> list[str]:
-    """Field names of the dataclass at a path of an error."""
-    cls: Any = Run
-    for step in loc:
-        if step in METHODS:
-            cls = METHODS[step]
-            continue
-        hint = get_type_hints(cls).get(str(step))
-        found = [c for c in _flat(hint) if dataclasses.is_dataclass(c)]
-        if step == "method" and cls is Run:
-            continue
-        if not found:
-            return []
-        cls = found[0]
-    return [f.name for f in dataclasses.fields(cls)]
-
-
-def to_dict(value: Any) -> Any:
-    """Plain values, without what is None: TOML has no null, and None is always the default."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-        return {name: to_dict(x) for name, x in pairs if x is not None}
-    if isinstance(value, dict | types.MappingProxyType):
-        return {k: to_dict(x) for k, x in value.items() if x is not None}
-    return [to_dict(x) for x in value] if isinstance(value, list | tuple) else value
-
-
-def dump(run: Run) -> str:
-    import tomli_w
-
-    return tomli_w.dumps(to_dict(run))
-
-
-def fingerprint(run: Run) -> str:
-    """Twelve characters that differ when anything that shapes the result does."""
-    values = to_dict(run)
-    for name in ("output", "trackers"):
-        values.pop(name, None)
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]

@@ -21,12 +21,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tropd.batches import ScoredBatch, add_scores, make_tokens, micro_batches
+from tropd.batches import ScoredBatch, add_scores, make_tokens
 from tropd.errors import EvidenceError
 from tropd.objective.evidence import OF_TEACHER, Needs, StudentView, Tokens
 from tropd.objective.objective import Objective
 from tropd.objective.plan import Counts, Plan, count
 from tropd.objective.terms import Context, Reach
+from tropd.student.forward import similar_lengths
 from tropd.teachers.teacher import Teacher
 from tropd.types import Rollout, TermStats
 
@@ -114,7 +115,7 @@ def score(
     if ids is not None:
         asked = list(ids.split([len(r.response_ids) for r in rollouts]))
     if needs & OF_TEACHER:
-        scores = teacher.score(rollouts, needs, top_k=objective.teacher_top_k, student_topk_ids=asked)
+        scores = teacher.score(rollouts, needs, top_k=objective.teacher_top_k, student_topk_ids_TJ=asked)
         tokens = add_scores(tokens, rollouts, scores)
     if Needs.REVERSE_KL in needs:
         own["reverse_kl_N"] = learner.reverse_kl(rollouts, teacher)
@@ -164,7 +165,7 @@ def _accumulate(
     if objective.reach > Reach.TOKEN:
         whole = objective.plan(batch.tokens, context)
     counts: Counts = whole.counts if whole else count(batch.tokens, context)
-    for chosen in micro_batches(batch, max_tokens):
+    for chosen in similar_lengths([len(r.token_ids) for r in batch.rollouts], max_tokens):
         part = batch.take(chosen)
         view = learner.view(part.rollouts, part.tokens, objective.needs)
         if whole is not None:

@@ -57,27 +57,34 @@ class TabularLM:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        return [self._write(request) for request in requests]
+        prompt_S = torch.tensor([r.token_ids[0] for r in requests], dtype=torch.int64)
+        state_S = torch.tensor([(self.vocab_size, *r.token_ids[1:])[-1] for r in requests], dtype=torch.int64)
+        longest = max((r.max_new_tokens for r in requests), default=0)
+        table = self.logits.log_softmax(-1)
+        cumulative = table.exp().cumsum(-1)
+        keys_S = torch.tensor([r.seed for r in requests], dtype=torch.int64)
+        draws_ST = uniform(keys_S[:, None], torch.arange(longest), stream=1).double()
+        ids_ST = torch.zeros(len(requests), longest, dtype=torch.int64)
+        logprobs_ST = torch.zeros(len(requests), longest, dtype=torch.float64)
+        for t in range(longest):
+            row_SV = cumulative[prompt_S, state_S]
+            drawn_S = torch.searchsorted(row_SV, draws_ST[:, t, None] * row_SV[:, -1:], right=True).squeeze(-1)
+            drawn_S = drawn_S.clamp(max=self.vocab_size - 1)
+            logprobs_ST[:, t] = table[prompt_S, state_S, drawn_S]
+            ids_ST[:, t] = state_S = drawn_S
+        rows = zip(requests, ids_ST.tolist(), logprobs_ST.tolist(), strict=True)
+        return [self._completion(ids[: r.max_new_tokens], logprobs) for r, ids, logprobs in rows]
 
-    def _write(self, request: Request) -> Completion:
-        prompt, *given = request.token_ids
-        state = given[-1] if given else self.vocab_size
-        table = self.logits[prompt].log_softmax(-1)
-        draws = uniform(torch.tensor(request.seed), torch.arange(request.max_new_tokens), stream=1).double()
-        ids: list[int] = []
-        logprobs: list[float] = []
-        for u in draws:
-            cumulative = table[state].exp().cumsum(0)
-            state = int(torch.searchsorted(cumulative, u * cumulative[-1], right=True).clamp(max=self.vocab_size - 1))
-            logprobs.append(float(table[ids[-1] if ids else (given[-1] if given else self.vocab_size), state]))
-            ids.append(state)
-            if state == END:
-                break
-        finish = Finish.STOP if ids and ids[-1] == END else Finish.LENGTH
-        both = tuple(logprobs)
-        version = (self.version, self.version)
+    def _completion(self, ids: list[int], logprobs: list[float]) -> Completion:
+        """Everything up to the first END; what the table would have said after it is dropped."""
+        length = ids.index(END) + 1 if END in ids else len(ids)
+        both = tuple(logprobs[:length])
         return Completion(
-            token_ids=tuple(ids), behavior_logprobs=both, model_logprobs=both, finish=finish, policy_version=version
+            token_ids=tuple(ids[:length]),
+            behavior_logprobs=both,
+            model_logprobs=both,
+            finish=Finish.STOP if END in ids else Finish.LENGTH,
+            policy_version=(self.version, self.version),
         )
 
     def sync(self, weights: object, version: int) -> None:
@@ -97,23 +104,23 @@ class TabularLM:
         top_k: int = 0,
         student_topk_ids_TJ: Sequence[Tensor] | None = None,
     ) -> list[TeacherScores]:
-        scores = []
-        for n, rollout in enumerate(rollouts):
-            full = self.full_logprobs([rollout])
-            ids = torch.tensor(rollout.response_ids, dtype=torch.int64)
-            found = teacher_evidence(full, ids, needs, top_k)
-            at_student = full.gather(-1, student_topk_ids_TJ[n]) if student_topk_ids_TJ is not None else None
-            scores.append(
-                TeacherScores(
-                    logprobs_T=found["teacher_logprobs_N"],
-                    topk_ids_TK=found["teacher_topk_ids_NK"],
-                    topk_logprobs_TK=found["teacher_topk_logprobs_NK"],
-                    entropy_T=found["teacher_entropy_N"],
-                    at_student_topk_TJ=at_student,
-                    full_logprobs_TV=full if Needs.FULL in needs else None,
-                )
+        lengths = [len(rollout.response_ids) for rollout in rollouts]
+        full = self.full_logprobs(rollouts)
+        ids = torch.tensor([i for rollout in rollouts for i in rollout.response_ids], dtype=torch.int64)
+        found = teacher_evidence(full, ids, needs, top_k)
+        parts = {name: x.split(lengths) for name, x in found.items() if isinstance(x, Tensor)}
+        whole = full.split(lengths)
+        return [
+            TeacherScores(
+                logprobs_T=parts["teacher_logprobs_N"][n],
+                topk_ids_TK=parts["teacher_topk_ids_NK"][n],
+                topk_logprobs_TK=parts["teacher_topk_logprobs_NK"][n],
+                entropy_T=parts["teacher_entropy_N"][n],
+                at_student_topk_TJ=whole[n].gather(-1, student_topk_ids_TJ[n]) if student_topk_ids_TJ else None,
+                full_logprobs_TV=whole[n] if Needs.FULL in needs else None,
             )
-        return scores
+            for n in range(len(rollouts))
+        ]
 
     # As a student
 

@@ -127,7 +127,9 @@ def test_the_k3_estimator_has_the_gradient_of_forward_kl():
     assert (gradient - gradient_of(reverse_kl(t), s)).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("loss", [ForwardKL(), ReverseKL(), JensenShannon(), ForwardKL(support="teacher_top_k", top_k=K)])
+@pytest.mark.parametrize(
+    "loss", [ForwardKL(), ReverseKL(), JensenShannon(), ForwardKL(support="teacher_top_k", top_k=K)]
+)
 def test_a_state_only_reward_has_zero_mean_gradient(loss):
     s, t = pair()
     close(expected_gradient(StateReward(loss), s, t), torch.zeros(V, dtype=F64))
@@ -157,9 +159,7 @@ def test_soft_and_sampled_trust_have_equal_expected_gradients():
     """E over the draw as well: each token is trusted with probability P and an outlier with 1 - P."""
     s, t = pair(sharp=2.0)
     reward, outlier = PolicyGradient(LogRatio()), ForwardKL(support="teacher_top_k", top_k=K)
-    soft = expected_gradient(reward, s, t, TrustRegion("soft")) + expected_gradient(
-        outlier, s, t, ~TrustRegion("soft")
-    )
+    soft = expected_gradient(reward, s, t, TrustRegion("soft")) + expected_gradient(outlier, s, t, ~TrustRegion("soft"))
     case = one_state(s, t)
     p_N = case.tokens.log_ratio_N.clamp(max=0).exp()
     sampled = torch.zeros_like(s)

@@ -19,7 +19,7 @@ from tropd.types import Sampling
 class GKD(Method):
     r"""Generalised knowledge distillation: full-vocabulary Jensen-Shannon on a mix of texts.
 
-        beta KL(T || M) + (1 - beta) KL(S || M),    M = beta T + (1 - beta) S
+    beta KL(T || M) + (1 - beta) KL(S || M),    M = beta T + (1 - beta) S
     """
 
     name: Literal["gkd"] = "gkd"
@@ -61,8 +61,8 @@ class GKD(Method):
 class MiniLLM(Method):
     r"""MiniLLM: sequence-level reverse KL, split into the token's own part (exact) and the rest (policy gradient).
 
-        long    PPO-clipped, a_t = mean_{i > t} discount^(i - t) (log pi_T - log pi_S)_i, standardised over the batch
-        single  KL(student || teacher) over the whole vocabulary
+    long    PPO-clipped, a_t = mean_{i > t} discount^(i - t) (log pi_T - log pi_S)_i, standardised over the batch
+    single  KL(student || teacher) over the whole vocabulary
     """
 
     name: Literal["minillm"] = "minillm"

@@ -53,12 +53,12 @@ class LSM(Method):
 class ManyFaces(Method):
     r"""A divergence on a small support, and what is done about the rest (The Many Faces of OPD).
 
-        support    teacher_top_k, student_top_k, union, intersection, full
-        outside    ignore           sum_A S log(S/T): biased, fixed point S/T = 1/e
-                   stop_gradient    sum_A S (sg[log S] - log T)
-                   generalised      sum_A S log(S/T) - S + T: the same gradient, never negative
-                   bucket           the rest of the vocabulary as one more token
-                   renormalise      both sides sum to 1 on the support: shape right, mass free
+    support    teacher_top_k, student_top_k, union, intersection, full
+    outside    ignore           sum_A S log(S/T): biased, fixed point S/T = 1/e
+               stop_gradient    sum_A S (sg[log S] - log T)
+               generalised      sum_A S log(S/T) - S + T: the same gradient, never negative
+               bucket           the rest of the vocabulary as one more token
+               renormalise      both sides sum to 1 on the support: shape right, mass free
     """
 
     name: Literal["many_faces"] = "many_faces"

@@ -17,7 +17,7 @@ from tropd.objective.terms import Term
 class OPDPlus(Method):
     r"""Policy gradient of D_f = E_S[f(u)], u = pi_T / pi_S:  advantage  w(u) = -f(u) + u f'(u).
 
-        forward_kl  u          reverse_kl  log u - 1          jensen_shannon  log((1 + u) / 2) / 2
+    forward_kl  u          reverse_kl  log u - 1          jensen_shannon  log((1 + u) / 2) / 2
     """
 
     name: Literal["opd_plus"] = "opd_plus"

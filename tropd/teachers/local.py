@@ -70,7 +70,7 @@ class BaseAsTeacher:
         _check_adapter(student)
         self.name, self.tokens_per_batch = name, tokens_per_batch
         self.forward = Forward(
-            student, vocab_size=vocab_size, tile_tokens=tile_tokens, within=lambda: _without_adapter(student)
+            student, vocab_size=vocab_size, tile_tokens=tile_tokens, within=lambda: without_adapter(student)
         )
 
     def score(
@@ -217,7 +217,7 @@ def _check_adapter(student: nn.Module) -> None:
 
 
 @contextmanager
-def _without_adapter(student: Any) -> Iterator[None]:
+def without_adapter(student: Any) -> Iterator[None]:
     """PEFT marks parameters trainable when it switches an adapter on again, so what was frozen is restored too."""
     trainable = {parameter: parameter.requires_grad for parameter in student.parameters()}
     try:

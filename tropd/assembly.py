@@ -1,0 +1,176 @@
+"""From a Run to its parts: models, teacher, engines, prompts.  Everything that can be refused is refused here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tropd.config import Run
+from tropd.data.chat import stop_ids
+from tropd.data.graders import Grader, resolve_grader
+from tropd.data.prompts import DataConfig, load_prompts
+from tropd.data.stream import LazyPromptStream, PromptStream
+from tropd.errors import ConfigError
+from tropd.rollout.engine import Engine
+from tropd.rollout.transformers import TransformersEngine
+from tropd.step import check_evidence
+from tropd.student.learner import ModelLearner
+from tropd.student.models import choose_device, load_model, load_tokenizer, model_fingerprint, wrap_student
+from tropd.student.optimizer import Optimizer
+from tropd.teachers.local import BaseAsTeacher, LocalTeacher, same_vocabulary, shared_vocab_size, without_adapter
+from tropd.teachers.texts import CachedTexts
+from tropd.types import Completion, Prompt, Request
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a run is made of, ready to go."""
+
+    run: Run
+    tokenizer: PreTrainedTokenizerBase
+    model: Any
+    learner: ModelLearner
+    engine: Engine
+    teacher: LocalTeacher | BaseAsTeacher
+    writer: Engine | None
+    stream: PromptStream | LazyPromptStream
+    stop_ids: tuple[int, ...]
+    grader: Grader | None
+    held_out: tuple[Prompt, ...]
+    eval_grader: Grader | None
+    notes: tuple[str, ...]
+    """What the user should know before it starts."""
+
+    @property
+    def vocab_size(self) -> int:
+        return self.learner.forward.vocab_size
+
+
+class Within:
+    """An engine that writes inside a context, such as with the adapter switched off."""
+
+    def __init__(self, engine: Engine, context: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+        self.engine, self.context = engine, context
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        with self.context():
+            return self.engine.generate(requests)
+
+    def sync(self, weights: Any, version: int) -> None:
+        self.engine.sync(weights, version)
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+def assemble(run: Run, directory: Path) -> Parts:
+    """Load everything.  `directory` is where the teacher's texts are kept."""
+    device = choose_device(run.device)
+    grader = resolve_grader(run.grader) if run.grader else None
+    eval_grader = _eval_grader(run)
+    tokenizer = load_tokenizer(run.student, "student")
+    base_teacher = run.teacher.path == "base"
+    if not base_teacher:  # cheap to refuse before any weights are read
+        teacher_tokenizer = load_tokenizer(run.teacher, "teacher")
+        same_vocabulary(tokenizer, teacher_tokenizer)
+    loaded = load_model(run.student, "student", device)
+    other = None if base_teacher else load_model(run.teacher, "teacher", device)
+    ends = stop_ids(tokenizer, loaded.generation_config)
+    model = wrap_student(loaded, run.student, run.seed)
+    own_size = shared_vocab_size(model, tokenizer, model, tokenizer)
+    size = own_size if other is None else shared_vocab_size(model, tokenizer, other, teacher_tokenizer)
+    learner = ModelLearner(
+        model,
+        Optimizer(model, run.optimizer, run.steps * run.optimizer.num_updates),
+        vocab_size=size,
+        tile_tokens=run.tile_tokens,
+        tokens_per_batch=run.tokens_per_micro_batch,
+    )
+    shape: dict[str, Any] = dict(
+        vocab_size=size, tile_tokens=run.tile_tokens, tokens_per_batch=run.tokens_per_micro_batch
+    )
+    teacher = LocalTeacher(other, **shape) if other is not None else BaseAsTeacher(model, **shape)
+    check_evidence(run.method.objective, teacher, run.method.name, grader is not None)
+    data = _limit_prompts(run.data, learner.forward.context, run.rollout.max_new_tokens)
+    stream, notes = _open_stream(data, tokenizer, run.seed)
+    held_out, eval_notes = _held_out(run, tokenizer, learner.forward.context)
+    return Parts(
+        run=run,
+        tokenizer=tokenizer,
+        model=model,
+        learner=learner,
+        engine=TransformersEngine(model, vocab_size=size, max_batch=run.rollout.max_batch),
+        teacher=teacher,
+        writer=_writer(run, other, model, size, directory),
+        stream=stream,
+        stop_ids=ends,
+        grader=grader,
+        held_out=held_out,
+        eval_grader=eval_grader,
+        notes=(*_cautions(run, ends), *notes, *eval_notes),
+    )
+
+
+def _eval_grader(run: Run) -> Grader | None:
+    name = run.evaluation.grader or run.grader
+    return resolve_grader(name) if name else None
+
+
+def _limit_prompts(data: DataConfig, context: int | None, max_new_tokens: int) -> DataConfig:
+    """A prompt must leave room for the response in the model's context."""
+    if context is None:
+        return data
+    room = context - max_new_tokens
+    if room < 1:
+        raise ConfigError(
+            f"max_new_tokens = {max_new_tokens} leaves no room for a prompt in the student's context of {context}."
+        )
+    return dataclasses.replace(data, max_prompt_tokens=min(room, data.max_prompt_tokens or room))
+
+
+def _open_stream(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> tuple[PromptStream | LazyPromptStream, list[str]]:
+    if data.streaming:
+        return LazyPromptStream(data, tokenizer), []
+    loaded = load_prompts(data, tokenizer)
+    return PromptStream(loaded.prompts, seed), [f"{data.path}: {loaded.report}"]
+
+
+def _held_out(
+    run: Run, tokenizer: PreTrainedTokenizerBase, context: int | None
+) -> tuple[tuple[Prompt, ...], list[str]]:
+    if run.evaluation.data is None:
+        return (), []
+    loaded = load_prompts(_limit_prompts(run.evaluation.data, context, run.evaluation.max_new_tokens), tokenizer)
+    return loaded.prompts, [f"{run.evaluation.data.path}: {loaded.report}"]
+
+
+def _writer(run: Run, other: Any, student: Any, size: int, directory: Path) -> Engine | None:
+    """Whoever writes the teacher's texts, if the method asks for any."""
+    if not run.method.rollout.needs_teacher_text:
+        return None
+    own = TransformersEngine(other if other is not None else student, vocab_size=size, max_batch=run.rollout.max_batch)
+    engine: Engine = own if other is not None else Within(own, lambda: without_adapter(student))
+    if not run.teacher.text_cache:
+        return engine
+    name = model_fingerprint(other) if other is not None else f"base of {model_fingerprint(student.get_base_model())}"
+    return CachedTexts(engine, directory / "teacher_texts.sqlite", name)
+
+
+def _cautions(run: Run, ends: tuple[int, ...]) -> list[str]:
+    notes = list(run.method.objections(run.sampling))
+    if not ends:
+        notes.append("no stop token was found: every rollout will run to max_new_tokens.")
+    if run.optimizer.num_updates > 1 and not torch.are_deterministic_algorithms_enabled():
+        notes.append(f"{run.optimizer.num_updates} updates per batch: from the second on, rollouts are off-policy.")
+    return notes

@@ -1,0 +1,176 @@
+"""One iteration of a run: roll out, grade, score, train, record."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tropd.assembly import Parts
+from tropd.batches import ScoredBatch
+from tropd.data.graders import grade
+from tropd.errors import TrainingDiverged
+from tropd.objective.evidence import StudentView
+from tropd.objective.plan import Plan
+from tropd.objective.terms import Context
+from tropd.probes.alarms import Alarm, Alarms
+from tropd.probes.probes import Sums, probe_batch
+from tropd.replay import save_batch
+from tropd.report.records import write_rollouts
+from tropd.rollout.stage import RolloutJob, roll_out
+from tropd.step import StepSums, recall_needed, score, train_step
+from tropd.types import Author, Rollout, StepRecord
+
+
+@contextmanager
+def clock(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Add the time that the block takes to a phase."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def iterate(parts: Parts, directory: Path, step: int, alarms: Alarms) -> tuple[StepRecord, ScoredBatch, list[Alarm]]:
+    """Everything that happens at a step, and what was seen."""
+    run, seconds = parts.run, dict.fromkeys(("rollout", "score", "train", "sync"), 0.0)
+    progress = step / run.steps
+    objective = run.method.objective
+    with clock(seconds, "rollout"):
+        rollouts = roll_out(run.method.rollout, _job(parts, progress), parts.engine, parts.writer)
+        rollouts = _graded(parts, rollouts)
+    with clock(seconds, "score"):
+        recall = recall_needed(objective, run.optimizer.num_updates)
+        batch = score(rollouts, objective, parts.teacher, parts.learner, seed=run.seed, recall=recall)
+    watched = _Watched(parts)
+    with clock(seconds, "train"):
+        sums = _train(parts, directory, step, batch, Context(progress=progress), watched)
+    with clock(seconds, "sync"):
+        parts.engine.sync(None, step + 1)
+        weights, teacher_N = watched.in_order(batch)
+        write_rollouts(
+            directory / "rollouts",
+            step,
+            batch.rollouts,
+            decode=parts.tokenizer.decode,
+            teacher_logprobs_N=teacher_N,
+            weights=weights,
+            every=run.rollout.save_every,
+        )
+    record = _record(parts, step, progress, sums, watched.sums.result(), batch, seconds)
+    raised = alarms.check(
+        record.probes,
+        step=step,
+        vocab_size=parts.vocab_size,
+        loss=record.loss,
+        gradient_norm=record.gradient_norm,
+        max_new_tokens=run.rollout.max_new_tokens,
+    )
+    texts = tuple(f"{a.name}: {a.message}" for a in raised)
+    return dataclasses.replace(record, alarms=texts), batch, raised
+
+
+def _train(
+    parts: Parts, directory: Path, step: int, batch: ScoredBatch, context: Context, watched: _Watched
+) -> StepSums:
+    run = parts.run
+    try:
+        return train_step(
+            batch,
+            run.method.objective,
+            parts.learner,
+            context,
+            tokens_per_micro_batch=run.tokens_per_micro_batch,
+            num_updates=run.optimizer.num_updates,
+            watch=watched,
+        )
+    except TrainingDiverged as error:
+        kept = save_batch(directory, step, batch)
+        raise TrainingDiverged(
+            f"step {step}: {error} The batch is in {kept}: look at it with `tropd inspect {directory} --step "
+            f"{step}`. The last checkpoint is untouched."
+        ) from error
+
+
+class _Watched:
+    """What is seen while training: probes, and the weights that each token got."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.sampling, self.sums = parts.run.sampling, Sums.nothing()
+        self.weights: dict[str, dict[str, Tensor]] = {}
+
+    def __call__(self, part: ScoredBatch, view: StudentView, plan: Plan) -> None:
+        at_teacher = view.peek("topk_logprobs_NK")
+        self.sums += probe_batch(
+            part.tokens,
+            part.rollouts,
+            topk_logprobs_NK=at_teacher.detach() if at_teacher is not None else None,
+            sampling=self.sampling,
+        )
+        lengths = [len(r.response_ids) for r in part.rollouts]
+        for term, weight_N in plan.weights.items():
+            named = zip(part.rollouts, weight_N.split(lengths), strict=True)
+            self.weights.setdefault(term, {}).update({r.id: w for r, w in named})
+
+    def in_order(self, batch: ScoredBatch) -> tuple[dict[str, Tensor], Tensor | None]:
+        of = {term: torch.cat([by[r.id] for r in batch.rollouts]) for term, by in self.weights.items()}
+        return of, batch.tokens.peek("teacher_logprobs_N")
+
+
+def _job(parts: Parts, progress: float) -> RolloutJob:
+    run = parts.run
+    return RolloutJob(
+        prompts=parts.stream.next(run.rollout.num_prompts),
+        num_rollouts=run.rollout.num_rollouts,
+        max_new_tokens=run.rollout.max_new_tokens,
+        sampling=run.sampling,
+        stop_ids=parts.stop_ids,
+        seed=run.seed,
+        progress=progress,
+        teacher_sampling=run.rollout.teacher_sampling,
+    )
+
+
+def _graded(parts: Parts, rollouts: list[Rollout]) -> list[Rollout]:
+    if parts.grader is None:
+        return rollouts
+    rewards = grade(parts.grader, rollouts, parts.tokenizer)
+    return [dataclasses.replace(r, reward=reward) for r, reward in zip(rollouts, rewards, strict=True)]
+
+
+def _record(
+    parts: Parts,
+    step: int,
+    progress: float,
+    sums: StepSums,
+    probes: dict[str, float],
+    batch: ScoredBatch,
+    seconds: dict[str, float],
+) -> StepRecord:
+    authors_N = batch.tokens.authors_N
+    limit = parts.run.optimizer.max_gradient_norm
+    probes["gradient/clipped"] = sum(n > limit for n in sums.gradient_norms) / len(sums.gradient_norms)
+    if parts.grader is not None:
+        probes["reward/mean"] = sum(r.reward or 0.0 for r in batch.rollouts) / len(batch.rollouts)
+    return StepRecord(
+        step=step,
+        progress=progress,
+        policy_version=step,
+        loss=sums.loss,
+        terms=sums.terms,
+        probes=probes,
+        gradient_norm=max(sums.gradient_norms),
+        learning_rate=sums.learning_rate,
+        tokens={
+            "prompt": sum(len(r.prompt.token_ids) for r in batch.rollouts),
+            "student": int((authors_N == Author.STUDENT).sum()),
+            "teacher": int((authors_N == Author.TEACHER).sum()),
+        },
+        seconds=seconds,
+    )

@@ -1,0 +1,105 @@
+"""The trained student as others read it: a Hugging Face folder, or a PEFT folder for an adapter."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tropd
+from tropd.config import Run
+from tropd.config_file import dump
+from tropd.errors import CheckpointError, ConfigError
+from tropd.student.checkpoint import atomic_folder
+
+
+def export(model: Any, tokenizer: Any, run: Run, folder: Path, *, step: int, results: dict[str, float]) -> Path:
+    """Write weights, tokenizer, chat template, generation config and a model card; transformers loads it unmodified."""
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary, safe_serialization=True)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(model_card(run, step=step, results=results))
+        (temporary / "run.toml").write_text(dump(run))
+    return folder
+
+
+def merge(adapter: Path, folder: Path, *, device: torch.device) -> Path:
+    """An adapter and its base as one plain model."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    settings = adapter / "adapter_config.json"
+    if not settings.exists():
+        raise ConfigError(f"{adapter} holds no adapter_config.json: name the folder of an exported LoRA student.")
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise ConfigError("merging an adapter needs peft: pip install 'tropd[lora]'.") from None
+    base = json.loads(settings.read_text())["base_model_name_or_path"]
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto").to(device)
+        merged: Any = PeftModel.from_pretrained(model, str(adapter))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ConfigError(f"the base {base} of {adapter} cannot be loaded: {str(error).splitlines()[0]}") from error
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    with atomic_folder(folder) as temporary:
+        merged.merge_and_unload().save_pretrained(temporary, safe_serialization=True)
+        tokenizer.save_pretrained(temporary)
+        card = adapter / "README.md"
+        if card.exists():
+            (temporary / "README.md").write_text(card.read_text())
+    return folder
+
+
+def push(folder: Path, repository: str) -> str:
+    """Upload an exported folder to the hub; the token comes from the environment or `hf auth login`."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True)
+        return str(api.upload_folder(repo_id=repository, folder_path=str(folder)))
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} could not be pushed to {repository}: {str(error).splitlines()[0]} "
+            "The folder itself is complete; log in with `hf auth login` and push again."
+        ) from error
+
+
+def model_card(run: Run, *, step: int, results: dict[str, float]) -> str:
+    """What a person who finds the model needs to know: how it was made, from what, and how well it does."""
+    method = run.method
+    settings = run.evaluation.sampling
+    rows = [f"| {name} | {value:.4f} |" for name, value in sorted(results.items())]
+    measured = ["| measure | value |", "|---|---|", *rows] if rows else ["Not evaluated."]
+    link = method.paper if method.paper.startswith("http") else f"https://arxiv.org/abs/{method.paper}"
+    lines = [
+        "---",
+        f"base_model: {run.student.path}",
+        "library_name: " + ("peft" if run.student.lora else "transformers"),
+        "tags: [tropd, on-policy-distillation]",
+        "---",
+        f"# {Path(run.student.path).name} distilled with {type(method).__name__}",
+        "",
+        f"- student: `{run.student.path}`" + (f", LoRA of rank {run.student.lora.rank}" if run.student.lora else ""),
+        f"- teacher: `{run.teacher.path}`",
+        f"- method: `{method.name}` ({link})",
+        f"- data: `{run.data.path}` ({run.data.split})",
+        f"- trained for {step} of {run.steps} steps, {run.rollout.num_prompts} prompts x "
+        f"{run.rollout.num_rollouts} rollouts of at most {run.rollout.max_new_tokens} tokens each, seed {run.seed}",
+        f"- tropd {tropd.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        "",
+        "## Results",
+        "",
+        *measured,
+        "",
+        f"Sampled at temperature {settings.temperature:g}, top_p {settings.top_p:g}, at most "
+        f"{run.evaluation.max_new_tokens} tokens, seed {run.evaluation.seed}.",
+        "",
+        "The whole configuration is in `run.toml`.",
+        "",
+    ]
+    return "\n".join(lines)
