@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 
-from tropd.methods import METHODS, OPD, TrOPD
+from tropd.methods import OPD
 from tropd.rollout.stage import RolloutJob, roll_out
 from tropd.tabular import END, TabularLM, sequence_kl, visits
-from tropd.types import Author, Sampling
+from tropd.types import Sampling
 
 F64 = torch.float64
 
@@ -57,11 +58,5 @@ def test_rollouts_follow_the_table_and_do_not_depend_on_the_batch():
     first = torch.bincount(torch.tensor([r.response_ids[0] for r in rollouts[:300]]), minlength=6) / 300
     expected = model.logits[0, -1].detach().softmax(-1)
     assert bool(((first - expected).abs() < 4 * (expected * (1 - expected) / 300).sqrt() + 1e-9).all())
-    again = roll_out(OPD().rollout, dataclasses_replace(job, prompts=job.prompts[1:]), model, None)
+    again = roll_out(OPD().rollout, dataclasses.replace(job, prompts=job.prompts[1:]), model, None)
     assert [r.token_ids for r in again] == [r.token_ids for r in rollouts[300:]]
-
-
-def dataclasses_replace(job, **changes):
-    import dataclasses
-
-    return dataclasses.replace(job, **changes)

@@ -65,7 +65,7 @@ def tiny_model(family: str = "qwen3", seed: int = 0, sharp: float = 16.0, **opti
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(family, **options)).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for _, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.mul_(sharp)
     return model

@@ -20,7 +20,7 @@ class LoraConfig:
     """Train an adapter instead of the weights."""
 
     rank: int = 32
-    alpha: float = 64.0
+    alpha: int = 64
     dropout: float = 0.0
     """Above 0 the student that samples differs from the student that is trained."""
     targets: tuple[str, ...] = ("all-linear",)

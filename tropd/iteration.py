@@ -39,7 +39,8 @@ def clock(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 def iterate(parts: Parts, directory: Path, step: int, alarms: Alarms) -> tuple[StepRecord, ScoredBatch, list[Alarm]]:
     """Everything that happens at a step, and what was seen."""
-    run, seconds = parts.run, dict.fromkeys(("rollout", "score", "train", "sync"), 0.0)
+    run = parts.run
+    seconds: dict[str, float] = {"rollout": 0.0, "score": 0.0, "train": 0.0, "sync": 0.0}
     progress = step / run.steps
     objective = run.method.objective
     with clock(seconds, "rollout"):
@@ -58,7 +59,7 @@ def iterate(parts: Parts, directory: Path, step: int, alarms: Alarms) -> tuple[S
             directory / "rollouts",
             step,
             batch.rollouts,
-            decode=parts.tokenizer.decode,
+            decode=lambda ids: str(parts.tokenizer.decode(list(ids))),
             teacher_logprobs_N=teacher_N,
             weights=weights,
             every=run.rollout.save_every,

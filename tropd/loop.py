@@ -25,6 +25,7 @@ import tropd
 from tropd import config_file
 from tropd.assembly import Parts, assemble
 from tropd.config import Run
+from tropd.data.stream import PromptStream
 from tropd.errors import CheckpointError, ConfigError, TrainingDiverged
 from tropd.evaluation.runner import evaluate
 from tropd.iteration import clock, iterate
@@ -226,7 +227,7 @@ def _facts(parts: Parts, directory: Path) -> dict[str, str]:
         "method": run.method.name,
         "student": run.student.path + (f" + LoRA {run.student.lora.rank}" if run.student.lora else ""),
         "teacher": run.teacher.path,
-        "data": f"{run.data.path} ({len(parts.stream)} prompts)" if hasattr(parts.stream, "__len__") else run.data.path,
+        "data": run.data.path + (f" ({len(parts.stream)} prompts)" if isinstance(parts.stream, PromptStream) else ""),
         "batch": f"{run.rollout.num_prompts} prompts x {run.rollout.num_rollouts} rollouts",
         "device": f"{parts.learner.device}, {torch.get_num_threads()} threads",
         "versions": f"tropd {tropd.__version__}, torch {torch.__version__}",

@@ -45,7 +45,7 @@ def load_batch(directory: Path, step: int) -> ScoredBatch:
         there = ", ".join(map(str, kept)) or "none"
         raise ConfigError(f"no batch of step {step} was kept in {directory}. Kept: {there}.")
     with safe_open(folder / "tokens.safetensors", "pt") as file:
-        tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}
+        tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is no dict)
         facts = file.metadata()
     if facts["vocab_size"]:
         tensors["vocab_size"] = int(facts["vocab_size"])

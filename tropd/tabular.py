@@ -1,7 +1,7 @@
 """A language model small enough to be exact: the whole loop in milliseconds, with sequence-level KL in closed form.
 
-A response token depends on the prompt and the token before it; the model is a table of logits [P, V + 1, V], where row V
-stands before the first token and token 0 ends the response.  One class is engine, teacher and student at once, so the
+A response token depends on the prompt and the token before it; the model is a table of logits [P, V + 1, V] whose row V
+stands before the first token; token 0 ends the response.  One class is engine, teacher and student at once, so the
 same stages run as with real models.  Divergences between two tables are sums over states weighted by how often the
 student visits them; no sampling.
 """
@@ -125,7 +125,9 @@ class TabularLM:
     # As a student
 
     def view(self, rollouts: Sequence[Rollout], tokens: Tokens, needs: Needs) -> StudentView:
-        evidence = {"teacher_topk_ids_NK": tokens.teacher_topk_ids_NK} if Needs.TOPK in needs else {}
+        evidence: dict[str, Tensor | int] = {}
+        if Needs.TOPK in needs:
+            evidence["teacher_topk_ids_NK"] = tokens.teacher_topk_ids_NK
         full = self.full_logprobs(rollouts)
         view = student_view(full, None, tokens.token_ids_N, needs, 0, evidence)
         if Needs.STUDENT_TOPK in needs:
@@ -158,7 +160,7 @@ class TabularLM:
 
 
 def sequence_kl(p: TabularLM, q: TabularLM, max_new_tokens: int) -> Tensor:
-    """KL(p || q) between whole responses of at most `max_new_tokens`, averaged over prompts.  Differentiable in p, q."""
+    """KL(p || q) between whole responses of at most `max_new_tokens`, averaged over prompts.  Differentiable."""
     log_p, log_q = p.logits.log_softmax(-1), q.logits.log_softmax(-1)
     at_state_PW = (log_p.exp() * (log_p - log_q)).sum(-1)
     return (visits(p, max_new_tokens) * at_state_PW).sum(-1).mean()

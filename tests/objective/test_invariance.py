@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import warnings
 
 import pytest
 import torch
 
-from tests.objective.cases import K, Case, close, describe, make_case
+from tests.objective.cases import Case, K, close, describe, make_case
 from tropd.methods import (
     AOPD,
     EOPD,
@@ -89,7 +90,7 @@ def test_any_cut_into_micro_batches_adds_up(case, name):
     plan = objective.plan(case.tokens, CONTEXT)
     for cuts in ([0, 1, 9, 26], [0, 13, 26], list(range(27))):
         loss = 0.0
-        for low, high in zip(cuts, cuts[1:], strict=False):
+        for low, high in itertools.pairwise(cuts):
             rows = slice(low, high)
             loss = loss + objective(case.tokens.rows(rows), case.view(rows), plan.rows(rows)).loss
         close(torch.autograd.grad(loss, case.logits)[0], whole(case, objective), 1e-12)

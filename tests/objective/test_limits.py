@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from tests.objective.cases import F64, K, V, Case, close, gradient_of, make_case, pair
+from tests.objective.cases import F64, Case, K, V, close, gradient_of, make_case, pair
 from tropd.methods import (
     AOPD,
     GKD,

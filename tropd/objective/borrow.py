@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tropd.errors import EvidenceError
-from tropd.objective.evidence import Needs, StudentView, Tokens, at_least_float32
+from tropd.objective.evidence import ABSENT, Needs, StudentView, Tokens, at_least_float32
 from tropd.objective.objective import LossOutput, Objective
 from tropd.objective.plan import Counts
 from tropd.objective.terms import Context, Reach
@@ -57,7 +57,7 @@ def distillation_loss(
 ) -> LossOutput:
     """The loss of one batch and every term's part of it.
 
-    authors            1 where the student wrote the token, 2 where the teacher did, anything else is context
+    authors            1: the student wrote the token, 2: the teacher did, anything else is context
     logits             the student's, with gradient; or its `logprobs` (and `top_k_logprobs` at the teacher's ids)
     teacher_logits     instead of the other teacher_* evidence, if you hold the whole distribution
     behavior_logprobs  of the sampler; by default the student itself, that is, on-policy
@@ -68,18 +68,16 @@ def distillation_loss(
     objective = method if isinstance(method, Objective) else method.objective
     if counts is not None and objective.reach > Reach.TOKEN:
         raise EvidenceError(
-            "this method selects or normalises over the whole batch, so it cannot be planned one micro-batch at a "
-            "time. Call Objective.plan on all tokens first, then the objective on `tokens.rows(...)`, `plan.rows(...)`."
+            "this method selects or normalises over the whole batch and cannot be planned one micro-batch at a time. "
+            "Call Objective.plan on all tokens, then the objective on `tokens.rows(...)` and `plan.rows(...)`."
         )
     given = _Given(token_ids.shape, token_ids.numel())
     tokens = _describe(given, token_ids, authors, sequences, rollout_ids, seed, rewards, groups)
     view, teacher = _read(given, objective, tokens, (logits, logprobs, top_k_logprobs), teacher_logits, teacher_top_k)
     own_N = view.logprobs_N.detach()
-    tokens = tokens.with_(
-        student_logprobs_N=own_N,
-        behavior_logprobs_N=own_N if behavior_logprobs is None else given.flat(behavior_logprobs, "behavior_logprobs"),
-        **teacher,
-    )
+    tokens = tokens.with_(student_logprobs_N=own_N, behavior_logprobs_N=own_N, **teacher)
+    if behavior_logprobs is not None:
+        tokens = tokens.with_(behavior_logprobs_N=given.flat(behavior_logprobs, "behavior_logprobs"))
     if teacher_logprobs is not None:
         tokens = tokens.with_(teacher_logprobs_N=given.flat(teacher_logprobs, "teacher_logprobs"))
     if teacher_entropy is not None:
@@ -134,8 +132,8 @@ def _describe(
         positions_N=positions_of(sequences_N, authors_N != Author.CONTEXT),
         keys_S=torch.tensor([key_of(seed, name) for name in names], dtype=torch.int64, device=device),
         num_actions_S=torch.bincount(sequences_N[action_N], minlength=len(names)),
-        **({"rewards_S": rewards} if rewards is not None else {}),
-        **({"groups_S": groups} if groups is not None else {}),
+        rewards_S=rewards if rewards is not None else ABSENT,
+        groups_S=groups if groups is not None else ABSENT,
     )
 
 

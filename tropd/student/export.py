@@ -39,8 +39,8 @@ def merge(adapter: Path, folder: Path, *, device: torch.device) -> Path:
         raise ConfigError("merging an adapter needs peft: pip install 'tropd[lora]'.") from None
     base = json.loads(settings.read_text())["base_model_name_or_path"]
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto").to(device)
-        merged: Any = PeftModel.from_pretrained(model, str(adapter))
+        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+        merged: Any = PeftModel.from_pretrained(model.to(device), str(adapter))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ConfigError(f"the base {base} of {adapter} cannot be loaded: {str(error).splitlines()[0]}") from error
     tokenizer = AutoTokenizer.from_pretrained(adapter)

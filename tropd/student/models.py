@@ -53,7 +53,7 @@ def load_model(config: ModelConfig, whose: str, device: torch.device) -> Any:
 
     _check_path(config.path, f"{whose}.path")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             config.path, dtype=choose_dtype(config.dtype, device), **_options(config)
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
@@ -66,7 +66,7 @@ def load_model(config: ModelConfig, whose: str, device: torch.device) -> Any:
 
 def wrap_student(model: Any, config: StudentConfig, seed: int) -> nn.Module:
     """The student as it is trained: adapter, gradient checkpointing, modes."""
-    student = add_adapter(model, config.lora, seed) if config.lora else model.requires_grad_(True)
+    student: Any = add_adapter(model, config.lora, seed) if config.lora else model.requires_grad_(True)
     if config.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return student

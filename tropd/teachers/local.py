@@ -192,8 +192,8 @@ def _check_request(
     if Needs.STUDENT_TOPK in needs:
         if at_ids is None:
             raise EvidenceError(
-                f"Needs.STUDENT_TOPK was asked of teacher {teacher.name} without ids; give student_topk_ids_TJ, a [T, J] "
-                "tensor per rollout."
+                f"Needs.STUDENT_TOPK was asked of teacher {teacher.name} without ids; "
+                "give student_topk_ids_TJ, a [T, J] tensor per rollout."
             )
         lengths = [len(ids) for ids in at_ids]
         assert lengths == [len(rollout.response_ids) for rollout in rollouts], "student_topk_ids_TJ: a row per token"
