@@ -4,7 +4,7 @@
                     |                       student evidence (only what the objective reads)
     teacher.score --+--> ScoredBatch --> plan: weights, rewards, global denominators
                                             |
-                        micro-batch --> student view --> objective --> backward      (sums, never means of means)
+                    micro-batch --> student forward --> judge --> backward           (sums, never means of means)
                                             |
                                      optimiser step
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tropd.batches import ScoredBatch, add_scores, make_tokens
 from tropd.errors import EvidenceError
-from tropd.objective.evidence import OF_TEACHER, Needs, StudentView, Tokens
+from tropd.objective.evidence import ABSENT, OF_TEACHER, Needs, StudentView, Tokens
 from tropd.objective.objective import Objective
 from tropd.objective.plan import Counts, Plan, count
 from tropd.objective.terms import Context, Reach
@@ -38,8 +38,8 @@ class Learner(Protocol):
     device: torch.device
     vocab_size: int | None
 
-    def view(self, rollouts: Sequence[Rollout], tokens: Tokens, needs: Needs) -> StudentView:
-        """Its opinion of these tokens, with gradient."""
+    def learn(self, rollouts: Sequence[Rollout], judge: Judge, needs: Needs) -> None:
+        """Show the judge its opinion of `judge.tokens`, in as many pieces as it likes, and add up the gradient."""
         ...
 
     def measure(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int) -> dict[str, Tensor]:
@@ -70,13 +70,77 @@ class StepSums:
 
     def add(self, loss: float, terms: dict[str, TermStats], share: float) -> None:
         self.loss += share * loss
-        for name, part in terms.items():
-            old = self.terms.get(name, TermStats(loss=0.0, tokens=0.0, weight=0.0))
-            self.terms[name] = TermStats(
-                loss=old.loss + share * part.loss,
-                tokens=old.tokens + part.tokens,
-                weight=old.weight + share * part.weight,
-            )
+        self.terms = add_terms(self.terms, terms, share)
+
+
+class Judge:
+    """The objective on the rows of one micro-batch, asked row by row or all at once.
+
+    Without a plan of the whole batch each piece is planned from the student's opinion that comes with it.
+    """
+
+    def __init__(
+        self, part: ScoredBatch, objective: Objective, context: Context, counts: Counts, plan: Plan | None
+    ) -> None:
+        self.part, self.objective, self.context, self.counts, self.plan = part, objective, context, counts, plan
+        self.loss, self.terms = 0.0, {}
+        self._seen: list[tuple[Tokens, StudentView, Plan]] = []
+
+    @property
+    def tokens(self) -> Tokens:
+        return self.part.tokens
+
+    def __call__(self, rows: slice, view: StudentView) -> Tensor:
+        tokens = self.tokens.rows(rows)
+        if self.plan is not None:
+            plan = self.plan.rows(rows)
+        else:
+            if not self.part.measured:
+                tokens = tokens.with_(student_logprobs_N=view.logprobs_N.detach())
+            plan = self.objective.plan(tokens, self.context, self.counts)
+        output = self.objective(tokens, view, plan)
+        self.loss += float(output.loss.detach())
+        self.terms = add_terms(self.terms, output.terms)
+        seen = StudentView(logprobs_N=view.logprobs_N.detach(), topk_logprobs_NK=_kept(view.peek("topk_logprobs_NK")))
+        self._seen.append((tokens, seen, plan))
+        return output.loss
+
+    def seen(self) -> tuple[ScoredBatch, StudentView, Plan]:
+        """What was judged, whole again: the tokens as planned, the student's opinion, the weights."""
+        tokens, views, plans = zip(*self._seen, strict=True)
+        own = [t.peek("student_logprobs_N") for t in tokens]
+        whole = self.tokens
+        if all(x is not None for x in own):
+            whole = whole.with_(student_logprobs_N=torch.cat(own))
+        at_teacher = [v.peek("topk_logprobs_NK") for v in views]
+        view = StudentView(
+            logprobs_N=torch.cat([v.logprobs_N for v in views]),
+            topk_logprobs_NK=torch.cat(at_teacher) if all(x is not None for x in at_teacher) else ABSENT,
+        )
+        plan = Plan(
+            weights={name: torch.cat([p.weights[name] for p in plans]) for name in plans[0].weights},
+            rewards={name: torch.cat([p.rewards[name] for p in plans]) for name in plans[0].rewards},
+            counts=self.counts,
+            progress=self.context.progress,
+        )
+        return ScoredBatch(rollouts=self.part.rollouts, tokens=whole, measured=self.part.measured), view, plan
+
+
+def _kept(x: Tensor | None) -> Tensor:
+    return ABSENT if x is None else x.detach()
+
+
+def add_terms(a: dict[str, TermStats], b: dict[str, TermStats], share: float = 1.0) -> dict[str, TermStats]:
+    """a + share * b, term by term; tokens are counted, not shared."""
+    total = dict(a)
+    for name, part in b.items():
+        old = a.get(name, TermStats(loss=0.0, tokens=0.0, weight=0.0))
+        total[name] = TermStats(
+            loss=old.loss + share * part.loss,
+            tokens=old.tokens + part.tokens,
+            weight=old.weight + share * part.weight,
+        )
+    return total
 
 
 Watch = Callable[[ScoredBatch, StudentView, Plan], None]
@@ -167,23 +231,9 @@ def _accumulate(
     counts: Counts = whole.counts if whole else count(batch.tokens, context)
     for chosen in similar_lengths([len(r.token_ids) for r in batch.rollouts], max_tokens):
         part = batch.take(chosen)
-        view = learner.view(part.rollouts, part.tokens, objective.needs)
-        if whole is not None:
-            plan = whole.rows(batch.rows_of(chosen))
-        else:
-            part, plan = _plan_from_view(part, view, objective, context, counts)
-        output = objective(part.tokens, view, plan)
-        output.loss.backward()
-        sums.add(float(output.loss.detach()), output.terms, share)
+        plan = whole.rows(batch.rows_of(chosen)) if whole else None
+        judge = Judge(part, objective, context, counts, plan)
+        learner.learn(part.rollouts, judge, objective.needs)
+        sums.add(judge.loss, judge.terms, share)
         if watch is not None:
-            watch(part, view, plan)
-
-
-def _plan_from_view(
-    part: ScoredBatch, view: StudentView, objective: Objective, context: Context, counts: Counts
-) -> tuple[ScoredBatch, Plan]:
-    """The student of this very pass judges its tokens, unless a pass of its own has been made for that."""
-    if not part.measured:
-        tokens = part.tokens.with_(student_logprobs_N=view.logprobs_N.detach())
-        part = ScoredBatch(rollouts=part.rollouts, tokens=tokens)
-    return part, objective.plan(part.tokens, context, counts)
+            watch(*judge.seen())

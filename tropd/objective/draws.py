@@ -24,5 +24,6 @@ _GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15: SplitMix64's increment
 def uniform(keys: Tensor, positions: Tensor, stream: int = 0) -> Tensor:
     """Uniform numbers in [0, 1) with 24 bits, so that float32 holds them exactly on every device."""
     keys, positions = keys.to(torch.int64), positions.to(torch.int64)
-    state = _mix(_mix(_mix(keys + _GOLDEN) ^ (positions + 1)) + stream * _GOLDEN)
+    offset = (stream * _GOLDEN + 2**63) % 2**64 - 2**63  # wrapped as int64 arithmetic wraps
+    state = _mix(_mix(_mix(keys + _GOLDEN) ^ (positions + 1)) + offset)
     return ((state >> 40) & 0xFF_FFFF).to(torch.float32) * 2.0**-24

@@ -4,10 +4,10 @@
         run.toml                the run itself
         weights.safetensors     trained parameters (and buffers)
         optimizer.safetensors   moments, float32 masters
-        state.json              step, prompt cursor, alarms, random state, and the size and hash of the files above
+        state.json              step, prompt cursor, alarms, size and hash of the files above, and its own hash
 
 A checkpoint is written to step_000120.tmp, flushed to the disk and renamed, so a process killed at any moment leaves
-the previous ones as they were.  state.json is written last and is checked on loading.  No pickle.
+the previous ones as they were.  Everything is checked on loading.  No pickle.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -73,15 +74,31 @@ def save(
     directory: Path, step: int, *, weights: dict[str, Tensor], optimizer: dict[str, Tensor], run: str, state: dict
 ) -> Path:
     """Write checkpoints/step_N under the run's folder and return it."""
-    final = directory / "checkpoints" / f"step_{step:06d}"
+    final = place_of(directory, step)
     with atomic_folder(final) as folder:
         (folder / "run.toml").write_text(run)
         for name, tensors in (("weights", weights), ("optimizer", optimizer)):
             save_file({k: x.detach().cpu().contiguous() for k, x in tensors.items()}, folder / f"{name}.safetensors")
         files = {p.name: describe_file(p) for p in sorted(folder.iterdir())}
-        text = json.dumps({"kind": "tropd checkpoint", "schema": SCHEMA, "step": step, "files": files, **state})
-        (folder / "state.json").write_text(text)
+        values = {"kind": "tropd checkpoint", "schema": SCHEMA, "step": step, "files": files, **state}
+        (folder / "state.json").write_text(json.dumps({"sha256": _digest_of(values), **values}))
     return final
+
+
+def _digest_of(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Tell the user which run's folder it was that could not be written, and what is left of it."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"the run's folder {directory} cannot be written: {error}. The checkpoints in it are untouched: free the "
+            f"disk or mend the folder, then go on with `tropd resume {directory}`."
+        ) from error
 
 
 @contextmanager
@@ -128,47 +145,97 @@ def describe_file(path: Path) -> dict[str, Any]:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
+def steps_kept(directory: Path) -> list[int]:
+    """The steps of the finished checkpoints, oldest first."""
+    names = (re.fullmatch(r"step_(\d{6,})", p.name) for p in (directory / "checkpoints").glob("step_*"))
+    return sorted(int(name[1]) for name in names if name)
+
+
+def place_of(directory: Path, step: int) -> Path:
+    return directory / "checkpoints" / f"step_{step:06d}"
+
+
 def find(directory: Path, step: int | None = None) -> Path | None:
     """The checkpoint of a step, or the newest; None when there is none yet.  Unfinished ones do not count."""
-    there = sorted(p for p in (directory / "checkpoints").glob("step_*") if p.suffix != ".tmp")
+    there = steps_kept(directory)
     if step is None:
-        return there[-1] if there else None
-    wanted = directory / "checkpoints" / f"step_{step:06d}"
-    if wanted not in there:
-        known = ", ".join(str(int(p.name[5:])) for p in there) or "none"
+        return place_of(directory, there[-1]) if there else None
+    if step not in there:
+        known = ", ".join(map(str, there)) or "none"
         raise CheckpointError(f"there is no checkpoint of step {step} in {directory}. There are: {known}.")
-    return wanted
+    return place_of(directory, step)
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint; one that was cut short, or that something else wrote, is refused in words."""
-    try:
-        state = json.loads((path / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} has no readable state.json ({error}): it was cut short or is no checkpoint of tropd. "
-            "Resume from an older one with --step."
-        ) from error
-    if state.get("kind") != "tropd checkpoint" or state.get("schema") != SCHEMA:
-        raise CheckpointError(
-            f"{path} is of kind {state.get('kind')!r}, schema {state.get('schema')!r}; this tropd reads "
-            f"'tropd checkpoint', schema {SCHEMA}."
-        )
+    """Read a checkpoint; one that was cut short, changed, or that something else wrote, is refused in words."""
+    state = _read_state(path)
     for name, expected in state["files"].items():
         file = path / name
         if not file.exists() or describe_file(file) != expected:
             size = file.stat().st_size if file.exists() else 0
             raise CheckpointError(
                 f"{file} is damaged: it has {size} bytes, {expected['bytes']} were written, or its content differs. "
-                "Resume from an older checkpoint with --step."
+                f"{_others(path)}"
             )
-    weights, optimizer = (load_file(path / f"{name}.safetensors") for name in ("weights", "optimizer"))
+    try:
+        weights, optimizer = (load_file(path / f"{name}.safetensors") for name in ("weights", "optimizer"))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. {_others(path)}") from error
     return Checkpoint(path=path, step=state["step"], state=state, weights=weights, optimizer=optimizer)
 
 
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((path / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} has no readable state.json ({error}): it was cut short or is no checkpoint of tropd. "
+            f"{_others(path)}"
+        ) from error
+    kind, schema = (state.get("kind"), state.get("schema")) if isinstance(state, dict) else (None, None)
+    if kind != "tropd checkpoint" or schema != SCHEMA:
+        raise CheckpointError(
+            f"{path} is of kind {kind!r}, schema {schema!r}; this tropd reads 'tropd checkpoint', schema {SCHEMA}. "
+            f"{_others(path)}"
+        )
+    written = state.pop("sha256", None)
+    if written != _digest_of(state):
+        raise CheckpointError(f"{path / 'state.json'} is damaged: its content is not what was written. {_others(path)}")
+    return state
+
+
+def _others(path: Path) -> str:
+    """What else there is to resume from."""
+    directory = path.parent.parent
+    steps = [str(step) for step in steps_kept(directory) if place_of(directory, step) != path]
+    if not steps:
+        return "There is no other checkpoint to resume from."
+    return f"Resume from another one with --step; there are: {', '.join(steps)}."
+
+
 def prune(directory: Path, keep: int, best: int | None) -> None:
-    """Delete all but the newest `keep` and the best one."""
-    there = sorted(p for p in (directory / "checkpoints").glob("step_*") if p.suffix != ".tmp")
-    for path in there[:-keep]:
-        if best is None or path.name != f"step_{best:06d}":
-            shutil.rmtree(path, ignore_errors=True)
+    """Delete all but the newest `keep` and the best one, and what killed processes left unfinished."""
+    for step in steps_kept(directory)[:-keep]:
+        if step != best:
+            _discard(place_of(directory, step))
+    for path in (directory / "checkpoints").glob("step_*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def drop_after(directory: Path, step: int) -> list[int]:
+    """Delete the checkpoints of later steps, newest first, and say which."""
+    later = [other for other in reversed(steps_kept(directory)) if other > step]
+    for other in later:
+        _discard(place_of(directory, other))
+    return later
+
+
+def _discard(path: Path) -> None:
+    """Renamed first: a process killed halfway leaves no half of a checkpoint under its name."""
+    temporary = path.with_name(path.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        path.rename(temporary)
+    except OSError as error:
+        raise CheckpointError(f"the old checkpoint {path} cannot be deleted: {error}. Delete it by hand.") from error
+    shutil.rmtree(temporary, ignore_errors=True)

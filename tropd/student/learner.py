@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tropd.objective.evidence import Needs, StudentView, Tokens
+from tropd.objective.evidence import Needs
+from tropd.step import Judge
 from tropd.student.forward import Forward, similar_lengths
+from tropd.student.fused import can_fuse, fused_loss, wanted
 from tropd.student.optimizer import Optimizer
 from tropd.teachers.teacher import Teacher
 from tropd.types import Rollout
@@ -26,9 +28,20 @@ class ModelLearner:
         self.vocab_size: int | None = vocab_size
         self.device = next(model.parameters()).device
 
-    def view(self, rollouts: Sequence[Rollout], tokens: Tokens, needs: Needs) -> StudentView:
+    def learn(self, rollouts: Sequence[Rollout], judge: Judge, needs: Needs) -> None:
         self.model.train()
-        return self.forward.view(rollouts, tokens, needs)
+        if Needs.FULL in needs or not can_fuse(self.forward.head):
+            judge(slice(None), self.forward.view(rollouts, judge.tokens, needs)).backward()
+            return
+        ids_NM, view_of = wanted(judge.tokens, needs)
+        loss = fused_loss(
+            self.forward.head,
+            self.forward.hidden(rollouts),
+            ids_NM,
+            lambda rows, logprobs_CM: judge(rows, view_of(logprobs_CM)),
+            self.forward.tile_tokens,
+        )
+        loss.backward()
 
     def measure(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int) -> dict[str, Tensor]:
         wanted = top_k if Needs.STUDENT_TOPK in needs else 0

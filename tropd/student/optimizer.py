@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from tropd.errors import CheckpointError
+
 if TYPE_CHECKING:
     from tropd.config import OptimizerConfig
+
+_KINDS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Optimizer:
@@ -65,23 +69,30 @@ class Optimizer:
         tensors = {}
         for name, master in self.masters.items():
             state = self.adamw.state.get(master, {})
-            tensors |= {f"{kind}.{name}": state[kind] for kind in ("exp_avg", "exp_avg_sq") if kind in state}
+            tensors |= {f"{kind}.{name}": state[kind] for kind in _KINDS if kind in state}
             if master is not self.parameters[name]:
                 tensors[f"master.{name}"] = master
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor], num_steps: int) -> None:
+        wanted = {f"master.{name}" for name, master in self.masters.items() if master is not self.parameters[name]}
+        if tensors.keys() != wanted:  # before the first update there are no moments
+            wanted |= {f"{kind}.{name}" for kind in _KINDS for name in self.masters}
+        if odd := sorted(tensors.keys() ^ wanted):
+            raise CheckpointError(
+                f"the saved optimiser holds {len(tensors)} tensors, this one has {len(wanted)}; they differ in "
+                f"{odd[0]!r}{f' and {len(odd) - 1} more' if len(odd) > 1 else ''}. It belongs to another model, to "
+                "another precision, or to another version of tropd."
+            )
         self.num_steps = num_steps
         for name, master in self.masters.items():
             if f"master.{name}" in tensors:
                 with torch.no_grad():
                     master.copy_(tensors[f"master.{name}"])
-            if f"exp_avg.{name}" in tensors:
-                self.adamw.state[master] = {
-                    "step": torch.tensor(float(num_steps)),
-                    "exp_avg": tensors[f"exp_avg.{name}"].to(master.device),
-                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(master.device),
-                }
+            if f"step.{name}" in tensors:
+                moments = {kind: tensors[f"{kind}.{name}"].to(master.device) for kind in _KINDS[1:]}
+                # How often the moments moved, which a skipped update leaves behind num_steps; torch keeps it on the CPU
+                self.adamw.state[master] = {"step": tensors[f"step.{name}"].clone(), **moments}
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:

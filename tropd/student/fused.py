@@ -1,0 +1,207 @@
+"""Loss and gradient of a tile of tokens while its logits are in cache: the vocabulary is visited once.
+
+    z = h W^T                                        [C, V]      matrix product 1
+    p = softmax z,  L = log sum_v exp z_v                        one exponential per logit, in place
+    log p(v) = z_v - L                                           at the wanted ids only
+    the objective, local to a row once planned, gives  c_m = d loss / d log p(id_m)
+    d loss / d z = sum_m c_m e(id_m) - a p,   a = sum_m c_m
+    d h = -diag(a) p W   + sum_m c_m W[id_m]                     matrix product 2, sparse rows
+    d W = -p^T diag(a) h + scatter(c_m h)                        matrix product 3, sparse rows
+
+Nothing of size [tokens, V] outlives its tile.  Half-precision tiles read the sampled token's logit again in float32:
+rounded to bfloat16 it would flip the sign of small log-ratios.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tropd.objective.evidence import ABSENT, Needs, StudentView, Tokens
+from tropd.student.head import Head, tiles
+
+Judge = Callable[[slice, Tensor], Tensor]
+"""(rows, log-probabilities [C, M] with gradient) -> loss of these rows."""
+
+_ROWS_IN_CACHE = 8
+_GATHERED = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileWork:
+    """What a fused pass computes beside its differentiable inputs."""
+
+    ids_NM: Tensor
+    """Wanted tokens of each row; column 0 is the written one."""
+    judge: Judge
+    tile_tokens: int
+    scale: float
+    """z = scale * (h W^T + b)."""
+
+
+def wanted(tokens: Tokens, needs: Needs) -> tuple[Tensor, Callable[[Tensor], StudentView]]:
+    """Which tokens of each row an objective reads, and how log-probabilities there make a view."""
+    columns = [tokens.token_ids_N[:, None]]
+    if Needs.TOPK in needs:
+        columns.append(tokens.teacher_topk_ids_NK)
+    if Needs.STUDENT_TOPK in needs:
+        columns.append(tokens.student_topk_ids_NJ)
+
+    def view_of(logprobs_CM: Tensor) -> StudentView:
+        parts = list(logprobs_CM.split([column.shape[1] for column in columns], dim=1))
+        return StudentView(
+            logprobs_N=parts.pop(0).squeeze(1),
+            topk_logprobs_NK=parts.pop(0) if Needs.TOPK in needs else ABSENT,
+            student_topk_logprobs_NJ=parts.pop(0) if Needs.STUDENT_TOPK in needs else ABSENT,
+        )
+
+    return torch.cat(columns, dim=1), view_of
+
+
+def can_fuse(head: Head) -> bool:
+    """Whether the head is a plain matrix, perhaps scaled: no adapter, no hooks, no soft-capping."""
+    plain = type(head.module) is torch.nn.Linear and not head.module._forward_hooks
+    return plain and head.softcap is None
+
+
+def fused_loss(head: Head, hidden_NH: Tensor, ids_NM: Tensor, judge: Judge, tile_tokens: int) -> Tensor:
+    """The judged loss of all rows, its gradient already formed.  Call it only where a gradient is wanted."""
+    work = TileWork(ids_NM=ids_NM, judge=judge, tile_tokens=tile_tokens, scale=head.factor / head.divisor)
+    weight, bias = head.weight_VH, head.bias_V
+    if head.vocab_size < weight.shape[0]:
+        weight, bias = weight[: head.vocab_size], None if bias is None else bias[: head.vocab_size]
+    return _Fused.apply(hidden_NH, weight, bias, work)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, work: TileWork) -> Tensor:
+        wants_weight = ctx.needs_input_grad[1]
+        sums = _Gradients(hidden_NH, weight_VH, bias_V, wants_weight)
+        num_tokens, size = hidden_NH.shape[0], weight_VH.shape[0]
+        buffer_CV = hidden_NH.new_empty(min(work.tile_tokens, num_tokens), size)
+        losses = []
+        for rows in tiles(num_tokens, work.tile_tokens):
+            hidden_CH = hidden_NH[rows]
+            z_CV = buffer_CV[: hidden_CH.shape[0]]
+            loss = _tile(rows, hidden_CH, z_CV, weight_VH, bias_V, work, sums)
+            losses.append(loss)
+        ctx.save_for_backward(sums.hidden_NH, sums.weight_VH, sums.bias_V)
+        ctx.dtypes = hidden_NH.dtype, weight_VH.dtype
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+        (scale,) = upstream
+        hidden_NH, weight_VH, bias_V = ctx.saved_tensors
+        if float(scale) != 1.0:
+            hidden_NH, weight_VH, bias_V = (None if g is None else g * scale for g in (hidden_NH, weight_VH, bias_V))
+        hidden_dtype, weight_dtype = ctx.dtypes
+        return (
+            hidden_NH.to(hidden_dtype),
+            None if weight_VH is None else weight_VH.to(weight_dtype),
+            None if bias_V is None else bias_V.to(weight_dtype),
+            None,
+        )
+
+
+class _Gradients:
+    """Accumulators: float32 at least, whatever the model's dtype."""
+
+    def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, wants_weight: bool) -> None:
+        dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
+        self.hidden_NH = torch.empty_like(hidden_NH, dtype=dtype)
+        self.weight_VH = torch.zeros_like(weight_VH, dtype=dtype) if wants_weight else None
+        self.bias_V = torch.zeros_like(bias_V, dtype=dtype) if wants_weight and bias_V is not None else None
+
+
+def _tile(
+    rows: slice,
+    hidden_CH: Tensor,
+    z_CV: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    work: TileWork,
+    sums: _Gradients,
+) -> Tensor:
+    """One tile: read, judge, and add its gradients."""
+    ids_CM = work.ids_NM[rows]
+    torch.mm(hidden_CH, weight_VH.t(), out=z_CV)
+    if bias_V is not None:
+        z_CV.add_(bias_V)
+    if work.scale != 1.0:
+        z_CV.mul_(work.scale)
+    wide = sums.hidden_NH.dtype
+    wanted_CM = z_CV.gather(1, ids_CM).to(wide)
+    if z_CV.dtype != wide:
+        wanted_CM[:, 0] = _exact(hidden_CH, weight_VH, bias_V, ids_CM[:, 0], work.scale)
+    logprobs_CM = (wanted_CM - soften_rows_(z_CV)[:, None]).requires_grad_()
+    with torch.enable_grad():
+        loss = work.judge(rows, logprobs_CM)
+    (c_CM,) = torch.autograd.grad(loss, logprobs_CM)
+    c_CM = c_CM * work.scale
+    dense_C = c_CM.sum(1)
+    hidden_wide = hidden_CH.to(wide)
+    sums.hidden_NH[rows] = torch.mm(z_CV, weight_VH).to(wide).mul_(-dense_C[:, None])
+    if sums.weight_VH is not None:
+        pulled_CH = (hidden_wide * -dense_C[:, None]).to(z_CV.dtype)
+        if z_CV.dtype == wide:
+            sums.weight_VH.addmm_(z_CV.t(), pulled_CH)
+        else:
+            sums.weight_VH.add_(torch.mm(z_CV.t(), pulled_CH))
+    if sums.bias_V is not None:
+        sums.bias_V.add_(torch.mv(z_CV.t(), -dense_C.to(z_CV.dtype)))
+    _add_sparse(rows, hidden_wide, weight_VH, ids_CM, c_CM, sums)
+    return loss.detach()
+
+
+def _exact(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, ids_C: Tensor, scale: float) -> Tensor:
+    """One logit per row in float32."""
+    logits_C = (hidden_CH.float() * weight_VH[ids_C].float()).sum(-1)
+    return scale * (logits_C if bias_V is None else logits_C + bias_V[ids_C].float())
+
+
+def soften_rows_(z_CV: Tensor) -> Tensor:
+    """In place z <- softmax(z); gives log sum exp z of each row, in float32 at least.
+
+    On a CPU a few rows at a time, so that they stay in cache.  The sum is read off the largest probability, which is at
+    least 1/V: log sum exp z = max z - log max p.
+    """
+    wide = torch.promote_types(z_CV.dtype, torch.float32)
+    step = _ROWS_IN_CACHE if z_CV.device.type == "cpu" else len(z_CV) or 1
+    log_sum_C = z_CV.new_empty(len(z_CV), dtype=wide)
+    scratch = z_CV.new_empty(min(step, len(z_CV)), z_CV.shape[1], dtype=wide) if z_CV.dtype != wide else None
+    for start in range(0, len(z_CV), step):
+        x = z_CV[start : start + step]
+        p = x if scratch is None else scratch[: len(x)].copy_(x)
+        highest_C = p.amax(-1)
+        torch.softmax(p, -1, out=p)
+        log_sum_C[start : start + step] = highest_C - p.amax(-1).log()
+        if p is not x:
+            x.copy_(p)
+    return log_sum_C
+
+
+def _add_sparse(
+    rows: slice, hidden_CH: Tensor, weight_VH: Tensor, ids_CM: Tensor, c_CM: Tensor, sums: _Gradients
+) -> None:
+    """sum_m c_m W[id_m] into d h, c_m h into the rows id_m of d W: first the written token, then whole supports."""
+    wide, gradient_CH = hidden_CH.dtype, sums.hidden_NH[rows]
+    gradient_CH.addcmul_(weight_VH[ids_CM[:, 0]].to(wide), c_CM[:, :1])
+    if sums.weight_VH is not None:
+        sums.weight_VH.index_add_(0, ids_CM[:, 0], hidden_CH * c_CM[:, :1])
+    if sums.bias_V is not None:
+        sums.bias_V.index_add_(0, ids_CM.flatten(), c_CM.flatten())
+    if ids_CM.shape[1] == 1:
+        return
+    busy = (c_CM[:, 1:] != 0).any(1).nonzero().flatten()
+    for some in busy.split(_GATHERED):  # bounds the [rows, M, H] gather
+        ids, c = ids_CM[some, 1:], c_CM[some, 1:]
+        gradient_CH[some] += torch.bmm(c[:, None], weight_VH[ids].to(wide)).squeeze(1)
+        if sums.weight_VH is not None:
+            spread = (hidden_CH[some][:, None] * c[:, :, None]).flatten(0, 1)
+            sums.weight_VH.index_add_(0, ids.flatten(), spread)
