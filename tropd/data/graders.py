@@ -1,0 +1,291 @@
+"""Graders: `(prompts, completions, **columns) -> list[float]`, one number per completion (TRL's reward signature).
+
+A completion is text or a list of messages; `answer` is the column to compare with.  Anything with this signature is a
+grader: name it "package.module:function".
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import importlib.util
+import inspect
+import json
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from math import isfinite
+from numbers import Real
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Protocol, cast
+
+from tropd.data.answers import final_text, last_boxed, normalize, read_choice, read_number
+from tropd.data.chat import parse_messages
+from tropd.data.rows import nearest
+from tropd.errors import DataError
+from tropd.types import Prompt, Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+# What every grader gets by position: a column of that name cannot be handed over as well.
+_POSITIONAL = ("prompts", "completions")
+
+
+class Grader(Protocol):
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]: ...
+
+
+def exact(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+    """1 where the text is the answer, up to case, spaces and surrounding punctuation."""
+    pairs = _pairs("exact", completions, columns)
+    return [float(normalize(text) == normalize(answer)) for text, answer in pairs]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numeric:
+    """1 where the last number equals the answer's last number; integers exactly, others within a relative tolerance.
+
+    A percentage also equals its bare number and its hundredth part: 50% = 50 = 0.5.
+    """
+
+    tolerance: float = 1e-6
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+        return [self._score(text, answer) for text, answer in _pairs("numeric", completions, columns)]
+
+    def _score(self, text: str, answer: str) -> float:
+        expected, found = read_number(answer), read_number(text)
+        if expected is None:
+            raise DataError(f"grader 'numeric' finds no number in the answer {answer!r}. Give answers with a number.")
+        if found is None:
+            return 0.0
+        scales = (1,) if expected.is_percent == found.is_percent else (1, 100)
+        small, large = (found, expected) if expected.is_percent else (expected, found)
+        return float(any(self._equal(small.value * scale, large.value) for scale in scales))
+
+    def _equal(self, a: Fraction, b: Fraction) -> bool:
+        if a.denominator == b.denominator == 1:
+            return a == b
+        return abs(a - b) <= Fraction(self.tolerance) * max(abs(a), abs(b))
+
+
+def multiple_choice(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+    """1 where the completion settles on the answer's letter, A to J."""
+    scores = []
+    for text, answer in _pairs("multiple_choice", completions, columns):
+        expected = read_choice(answer)
+        if expected is None:
+            raise DataError(f"grader 'multiple_choice' finds no letter A-J in the answer {answer!r}. Give letters.")
+        scores.append(float(read_choice(text) == expected))
+    return scores
+
+
+class Math:
+    """1 where math-verify finds the completion equal to the answer, or where both are the same text.
+
+    math-verify runs in a process of its own, which is killed and started again when an expression takes more than
+    `seconds`; that scores 0 with a warning.
+    """
+
+    def __init__(self, *, seconds: float = 10.0) -> None:
+        self.seconds = seconds
+        self._lock = threading.Lock()
+        self._worker: subprocess.Popen[str] | None = None
+        atexit.register(self.close)
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+        return [self._score(text, answer) for text, answer in _pairs("math", completions, columns)]
+
+    def require(self) -> None:
+        """Refuse at once when math-verify is not installed."""
+        if importlib.util.find_spec("math_verify") is None:
+            raise DataError("grader 'math' needs math-verify, which is not installed. Run: pip install 'tropd[math]'")
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.kill()
+            for pipe in _pipes(self._worker):
+                with suppress(BrokenPipeError):
+                    pipe.close()
+            self._worker.wait()
+            self._worker = None
+
+    def _score(self, text: str, answer: str) -> float:
+        said = last_boxed(text)
+        if normalize(text if said is None else said) == normalize(answer):
+            return 1.0
+        has_delimiters = "$" in answer or "\\boxed" in answer or "\\(" in answer or "\\[" in answer
+        gold = answer if has_delimiters else f"\\boxed{{{answer}}}"
+        with self._lock:
+            right = self._ask({"gold": gold, "completion": text, "seconds": self.seconds})
+        if right is None:
+            warnings.warn(
+                f"math-verify did not compare {text[-80:]!r} with {answer!r}: it took more than {self.seconds:g} s "
+                "or its process died. Scored 0.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return float(right or False)
+
+    def _ask(self, task: Mapping[str, Any]) -> bool | None:
+        worker = self._start()
+        requests, replies = _pipes(worker)
+        deadline = threading.Timer(self.seconds, worker.kill)
+        deadline.start()
+        try:
+            requests.write(json.dumps(task) + "\n")
+            requests.flush()
+            reply = replies.readline()
+        except BrokenPipeError:
+            reply = ""
+        finally:
+            deadline.cancel()
+        if not reply:
+            self.close()
+            return None
+        return json.loads(reply)
+
+    def _start(self) -> subprocess.Popen[str]:
+        if self._worker is None or self._worker.poll() is not None:
+            self.close()
+            self.require()
+            script = str(Path(__file__).with_name("math_worker.py"))
+            # -P: modules beside the script must not hide those of the library
+            command = [sys.executable, "-P", script]
+            self._worker = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", errors="strict"
+            )
+            if _pipes(self._worker)[1].readline().strip() != "ready":
+                code = self._worker.wait()
+                self._worker = None
+                raise DataError(f"grader 'math': its process ended with code {code}; what it said stands above.")
+        return self._worker
+
+
+def _pipes(worker: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
+    assert worker.stdin is not None and worker.stdout is not None
+    return worker.stdin, worker.stdout
+
+
+numeric = Numeric()
+math = Math()
+
+GRADERS: dict[str, Grader] = {
+    "exact": exact,
+    "numeric": numeric,
+    "multiple_choice": multiple_choice,
+    "math": math,
+}
+
+
+def resolve_grader(name: str) -> Grader:
+    """A grader by its name in GRADERS, or by "package.module:function"."""
+    if name in GRADERS:
+        grader = GRADERS[name]
+        if isinstance(grader, Math):
+            grader.require()
+        return grader
+    module_name, colon, attribute = name.partition(":")
+    if not colon:
+        known = ", ".join(GRADERS)
+        raise DataError(
+            f"there is no grader '{name}'{nearest(name, GRADERS)}; there are {known}. "
+            "Give one of these, or your own as 'package.module:function'."
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise DataError(f"grader '{name}': {module_name} cannot be imported ({error}). Is it on the path?") from error
+    grader = getattr(module, attribute, None)
+    if not callable(grader):
+        there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise DataError(
+            f"grader '{name}': {module_name} has no function '{attribute}'{nearest(attribute, there)}; "
+            f"it has {', '.join(there) or 'none'}."
+        )
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(grader).parameters.values()):
+        raise DataError(f"grader '{name}' takes no **columns. Define it as f(prompts, completions, **columns).")
+    return cast(Grader, grader)
+
+
+def grade(grader: Grader, rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase) -> list[float]:
+    """One finite number per rollout, from the text of its response (special tokens left out)."""
+    completions = [str(tokenizer.decode(list(rollout.response_ids), skip_special_tokens=True)) for rollout in rollouts]
+    return grade_texts(grader, [rollout.prompt for rollout in rollouts], completions, tokenizer)
+
+
+def grade_texts(
+    grader: Grader, prompts: Sequence[Prompt], completions: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> list[float]:
+    """One finite number per completion.  The grader gets the prompt's columns, and its answer as `answer`."""
+    if not prompts:
+        return []
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns if name not in _POSITIONAL)
+    columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+    columns["answer"] = [prompt.answer for prompt in prompts]
+    texts = [str(tokenizer.decode(list(prompt.token_ids))) for prompt in prompts]
+    try:
+        scores = grader(texts, list(completions), **columns)
+    except Exception as error:
+        error.add_note(f"raised by grader '{_name(grader)}'")
+        raise
+    return _check_scores(scores, grader, prompts)
+
+
+def check_answers(
+    grader: Grader, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, limit: int = 200
+) -> None:
+    """Refuse a data set whose answers the grader does not accept as completions; looks at `limit` evenly spread."""
+    sample = [prompts[number * len(prompts) // limit] for number in range(limit)] if len(prompts) > limit else prompts
+    scores = grade_texts(grader, sample, [prompt.answer or "" for prompt in sample], tokenizer)
+    wrong = [prompt for prompt, score in zip(sample, scores, strict=True) if score < 1]
+    if wrong:
+        raise DataError(
+            f"grader '{_name(grader)}' gives {len(wrong)} of {len(sample)} answers less than 1 when they are the "
+            f"completion itself, first prompt '{wrong[0].id}' with {wrong[0].answer!r}. Use a grader that reads them."
+        )
+
+
+def _check_scores(scores: Any, grader: Grader, prompts: Sequence[Prompt]) -> list[float]:
+    name = _name(grader)
+    scores = scores.tolist() if hasattr(scores, "tolist") else scores
+    if not isinstance(scores, list | tuple):
+        raise DataError(f"grader '{name}' returned a {type(scores).__name__}. Return a list of {len(prompts)} numbers.")
+    if len(scores) != len(prompts):
+        raise DataError(f"grader '{name}' returned {len(scores)} scores for {len(prompts)} completions.")
+    for score, prompt in zip(scores, prompts, strict=True):
+        if not isinstance(score, Real) or not isfinite(score):
+            raise DataError(f"grader '{name}' scored an answer to '{prompt.id}' {score!r}. Return finite numbers.")
+    return [float(score) for score in scores]
+
+
+def _name(grader: Grader) -> str:
+    known = (name for name, each in GRADERS.items() if each is grader)
+    return next(known, None) or getattr(grader, "__name__", type(grader).__name__)
+
+
+def _pairs(name: str, completions: Sequence[Any], columns: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Each completion's final text with what it should be."""
+    answers = columns.get("answer")
+    if answers is None:
+        raise DataError(f"grader '{name}' compares with the column 'answer', which is missing. Set data.answer_column.")
+    if None in answers or "" in answers:
+        number = next(number for number, answer in enumerate(answers) if answer is None or answer == "")
+        raise DataError(
+            f"grader '{name}' has no answer to compare completion {number} of {len(answers)} with. "
+            "Fill data.answer_column in every row, or drop the rows without."
+        )
+    return [(final_text(_text_of(c)), final_text(str(a))) for c, a in zip(completions, answers, strict=True)]
+
+
+def _text_of(completion: Any) -> str:
+    if isinstance(completion, str):
+        return completion
+    return "\n".join(message.content for message in parse_messages(completion) if message.role == "assistant")

@@ -1,0 +1,56 @@
+"""The process in which math-verify runs; started as a script by tropd.data.graders and never imported.
+
+One JSON object per line each way: {"gold", "completion", "seconds"} -> true or false.  Symbolic algebra can take for
+ever on what a model writes (9^9^9^9), inside calls that no signal or thread can interrupt: a process can be killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from typing import Any
+
+
+def _limit_time(seconds: float) -> None:
+    """Die by oneself, a little after the deadline: nobody else would end an orphan."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    soft = int(time.process_time() + seconds) + 2
+    resource.setrlimit(resource.RLIMIT_CPU, (soft if hard < 0 else min(soft, hard), hard))
+
+
+def _is_right(gold: str, completion: str) -> bool:
+    from math_verify import parse, verify
+
+    timeout: Any = None  # the parent keeps the time
+    expected = parse(gold, parsing_timeout=timeout)
+    found = parse(completion, parsing_timeout=timeout)
+    return bool(expected and found and verify(expected, found, timeout_seconds=None))
+
+
+def main() -> None:
+    with open(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as replies:
+        warnings.simplefilter("ignore")
+        _is_right("$1$", "$1$")
+        logging.disable()
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what the parser prints is not a reply
+        print("ready", file=replies, flush=True)
+        for line in sys.stdin:
+            task = json.loads(line)
+            _limit_time(task["seconds"])
+            right = False
+            with contextlib.suppress(Exception):  # any text may come here, and what cannot be read is not right
+                right = _is_right(task["gold"], task["completion"])
+            print(json.dumps(right), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()

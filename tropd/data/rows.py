@@ -1,0 +1,194 @@
+"""Where rows come from: JSON lines, JSON, parquet, a folder saved by `datasets`, or the hub.
+
+A Table knows its columns and can be read again from the start.  Rows are numbered from 1; in a JSON lines file the
+number is the line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tropd.errors import DataError
+
+Row = Mapping[str, Any]
+SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    source: str
+    columns: tuple[str, ...]
+    read: Callable[[], Iterator[tuple[int, Row]]]
+    """Every call starts at the first row."""
+
+
+def open_table(path: str, *, split: str = "train", name: str | None = None, streaming: bool = False) -> Table:
+    """The rows behind `path`; nothing but the head is read when `streaming`."""
+    file = Path(path).expanduser()
+    if file.suffix in SUFFIXES:
+        if not file.is_file():
+            raise _missing(path, file)
+        table = _parquet_table(file) if file.suffix == ".parquet" else _json_table(file, streaming)
+    elif file.is_dir() and any((file / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+        table = _saved_table(file, split)
+    elif file.is_file():
+        raise DataError(f"{path}: '{file.suffix}' files are not read. Write the rows as one of {', '.join(SUFFIXES)}.")
+    elif not file.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise _missing(path, file)
+    else:
+        table = _hub_table(path, split, name, streaming)
+    if not table.columns:
+        raise DataError(f"{table.source} is empty. Give a data set with at least one row and column.")
+    return table
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """' (did you mean ...?)' or nothing."""
+    match = get_close_matches(word, list(choices), n=1)
+    return f" (did you mean '{match[0]}'?)" if match else ""
+
+
+def read_text(row: Row, column: str) -> str:
+    """The text of a column that has to hold some."""
+    value = row.get(column)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"no text in '{column}', and it is asked for")
+    return value
+
+
+def read_scalar(row: Row, column: str) -> str:
+    """Text, or a number as text."""
+    value = row.get(column)
+    if not isinstance(value, str | int | float):
+        kind = "nothing" if value is None else f"a {type(value).__name__}"
+        raise DataError(f"'{column}' holds {kind}, and text or a number is asked for")
+    return str(value)
+
+
+def _missing(path: str, file: Path) -> DataError:
+    siblings = [str(other.name) for other in file.parent.iterdir()] if file.parent.is_dir() else []
+    where = f"the folder {file.parent.resolve()} has no such file" if siblings else f"{file.parent} holds nothing"
+    return DataError(f"{path} does not exist: {where}{nearest(file.name, siblings)}. Give the path of a data file.")
+
+
+def _parse_object(raw: bytes, file: Path, number: int) -> Row:
+    try:
+        row = json.loads(raw)
+    except ValueError as error:
+        raise DataError(f"{file}, line {number} is not JSON ({error}). Write one JSON object per line.") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{file}, line {number} holds a {type(row).__name__}. Write one JSON object per line.")
+    return row
+
+
+def _read_lines(file: Path) -> Iterator[tuple[int, Row]]:
+    with file.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            if raw.strip():
+                yield number, _parse_object(raw, file, number)
+
+
+def _read_array(file: Path) -> Iterator[tuple[int, Row]]:
+    try:
+        rows = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{file} is not JSON ({error}). Write an array of objects or one object per line.") from error
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise DataError(f"{file}, element {number} holds a {type(row).__name__}. Write an array of objects.")
+        yield number, row
+
+
+def _json_table(file: Path, streaming: bool) -> Table:
+    with file.open("rb") as head:
+        start = head.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    read = _read_array if file.suffix == ".json" and start == b"[" else _read_lines
+    if streaming:
+        _, first = next(read(file), (0, {}))
+        return Table(source=str(file), columns=tuple(first), read=lambda: read(file))
+    rows = list(read(file))
+    columns = dict.fromkeys(column for _, row in rows for column in row)
+    return Table(source=str(file), columns=tuple(columns), read=lambda: iter(rows))
+
+
+def _parquet_table(file: Path) -> Table:
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise DataError(
+            f"{file}: parquet needs pyarrow, which is not installed. Run: pip install 'tropd[data]'"
+        ) from error
+
+    def read() -> Iterator[tuple[int, Row]]:
+        number = 0
+        with parquet.ParquetFile(file) as content:
+            for batch in content.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+
+    try:
+        with parquet.ParquetFile(file) as content:
+            columns = tuple(content.schema_arrow.names) if content.metadata.num_rows else ()
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{file} is not a readable parquet file ({error}). Write it again.") from error
+    return Table(source=str(file), columns=columns, read=read)
+
+
+def _import_datasets(path: str) -> ModuleType:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"'{path}' is read with the package `datasets`, which is not installed. Run: pip install 'tropd[data]' "
+            "(.jsonl and .json files are read without it)"
+        ) from error
+    return datasets
+
+
+def _saved_table(folder: Path, split: str) -> Table:
+    datasets = _import_datasets(str(folder))
+    try:
+        data = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder} cannot be read as a saved data set ({error}). Save it again.") from error
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            known = ", ".join(data)
+            raise DataError(f"{folder} has no split '{split}'{nearest(split, data)}; it has {known}. Set data.split.")
+        data = data[split]
+    return Table(
+        source=str(folder), columns=tuple(data.column_names) if len(data) else (), read=lambda: _numbered(data)
+    )
+
+
+def _hub_table(path: str, split: str, name: str | None, streaming: bool) -> Table:
+    datasets = _import_datasets(path)
+    what = f"data set '{path}'" + (f" ({name})" if name else "") + f", split '{split}'"
+    try:
+        data = datasets.load_dataset(path, name, split=split, streaming=streaming)
+        first = next(iter(data), {})
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"{what} cannot be loaded: {type(error).__name__}: {error}. "
+            f"It is no file or folder here, so it was looked for on the hub: check the spelling, `name` and `split`, "
+            f"and the network; or give a local file ({', '.join(SUFFIXES)})."
+        ) from error
+    return Table(source=what, columns=tuple(data.column_names or first), read=lambda: _numbered(data, what))
+
+
+def _numbered(data: Iterable[Row], what: str = "the data set") -> Iterator[tuple[int, Row]]:
+    number = 0
+    try:
+        for row in data:
+            number += 1
+            yield number, row
+    except OSError as error:
+        raise DataError(f"{what} stopped after row {number}: {error}. Check the network and resume.") from error
