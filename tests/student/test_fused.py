@@ -13,7 +13,7 @@ from tests.objective.test_invariance import VARIANTS
 from tropd.objective import Context
 from tropd.objective.borrow import student_view
 from tropd.objective.evidence import Needs
-from tropd.student.fused import can_fuse, soften_rows_, fused_loss, wanted
+from tropd.student.fused import can_fuse, fused_loss, soften_rows_, wanted
 from tropd.student.head import Head
 from tropd.types import Author
 

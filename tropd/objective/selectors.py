@@ -162,6 +162,50 @@ class PositionBelow(Selector):
 
 
 @dataclass(frozen=True)
+class LastPositions(Selector):
+    """1 on the last `count` trained tokens of each response."""
+
+    count: int
+
+    def __call__(self, tokens: Tokens, context: Context) -> Tensor:
+        left_N = tokens.num_actions_S[tokens.sequences_N] - tokens.positions_N
+        return as_weight(left_N <= self.count, tokens.positions_N)
+
+
+@dataclass(frozen=True)
+class PerplexityWeight(Selector):
+    """Weights of the sequences of a group by perplexity^(1 / temperature), summing to their number (SCOPE).
+
+    `who` is the model whose perplexity counts; `sign` +1 favours the surprising sequences, -1 the likely ones; only
+    sequences that `among` selects take part.
+    """
+
+    who: Literal["student", "teacher"]
+    sign: Literal[1, -1]
+    among: Selector
+    temperature: float = 1.0
+    own_needs = Needs.SAMPLED
+    own_reach = Reach.GROUP
+
+    def __call__(self, tokens: Tokens, context: Context) -> Tensor:
+        logprobs_N = tokens.student_logprobs_N if self.who == "student" else tokens.teacher_logprobs_N
+        member_N = self.among(tokens, context) * (tokens.authors_N == Author.STUDENT)
+        num_S = tokens.num_actions_S.clamp_min(1).to(logprobs_N.dtype)
+        mean_S = torch.zeros_like(num_S).index_add_(0, tokens.sequences_N, logprobs_N * member_N) / num_S
+        there_S = torch.zeros_like(num_S).index_add_(0, tokens.sequences_N, member_N.to(num_S.dtype)) > 0
+        score_S = torch.where(there_S, -self.sign * mean_S / self.temperature, -torch.inf)
+        groups, scores = context.world.gather(tokens.groups_S), context.world.gather(score_S)
+        names, index = torch.unique(groups, return_inverse=True)
+        slot_S = torch.searchsorted(names, tokens.groups_S)
+        peak = scores.new_full((len(names),), -torch.inf).scatter_reduce(0, index, scores, "amax").clamp_min(-1e30)
+        share = (scores - peak[index]).exp()
+        total = scores.new_zeros(len(names)).index_add_(0, index, share).clamp_min(torch.finfo(scores.dtype).tiny)
+        count = scores.new_zeros(len(names)).index_add_(0, index, (scores > -torch.inf).to(scores.dtype))
+        weight_S = (score_S - peak[slot_S]).exp() / total[slot_S] * count[slot_S]
+        return weight_S[tokens.sequences_N] * member_N
+
+
+@dataclass(frozen=True)
 class FromProgress(Selector):
     """`early` until `switch` of training is over, then `late`."""
 
