@@ -16,7 +16,7 @@ from tropd.data.chat import stop_ids
 from tropd.data.graders import Grader, resolve_grader
 from tropd.data.prompts import DataConfig, load_prompts
 from tropd.data.stream import LazyPromptStream, PromptStream
-from tropd.errors import ConfigError
+from tropd.errors import ConfigError, EngineError, TeacherError
 from tropd.rollout.engine import Engine
 from tropd.rollout.transformers import TransformersEngine
 from tropd.step import check_evidence
@@ -49,21 +49,26 @@ class Parts:
     eval_grader: Grader | None
     notes: tuple[str, ...]
     """What the user should know before it starts."""
+    origins: dict[str, str]
+    """Names the weights that the run reads but does not train: no checkpoint holds them."""
 
     @property
     def vocab_size(self) -> int:
         return self.learner.forward.vocab_size
 
 
-class Within:
-    """An engine that writes inside a context, such as with the adapter switched off."""
+class TeacherEngine:
+    """The teacher as a writer, inside a context such as the adapter switched off."""
 
     def __init__(self, engine: Engine, context: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
         self.engine, self.context = engine, context
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        with self.context():
-            return self.engine.generate(requests)
+        try:
+            with self.context():
+                return self.engine.generate(requests)
+        except EngineError as error:
+            raise TeacherError(f"the teacher cannot write: {error}") from error
 
     def sync(self, weights: Any, version: int) -> None:
         self.engine.sync(weights, version)
@@ -75,6 +80,7 @@ class Within:
 def assemble(run: Run, directory: Path) -> Parts:
     """Load everything.  `directory` is where the teacher's texts are kept."""
     device = choose_device(run.device)
+    _check_columns(run.data)
     grader = resolve_grader(run.grader) if run.grader else None
     eval_grader = _eval_grader(run)
     tokenizer = load_tokenizer(run.student, "student")
@@ -84,7 +90,12 @@ def assemble(run: Run, directory: Path) -> Parts:
         same_vocabulary(tokenizer, teacher_tokenizer)
     loaded = load_model(run.student, "student", device)
     other = None if base_teacher else load_model(run.teacher, "teacher", device)
+    origins = {} if run.student.lora is None else {"student": model_fingerprint(loaded)}
+    origins |= {} if other is None else {"teacher": model_fingerprint(other)}
     ends = stop_ids(tokenizer, loaded.generation_config)
+    cautions = _without_dropout(loaded)
+    if other is not None:
+        cautions += _compare_ends(tokenizer, ends, stop_ids(teacher_tokenizer, other.generation_config))
     model = wrap_student(loaded, run.student, run.seed)
     own_size = shared_vocab_size(model, tokenizer, model, tokenizer)
     size = own_size if other is None else shared_vocab_size(model, tokenizer, other, teacher_tokenizer)
@@ -100,7 +111,7 @@ def assemble(run: Run, directory: Path) -> Parts:
     )
     teacher = LocalTeacher(other, **shape) if other is not None else BaseAsTeacher(model, **shape)
     check_evidence(run.method.objective, teacher, run.method.name, grader is not None)
-    data = _limit_prompts(run.data, learner.forward.context, run.rollout.max_new_tokens)
+    data = _limit_prompts(run.data, _shortest(learner, teacher), run.rollout.max_new_tokens)
     stream, notes = _open_stream(data, tokenizer, run.seed)
     held_out, eval_notes = _held_out(run, tokenizer, learner.forward.context)
     return Parts(
@@ -110,19 +121,66 @@ def assemble(run: Run, directory: Path) -> Parts:
         learner=learner,
         engine=TransformersEngine(model, vocab_size=size, max_batch=run.rollout.max_batch),
         teacher=teacher,
-        writer=_writer(run, other, model, size, directory),
+        writer=_writer(run, other, model, size, directory, origins),
         stream=stream,
         stop_ids=ends,
         grader=grader,
         held_out=held_out,
         eval_grader=eval_grader,
-        notes=(*_cautions(run, ends), *notes, *eval_notes),
+        notes=(*cautions, *_cautions(run, ends), *notes, *eval_notes),
+        origins=origins,
     )
 
 
 def _eval_grader(run: Run) -> Grader | None:
     name = run.evaluation.grader or run.grader
     return resolve_grader(name) if name else None
+
+
+def _check_columns(data: DataConfig) -> None:
+    """Refuse what the data set would bring and no teacher would read."""
+    for knob, wish in (("privileged_column", "what only the teacher may read"), ("teacher_column", "several teachers")):
+        if getattr(data, knob) is not None:
+            raise ConfigError(
+                f"data.{knob} is {getattr(data, knob)!r}, which asks for {wish}, but this run has one teacher that "
+                "reads exactly the student's tokens: it would do nothing. Leave it out."
+            )
+
+
+def _without_dropout(model: Any) -> list[str]:
+    """The student that is trained has to be the one that sampled, so the checkpoint's own dropout is not used.
+
+    Modules keep their rates as numbers (`p` of nn.Dropout, `attention_dropout`, `layerdrop`); the config stays.
+    """
+    found: set[str] = set()
+    for module in model.modules():
+        names = ["p"] if isinstance(module, torch.nn.Dropout) else [n for n in vars(module) if "drop" in n]
+        for name in names:
+            if isinstance(value := getattr(module, name), float) and value > 0:
+                setattr(module, name, 0.0)
+                found.add(f"{value:g}")
+    if not found:
+        return []
+    return [
+        f"the student's own dropout ({', '.join(sorted(found))}) is switched off: rollouts are drawn without it, and "
+        "with it another student would be trained than the one that wrote. student.lora.dropout is yours to set."
+    ]
+
+
+def _compare_ends(tokenizer: PreTrainedTokenizerBase, own: tuple[int, ...], others: tuple[int, ...]) -> list[str]:
+    foreign = [str(tokenizer.convert_ids_to_tokens(i)) for i in others if i not in own]
+    if not foreign or not own:
+        return []
+    return [
+        f"the teacher ends its answers with {', '.join(foreign)}, which does not end the student's: they disagree "
+        "at every end, and answers may grow without one. Add these stop tokens to the student's generation config."
+    ]
+
+
+def _shortest(learner: ModelLearner, teacher: LocalTeacher | BaseAsTeacher) -> int | None:
+    """The longest text that student and teacher can both read."""
+    known = [c for c in (learner.forward.context, teacher.forward.context) if c is not None]
+    return min(known, default=None)
 
 
 def _limit_prompts(data: DataConfig, context: int | None, max_new_tokens: int) -> DataConfig:
@@ -132,7 +190,8 @@ def _limit_prompts(data: DataConfig, context: int | None, max_new_tokens: int) -
     room = context - max_new_tokens
     if room < 1:
         raise ConfigError(
-            f"max_new_tokens = {max_new_tokens} leaves no room for a prompt in the student's context of {context}."
+            f"max_new_tokens = {max_new_tokens} leaves no room for a prompt in a context of {context} tokens, the "
+            "shortest of the models that read it. Lower it."
         )
     return dataclasses.replace(data, max_prompt_tokens=min(room, data.max_prompt_tokens or room))
 
@@ -155,16 +214,15 @@ def _held_out(
     return loaded.prompts, [f"{run.evaluation.data.path}: {loaded.report}"]
 
 
-def _writer(run: Run, other: Any, student: Any, size: int, directory: Path) -> Engine | None:
+def _writer(run: Run, other: Any, student: Any, size: int, directory: Path, origins: dict[str, str]) -> Engine | None:
     """Whoever writes the teacher's texts, if the method asks for any."""
     if not run.method.rollout.needs_teacher_text:
         return None
     own = TransformersEngine(other if other is not None else student, vocab_size=size, max_batch=run.rollout.max_batch)
-    engine: Engine = own if other is not None else Within(own, lambda: without_adapter(student))
+    engine: Engine = TeacherEngine(own) if other is not None else TeacherEngine(own, lambda: without_adapter(student))
     if not run.teacher.text_cache:
         return engine
-    name = model_fingerprint(other) if other is not None else f"base of {model_fingerprint(student.get_base_model())}"
-    return CachedTexts(engine, directory / "teacher_texts.sqlite", name)
+    return CachedTexts(engine, directory / "teacher_texts.sqlite", origins.get("teacher") or origins["student"])
 
 
 def _cautions(run: Run, ends: tuple[int, ...]) -> list[str]:

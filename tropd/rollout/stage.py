@@ -119,11 +119,7 @@ def _teacher_texts(
 
     The seed leaves out the visit, so a prompt keeps its texts in every epoch and a cache of them can hit.
     """
-    own = {
-        n: (prompt.response_ids[: job.max_new_tokens], Finish.STOP)
-        for n, (_, prompt, _) in enumerate(names)
-        if prompt.response_ids
-    }
+    own = {n: _given(prompt, job) for n, (_, prompt, _) in enumerate(names) if prompt.response_ids}
     rest = [n for n in range(len(names)) if n not in own]
     if rest and writer is None:
         raise ConfigError(
@@ -144,6 +140,14 @@ def _teacher_texts(
     completions = writer.generate(requests) if writer is not None and requests else []
     own |= {n: (c.token_ids, c.finish) for n, c in zip(rest, completions, strict=True)}
     return [own[n] for n in range(len(names))]
+
+
+def _given(prompt: Prompt, job: RolloutJob) -> tuple[tuple[int, ...], Finish]:
+    """The data set's response as an engine would have written it: up to its first stop token, or to the limit."""
+    ends = [t for t, token in enumerate(prompt.response_ids) if token in job.stop_ids]
+    text = prompt.response_ids[: ends[0] + 1] if ends else prompt.response_ids
+    fits = len(text) <= job.max_new_tokens
+    return text[: job.max_new_tokens], Finish.STOP if fits else Finish.LENGTH
 
 
 def _unit(seed: int, *parts: object) -> float:
