@@ -127,22 +127,21 @@ def test_an_expression_that_takes_for_ever_scores_zero_with_a_warning_and_the_ne
 
 
 def test_math_answers_every_thread_its_own_question() -> None:
-    wrong: list[int] = []
+    """Half of the threads are always right and half never: an answer that goes astray shows."""
+    start, num_questions = threading.Barrier(8), 25
+    scores: dict[int, list[float]] = {}
 
-    def ask(number: int) -> None:
-        if math(["?"] * 3, [rf"$\frac{{{2 * number}}}{{2}}$"] * 3, answer=[str(number), "0.5", str(number)]) != [
-            1,
-            0,
-            1,
-        ]:
-            wrong.append(number)
+    def ask(thread: int) -> None:
+        said, answers = [r"$\frac{8}{2}$"] * num_questions, [str(4 + thread % 2)] * num_questions
+        start.wait()
+        scores[thread] = math(["?"] * num_questions, said, answer=answers)
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(1, 9)]
+    threads = [threading.Thread(target=ask, args=(thread,)) for thread in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert scores == {thread: [1.0 - thread % 2] * num_questions for thread in range(8)}
 
 
 @pytest.mark.parametrize("name", list(GRADERS))

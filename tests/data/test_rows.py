@@ -33,6 +33,8 @@ def test_blank_lines_and_a_byte_order_mark_are_no_rows_but_lines_keep_their_numb
     table = open_table(str(path))
     assert [number for number, _ in table.read()] == [1, 3]
     assert table.columns == ("prompt", "level"), "of all rows, not of the first"
+    (tmp_path / "array.json").write_bytes(b'\xef\xbb\xbf\n[{"prompt": "a"}]')
+    assert list(open_table(str(tmp_path / "array.json")).read()) == [(1, {"prompt": "a"})]
 
 
 @pytest.mark.parametrize("bad", ['{"prompt": ', '["a"]', "\udcff"])
