@@ -16,6 +16,7 @@ from tropd.data.chat import stop_ids
 from tropd.data.graders import Grader, resolve_grader
 from tropd.data.prompts import DataConfig, load_prompts
 from tropd.data.stream import LazyPromptStream, PromptStream
+from tropd.doctor import quick_checks
 from tropd.errors import ConfigError, EngineError, TeacherError
 from tropd.rollout.engine import Engine
 from tropd.rollout.transformers import TransformersEngine
@@ -78,7 +79,12 @@ class TeacherEngine:
 
 
 def assemble(run: Run, directory: Path) -> Parts:
-    """Load everything.  `directory` is where the teacher's texts are kept."""
+    """Load everything and look it over.  `directory` is where the teacher's texts are kept."""
+    parts = _load(run, directory)
+    return dataclasses.replace(parts, notes=(*parts.notes, *quick_checks(parts)))
+
+
+def _load(run: Run, directory: Path) -> Parts:
     device = choose_device(run.device)
     _check_columns(run.data)
     grader = resolve_grader(run.grader) if run.grader else None
@@ -94,8 +100,6 @@ def assemble(run: Run, directory: Path) -> Parts:
     origins |= {} if other is None else {"teacher": model_fingerprint(other)}
     ends = stop_ids(tokenizer, loaded.generation_config)
     cautions = _without_dropout(loaded)
-    if other is not None:
-        cautions += _compare_ends(tokenizer, ends, stop_ids(teacher_tokenizer, other.generation_config))
     model = wrap_student(loaded, run.student, run.seed)
     own_size = shared_vocab_size(model, tokenizer, model, tokenizer)
     size = own_size if other is None else shared_vocab_size(model, tokenizer, other, teacher_tokenizer)
@@ -164,16 +168,6 @@ def _without_dropout(model: Any) -> list[str]:
     return [
         f"the student's own dropout ({', '.join(sorted(found))}) is switched off: rollouts are drawn without it, and "
         "with it another student would be trained than the one that wrote. student.lora.dropout is yours to set."
-    ]
-
-
-def _compare_ends(tokenizer: PreTrainedTokenizerBase, own: tuple[int, ...], others: tuple[int, ...]) -> list[str]:
-    foreign = [str(tokenizer.convert_ids_to_tokens(i)) for i in others if i not in own]
-    if not foreign or not own:
-        return []
-    return [
-        f"the teacher ends its answers with {', '.join(foreign)}, which does not end the student's: they disagree "
-        "at every end, and answers may grow without one. Add these stop tokens to the student's generation config."
     ]
 
 

@@ -1,0 +1,91 @@
+"""A student to look at: a Hugging Face folder or id, an exported adapter, or a run at one of its checkpoints."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tropd import config_file
+from tropd.config import ModelConfig, Run
+from tropd.errors import CheckpointError, ConfigError
+from tropd.student import checkpoint as checkpoints
+from tropd.student.models import choose_device, load_model, load_tokenizer, wrap_student
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A student, and what made it where that is known."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    run: Run | None = None
+    step: int | None = None
+    state: dict[str, Any] | None = None
+
+
+def is_run(source: Path) -> bool:
+    """An exported model holds its run.toml too, so the model's own files decide."""
+    model = any((source / name).exists() for name in ("config.json", "adapter_config.json"))
+    return (source / "run.toml").exists() and not model
+
+
+def load_student(source: str, step: int | None, device: str, dtype: Any) -> Trained:
+    """`step` picks a checkpoint of a run; without it a run's finished model counts, else its newest checkpoint."""
+    path = Path(source).expanduser()
+    if is_run(path):
+        if step is None and (path / "model").is_dir():
+            found = _load_folder(str(path / "model"), device, dtype)
+            run = config_file.load(path / "run.toml")
+            return Trained(model=found.model, tokenizer=found.tokenizer, run=run)
+        return load_checkpoint(path, step, device)
+    if step is not None:
+        raise ConfigError(f"--step {step} was asked for, but {source} is no run's folder. Leave --step out.")
+    return _load_folder(source, device, dtype)
+
+
+def load_checkpoint(directory: Path, step: int | None, device: str | None = None) -> Trained:
+    """The student of a run as it was after `step` steps, or at the newest checkpoint."""
+    if not is_run(directory):
+        raise ConfigError(f"{directory} is no run's folder: it needs a run.toml beside its checkpoints.")
+    found = checkpoints.find(directory, step)
+    if found is None:
+        raise CheckpointError(f"{directory} holds no checkpoint yet. Train until the first, or name another run.")
+    saved = checkpoints.load(found)
+    run = config_file.load(found / "run.toml")
+    chosen = choose_device(device or run.device)
+    tokenizer = load_tokenizer(run.student, "student")
+    model = wrap_student(load_model(run.student, "student", chosen), run.student, run.seed)
+    checkpoints.load_trained(model, saved.weights, saved.path)
+    return Trained(model=model.eval(), tokenizer=tokenizer, run=run, step=saved.step, state=saved.state)
+
+
+def _load_folder(source: str, device: str, dtype: Any) -> Trained:
+    adapter, chosen = Path(source).expanduser() / "adapter_config.json", choose_device(device)
+    tokenizer = load_tokenizer(ModelConfig(path=source), "model")
+    if not adapter.exists():
+        return Trained(model=load_model(ModelConfig(path=source, dtype=dtype), "model", chosen), tokenizer=tokenizer)
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise ConfigError(f"{source} is an adapter, which needs peft: pip install 'tropd[lora]'.") from None
+    base = json.loads(adapter.read_text())["base_model_name_or_path"]
+    model: Any = load_model(ModelConfig(path=base, dtype=dtype), "base", chosen)
+    return Trained(model=PeftModel.from_pretrained(model, source).eval(), tokenizer=tokenizer)
+
+
+def stops_of(trained: Trained) -> tuple[int, ...]:
+    from tropd.data.chat import stop_ids
+    from tropd.student.head import causal_lm_of
+
+    return stop_ids(trained.tokenizer, causal_lm_of(trained.model).generation_config)
+
+
+def device_of(trained: Trained) -> torch.device:
+    return next(trained.model.parameters()).device

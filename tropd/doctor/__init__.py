@@ -1,0 +1,10 @@
+"""What will go wrong, said before it does.
+
+examine(run) -> list[Check]         everything, with a few measured rollouts: `tropd doctor`
+quick_checks(parts) -> list[str]    what needs no rollouts: at the start of every run
+"""
+
+from tropd.doctor.check import Check
+from tropd.doctor.examination import examine, quick_checks
+
+__all__ = ["Check", "examine", "quick_checks"]

@@ -1,0 +1,116 @@
+"""All checks, in the order in which a run meets them; what cannot be looked at because of an error is left out."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tropd.config import Run
+from tropd.doctor.check import Check, error, ok, warning
+from tropd.doctor.cost import check_disk, check_memory
+from tropd.doctor.method import (
+    check_dropout,
+    check_guidance,
+    check_needs,
+    check_objections,
+    check_precision,
+    check_support,
+)
+from tropd.doctor.prompts import check_graders, check_lengths, check_prompts
+from tropd.doctor.subject import Subject, read_subject, subject_of
+from tropd.doctor.texts import check_generation, check_stops, check_templates, check_tokenizers
+from tropd.errors import ConfigError, TropdError
+from tropd.student.models import model_fingerprint
+from tropd.teachers.local import LocalTeacher
+
+if TYPE_CHECKING:
+    from tropd.assembly import Parts
+
+Look = Callable[[Subject], Iterator[Check]]
+
+QUICK: tuple[Look, ...] = (
+    check_tokenizers,
+    check_stops,
+    check_templates,
+    check_lengths,
+    check_prompts,
+    check_graders,
+    check_support,
+    check_dropout,
+    check_precision,
+    check_guidance,
+)
+"""What `tropd train` looks at as well, when everything is loaded: no rollouts, no second look at weights."""
+
+READ: tuple[Look, ...] = (*QUICK, check_generation, check_needs, check_objections, check_memory, check_disk)
+
+
+def quick_checks(parts: Parts) -> list[str]:
+    """The checks that need no rollouts: errors are raised, warnings returned."""
+    subject = subject_of(parts)
+    checks = [check for look in QUICK for check in look(subject)]
+    refusals = [check for check in checks if check.level == "error"]
+    if refusals:
+        more = f" `tropd doctor` shows {len(refusals) - 1} more." if len(refusals) > 1 else ""
+        raise ConfigError(f"{refusals[0]}{more}")
+    return [str(check) for check in (*checks, *_same_weights(parts)) if check.level == "warning"]
+
+
+def examine(run: Run, *, num_prompts: int = 8, max_new_tokens: int = 64) -> list[Check]:
+    """Everything that can be known about a run before its first step.  Nothing is written.
+
+    With `num_prompts` = 0 nothing is loaded but configurations, tokenizers and data.
+    """
+    subject, checks = read_subject(run)
+    if subject is None:
+        return checks
+    checks += [check for look in READ for check in look(subject)]
+    if num_prompts == 0 or any(check.level == "error" for check in checks):
+        return checks
+    return checks + _measure(run, num_prompts, max_new_tokens)
+
+
+def _measure(run: Run, num_prompts: int, max_new_tokens: int) -> list[Check]:
+    """Load the models, let the student write, take one step.  Teacher texts go to a folder that is thrown away."""
+    from tropd.assembly import assemble
+    from tropd.doctor import readings
+    from tropd.doctor.sample import draw_sample
+
+    looks = (
+        readings.check_teacher,
+        readings.check_agreement,
+        readings.check_ends,
+        readings.check_sampler,
+        readings.check_step,
+        readings.check_seconds,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            parts = assemble(run, Path(folder))
+        except TropdError as refusal:
+            return [error("models", str(refusal))]
+        loaded = ok("models", f"student and teacher are loaded; {parts.vocab_size} tokens are shared")
+        try:
+            sample = draw_sample(parts, num_prompts, max_new_tokens)
+        except TropdError as refusal:
+            return [loaded, error("one step", str(refusal))]
+        finally:
+            for engine in (parts.engine, parts.writer):
+                if engine is not None:
+                    engine.close()
+        return [loaded, *(check for look in looks for check in look(parts, sample))]
+
+
+def _same_weights(parts: Parts) -> Iterator[Check]:
+    teacher = parts.teacher
+    if isinstance(teacher, LocalTeacher) and model_fingerprint(parts.model) == model_fingerprint(teacher.forward.model):
+        yield warning(
+            "teacher",
+            "student and teacher have the same weights, so log-ratios start at zero and nothing is learned from them.",
+            "Set teacher.path to a stronger model.",
+        )
+
+
+__all__ = ["examine", "quick_checks"]

@@ -1,0 +1,192 @@
+"""What a step looked like, from what it left behind: a kept batch (everything) or saved rollouts (parquet, less).
+
+The tokens of the step are flat rows; N as everywhere.  `inspect` of a kept batch plans the objective again on the
+stored evidence and says, term by term, what comes of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tropd.batches import ScoredBatch
+from tropd.config import Run
+from tropd.errors import ConfigError, EvidenceError, TrainingDiverged
+from tropd.objective.evidence import StudentView, Tokens
+from tropd.objective.objective import Objective
+from tropd.objective.terms import Context
+from tropd.replay import load_batch
+from tropd.report.records import read_records, require
+from tropd.types import Author, StepRecord
+
+Decode = Callable[[Sequence[int]], str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """The response tokens of one step."""
+
+    source: Path
+    ids: list[str]
+    """Names of the rollouts."""
+    token_ids: list[tuple[int, ...]]
+    """Whole sequences, prompts included."""
+    sequences_N: list[int]
+    places_N: list[int]
+    """Where in its sequence each row's token stands."""
+    authors_N: list[Author]
+    student_N: Tensor
+    """NaN where unknown."""
+    teacher_N: Tensor
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    findings: list[str] = field(default_factory=list)
+    """Evidence that is not finite, and what planning it again says."""
+    losses: dict[str, float | str] = field(default_factory=dict)
+    """Each term's loss on the stored evidence, or why it cannot be told."""
+
+    @property
+    def ratio_N(self) -> Tensor:
+        return self.teacher_N - self.student_N
+
+    def worst(self, number: int) -> list[int]:
+        """Trained rows, undefined and infinite log-ratios first, then the largest; none when no teacher was asked."""
+        if bool(self.teacher_N.isnan().all()):
+            return []
+        size_N = torch.nan_to_num(self.ratio_N.abs(), nan=torch.inf)
+        unknown_N = self.student_N.isnan()
+        rows = [
+            n
+            for n, author in enumerate(self.authors_N)
+            if author is Author.STUDENT or (author is Author.TEACHER and not unknown_N[n])
+        ]
+        return sorted(rows, key=lambda n: -float(size_N[n]))[:number]
+
+    def name(self, n: int) -> str:
+        """Which token: sequence, place in the response, as people and error messages count."""
+        start = self.places_N[self.sequences_N.index(self.sequences_N[n])]
+        return f"sequence {self.sequences_N[n]} ({self.ids[self.sequences_N[n]]}), position {self.places_N[n] - start}"
+
+    def context(self, n: int, decode: Decode, width: int = 16) -> tuple[str, str]:
+        """The text before a token, and the token."""
+        ids, place = self.token_ids[self.sequences_N[n]], self.places_N[n]
+        return decode(ids[max(0, place - width) : place]), decode(ids[place : place + 1])
+
+
+def read_step(directory: Path, step: int, run: Run) -> Kept:
+    """The kept batch of a step, or else its saved rollouts."""
+    if (directory / "batches" / f"step_{step:06d}").is_dir():
+        return _of_batch(directory / "batches" / f"step_{step:06d}", load_batch(directory, step), run, step)
+    saved = directory / "rollouts" / f"step_{step:06d}.parquet"
+    if saved.exists():
+        return _of_parquet(saved)
+    there = {
+        what: ", ".join(str(int(p.stem[5:])) for p in sorted((directory / folder).glob("step_*"))) or "none"
+        for what, folder in (("kept batches", "batches"), ("saved rollouts", "rollouts"))
+    }
+    raise ConfigError(
+        f"{directory} kept nothing of step {step}. Steps with "
+        + "; with ".join(f"{what}: {steps}" for what, steps in there.items())
+        + ". rollout.save_every decides which steps are saved."
+    )
+
+
+def read_record(directory: Path, step: int) -> StepRecord | None:
+    path = directory / "records.jsonl"
+    return next((r for r in read_records(path).steps if r.step == step), None) if path.exists() else None
+
+
+def _of_batch(source: Path, batch: ScoredBatch, run: Run, step: int) -> Kept:
+    tokens = batch.tokens
+    places_N = [len(r.prompt.token_ids) + t for r in batch.rollouts for t in range(len(r.response_ids))]
+    unknown_N = torch.full((len(tokens),), torch.nan)
+    student_N, teacher_N = tokens.peek("student_logprobs_N"), tokens.peek("teacher_logprobs_N")
+    student_N = (unknown_N if student_N is None else student_N).double().clone()
+    if not batch.measured:  # then it is the sampler's word, and nothing was sampled where the teacher wrote
+        student_N[tokens.authors_N != Author.STUDENT] = torch.nan
+    kept = Kept(
+        source=source,
+        ids=[r.id for r in batch.rollouts],
+        token_ids=[r.token_ids for r in batch.rollouts],
+        sequences_N=tokens.sequences_N.tolist(),
+        places_N=places_N,
+        authors_N=[Author(a) for a in tokens.authors_N.tolist()],
+        student_N=student_N,
+        teacher_N=(unknown_N if teacher_N is None else teacher_N).double(),
+    )
+    weights, losses, said = _plan_again(tokens, run, step)
+    return dataclasses.replace(kept, weights=weights, losses=losses, findings=[*_not_finite(kept, tokens), *said])
+
+
+def _not_finite(kept: Kept, tokens: Tokens) -> list[str]:
+    """Evidence that is not a finite number, by name and place."""
+    found = []
+    for f in dataclasses.fields(Tokens):
+        x: Any = tokens.peek(f.name)
+        if not isinstance(x, Tensor) or not x.is_floating_point() or bool(x.isfinite().all()):
+            continue
+        bad = (~x.isfinite()).nonzero()
+        first = bad[0].tolist()
+        value, row = float(x[tuple(first)]), first[0]
+        where = kept.name(row) if "_N" in f.name else f"sequence {row}"
+        column = f", column {first[1]}" if len(first) > 1 else ""
+        places = f"{len(bad)} of {x.numel()} places"
+        found.append(f"`{f.name}` is not finite in {places}; first: {value} at {where}{column}.")
+    return found
+
+
+def _plan_again(tokens: Tokens, run: Run, step: int) -> tuple[dict[str, Tensor], dict[str, float | str], list[str]]:
+    objective, context = run.method.objective, Context(progress=step / run.steps)
+    try:
+        plan = objective.plan(tokens, context)
+    except EvidenceError as error:
+        return {}, {}, [f"planning method {run.method.name!r} again on this evidence is refused: {error}"]
+    own = tokens.peek("student_logprobs_N")
+    losses: dict[str, float | str] = {}
+    for term in objective.terms:
+        if own is None:
+            losses[term.name] = "needs the student's forward pass"
+            continue
+        try:
+            output = Objective(term)(tokens, StudentView(logprobs_N=own), plan)
+            losses[term.name] = output.terms[term.name].loss
+        except EvidenceError:  # a kept batch holds no distribution of the student
+            losses[term.name] = "needs the student's forward pass"
+        except TrainingDiverged as error:
+            losses[term.name] = str(error)
+    said = [f"planning method {run.method.name!r} again on this evidence works: every weight and reward is finite."]
+    if run.optimizer.num_updates > 1:
+        said.append(f"the run took {run.optimizer.num_updates} updates; here the batch is planned as one.")
+    return plan.weights, losses, said
+
+
+def _of_parquet(path: Path) -> Kept:
+    require("pyarrow", "data", "reading saved rollouts")
+    import pyarrow.parquet as pq
+
+    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    authors = [[Author[a.upper()] for a in row["authors"]] for row in rows]
+    places = [[t for t, a in enumerate(of) if a is not Author.CONTEXT] for of in authors]
+
+    def flat(column: str) -> Tensor:
+        values = [row[column][t] if column in row else None for row, at in zip(rows, places, strict=True) for t in at]
+        return torch.tensor([float("nan") if x is None else x for x in values], dtype=torch.float64)
+
+    names = [name.removeprefix("weight_") for name in rows[0] if name.startswith("weight_")] if rows else []
+    return Kept(
+        source=path,
+        ids=[row["id"] for row in rows],
+        token_ids=[tuple(row["token_ids"]) for row in rows],
+        sequences_N=[s for s, at in enumerate(places) for _ in at],
+        places_N=[t for at in places for t in at],
+        authors_N=[of[t] for of, at in zip(authors, places, strict=True) for t in at],
+        student_N=flat("behavior_logprobs"),
+        teacher_N=flat("teacher_logprobs"),
+        weights={name: flat(f"weight_{name}") for name in names},
+        findings=["saved rollouts hold no evidence beyond these columns; only kept batches can be planned again."],
+    )

@@ -1,0 +1,92 @@
+"""Whether there is something to answer, room for the answer, and a grader that reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from tropd.data.graders import GRADERS, Grader, check_answers
+from tropd.data.stream import PromptStream
+from tropd.doctor.check import Check, error, ok, warning
+from tropd.doctor.subject import Subject
+from tropd.errors import DataError
+from tropd.types import Prompt
+
+_GRADED = 64  # answers: enough to see a wrong column, few enough for a slow grader
+
+
+def check_prompts(subject: Subject) -> Iterator[Check]:
+    """How often each prompt is seen, and whether held-out prompts are trained on."""
+    run, num_prompts = subject.run, len(subject.prompts)
+    if not run.data.streaming:
+        assert num_prompts == len(PromptStream(subject.prompts, run.seed)), "ids are unique"
+        visits = run.steps * run.rollout.num_prompts / num_prompts
+        yield ok("visits", f"{num_prompts} prompts, each visited {visits:.3g} times in {run.steps} steps")
+    held_out = {prompt.token_ids for prompt in subject.held_out}
+    shared = len(held_out & {prompt.token_ids for prompt in subject.prompts})
+    if shared:
+        yield warning(
+            "held-out data",
+            f"{shared} of {len(held_out)} held-out prompts are also trained on: the evaluation flatters the student.",
+            "Take them out of the training data, or evaluate on another split.",
+        )
+    if held_out and subject.eval_grader is None:
+        yield warning(
+            "held-out data", "there is no grader, so an evaluation measures lengths only.", "Set evaluation.grader."
+        )
+
+
+def check_lengths(subject: Subject) -> Iterator[Check]:
+    """Prompt and answer must fit what both student and teacher can read."""
+    budget = subject.run.rollout.max_new_tokens
+    lengths = sorted(len(prompt.token_ids) for prompt in subject.prompts)
+    sides = [side for side in (subject.student, subject.teacher) if side is not None]
+    contexts = {side.whose: side.context for side in sides if side.context is not None}
+    said = f"prompts of {lengths[0]} to {lengths[-1]} tokens and answers of up to {budget}"
+    if not contexts:
+        yield ok("lengths", f"{said}; neither model says how much it can read")
+        return
+    whose = min(contexts, key=lambda name: contexts[name])
+    room = contexts[whose] - budget
+    over = sum(length > room for length in lengths)
+    known = f"the {whose}'s context of {contexts[whose]}"
+    if room < 1:
+        yield error(
+            "lengths",
+            f"answers of up to {budget} tokens leave no room for a prompt in {known}.",
+            "Lower rollout.max_new_tokens.",
+        )
+    elif over:
+        cure = f"Set rollout.max_new_tokens to at most {contexts[whose] - lengths[-1]}, or shorten the prompts."
+        yield (error if over == len(lengths) else warning)(
+            "lengths",
+            f"{over} of {len(lengths)} prompts (the longest has {lengths[-1]} tokens) leave no room for {budget} new "
+            f"tokens in {known}; they would be skipped.",
+            cure,
+        )
+    else:
+        yield ok("lengths", f"{said} fit {known}")
+
+
+def check_graders(subject: Subject) -> Iterator[Check]:
+    """An answer, graded against itself, should score 1."""
+    run = subject.run
+    asked: list[tuple[str, str | None, Grader | None, Sequence[Prompt]]] = [
+        ("grader", run.grader, subject.grader, subject.prompts),
+        ("evaluation.grader", run.evaluation.grader or run.grader, subject.eval_grader, subject.held_out),
+    ]
+    for knob, name, grader, prompts in asked:
+        if name is None or grader is None or not prompts:
+            continue
+        if name not in GRADERS and all(prompt.answer is None for prompt in prompts):
+            yield ok(knob, f"'{name}' is your own and the prompts bring no answers, so it was not tried")
+            continue
+        try:
+            check_answers(grader, prompts, subject.student.tokenizer, _GRADED)
+        except DataError as refusal:
+            built_in = name in GRADERS
+            cure = "" if built_in else "If your grader means something else by 1, this is fine."
+            yield (error if built_in else warning)(knob, str(refusal), cure)
+        except Exception as failure:  # somebody else's code: whatever it raises is a finding, with its own words
+            yield error(knob, f"'{name}' failed on an answer of the data: {type(failure).__name__}: {failure}")
+        else:
+            yield ok(knob, f"'{name}' gives {min(len(prompts), _GRADED)} answers, graded against themselves, 1 each")

@@ -1,0 +1,181 @@
+"""What a measured sample means: checks made of its numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from tropd.doctor.check import Check, error, ok, warning
+from tropd.doctor.sample import Sample
+from tropd.probes.alarms import Alarms
+from tropd.teachers.local import BaseAsTeacher
+
+if TYPE_CHECKING:
+    from tropd.assembly import Parts
+
+_LOW_OVERLAP = 0.5  # 0.72 before and 0.91 after are usual of distillation that works (arXiv:2606.01249)
+_HIGH_TV = 0.5
+_STOP_WARNING, _STOP_ERROR = -8.0, -15.0
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+"""By how much a teacher may differ from itself in another batch; half precision: 0.1 nats."""
+
+
+def check_teacher(parts: Parts, sample: Sample) -> Iterator[Check]:
+    """Does it know anything, and does it say the same thing twice?"""
+    probes, uniform = sample.probes, math.log(parts.vocab_size)
+    said = (
+        f"mean log-probability of the student's tokens {probes['teacher/mean_logprob']:.2f}, entropy "
+        f"{probes['entropy/teacher']:.2f} (a teacher that knows nothing: {-uniform:.2f} and {uniform:.2f})"
+    )
+    alarm = _alarm(parts, sample, "uniform_teacher")
+    if alarm is not None:
+        yield error("teacher", f"{said}. {alarm}")
+    else:
+        yield ok("teacher", said)
+    dtype = next(parts.teacher.forward.model.parameters()).dtype
+    if sample.repeat_gap > _TOLERANCE.get(dtype, 0.1):
+        yield warning(
+            "teacher repeats itself",
+            f"the same texts in another order differ by up to {sample.repeat_gap:.2g} nats.",
+            "Such noise is added to every log-ratio. Use float32, or another attention implementation.",
+        )
+
+
+def check_agreement(parts: Parts, sample: Sample) -> Iterator[Check]:
+    """How far apart the two models are on what the student writes."""
+    p = sample.probes
+    said = (
+        f"total variation {p['trust/tv']:.1%} (the share of outliers), top-k overlap {p['overlap/top_k']:.1%}, "
+        f"log pi_T - log pi_S {p['ratio/mean']:.3f} on average, from {p.get('ratio/min', math.nan):.2f} to "
+        f"{p.get('ratio/max', math.nan):.2f}; entropy of student {p['entropy/student']:.2f}, teacher "
+        f"{p['entropy/teacher']:.2f}, mean difference {p['entropy/gap']:.2f}"
+    )
+    if p.get("ratio/min") == 0.0 == p.get("ratio/max") and not p.get("ratio/infinite"):
+        own = isinstance(parts.teacher, BaseAsTeacher)
+        yield error(
+            "agreement",
+            "the student already is its teacher: both give every token of the sample exactly the same probability, so "
+            "log-ratios are zero and nothing is learned.",
+            "A new adapter changes nothing, so its base cannot teach it: set teacher.path."
+            if own
+            else "Set teacher.path to a stronger model.",
+        )
+    elif p.get("ratio/infinite"):
+        yield warning(
+            "agreement",
+            f"{said}; the teacher gives {p['ratio/infinite']:.1%} of the student's tokens no probability at all.",
+            "Use a method that bounds the log-ratio: 'tropd', 'clip_outlier' or 'topd'.",
+        )
+    elif p["trust/tv"] > _HIGH_TV or p["overlap/top_k"] < _LOW_OVERLAP:
+        yield warning(
+            "agreement",
+            f"{said}. The two models want different things on most tokens, where plain on-policy distillation is "
+            "known to collapse.",
+            "Use method 'tropd' with teacher prefixes, warm the student up on the teacher's answers, or take a teacher "
+            "of the same family.",
+        )
+    else:
+        yield ok("agreement", said)
+    alarm = _alarm(parts, sample, "support_collapse")
+    if alarm is not None:
+        yield warning("support", alarm, "")
+
+
+def check_ends(parts: Parts, sample: Sample) -> Iterator[Check]:
+    """A teacher that never writes the student's stop token punishes every answer that ends."""
+    total, ended = len(sample.rollouts), sample.num_ended
+    said = f"{ended} of {total} answers ended within {sample.limit} tokens"
+    if not sample.stop_ratios:
+        whole = sample.limit >= parts.run.rollout.max_new_tokens
+        found = f"{said}, so what the teacher thinks of the student's stop token was not measured"
+        if whole:
+            yield warning("ends", f"{found}; every rollout is cut off.", "Raise rollout.max_new_tokens.")
+        else:
+            yield ok("ends", f"{found}; --sample-tokens draws longer ones")
+        return
+    mean = sum(sample.stop_ratios) / len(sample.stop_ratios)
+    said += f"; log pi_T - log pi_S of the token that ended them is {mean:.2f} on average"
+    stands_out = mean < sample.probes["ratio/mean"] + _STOP_WARNING
+    if mean > _STOP_WARNING or not stands_out:
+        yield ok("ends", said)
+        return
+    yield (error if mean < _STOP_ERROR else warning)(
+        "ends",
+        f"{said} ({sample.probes['ratio/mean']:.2f} over all tokens): the teacher does not end answers with that "
+        "token. The student will unlearn to stop, and lengths will explode within dozens of steps.",
+        "Give both models the same end-of-turn token: see 'stop tokens' above.",
+    )
+
+
+def check_sampler(parts: Parts, sample: Sample) -> Iterator[Check]:
+    mean, largest = sample.sampler_gap
+    said = f"log-probabilities of sampler and trainer differ by {mean:.2g} nats on average, {largest:.2g} at most"
+    if mean > parts.run.alarms.mismatch_nats:
+        yield error(
+            "sampler",
+            f"{said}; at most {parts.run.alarms.mismatch_nats:g} on average is healthy.",
+            "Look for dropout, another precision, or weights that were changed in between.",
+        )
+    else:
+        yield ok("sampler", said)
+
+
+def check_step(parts: Parts, sample: Sample) -> Iterator[Check]:
+    """One whole training step on the sample, thrown away."""
+    step, limit = sample.step, parts.run.optimizer.max_gradient_norm
+    norm = step.gradient_norms[-1]
+    terms = ", ".join(f"{name} {part.loss:.3g} on {part.tokens:.0f} tokens" for name, part in step.terms.items())
+    said = f"loss {step.loss:.4g} ({terms}), gradient norm {norm:.3g}"
+    if not (math.isfinite(step.loss) and math.isfinite(norm)):
+        yield error("one step", f"{said}: not a finite number.", "Use bfloat16 or float32, and check the weights.")
+    elif norm == 0.0:
+        yield error(
+            "one step",
+            f"{said}: nothing would be learned.",
+            "Either the models agree exactly, or no term has a token with a weight.",
+        )
+    elif norm > limit:
+        yield ok("one step", f"{said}, scaled down to {limit:g} as optimizer.max_gradient_norm says")
+    else:
+        yield ok("one step", said)
+
+
+def check_seconds(parts: Parts, sample: Sample) -> Iterator[Check]:
+    """Scaled with the number of tokens from a small sample: on a GPU, where batches are cheap, an upper bound."""
+    run = parts.run
+    num_rollouts = run.rollout.num_prompts * run.rollout.num_rollouts
+    lengths = [
+        len(r.response_ids) if len(r.response_ids) < sample.limit else run.rollout.max_new_tokens
+        for r in sample.rollouts
+    ]
+    written = num_rollouts * sum(lengths) / len(lengths)
+    read = written + num_rollouts * sum(len(r.prompt.token_ids) for r in sample.rollouts) / len(lengths)
+    seconds = {
+        "rollout": sample.seconds["rollout"] * written / max(sum(sample.lengths), 1),
+        "score": sample.seconds["score"] * read / max(sample.num_tokens, 1),
+        "train": sample.seconds["train"] * read / max(sample.num_tokens, 1),
+    }
+    each = sum(seconds.values())
+    parts_said = ", ".join(f"{name} {value:.2g}" for name, value in seconds.items())
+    yield ok(
+        "seconds",
+        f"about {each:.2g} per step of {num_rollouts} rollouts ({parts_said}), {each * run.steps / 3600:.2g} hours for "
+        f"{run.steps} steps, without evaluation; measured on {len(sample.rollouts)} answers of up to {sample.limit} "
+        "tokens, so roughly",
+    )
+
+
+def _alarm(parts: Parts, sample: Sample, name: str) -> str | None:
+    """What an alarm of training would say of these probes."""
+    raised = Alarms(parts.run.alarms).check(
+        sample.probes,
+        step=0,
+        vocab_size=parts.vocab_size,
+        loss=0.0,
+        gradient_norm=1.0,
+        max_new_tokens=parts.run.rollout.max_new_tokens,
+    )
+    return next((alarm.message.removeprefix("step 0: ") for alarm in raised if alarm.name == name), None)

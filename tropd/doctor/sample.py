@@ -1,0 +1,175 @@
+"""A few short rollouts, scored and trained on once in memory: what is measured rather than read.
+
+The diagnosis looks at answers that the student writes alone.  The step is the method's own, at the end of training,
+where prefixes have faded; nothing of it is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tropd.batches import ScoredBatch, add_scores, make_tokens
+from tropd.data.graders import grade
+from tropd.iteration import clock
+from tropd.objective.evidence import Needs
+from tropd.objective.terms import Context
+from tropd.probes.probes import probe_batch
+from tropd.rollout.policies import OnPolicy, RolloutPolicy
+from tropd.rollout.stage import RolloutJob, roll_out
+from tropd.step import StepSums, recall_needed, score, train_step
+from tropd.student.forward import similar_lengths
+from tropd.types import Finish, Prompt, Rollout
+
+if TYPE_CHECKING:
+    from tropd.assembly import Parts
+
+_EVIDENCE = Needs.SAMPLED | Needs.TOPK | Needs.TEACHER_ENTROPY
+_TOP_K = 64  # TrOPD's, where the method has none of its own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What was seen.  x = log pi_T - log pi_S of a written token."""
+
+    rollouts: list[Rollout]
+    limit: int
+    """Tokens that an answer could have."""
+    probes: dict[str, float]
+    stop_ratios: list[float]
+    """x at the token that ended an answer."""
+    sampler_gap: tuple[float, float]
+    """Mean and largest |log pi_S of the sampler - log pi_S of the trainer|."""
+    repeat_gap: float
+    """Largest difference when the teacher scores the same texts again, in another order."""
+    step: StepSums
+    seconds: dict[str, float]
+    num_tokens: int
+    """Prompt and response tokens of the step."""
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(rollout.response_ids) for rollout in self.rollouts]
+
+    @property
+    def num_ended(self) -> int:
+        return sum(rollout.finish is Finish.STOP for rollout in self.rollouts)
+
+
+def draw_sample(parts: Parts, num_prompts: int, max_new_tokens: int) -> Sample:
+    seconds: dict[str, float] = {}
+    before = parts.stream.state_dict()
+    prompts = parts.stream.next(num_prompts)
+    parts.stream.load_state_dict(before)
+    limit = min(max_new_tokens, parts.run.rollout.max_new_tokens)
+    with clock(seconds, "rollout"):
+        rollouts = _write(parts, prompts, OnPolicy(), limit)
+    probes, stop_ratios, sampler_gap = _diagnose(parts, rollouts)
+    repeat_gap = _repeat(parts, rollouts)
+    method = parts.run.method
+    step_rollouts = rollouts
+    if method.rollout.needs_teacher_text:
+        step_rollouts = _write(parts, prompts, method.rollout, limit)
+    if parts.grader is not None:
+        rewards = grade(parts.grader, step_rollouts, parts.tokenizer)
+        step_rollouts = [
+            dataclasses.replace(r, reward=reward) for r, reward in zip(step_rollouts, rewards, strict=True)
+        ]
+    return Sample(
+        rollouts=rollouts,
+        limit=limit,
+        probes=probes,
+        stop_ratios=stop_ratios,
+        sampler_gap=sampler_gap,
+        repeat_gap=repeat_gap,
+        step=_step(parts, step_rollouts, seconds),
+        seconds=seconds,
+        num_tokens=sum(len(r.token_ids) for r in step_rollouts),
+    )
+
+
+def _write(parts: Parts, prompts: Sequence[tuple[Prompt, int]], policy: RolloutPolicy, limit: int) -> list[Rollout]:
+    run = parts.run
+    job = RolloutJob(
+        prompts=prompts,
+        num_rollouts=1,
+        max_new_tokens=limit,
+        sampling=run.sampling,
+        stop_ids=parts.stop_ids,
+        seed=run.seed,
+        progress=1.0,
+        teacher_sampling=run.rollout.teacher_sampling,
+    )
+    return roll_out(policy, job, parts.engine, parts.writer)
+
+
+def _diagnose(parts: Parts, rollouts: list[Rollout]) -> tuple[dict[str, float], list[float], tuple[float, float]]:
+    """Everything that both models say of these answers, as probes."""
+    top_k = min(parts.run.method.objective.teacher_top_k or _TOP_K, parts.vocab_size)
+    tokens = make_tokens(rollouts, parts.run.seed, parts.learner.device, parts.vocab_size)
+    tokens = add_scores(tokens, rollouts, parts.teacher.score(rollouts, _EVIDENCE, top_k=top_k))
+    sampler_N = tokens.peek("student_logprobs_N")
+    own = _measure(parts, rollouts, tokens.teacher_topk_ids_NK, top_k)
+    tokens = tokens.with_(
+        student_logprobs_N=own["logprobs"], student_entropy_N=own["entropy"], student_topk_ids_NJ=own["ids"]
+    )
+    probes = probe_batch(tokens, rollouts, topk_logprobs_NK=own["at_teacher"], sampling=parts.run.sampling).result()
+    last_S = torch.tensor([len(r.response_ids) for r in rollouts]).cumsum(0) - 1
+    ratio_N = tokens.log_ratio_N.cpu()
+    stops = [float(ratio_N[int(n)]) for r, n in zip(rollouts, last_S, strict=True) if r.finish is Finish.STOP]
+    gap_N = torch.zeros(1) if sampler_N is None else (sampler_N - own["logprobs"]).abs().float()
+    return probes, stops, (float(gap_N.mean()), float(gap_N.max()))
+
+
+def _measure(parts: Parts, rollouts: list[Rollout], ids_NK: Tensor, top_k: int) -> dict[str, Tensor]:
+    """The student's opinion, in batches of similar length, rows in the order of the rollouts."""
+    lengths = [len(r.response_ids) for r in rollouts]
+    ids_by_rollout = ids_NK.split(lengths)
+    pieces: dict[int, dict[str, Tensor]] = {}
+    for group in similar_lengths([len(r.token_ids) for r in rollouts], parts.run.tokens_per_micro_batch):
+        found = parts.learner.forward.measure(
+            [rollouts[i] for i in group],
+            Needs.STUDENT_ENTROPY,
+            top_k=top_k,
+            at_ids_NJ=torch.cat([ids_by_rollout[i] for i in group]),
+        )
+        columns = {
+            "logprobs": found.logprobs_N,
+            "entropy": found.entropy_N,
+            "ids": found.topk_ids_NK,
+            "at_teacher": found.at_logprobs_NJ,
+        }
+        for name, x in columns.items():
+            assert x is not None, name
+            for i, rows in zip(group, x.split([lengths[i] for i in group]), strict=True):
+                pieces.setdefault(i, {})[name] = rows
+    return {name: torch.cat([pieces[i][name] for i in range(len(rollouts))]) for name in pieces[0]}
+
+
+def _repeat(parts: Parts, rollouts: list[Rollout]) -> float:
+    """A teacher must say the same of the same text, whatever else it is asked."""
+    first = parts.teacher.score(rollouts, Needs.SAMPLED)
+    again = parts.teacher.score(rollouts[::-1], Needs.SAMPLED)[::-1]
+    gaps = [(a.logprobs_T - b.logprobs_T).abs() for a, b in zip(first, again, strict=True) if len(a.logprobs_T)]
+    finite = [gap_T[gap_T.isfinite()] for gap_T in gaps]
+    return max((float(gap_T.max()) for gap_T in finite if len(gap_T)), default=0.0)
+
+
+def _step(parts: Parts, rollouts: list[Rollout], seconds: dict[str, float]) -> StepSums:
+    run, objective = parts.run, parts.run.method.objective
+    with clock(seconds, "score"):
+        recall = recall_needed(objective, run.optimizer.num_updates)
+        batch: ScoredBatch = score(rollouts, objective, parts.teacher, parts.learner, seed=run.seed, recall=recall)
+    with clock(seconds, "train"):
+        return train_step(
+            batch,
+            objective,
+            parts.learner,
+            Context(progress=1.0),
+            tokens_per_micro_batch=run.tokens_per_micro_batch,
+        )

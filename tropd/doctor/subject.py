@@ -1,0 +1,171 @@
+"""A run as far as it can be known without weights: configurations, tokenizers, prompts, graders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tropd.config import ModelConfig, Run
+from tropd.data import chat
+from tropd.data.graders import Grader, resolve_grader
+from tropd.data.prompts import DataConfig, load_prompts
+from tropd.data.stream import LazyPromptStream, PromptStream
+from tropd.doctor.check import Check, error, ok, warning
+from tropd.errors import ConfigError, TropdError
+from tropd.objective.evidence import Needs
+from tropd.student.head import causal_lm_of
+from tropd.student.models import load_tokenizer
+from tropd.teachers.local import BaseAsTeacher, LocalTeacher
+from tropd.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tropd.assembly import Parts
+
+_STREAMED = 64  # prompts looked at where they are not all in memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """Student or teacher."""
+
+    whose: str
+    tokenizer: PreTrainedTokenizerBase
+    config: Any
+    """The text configuration of the model."""
+    generation: Any
+    """Its generation configuration."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return chat.stop_ids(self.tokenizer, self.generation)
+
+    @property
+    def context(self) -> int | None:
+        return getattr(self.config, "max_position_embeddings", None)
+
+    def token(self, index: int) -> str:
+        return f"{self.tokenizer.convert_ids_to_tokens(index)!r} ({index})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What checks look at.  `teacher` is None where it is the base under the student's adapter."""
+
+    run: Run
+    student: Side
+    teacher: Side | None
+    capabilities: Needs
+    prompts: tuple[Prompt, ...]
+    held_out: tuple[Prompt, ...] = ()
+    grader: Grader | None = None
+    eval_grader: Grader | None = None
+
+
+def subject_of(parts: Parts) -> Subject:
+    """The same, from a run that is assembled; its prompt stream stays where it is."""
+    run, inside = parts.run, causal_lm_of(parts.model)
+    student = Side(
+        whose="student",
+        tokenizer=parts.tokenizer,
+        config=inside.config.get_text_config(),
+        generation=inside.generation_config,
+    )
+    teacher = None
+    if isinstance(parts.teacher, LocalTeacher):
+        inside = causal_lm_of(parts.teacher.forward.model)
+        teacher = Side(
+            whose="teacher",
+            tokenizer=load_tokenizer(run.teacher, "teacher"),
+            config=inside.config.get_text_config(),
+            generation=inside.generation_config,
+        )
+    stream = parts.stream
+    before = stream.state_dict()
+    drawn = stream.next(len(stream) if isinstance(stream, PromptStream) else _STREAMED)
+    stream.load_state_dict(before)
+    return Subject(
+        run=run,
+        student=student,
+        teacher=teacher,
+        capabilities=parts.teacher.capabilities,
+        prompts=tuple({prompt.id: prompt for prompt, _ in drawn}.values()),
+        held_out=parts.held_out,
+        grader=parts.grader,
+        eval_grader=parts.eval_grader,
+    )
+
+
+def read_subject(run: Run) -> tuple[Subject | None, list[Check]]:
+    """Read everything but weights; what cannot be read is said, and the rest is read all the same."""
+    checks: list[Check] = []
+
+    def attempt(name: str, read: Callable[[], Any]) -> Any:
+        try:
+            return read()
+        except TropdError as refusal:
+            checks.append(error(name, str(refusal)))
+            return None
+
+    student = attempt("student", lambda: _read_side(run.student, "student"))
+    own_base = run.teacher.path == "base"
+    teacher = None if own_base else attempt("teacher", lambda: _read_side(run.teacher, "teacher"))
+    grader = attempt("grader", lambda: resolve_grader(run.grader) if run.grader else None)
+    name = run.evaluation.grader or run.grader
+    eval_grader = grader if name == run.grader else attempt("grader", lambda: resolve_grader(name or ""))
+    if student is None:
+        return None, checks
+    prompts = attempt("data", lambda: _read_prompts(run.data, student, checks, "data"))
+    data = run.evaluation.data
+    held_out: tuple[Prompt, ...] | None = ()
+    if data is not None:
+        held_out = attempt("held-out data", lambda: _read_prompts(data, student, checks, "held-out data"))
+    if (teacher is None and not own_base) or prompts is None or held_out is None:
+        return None, checks
+    return Subject(
+        run=run,
+        student=student,
+        teacher=teacher,
+        capabilities=(BaseAsTeacher if own_base else LocalTeacher).capabilities,
+        prompts=prompts,
+        held_out=held_out,
+        grader=grader,
+        eval_grader=eval_grader,
+    ), checks
+
+
+def _read_side(config: ModelConfig, whose: str) -> Side:
+    from transformers import AutoConfig, GenerationConfig
+
+    tokenizer = load_tokenizer(config, whose)
+    options: dict[str, Any] = {"revision": config.revision} if config.revision else {}
+    extra: dict[str, Any] = {"gguf_file": config.gguf_file} if config.gguf_file else {}
+    try:
+        found = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code, **options, **extra)
+    except (OSError, ValueError, KeyError) as failure:
+        raise ConfigError(
+            f"the {whose}'s config.json cannot be read from {config.path}: {str(failure).splitlines()[0]}"
+        ) from failure
+    try:
+        generation = GenerationConfig.from_pretrained(config.path, **options)
+    except OSError:  # a model need not bring one; transformers makes one of config.json then, and so does this
+        generation = GenerationConfig.from_model_config(found)
+    return Side(whose=whose, tokenizer=tokenizer, config=found.get_text_config(), generation=generation)
+
+
+def _read_prompts(data: DataConfig, student: Side, checks: list[Check], name: str) -> tuple[Prompt, ...]:
+    if data.streaming:
+        stream = LazyPromptStream(data, student.tokenizer)
+        prompts, report = tuple(prompt for prompt, _ in stream.next(_STREAMED)), stream.report
+    else:
+        loaded = load_prompts(data, student.tokenizer)
+        prompts, report = loaded.prompts, loaded.report
+    example = str(student.tokenizer.decode(list(prompts[0].token_ids)))
+    shown = f"{data.path}: {report}\nthe first prompt as the student reads it: {example[:300]!r}"
+    if report.skipped or report.warnings:
+        checks.append(warning(name, shown, "Read the rows that were left out; data.on_bad_row = 'refuse' stops there."))
+    else:
+        checks.append(ok(name, shown))
+    return prompts
