@@ -16,6 +16,8 @@ from tropd import config_file
 from tropd.assembly import Parts, assemble
 from tropd.batches import ScoredBatch
 from tropd.config import Run
+from tropd.objective.evidence import StudentView
+from tropd.objective.plan import Plan
 from tropd.objective.terms import Context
 from tropd.rollout.stage import RolloutJob, roll_out
 from tropd.step import StepSums, recall_needed, score, train_step
@@ -103,6 +105,8 @@ class Step:
     """The student's parameters afterwards."""
     shares: dict[str, dict[str, torch.Tensor]]
     """By term, then by rollout: the weight of each token."""
+    seen: list[tuple[ScoredBatch, StudentView]]
+    """Micro-batches as they were trained on."""
 
 
 def step_of(parts: Parts, rollouts: list[Rollout] | None = None, progress: float = 0.3) -> Step:
@@ -111,8 +115,10 @@ def step_of(parts: Parts, rollouts: list[Rollout] | None = None, progress: float
     batch = judge(parts, rollouts)
     gradients: dict[str, torch.Tensor] = {}
     shares: dict[str, dict[str, torch.Tensor]] = {}
+    seen: list[tuple[ScoredBatch, StudentView]] = []
 
-    def watch(part: Any, view: Any, plan: Any) -> None:
+    def watch(part: ScoredBatch, view: StudentView, plan: Plan) -> None:
+        seen.append((part, view))
         lengths = [len(r.response_ids) for r in part.rollouts]
         for term, weight_N in plan.weights.items():
             named = zip(part.rollouts, weight_N.split(lengths), strict=True)
@@ -129,4 +135,6 @@ def step_of(parts: Parts, rollouts: list[Rollout] | None = None, progress: float
         watch=watch,
     )
     weights = {name: p.detach().clone() for name, p in parts.model.named_parameters()}
-    return Step(rollouts=rollouts, batch=batch, sums=sums, gradients=gradients, weights=weights, shares=shares)
+    return Step(
+        rollouts=rollouts, batch=batch, sums=sums, gradients=gradients, weights=weights, shares=shares, seen=seen
+    )
