@@ -1,1 +1,40 @@
-__version__ = "0.1.0"
+"""On-policy distillation of language models that refuses to fail silently.
+
+Public names are loaded when they are first asked for: `import tropd` costs nothing, and `import tropd.objective` needs
+torch alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tropd.methods import METHODS, TrOPD
+    from tropd.objective import Objective, Term, distillation_loss
+
+    __version__: str
+
+_HOME = {
+    "METHODS": "tropd.methods",
+    "Objective": "tropd.objective",
+    "Term": "tropd.objective",
+    "TrOPD": "tropd.methods",
+    "distillation_loss": "tropd.objective",
+}
+
+__all__ = ["METHODS", "Objective", "Term", "TrOPD", "__version__", "distillation_loss"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("tropd")
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'tropd' has no attribute {name!r}; it has {', '.join(__all__)}.")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,92 @@
+"""What is shown about a method is read off the method, and the generated page is up to date."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from rich.console import Console
+
+from tropd.methods import METHODS, TrOPD
+from tropd.methods.describe import EVIDENCE, OVER, describe, field_docstrings, policy_in_words
+from tropd.methods.explain import explain, explain_as_data, methods, methods_as_data, page
+from tropd.objective.evidence import Needs
+from tropd.objective.terms import Over
+from tropd.rollout.policies import TeacherPrefix
+
+ROOT = Path(__file__).parents[2]
+
+
+def shown(picture, width: int = 160) -> str:
+    out = io.StringIO()
+    Console(file=out, width=width, highlight=False).print(picture)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_everything_that_defines_a_method_is_shown(name):
+    cls, text = METHODS[name], " ".join(shown(explain(name), width=1000).split())
+    for line in cls.__doc__.splitlines():
+        assert " ".join(line.split()) in text
+    for term in cls().objective.terms:
+        assert str(term.where) in text and str(term.loss) in text
+    for knob in dataclasses.fields(cls):
+        assert knob.name == "name" or knob.name in text
+    for meaning in field_docstrings(cls).values():
+        assert meaning in text
+    for reading in cls.readings:
+        assert reading in text
+    assert describe(name).paper in text
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_evidence_shown_is_the_evidence_needed(name):
+    assert {e.name for e in describe(name).evidence} == {n.name for n in METHODS[name]().needs}
+
+
+def test_every_kind_of_evidence_and_every_denominator_has_words():
+    assert set(EVIDENCE) == set(Needs)
+    assert set(OVER) == set(get_args(Over))
+
+
+def test_no_server_is_promised_where_none_can_do_it():
+    assert describe("tip").teacher.startswith("A teacher in this process: no server gives FULL or REVERSE_KL.")
+    assert describe("eopd").teacher.startswith("A teacher in this process: no server gives TEACHER_ENTROPY.")
+    assert describe("opd").teacher == "A teacher in this process, or a server that can do what is named above."
+    assert describe("seqkd").teacher.startswith("The teacher is never asked for a probability. It also writes text")
+
+
+def test_choices_and_defaults_are_those_of_the_field():
+    knobs = {k.name: k for k in describe("tropd").knobs}
+    assert (knobs["trust"].default, knobs["trust"].choices) == ("bernoulli", "bernoulli | threshold | soft")
+    assert (knobs["prefix"].default, knobs["prefix"].choices) == ("cosine 1 -> 0", "Schedule")
+    assert (knobs["beta"].default, knobs["beta"].choices) == ("0.001", "number")
+    assert {k.name: k.choices for k in describe("reopold").knobs}["floor"] == "number | none"
+    assert {k.name: k.choices for k in describe("lsm").knobs}["special_ids"] == "list of integer"
+
+
+def test_the_rollout_policy_is_said_with_its_own_numbers():
+    assert "50% of the responses" in policy_in_words(TeacherPrefix(share=0.5))
+    assert "cosine 1 -> 0" in policy_in_words(TrOPD().rollout)
+    assert describe("lsm").rollout.endswith("Drawn with top_p 0.9.")
+    assert "probability 0.5" in describe("gkd").rollout
+
+
+def test_the_data_survive_json():
+    for one in methods_as_data():
+        assert json.loads(json.dumps(one))["name"] == one["name"]
+    assert explain_as_data("opd")["terms"][0]["loss"] == "PolicyGradient(LogRatio)"
+
+
+def test_the_list_of_methods_names_each_once():
+    first = [line.split()[0] for line in shown(methods(), width=400).splitlines()[1:]]
+    assert first == list(METHODS)
+
+
+def test_the_page_of_methods_is_up_to_date():
+    written = (ROOT / "docs" / "methods.md").read_text()
+    assert written == page(), "run: python -m tropd.methods.explain > docs/methods.md"

@@ -1,0 +1,215 @@
+"""The `tropd` command: one table of commands, and one way to say no.
+
+A command is `main(argv) -> int`, here or in a module that is imported only when it is asked for.  What tropd refuses is
+printed as one paragraph with exit code 2; a traceback means a defect of tropd.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tropd.errors import MethodWarning, TropdError
+
+Command = Callable[[list[str]], int] | str
+"""The command itself, or the module whose `main` it is."""
+
+
+def methods(argv: list[str]) -> int:
+    """The methods there are."""
+    as_json = _ask("tropd methods", argv, _json_flag)
+    from tropd.methods import explain as show
+
+    _show(as_json, show.methods_as_data, show.methods)
+    return 0
+
+
+def explain(argv: list[str]) -> int:
+    """One method in full."""
+    name, as_json = _ask("tropd explain", argv, _explain_flags)
+    from tropd.methods import explain as show
+
+    _show(as_json, lambda: show.explain_as_data(name), lambda: show.explain(name))
+    return 0
+
+
+def version(argv: list[str]) -> int:
+    """The version of tropd alone."""
+    _ask("tropd version", argv, _no_flags)
+    import tropd
+
+    print(tropd.__version__)
+    return 0
+
+
+def env(argv: list[str]) -> int:
+    """What a bug report should say about the machine."""
+    _show(_ask("tropd env", argv, _json_flag), environment, _environment_table)
+    return 0
+
+
+COMMANDS: dict[str, tuple[Command, str]] = {
+    "demo": ("tropd.demo", "TrOPD against OPD on exact tabular models: under a minute on a laptop"),
+    "methods": (methods, "the methods: name, paper, evidence they need"),
+    "explain": (explain, "a method in full: equation, terms, evidence, knobs, readings"),
+    "doctor": ("tropd.commands.doctor", "what will go wrong with a run, and what to change"),
+    "train": ("tropd.commands.train", "train from a run file"),
+    "resume": ("tropd.commands.resume", "go on from the newest checkpoint of a run"),
+    "evaluate": ("tropd.commands.evaluate", "draw answers, grade them, say how sure the score is"),
+    "inspect": ("tropd.commands.inspect", "a step that was kept: its terms and its worst tokens"),
+    "export": ("tropd.commands.export", "a checkpoint as a Hugging Face folder"),
+    "merge": ("tropd.commands.merge", "an adapter and its base as one plain model"),
+    "env": (env, "versions and devices, for a bug report"),
+    "version": (version, "the version of tropd"),
+}
+
+
+def main(argv: list[str] | None = None, commands: Mapping[str, tuple[Command, str]] = COMMANDS) -> int:
+    """Run a command; the number is the exit code."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["help"]
+    errors = Console(stderr=True, highlight=False)
+    with _one_line_warnings(errors):
+        try:
+            if name in ("help", "-h", "--help"):
+                _console().print(_overview(commands))
+                return 0
+            return _find("version" if name == "--version" else name, commands)(rest)
+        except TropdError as error:
+            _say(errors, "error: ", "bold red", _paragraph(error))
+            return 2
+        except KeyboardInterrupt:
+            _say(errors, "", "", "interrupted")
+            return 130
+        except SystemExit as stop:  # tyro and argparse leave this way after --help and after a wrong flag
+            return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+
+
+def _find(name: str, commands: Mapping[str, tuple[Command, str]]) -> Callable[[list[str]], int]:
+    if name not in commands:
+        near = difflib.get_close_matches(name, commands, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise TropdError(f"there is no command {name!r}.{hint} Known: {', '.join(commands)}.")
+    command, _ = commands[name]
+    return importlib.import_module(command).main if isinstance(command, str) else command
+
+
+def _overview(commands: Mapping[str, tuple[Command, str]]) -> Table:
+    table = Table(title="tropd COMMAND [--help]", title_style="bold", title_justify="left", box=None, show_header=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column()
+    for name, (_, line) in commands.items():
+        table.add_row(name, Text(line))
+    return table
+
+
+def _paragraph(error: TropdError) -> str:
+    """What kind of refusal it is, from the class itself, then the message, without line breaks of their own."""
+    kind = type(error).__dict__.get("__doc__") if type(error) is not TropdError else None
+    words = " ".join(str(error).split())
+    if not kind:
+        return words
+    meaning = kind.split("\n")[0].strip().rstrip(".")
+    return f"{meaning[0].lower()}{meaning[1:]}: {words}"
+
+
+def _say(console: Console, label: str, style: str, text: str) -> None:
+    # soft_wrap: a message stays one line in a log; a terminal wraps it by itself.
+    console.print(Text(label, style=style).append(text, style="not bold default"), soft_wrap=True)
+
+
+@contextmanager
+def _one_line_warnings(console: Console) -> Iterator[None]:
+    """A method's objection is one line, once; other warnings keep their usual form."""
+    said: set[str] = set()
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+        warnings.simplefilter("always", MethodWarning)
+
+        def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+            text = " ".join(str(message).split())
+            if not issubclass(category, MethodWarning):
+                usual(message, category, *place)
+            elif text not in said:
+                said.add(text)
+                _say(console, "warning: ", "bold yellow", text)
+
+        warnings.showwarning = show
+        yield
+
+
+AsJson = Annotated[bool, tyro.conf.arg(name="json", help="as JSON")]
+
+
+def _no_flags() -> None:
+    pass
+
+
+def _json_flag(as_json: AsJson = False) -> bool:
+    return as_json
+
+
+def _explain_flags(
+    method: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(metavar="METHOD", help="a name that `tropd methods` lists")
+    ],
+    as_json: AsJson = False,
+) -> tuple[str, bool]:
+    return method, as_json
+
+
+def _ask(prog: str, argv: Sequence[str], flags: Callable[..., Any]) -> Any:
+    line = COMMANDS[prog.split()[1]][1]
+    return tyro.cli(flags, args=argv, prog=prog, description=line, config=(tyro.conf.FlagCreatePairsOff,))
+
+
+def _show(as_json: bool, data: Callable[[], Any], picture: Callable[[], RenderableType]) -> None:
+    if as_json:
+        print(json.dumps(data(), indent=2))
+    else:
+        _console().print(picture())
+
+
+def _console() -> Console:
+    """As wide as the terminal; a pipe has no width, so what is written there has a readable one."""
+    console = Console(highlight=False)
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(highlight=False, width=120)
+
+
+def environment() -> dict[str, str]:
+    """Versions and devices by name."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("tropd", "torch", "transformers", "tokenizers", "datasets", "peft", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    found["devices"] = ", ".join(devices) or "cpu only"
+    found["threads"] = str(torch.get_num_threads())
+    return found
+
+
+def _environment_table() -> Table:
+    table = Table.grid(padding=(0, 2))
+    for name, value in environment().items():
+        table.add_row(Text(name, style="dim"), Text(value))
+    return table

@@ -1,0 +1,230 @@
+"""What a method is, as plain data read off its own source: nothing is written twice."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from itertools import pairwise
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from tropd.methods import METHODS, Method, find_method
+from tropd.objective.evidence import OF_TEACHER, Needs
+from tropd.objective.losses import NegativeLogLikelihood
+from tropd.objective.schedules import Schedule
+from tropd.objective.terms import Over, Term
+from tropd.rollout.policies import Mixture, OnPolicy, RolloutPolicy, TeacherPrefix, TeacherText
+
+OVER: dict[Over, str] = {
+    "actions": "all trained tokens",
+    "student": "the student's tokens",
+    "teacher": "the teacher's tokens",
+    "members": "its own weights",
+    "sequences": "tokens per sequence, then sequences",
+}
+
+EVIDENCE: dict[Needs, tuple[str, str]] = {
+    Needs.SAMPLED: (
+        "the teacher's log-probability of each written token",
+        "any server that scores a given text, such as vLLM with prompt_logprobs",
+    ),
+    Needs.TOPK: (
+        "the teacher's top_k likeliest tokens with their log-probabilities",
+        "a server that scores a given text with top-k, such as vLLM with prompt_logprobs and --max-logprobs >= top_k",
+    ),
+    Needs.STUDENT_TOPK: (
+        "the teacher's log-probabilities at the student's top_k tokens",
+        "a server that scores given ids at each position, such as vLLM's prompt_logprob_token_ids (V2 runner)",
+    ),
+    Needs.FULL: ("both whole next-token distributions", "no server: the teacher must be in this process"),
+    Needs.TEACHER_ENTROPY: (
+        "the entropy of the teacher's whole distribution",
+        "no server: from top-k alone it is only bounded",
+    ),
+    Needs.REVERSE_KL: (
+        "KL(student || teacher) over the whole vocabulary at each token",
+        "no server: the teacher must be in this process",
+    ),
+    Needs.REFERENCE: ("a second teacher's log-probability of each written token", "as for the first teacher"),
+    Needs.STUDENT_ENTROPY: ("the student's entropy at each token", "nothing: the student's own pass gives it"),
+    Needs.REWARD: ("a grader's number for each sequence", "nothing: `data.grader` gives it"),
+}
+"""What each kind of evidence is, and which server can give it.  A teacher in this process gives all of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TermRow:
+    name: str
+    where: str
+    loss: str
+    weight: str
+    divided_by: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    name: str
+    what: str
+    server: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knob:
+    name: str
+    default: str
+    choices: str
+    meaning: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """Everything that `tropd explain` says, as plain data."""
+
+    name: str
+    title: str
+    summary: str
+    paper: str
+    """An address."""
+    definition: str
+    terms: tuple[TermRow, ...]
+    rollout: str
+    evidence: tuple[Evidence, ...]
+    teacher: str
+    knobs: tuple[Knob, ...]
+    readings: tuple[str, ...]
+    at_teacher: str
+
+
+def describe(name: str) -> Description:
+    """A method with its default knobs."""
+    cls = find_method(name)
+    method = cls()
+    return Description(
+        name=name,
+        title=cls.__name__,
+        summary=cls.summary,
+        paper=paper_link(cls.paper),
+        definition=inspect.cleandoc(cls.__doc__ or ""),
+        terms=tuple(map(_row, method.objective.terms)),
+        rollout=_rollout_in_words(method),
+        evidence=tuple(Evidence(name=str(n.name), what=EVIDENCE[n][0], server=EVIDENCE[n][1]) for n in method.needs),
+        teacher=_teacher_in_words(method),
+        knobs=tuple(_knobs(cls)),
+        readings=cls.readings,
+        at_teacher=_at_teacher_in_words(method),
+    )
+
+
+def paper_link(paper: str) -> str:
+    """The address of an arXiv id; an address stays what it is."""
+    return paper if "://" in paper else f"https://arxiv.org/abs/{paper}"
+
+
+def _row(term: Term) -> TermRow:
+    return TermRow(
+        name=term.name,
+        where=str(term.where),
+        loss=str(term.loss),
+        weight=str(term.weight) if isinstance(term.weight, Schedule) else f"{term.weight:g}",
+        divided_by=OVER[term.over],
+    )
+
+
+def _rollout_in_words(method: Method) -> str:
+    words = policy_in_words(method.rollout)
+    sampling = method.sampling
+    if sampling is None:
+        return words
+    drawn = {f.name: getattr(sampling, f.name) for f in fields(sampling) if getattr(sampling, f.name) != f.default}
+    return f"{words} Drawn with {', '.join(f'{k} {v:g}' for k, v in drawn.items())}." if drawn else words
+
+
+def policy_in_words(policy: RolloutPolicy) -> str:
+    """Who writes which token."""
+    if isinstance(policy, OnPolicy):
+        return "The student writes every token."
+    if isinstance(policy, TeacherText):
+        return "The teacher, or the dataset, writes every token."
+    if isinstance(policy, Mixture):
+        return f"Each {policy.coin} is the student's with probability {policy.student_share:g}, else the teacher's."
+    assert isinstance(policy, TeacherPrefix), f"{type(policy).__name__} has no words"
+    length = "as long as allowed" if policy.draw == "longest" else "of a length drawn uniformly up to that"
+    texts = "one text for all rollouts of a prompt" if policy.texts == "shared" else "one text for each rollout"
+    return (
+        f"The teacher writes the beginning of {policy.share:.0%} of the responses, at most {policy.length} of the "
+        f"response budget over training, {length}, {texts}; the student goes on from there."
+    )
+
+
+def _teacher_in_words(method: Method) -> str:
+    asked = method.needs & OF_TEACHER
+    texts = " It also writes text, unless the dataset brings responses." if method.rollout.needs_teacher_text else ""
+    if not asked:
+        return "The teacher is never asked for a probability." + texts
+    here = [str(n.name) for n in asked if EVIDENCE[n][1].startswith("no server")]
+    if here:
+        return f"A teacher in this process: no server gives {' or '.join(here)}." + texts
+    return "A teacher in this process, or a server that can do what is named above." + texts
+
+
+def _at_teacher_in_words(method: Method) -> str:
+    if not method.zero_at_teacher:
+        return "a signal that does not vanish."
+    texts = [repr(t.name) for t in method.objective.terms if isinstance(t.loss, NegativeLogLikelihood)]
+    if not texts:
+        return "no signal, at any token."
+    return f"no signal where it wrote; {', '.join(texts)} stays, and is zero only on average over the teacher's texts."
+
+
+def needs_in_words(description: Description) -> str:
+    """The evidence in a few words, for tables."""
+    short = [e.name.lower().replace("_", " ").replace("topk", "top-k") for e in description.evidence]
+    if METHODS[description.name]().rollout.needs_teacher_text:
+        short.append("texts")
+    return ", ".join(short)
+
+
+def _knobs(cls: type[Method]) -> Iterator[Knob]:
+    hints, meanings = get_type_hints(cls), field_docstrings(cls)
+    for field in fields(cls):
+        if field.name != "name":
+            yield Knob(
+                name=field.name,
+                default=_default(field),
+                choices=_choices(hints[field.name]),
+                meaning=meanings.get(field.name, ""),
+            )
+
+
+def field_docstrings(cls: type) -> dict[str, str]:
+    """The string below each field, which Python itself forgets."""
+    tree = ast.parse(inspect.getsource(inspect.getmodule(cls) or cls))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
+    found = {}
+    for field, after in pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(after, ast.Expr):
+            found[field.target.id] = " ".join(str(ast.literal_eval(after.value)).split())
+    return found
+
+
+def _default(field: Field[Any]) -> str:
+    value = field.default if field.default_factory is MISSING else field.default_factory()
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if is_dataclass(value) and not isinstance(value, Schedule):
+        return f"{type(value).__name__}()"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _choices(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return " | ".join(map(str, args))
+    if origin in (Union, UnionType):
+        return " | ".join(map(_choices, args))
+    if origin is tuple:
+        return f"list of {_choices(args[0])}"
+    known = {NoneType: "none", bool: "true | false", int: "integer", float: "number", str: "text"}
+    return known.get(hint) or hint.__name__

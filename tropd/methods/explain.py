@@ -1,0 +1,137 @@
+"""What `tropd explain` and `tropd methods` show, and the page docs/methods.md.
+
+python -m tropd.methods.explain > docs/methods.md            the page
+python -m tropd.methods.explain --table                      the table in README.md
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from tropd.methods import METHODS
+from tropd.methods.describe import Description, describe, needs_in_words
+
+TERMS = ("term", "where", "loss", "weight", "divided by")
+EVIDENCE = ("evidence", "what it is", "which server can give it")
+KNOBS = ("knob", "default", "choices", "meaning and source")
+METHODS_COLUMNS = ("method", "paper", "needs", "what it does")
+AT_TEACHER = "A student that equals its teacher gets"
+
+Rows = list[tuple[str, ...]]
+
+
+def explain(name: str) -> RenderableType:
+    """One method in full."""
+    d = describe(name)
+    parts: list[RenderableType] = [
+        Text.assemble((d.title, "bold"), "  ", (d.name, "cyan"), "  ", (d.paper, f"link {d.paper}")),
+        Padding(Text(d.definition), (1, 0, 0, 2)),
+        *_section("Terms", _table(TERMS, _rows(d.terms))),
+        *_section("Rollouts", d.rollout),
+        *_section("Evidence", _table(EVIDENCE, _rows(d.evidence)) if d.evidence else None, d.teacher),
+        *_section("Knobs", _table(KNOBS, _rows(d.knobs)) if d.knobs else "None."),
+    ]
+    if d.readings:
+        parts += _section("What the sources leave open, and what is done here", *(f"- {r}" for r in d.readings))
+    return Group(*parts, *_section(AT_TEACHER, d.at_teacher))
+
+
+def explain_as_data(name: str) -> dict[str, Any]:
+    return asdict(describe(name))
+
+
+def methods() -> RenderableType:
+    """All methods, one line each."""
+    return _table(METHODS_COLUMNS, list(_summaries()))
+
+
+def methods_as_data() -> list[dict[str, Any]]:
+    return [explain_as_data(name) for name in METHODS]
+
+
+def _summaries() -> Iterator[tuple[str, ...]]:
+    for d in map(describe, METHODS):
+        yield d.name, _citation(d.paper), needs_in_words(d), d.summary
+
+
+def _citation(paper: str) -> str:
+    """The arXiv id, or the host of a page."""
+    return paper.rsplit("/", 1)[-1] if "arxiv.org" in paper else paper.split("/")[2]
+
+
+def _section(title: str, *parts: RenderableType | None) -> list[RenderableType]:
+    indented = [Padding(Text(p) if isinstance(p, str) else p, (0, 0, 0, 2)) for p in parts if p is not None]
+    return [Text(f"\n{title}", style="bold"), *indented]
+
+
+def _rows(records: Iterable[Any]) -> Rows:
+    return [tuple(asdict(record).values()) for record in records]
+
+
+def _table(columns: tuple[str, ...], rows: Rows) -> Table:
+    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    table.columns[0].style, table.columns[0].no_wrap = "cyan", True
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def methods_markdown() -> str:
+    """The table of methods as Markdown."""
+    rows = []
+    for d in map(describe, METHODS):
+        rows.append((f"`{d.name}`", f"[{_citation(d.paper)}]({d.paper})", needs_in_words(d), d.summary))
+    return _markdown_table(METHODS_COLUMNS, rows)
+
+
+def page() -> str:
+    """docs/methods.md."""
+    head = (
+        "# Methods\n\n<!-- python -m tropd.methods.explain > docs/methods.md -->\n\n"
+        "Every method with its default knobs, read off its source; `tropd explain METHOD` shows it in a terminal.\n"
+        "An objective is a sum of terms; *where* selects tokens, `~` is the rest, `&` is both.\n"
+    )
+    return "\n".join([head, methods_markdown(), *(_chapter(describe(name)) for name in METHODS)])
+
+
+def _chapter(d: Description) -> str:
+    lines = [f"## {d.title}", "", f"`{d.name}`, {d.paper}", "", "```text", d.definition, "```", ""]
+    lines += [_markdown_table(TERMS, [tuple(map(_code, row[:3])) + row[3:] for row in _rows(d.terms)])]
+    lines += [f"**Rollouts.** {d.rollout}", ""]
+    if d.evidence:
+        lines += [_markdown_table(EVIDENCE, _rows(d.evidence))]
+    lines += [d.teacher, ""]
+    if d.knobs:
+        coded = [(_code(name), _code(default), *rest) for name, default, *rest in _rows(d.knobs)]
+        lines += [_markdown_table(KNOBS, coded)]
+    if d.readings:
+        lines += ["What the sources leave open, and what is done here:", "", *(f"- {r}" for r in d.readings), ""]
+    return "\n".join([*lines, f"{AT_TEACHER} {d.at_teacher}", ""])
+
+
+def _code(text: str) -> str:
+    return f"`{text}`"
+
+
+def _markdown_table(columns: tuple[str, ...], rows: Rows) -> str:
+    lines = [columns, ("---",) * len(columns), *rows]
+    return "".join("| " + " | ".join(_cell(text) for text in row) + " |\n" for row in lines)
+
+
+def _cell(text: str) -> str:
+    """A bar would end the cell, and a lone < would begin a tag."""
+    return text.replace("|", "\\|") if text.startswith("`") else text.replace("|", "\\|").replace("<", "&lt;")
+
+
+if __name__ == "__main__":
+    sys.stdout.write(methods_markdown() if "--table" in sys.argv[1:] else page())
