@@ -13,7 +13,7 @@ from tests.objective.test_invariance import VARIANTS
 from tropd.objective import Context
 from tropd.objective.borrow import student_view
 from tropd.objective.evidence import Needs
-from tropd.student.fused import can_fuse, fused_loss, soften_rows_, wanted
+from tropd.student.fused import can_fuse, fused_loss, read_rows, soften_rows_, wanted
 from tropd.student.head import Head
 from tropd.types import Author
 
@@ -154,3 +154,20 @@ def test_heads_that_are_more_than_a_matrix_are_left_to_the_plain_path():
     assert can_fuse(plain_head)
     assert not can_fuse(Head(module=nn.Linear(4, 5), vocab_size=5, softcap=30.0))
     assert not can_fuse(Head(module=nn.Sequential(nn.Linear(4, 5)), vocab_size=5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_reading_rows_is_what_the_plain_head_reads(dtype, bias):
+    head, hidden, tokens = setting(23, 70, bias=bias, dtype=dtype, padded=3)
+    ids_NM = torch.cat([tokens.token_ids_N[:, None], tokens.teacher_topk_ids_NK], 1)
+    fast = read_rows(head, hidden.detach(), ids_NM, 7, top_k=9, entropy=True)
+    with torch.no_grad():
+        slow = head.read(hidden, ids_NM, 7, top_k=9, entropy=True)
+    assert fast.keys() == slow.keys()
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2}[dtype]
+    for name, x in slow.items():
+        if name != "topk_ids":
+            torch.testing.assert_close(fast[name], x, rtol=0, atol=tolerance)
+        elif dtype != torch.bfloat16:  # whose rounding makes ties
+            assert torch.equal(fast[name], x)

@@ -14,6 +14,7 @@ from tests.tiny import VOCAB, byte_tokenizer, tiny_model
 from tropd.errors import ConfigError, EvidenceError, TeacherError, VocabularyError
 from tropd.objective.evidence import Needs
 from tropd.student.forward import Forward, similar_lengths
+from tropd.student.fused import fused_loss
 from tropd.teachers.local import BaseAsTeacher, LocalTeacher, same_vocabulary, shared_vocab_size
 from tropd.teachers.teacher import Teacher
 
@@ -27,7 +28,7 @@ def test_scores_are_the_models_own_in_the_order_of_the_rollouts(tokens_per_batch
     teacher: Teacher = LocalTeacher(model, name="big", tokens_per_batch=tokens_per_batch, tile_tokens=4)
     generator = torch.Generator().manual_seed(0)
     at_ids = [torch.randint(VOCAB, (length, 3), generator=generator) for _, length in LENGTHS]
-    scores = teacher.score(rollouts, EVERYTHING, top_k=6, student_topk_ids=at_ids)
+    scores = teacher.score(rollouts, EVERYTHING, top_k=6, student_topk_ids_TJ=at_ids)
     for rollout, score, at_TJ in zip(rollouts, scores, at_ids, strict=True):
         with torch.no_grad():
             full_TV = plain(model, [rollout])
@@ -55,10 +56,16 @@ def test_a_teacher_that_is_the_student_agrees_to_the_last_bit(dtype: torch.dtype
     student = tiny_model("qwen3", tied=True).to(dtype)
     teacher = LocalTeacher(copy.deepcopy(student), tile_tokens=8)
     rollouts = rollouts_of()
-    view = Forward(student, tile_tokens=8).view(rollouts, tokens_of(rollouts), Needs.SAMPLED)
+    forward, ids_N = Forward(student, tile_tokens=8), tokens_of(rollouts).token_ids_N
+    learned = []
+
+    def judge(rows: slice, logprobs_C1: torch.Tensor) -> torch.Tensor:
+        learned.append(logprobs_C1.detach().squeeze(1))
+        return logprobs_C1.sum()
+
+    fused_loss(forward.head, forward.hidden(rollouts), ids_N[:, None], judge, 8).backward()
     teacher_N = torch.cat([score.logprobs_T for score in teacher.score(rollouts, Needs.SAMPLED)])
-    assert view.logprobs_N.requires_grad and not teacher_N.requires_grad
-    assert torch.equal(teacher_N - view.logprobs_N.detach(), torch.zeros_like(teacher_N))
+    assert torch.equal(teacher_N - torch.cat(learned), torch.zeros_like(teacher_N))
 
 
 def test_a_local_teacher_is_frozen() -> None:
@@ -85,10 +92,10 @@ def test_requests_that_cannot_be_answered_are_refused() -> None:
         teacher.score(rollouts, Needs.REFERENCE)
     with pytest.raises(EvidenceError, match="top_k = 0"):
         teacher.score(rollouts, Needs.TOPK)
-    with pytest.raises(EvidenceError, match="student_topk_ids"):
+    with pytest.raises(EvidenceError, match="student_topk_ids_TJ"):
         teacher.score(rollouts, Needs.STUDENT_TOPK)
     with pytest.raises(AssertionError, match="a row per token"):
-        teacher.score(rollouts, Needs.STUDENT_TOPK, student_topk_ids=[torch.zeros(1, 2).long()] * 5)
+        teacher.score(rollouts, Needs.STUDENT_TOPK, student_topk_ids_TJ=[torch.zeros(1, 2).long()] * 5)
     with pytest.raises(ConfigError, match="top_k_rows"):
         LocalTeacher(tiny_model(), top_k_rows="some")  # type: ignore[arg-type]
 
@@ -127,7 +134,7 @@ def test_the_base_under_an_adapter_is_a_teacher_and_the_student_stays_as_it_was(
         assert found.full_logprobs_TV is not None and expected.full_logprobs_TV is not None
         assert torch.equal(found.full_logprobs_TV, expected.full_logprobs_TV)
     with pytest.raises(VocabularyError):
-        teacher.score(rollouts, Needs.STUDENT_TOPK, student_topk_ids=[torch.full((n, 1), 9999) for _, n in LENGTHS])
+        teacher.score(rollouts, Needs.STUDENT_TOPK, student_topk_ids_TJ=[torch.full((n, 1), 9999) for _, n in LENGTHS])
 
     assert [p.requires_grad for p in student.parameters()] == flags and any(flags)
     assert [module.training for module in student.modules()] == modes

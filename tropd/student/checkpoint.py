@@ -81,6 +81,7 @@ def save(
             save_file({k: x.detach().cpu().contiguous() for k, x in tensors.items()}, folder / f"{name}.safetensors")
         files = {p.name: describe_file(p) for p in sorted(folder.iterdir())}
         values = {"kind": "tropd checkpoint", "schema": SCHEMA, "step": step, "files": files, **state}
+        values = json.loads(json.dumps(values))  # as they will be read
         (folder / "state.json").write_text(json.dumps({"sha256": _digest_of(values), **values}))
     return final
 

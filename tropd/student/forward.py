@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tropd.errors import ConfigError, DataError, TrainingDiverged, VocabularyError
 from tropd.objective.evidence import ABSENT, Needs, StudentView, Tokens, at_least_float32
+from tropd.student.fused import can_fuse, read_rows
 from tropd.student.head import Head, at_rest, causal_lm_of, differ, tiles
 from tropd.types import Rollout
 
@@ -153,15 +154,16 @@ class Forward:
         """The model's own opinion, without gradient or dropout: entropy and the whole distribution where `needs` asks
         for them, this model's `top_k` likeliest tokens (at most the vocabulary), and its opinion of given tokens."""
         columns = [self._response_ids(rollouts).unsqueeze(1), *([] if at_ids_NJ is None else [at_ids_NJ])]
+        shape = {
+            "top_k": min(top_k, self.vocab_size),
+            "entropy": bool(needs & (Needs.TEACHER_ENTROPY | Needs.STUDENT_ENTROPY)),
+        }
         with self._at_rest():
-            read = self.head.read(
-                self.hidden(rollouts),
-                self._wanted(columns),
-                self.tile_tokens,
-                top_k=min(top_k, self.vocab_size),
-                entropy=bool(needs & (Needs.TEACHER_ENTROPY | Needs.STUDENT_ENTROPY)),
-                full=Needs.FULL in needs,
-            )
+            hidden_NH, ids_NM = self.hidden(rollouts), self._wanted(columns)
+            if Needs.FULL in needs or not can_fuse(self.head):
+                read = self.head.read(hidden_NH, ids_NM, self.tile_tokens, full=Needs.FULL in needs, **shape)
+            else:
+                read = read_rows(self.head, hidden_NH, ids_NM, self.tile_tokens, **shape)
         if not bool(read["log_z"].isfinite().all()):
             names = ", ".join(rollout.id for rollout in rollouts[:4])
             raise TrainingDiverged(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tropd.objective.evidence import ABSENT, Needs, StudentView, Tokens
-from tropd.student.head import Head, tiles
+from tropd.student.head import Head, likeliest, tiles
 
 Judge = Callable[[slice, Tensor], Tensor]
 """(rows, log-probabilities [C, M] with gradient) -> loss of these rows."""
@@ -70,11 +70,63 @@ def can_fuse(head: Head) -> bool:
 
 def fused_loss(head: Head, hidden_NH: Tensor, ids_NM: Tensor, judge: Judge, tile_tokens: int) -> Tensor:
     """The judged loss of all rows, its gradient already formed.  Call it only where a gradient is wanted."""
-    work = TileWork(ids_NM=ids_NM, judge=judge, tile_tokens=tile_tokens, scale=head.factor / head.divisor)
+    weight, bias, scale = _matrix(head)
+    work = TileWork(ids_NM=ids_NM, judge=judge, tile_tokens=tile_tokens, scale=scale)
+    return _Fused.apply(hidden_NH, weight, bias, work)
+
+
+def _matrix(head: Head) -> tuple[Tensor, Tensor | None, float]:
+    """Weight, bias and scale of the rows that are tokens."""
     weight, bias = head.weight_VH, head.bias_V
     if head.vocab_size < weight.shape[0]:
         weight, bias = weight[: head.vocab_size], None if bias is None else bias[: head.vocab_size]
-    return _Fused.apply(hidden_NH, weight, bias, work)
+    return weight, bias, head.factor / head.divisor
+
+
+def _logits(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, scale: float, buffer_CV: Tensor) -> Tensor:
+    z_CV = buffer_CV[: len(hidden_CH)]
+    if bias_V is None:
+        torch.mm(hidden_CH, weight_VH.t(), out=z_CV)
+    else:
+        torch.addmm(bias_V, hidden_CH, weight_VH.t(), out=z_CV)
+    return z_CV.mul_(scale) if scale != 1.0 else z_CV
+
+
+def _wanted(
+    hidden_CH: Tensor, z_CV: Tensor, weight_VH: Tensor, bias_V: Tensor | None, ids_CM: Tensor, scale: float
+) -> Tensor:
+    """Logits at the wanted ids; the written token's exact in float32 where the tile is not."""
+    wide = torch.promote_types(z_CV.dtype, torch.float32)
+    wanted_CM = z_CV.gather(1, ids_CM).to(wide)
+    if z_CV.dtype != wide and ids_CM.shape[1]:
+        ids_C = ids_CM[:, 0]
+        logits_C = (hidden_CH.to(wide) * weight_VH[ids_C].to(wide)).sum(-1)
+        wanted_CM[:, 0] = scale * (logits_C if bias_V is None else logits_C + bias_V[ids_C].to(wide))
+    return wanted_CM
+
+
+@torch.no_grad()
+def read_rows(
+    head: Head, hidden_NH: Tensor, ids_NM: Tensor, tile_tokens: int, *, top_k: int = 0, entropy: bool = False
+) -> dict[str, Tensor]:
+    """What `Head.read` gives without a gradient, from one visit of the vocabulary per tile."""
+    weight, bias, scale = _matrix(head)
+    found = []
+    buffer_CV = hidden_NH.new_empty(min(tile_tokens, max(len(hidden_NH), 1)), head.vocab_size)
+    for rows in tiles(len(hidden_NH), tile_tokens):
+        hidden_CH, ids_CM = hidden_NH[rows], ids_NM[rows]
+        z_CV = _logits(hidden_CH, weight, bias, scale, buffer_CV)
+        part = {"at": _wanted(hidden_CH, z_CV, weight, bias, ids_CM, scale)}
+        if top_k:
+            part["topk_ids"], part["topk"] = likeliest(z_CV, top_k)
+        log_sum_C, entropy_C = log_sum_exp(z_CV, entropy)
+        part["log_z"] = log_sum_C[:, None]
+        for name in {"at", "topk"} & part.keys():
+            part[name] = part[name].to(log_sum_C.dtype) - log_sum_C[:, None]
+        if entropy:
+            part["entropy"] = entropy_C
+        found.append(part)
+    return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 
 class _Fused(torch.autograd.Function):
@@ -87,9 +139,8 @@ class _Fused(torch.autograd.Function):
         losses = []
         for rows in tiles(num_tokens, work.tile_tokens):
             hidden_CH = hidden_NH[rows]
-            z_CV = buffer_CV[: hidden_CH.shape[0]]
-            loss = _tile(rows, hidden_CH, z_CV, weight_VH, bias_V, work, sums)
-            losses.append(loss)
+            z_CV = _logits(hidden_CH, weight_VH, bias_V, work.scale, buffer_CV)
+            losses.append(_tile(rows, hidden_CH, z_CV, weight_VH, bias_V, work, sums))
         ctx.save_for_backward(sums.hidden_NH, sums.weight_VH, sums.bias_V)
         ctx.dtypes = hidden_NH.dtype, weight_VH.dtype
         return torch.stack(losses).sum()
@@ -130,15 +181,8 @@ def _tile(
 ) -> Tensor:
     """One tile: read, judge, and add its gradients."""
     ids_CM = work.ids_NM[rows]
-    torch.mm(hidden_CH, weight_VH.t(), out=z_CV)
-    if bias_V is not None:
-        z_CV.add_(bias_V)
-    if work.scale != 1.0:
-        z_CV.mul_(work.scale)
     wide = sums.hidden_NH.dtype
-    wanted_CM = z_CV.gather(1, ids_CM).to(wide)
-    if z_CV.dtype != wide:
-        wanted_CM[:, 0] = _exact(hidden_CH, weight_VH, bias_V, ids_CM[:, 0], work.scale)
+    wanted_CM = _wanted(hidden_CH, z_CV, weight_VH, bias_V, ids_CM, work.scale)
     logprobs_CM = (wanted_CM - soften_rows_(z_CV)[:, None]).requires_grad_()
     with torch.enable_grad():
         loss = work.judge(rows, logprobs_CM)
@@ -157,12 +201,6 @@ def _tile(
         sums.bias_V.add_(torch.mv(z_CV.t(), -dense_C.to(z_CV.dtype)))
     _add_sparse(rows, hidden_wide, weight_VH, ids_CM, c_CM, sums)
     return loss.detach()
-
-
-def _exact(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, ids_C: Tensor, scale: float) -> Tensor:
-    """One logit per row in float32."""
-    logits_C = (hidden_CH.float() * weight_VH[ids_C].float()).sum(-1)
-    return scale * (logits_C if bias_V is None else logits_C + bias_V[ids_C].float())
 
 
 def soften_rows_(z_CV: Tensor) -> Tensor:
@@ -184,6 +222,22 @@ def soften_rows_(z_CV: Tensor) -> Tensor:
         if p is not x:
             x.copy_(p)
     return log_sum_C
+
+
+def log_sum_exp(z_CV: Tensor, entropy: bool = False) -> tuple[Tensor, Tensor]:
+    """log sum exp z of each row, and the entropy where asked (else no rows); z is left as it was."""
+    wide = torch.promote_types(z_CV.dtype, torch.float32)
+    step = _ROWS_IN_CACHE if z_CV.device.type == "cpu" else len(z_CV) or 1
+    log_sum_C = z_CV.new_empty(len(z_CV), dtype=wide)
+    entropy_C = z_CV.new_empty(len(z_CV) if entropy else 0, dtype=wide)
+    scratch = z_CV.new_empty(min(step, len(z_CV)), z_CV.shape[1], dtype=wide)
+    for start in range(0, len(z_CV), step):
+        part = slice(start, start + step)
+        p = scratch[: len(z_CV[part])].copy_(z_CV[part])
+        log_sum_C[part] = soften_rows_(p)
+        if entropy:  # H = log Z - sum p z
+            entropy_C[part] = log_sum_C[part] - torch.where(p > 0, p * z_CV[part], 0.0).sum(-1)
+    return log_sum_C, entropy_C
 
 
 def _add_sparse(

@@ -1,0 +1,237 @@
+"""Small runs in processes of their own: start them, stop them, kill them, and compare what they leave behind.
+
+A process is forked from a server that has imported the libraries and nothing else, so each begins afresh and at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import sqlite3
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.tiny import byte_tokenizer, tiny_model
+
+LIMIT_SECONDS = 120.0
+PRELOAD = ["tests.run_case", "tropd.loop", "transformers.models.qwen3.modeling_qwen3", "peft", "pyarrow.parquet"]
+
+SIZES: dict[str, Any] = {
+    "steps": 6,
+    "tokens_per_micro_batch": 200,
+    "grader": "exact",
+    "method": {"name": "tropd", "top_k": 8, "beta": 0.1},
+    "rollout": {"num_prompts": 3, "num_rollouts": 2, "max_new_tokens": 8, "save_every": 2},
+    "optimizer": {"learning_rate": 1e-3},
+    "evaluation": {"every": 3, "num_samples": 2, "max_new_tokens": 4},
+    "checkpoint": {"every": 2},
+    "alarms": {"support_collapse": "off"},
+}
+"""Four prompts, three a step: the second epoch begins in the middle of the second step."""
+
+CASES: dict[str, dict[str, Any]] = {
+    "tropd": {},
+    "entropy": {"method": {"name": "entropy_opd"}},
+    "lora": {"student": {"lora": {"rank": 4, "alpha": 8.0, "dropout": 0.2}}, "teacher": {"path": "base"}},
+    "updates": {"optimizer": {"num_updates": 2, "schedule": "cosine", "warmup_steps": 2}},
+    "streaming": {"data": {"streaming": True}},
+    "bfloat16": {"student": {"dtype": "bfloat16"}, "optimizer": {"learning_rate": 1e-5}},
+}
+
+
+def write_models(folder: Path) -> Path:
+    """A student, a teacher and a data set, which runs only read."""
+    tokenizer = byte_tokenizer()
+    for name, seed in (("student", 0), ("teacher", 1)):
+        save_model(tiny_model("qwen3", seed=seed, tied=True), tokenizer, folder / name)
+    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(2) for b in range(2)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    whole = copy.deepcopy(base)
+    for name, value in changes.items():
+        both = isinstance(value, dict) and isinstance(whole.get(name), dict) and "name" not in value
+        whole[name] = merged(whole[name], value) if both else value
+    return whole
+
+
+def write_run(models: Path, directory: Path, case: str = "tropd", **changes: Any) -> Path:
+    """The configuration of a run that will live in `directory`, as a file beside it."""
+    from tropd import config_file
+
+    data = {"path": str(models / "data.jsonl")}
+    values = merged(
+        {
+            **SIZES,
+            "output": str(directory),
+            "student": {"path": str(models / "student")},
+            "teacher": {"path": str(models / "teacher")},
+            "data": data,
+        },
+        {"evaluation": {"data": {**data, "limit": 2}}},
+    )
+    run = config_file.build(merged(merged(values, CASES[case]), changes), "test")
+    path = directory.with_name(directory.name + ".toml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(config_file.dump(run))
+    return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What a process is to do."""
+
+    train: Path | None = None
+    """The configuration to start from; None resumes."""
+    directory: Path
+    step: int | None = None
+    stop_after: int | None = None
+    """Interrupts itself, as Ctrl-C would, once so many steps are recorded."""
+    signals: tuple[int, ...] = (signal.SIGINT,)
+    prepare: Callable[[], None] | None = None
+
+
+@dataclass(kw_only=True)
+class Ended:
+    """How a process ended: its exit code, what it raised and what it said."""
+
+    code: int
+    error: str = ""
+    message: str = ""
+    said: str = ""
+
+
+@dataclass
+class Running:
+    process: Any
+    log: Path
+    begun: float = field(default_factory=time.monotonic)
+
+    @property
+    def over(self) -> bool:
+        if time.monotonic() - self.begun > LIMIT_SECONDS:
+            self.process.kill()
+            raise AssertionError(f"a run went on for more than {LIMIT_SECONDS:g} s:\n{self.log.read_text()}")
+        return not self.process.is_alive()
+
+    def wait(self) -> Ended:
+        self.process.join(LIMIT_SECONDS)
+        assert self.over
+        error = self.log.with_suffix(".error")
+        raised = json.loads(error.read_text()) if error.exists() else {}
+        return Ended(code=self.process.exitcode, said=self.log.read_text(), **raised)
+
+    def kill_when(self, ready: Callable[[], bool], delay: float = 0.0) -> bool:
+        """SIGKILL once `ready`; whether it came before the end."""
+        while not self.over:
+            if ready():
+                time.sleep(delay)
+                self.process.kill()
+                break
+        return self.wait().code == -signal.SIGKILL
+
+
+def start(order: Order) -> Running:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    order.directory.parent.mkdir(parents=True, exist_ok=True)
+    log = order.directory.parent / f"{order.directory.name}.{time.monotonic_ns()}.log"
+    log.touch()
+    process = context.Process(target=_carry_out, args=(order, log))
+    process.start()
+    return Running(process, log)
+
+
+def train(path: Path, directory: Path, **how: Any) -> Ended:
+    return start(Order(train=path, directory=directory, **how)).wait()
+
+
+def resume(directory: Path, **how: Any) -> Ended:
+    return start(Order(directory=directory, **how)).wait()
+
+
+def _carry_out(order: Order, log: Path) -> None:
+    """The body of a process."""
+    from rich.console import Console
+
+    from tropd import config_file, loop
+    from tropd.report.display import PlainDisplay
+    from tropd.types import StepRecord
+
+    class SelfInterrupting(PlainDisplay):
+        def update(self, record: StepRecord) -> None:
+            super().update(record)
+            if record.step + 1 == order.stop_after:
+                for number in order.signals:
+                    os.kill(os.getpid(), number)
+
+    handle = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    torch.set_num_threads(1)
+    if order.prepare is not None:
+        order.prepare()
+    display = SelfInterrupting(order.stop_after or 0, Console(highlight=False))
+    try:
+        if order.train is not None:
+            loop.train(config_file.load(order.train), display=display)
+        else:
+            loop.resume(order.directory, step=order.step, display=display)
+    except BaseException as error:
+        said = {"error": type(error).__name__, "message": str(error)}
+        log.with_suffix(".error").write_text(json.dumps(said))
+        sys.exit(1)
+
+
+def num_recorded(directory: Path) -> int:
+    path = directory / "records.jsonl"
+    return max(path.read_bytes().count(b"\n") - 1, 0) if path.exists() else 0
+
+
+def trace(directory: Path) -> dict[str, Any]:
+    """All that a run leaves behind which does not tell the time, so that two runs can be compared to the last bit."""
+    lines = [json.loads(line) for line in (directory / "records.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("seconds", None)
+        line.pop("run", None)
+    newest = sorted((directory / "checkpoints").glob("*"))[-1]
+    files = [p for folder in (directory / "model", newest, directory / "rollouts") for p in sorted(folder.glob("*"))]
+    return {
+        "records": lines,
+        "files": {
+            str(p.relative_to(directory)): digest(p) for p in files if p.suffix in (".safetensors", ".parquet", ".tmp")
+        },
+        "texts": read_texts(directory / "teacher_texts.sqlite"),
+        "unfinished": sorted(str(p) for p in directory.rglob("*.tmp")),
+    }
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def read_texts(path: Path) -> list[tuple[int, str, str]]:
+    """In the order of writing.  Writing a text again would give it another number."""
+    if not path.exists():
+        return []
+    with closing(sqlite3.connect(path)) as db:
+        return db.execute("SELECT rowid, key, completion FROM texts ORDER BY rowid").fetchall()
