@@ -43,7 +43,7 @@ SIZES: dict[str, Any] = {
 CASES: dict[str, dict[str, Any]] = {
     "tropd": {},
     "entropy": {"method": {"name": "entropy_opd"}},
-    "lora": {"student": {"lora": {"rank": 4, "alpha": 8.0, "dropout": 0.2}}, "teacher": {"path": "base"}},
+    "lora": {"student": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.2}}, "teacher": {"path": "base"}},
     "updates": {"optimizer": {"num_updates": 2, "schedule": "cosine", "warmup_steps": 2}},
     "streaming": {"data": {"streaming": True}},
     "bfloat16": {"student": {"dtype": "bfloat16"}, "optimizer": {"learning_rate": 1e-5}},
@@ -55,8 +55,9 @@ def write_models(folder: Path) -> Path:
     tokenizer = byte_tokenizer()
     for name, seed in (("student", 0), ("teacher", 1)):
         save_model(tiny_model("qwen3", seed=seed, tied=True), tokenizer, folder / name)
-    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(2) for b in range(2)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, size in (("data", 2), ("many", 7)):
+        rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(size) for b in range(size)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -147,6 +148,7 @@ class Running:
                 time.sleep(delay)
                 self.process.kill()
                 break
+            time.sleep(0.0003)
         return self.wait().code == -signal.SIGKILL
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from tropd.assembly import Parts
-from tropd.batches import ScoredBatch
+from tropd.batches import ScoredBatch, make_tokens
 from tropd.data.graders import grade
-from tropd.errors import TrainingDiverged
+from tropd.errors import TeacherError, TrainingDiverged
 from tropd.objective.evidence import StudentView
 from tropd.objective.plan import Plan
 from tropd.objective.terms import Context
@@ -24,7 +24,8 @@ from tropd.replay import save_batch
 from tropd.report.records import write_rollouts
 from tropd.rollout.stage import RolloutJob, roll_out
 from tropd.step import StepSums, recall_needed, score, train_step
-from tropd.types import Author, Rollout, StepRecord
+from tropd.student.checkpoint import writing
+from tropd.types import Author, Rollout, StepRecord, key_of
 
 
 @contextmanager
@@ -48,22 +49,23 @@ def iterate(parts: Parts, directory: Path, step: int, alarms: Alarms) -> tuple[S
         rollouts = _graded(parts, rollouts)
     with clock(seconds, "score"):
         recall = recall_needed(objective, run.optimizer.num_updates)
-        batch = score(rollouts, objective, parts.teacher, parts.learner, seed=run.seed, recall=recall)
+        batch = _scored(parts, directory, step, rollouts, recall)
     watched = _Watched(parts)
     with clock(seconds, "train"):
         sums = _train(parts, directory, step, batch, Context(progress=progress), watched)
     with clock(seconds, "sync"):
         parts.engine.sync(None, step + 1)
         weights, teacher_N = watched.in_order(batch)
-        write_rollouts(
-            directory / "rollouts",
-            step,
-            batch.rollouts,
-            decode=lambda ids: str(parts.tokenizer.decode(list(ids))),
-            teacher_logprobs_N=teacher_N,
-            weights=weights,
-            every=run.rollout.save_every,
-        )
+        with writing(directory):
+            write_rollouts(
+                directory / "rollouts",
+                step,
+                batch.rollouts,
+                decode=lambda ids: str(parts.tokenizer.decode(list(ids))),
+                teacher_logprobs_N=teacher_N,
+                weights=weights,
+                every=run.rollout.save_every,
+            )
     record = _record(parts, step, progress, sums, watched.sums.result(), batch, seconds)
     raised = alarms.check(
         record.probes,
@@ -81,6 +83,7 @@ def _train(
     parts: Parts, directory: Path, step: int, batch: ScoredBatch, context: Context, watched: _Watched
 ) -> StepSums:
     run = parts.run
+    torch.manual_seed(key_of(run.seed, "train", step))  # dropout, wherever the model has some
     try:
         return train_step(
             batch,
@@ -92,11 +95,25 @@ def _train(
             watch=watched,
         )
     except TrainingDiverged as error:
-        kept = save_batch(directory, step, batch)
-        raise TrainingDiverged(
-            f"step {step}: {error} The batch is in {kept}: look at it with `tropd inspect {directory} --step "
-            f"{step}`. The last checkpoint is untouched."
-        ) from error
+        raise TrainingDiverged(_keep(directory, step, batch, error)) from error
+
+
+def _scored(parts: Parts, directory: Path, step: int, rollouts: list[Rollout], recall: bool) -> ScoredBatch:
+    run, learner = parts.run, parts.learner
+    try:
+        return score(rollouts, run.method.objective, parts.teacher, learner, seed=run.seed, recall=recall)
+    except (TeacherError, TrainingDiverged) as error:  # kept without what could not be had
+        tokens = make_tokens(rollouts, run.seed, learner.device, learner.vocab_size)
+        batch = ScoredBatch(rollouts=tuple(rollouts), tokens=tokens)
+        raise type(error)(_keep(directory, step, batch, error)) from error
+
+
+def _keep(directory: Path, step: int, batch: ScoredBatch, error: Exception) -> str:
+    kept = save_batch(directory, step, batch)
+    return (
+        f"step {step}: {error} The batch is in {kept}: look at it with `tropd inspect {directory} --step {step}`. "
+        "The last checkpoint is untouched."
+    )
 
 
 class _Watched:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,23 +44,32 @@ def train(run: Run, *, display: Display | None = None) -> Path:
     directory = Path(run.output)
     if (directory / "run.toml").exists():
         raise ConfigError(f"{directory} holds a run already. Go on with `tropd resume {directory}`, or set output.")
-    parts = assemble(run, directory)
-    try:
+    begun = directory / "run.toml.tmp"
+    with checkpoints.writing(directory):  # before models are read, so that a full disk is told at once
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "run.toml.tmp").write_text(config_file.dump(run))
-        (directory / "run.toml.tmp").replace(directory / "run.toml")
-    except OSError as error:
-        raise CheckpointError(f"the run's folder {directory} cannot be written: {error}.") from error
+        begun.write_text(config_file.dump(run))
+    try:
+        parts = assemble(run, directory)
+    except BaseException:
+        begun.unlink(missing_ok=True)
+        raise
+    with checkpoints.writing(directory):
+        begun.replace(directory / "run.toml")
     return _run(parts, directory, None, display)
 
 
 def resume(directory: Path, *, step: int | None = None, display: Display | None = None) -> Path:
-    """Go on from the newest checkpoint, or from that of `step`."""
+    """Go on from the newest checkpoint, or from that of `step`; then what came after it is dropped and made again."""
     if not (directory / "run.toml").exists():
         raise ConfigError(f"{directory} holds no run.toml, so there is nothing to resume. Name the folder of a run.")
     found = checkpoints.find(directory, step)
     saved = checkpoints.load(found) if found else None
-    run = config_file.load((found or directory) / "run.toml")
+    run = config_file.load(directory / "run.toml")
+    if saved is not None and saved.state["fingerprint"] != config_file.fingerprint(run):
+        raise CheckpointError(
+            f"{saved.path} was made by another run than {directory / 'run.toml'} describes. To go on with it, put "
+            f"back the configuration in {saved.path / 'run.toml'}; to change a run, start a new one."
+        )
     return _run(assemble(run, directory), directory, saved, display)
 
 
@@ -83,7 +92,7 @@ def _run(parts: Parts, directory: Path, saved: checkpoints.Checkpoint | None, di
         require("pyarrow", "data", "saving rollouts (rollout.save_every)")
     if saved is not None:
         _restore(parts, state, alarms, saved)
-    if state.step >= run.steps:
+    if state.step >= run.steps and (directory / "model").exists():
         raise ConfigError(f"{directory} is finished: {state.step} of {run.steps} steps.")
     with display or make_display(run.steps) as shown, _stop_on_signals(state, shown):
         shown.start(_facts(parts, directory))
@@ -91,16 +100,18 @@ def _run(parts: Parts, directory: Path, saved: checkpoints.Checkpoint | None, di
             shown.note(note)
         if saved is None:
             state.before = state.latest = _evaluate(parts, 0)[0]
-        records = _open_records(directory, state, saved, parts)
-        trackers = make_trackers(
-            run.trackers, directory.name, config_file.to_dict(run), directory=directory.parent, step=state.step
-        )
-        try:
+        if dropped := checkpoints.drop_after(directory, state.step):
+            shown.note(f"back to step {state.step}: dropped the checkpoints of {', '.join(map(str, dropped))}")
+        with ExitStack() as stack:  # closes everything, even where closing fails
+            for end in (parts.engine, *([parts.writer] if parts.writer else [])):
+                stack.callback(end.close)
+            records = stack.enter_context(_recording(directory, state, saved, parts))
+            trackers = make_trackers(
+                run.trackers, directory.name, config_file.to_dict(run), directory=directory.parent, step=state.step
+            )
+            for tracker in trackers:
+                stack.callback(tracker.close)
             _steps(parts, directory, state, alarms, records, trackers, shown)
-        finally:
-            records.close()
-            for end in (*trackers, parts.engine, *([parts.writer] if parts.writer else [])):
-                end.close()
         if state.step == run.steps:
             folder = export(
                 parts.model, parts.tokenizer, run, directory / "model", step=state.step, results=state.latest
@@ -126,12 +137,14 @@ def _steps(
         state.step += 1
         if state.step % run.evaluation.every == 0 or state.step == run.steps:
             record = _evaluated(parts, state, record)
-        records.write(record)
+        with checkpoints.writing(directory):
+            records.write(record)
         for tracker in trackers:
             tracker.log(record.step, numbers_of(record))
         shown.update(record)
         _stop_if_asked(raised, directory, record.step, batch)
-        if state.step % run.checkpoint.every == 0 or state.step == run.steps or state.stop:
+        due = state.step % run.checkpoint.every == 0 or state.best.get("step") == state.step
+        if due or state.step == run.steps or state.stop:
             _save(parts, directory, state, alarms)
 
 
@@ -186,7 +199,7 @@ def _save(parts: Parts, directory: Path, state: State, alarms: Alarms) -> None:
             "optimizer_steps": parts.learner.optimizer.num_steps,
             "stream": parts.stream.state_dict(),
             "alarms": alarms.state_dict(),
-            "random": torch.get_rng_state().tolist(),
+            "origins": parts.origins,
             "best": state.best,
             "before": state.before,
             "latest": state.latest,
@@ -199,16 +212,33 @@ def _save(parts: Parts, directory: Path, state: State, alarms: Alarms) -> None:
 
 def _restore(parts: Parts, state: State, alarms: Alarms, saved: checkpoints.Checkpoint) -> None:
     held = saved.state
-    if held["fingerprint"] != config_file.fingerprint(parts.run):
-        raise CheckpointError(f"{saved.path} was made by another run than its own run.toml describes.")
+    for whose, weights in parts.origins.items():
+        if held["origins"][whose] != weights:
+            path = getattr(parts.run, whose).path
+            raise CheckpointError(
+                f"{saved.path} was trained with other weights of the {whose}, or in another precision, than {path} "
+                "gives now. Put the old ones back, or start a new run."
+            )
     checkpoints.load_trained(parts.model, saved.weights, saved.path)
     parts.learner.optimizer.load_state_tensors(saved.optimizer, held["optimizer_steps"])
     parts.stream.load_state_dict(held["stream"])
     alarms.load_state_dict(held["alarms"])
-    torch.set_rng_state(torch.tensor(held["random"], dtype=torch.uint8))
     parts.engine.sync(None, saved.step)
     state.step, state.best = saved.step, held["best"]
     state.before, state.latest = held["before"], held["latest"]
+
+
+@contextmanager
+def _recording(
+    directory: Path, state: State, saved: checkpoints.Checkpoint | None, parts: Parts
+) -> Iterator[RecordWriter]:
+    with checkpoints.writing(directory):
+        records = _open_records(directory, state, saved, parts)
+    try:
+        yield records
+    finally:
+        with checkpoints.writing(directory):
+            records.close()
 
 
 def _open_records(directory: Path, state: State, saved: checkpoints.Checkpoint | None, parts: Parts) -> RecordWriter:
@@ -240,8 +270,9 @@ def _stop_on_signals(state: State, shown: Display) -> Iterator[None]:
 
     def ask(number: int, frame: Any) -> None:
         state.stop = True
-        shown.note("stopping after this step; interrupt again to stop at once")
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        with suppress(RuntimeError):  # the signal came while a line was being written, and that one cannot be broken
+            shown.note("stopping after this step; interrupt again to stop at once")
 
     try:
         before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -11,12 +11,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tropd.batches import ScoredBatch
-from tropd.errors import ConfigError
+from tropd.errors import CheckpointError, ConfigError
 from tropd.objective.evidence import Tokens
 from tropd.student.checkpoint import atomic_folder
 from tropd.types import Author, Finish, Message, Prompt, Rollout
@@ -29,7 +29,7 @@ def save_batch(directory: Path, step: int, batch: ScoredBatch) -> Path:
     for f in dataclasses.fields(Tokens):
         value = batch.tokens.peek(f.name)
         if isinstance(value, Tensor):
-            tensors[f.name] = value.detach().cpu().contiguous()
+            tensors[f.name] = value.detach().cpu().clone().contiguous()  # safetensors refuses views of one storage
     facts = {"measured": str(batch.measured), "vocab_size": str(batch.tokens.peek("vocab_size") or "")}
     with atomic_folder(final) as folder:
         save_file(tensors, folder / "tokens.safetensors", metadata=facts)
@@ -44,12 +44,15 @@ def load_batch(directory: Path, step: int) -> ScoredBatch:
         kept = sorted(int(p.name[5:]) for p in (directory / "batches").glob("step_*"))
         there = ", ".join(map(str, kept)) or "none"
         raise ConfigError(f"no batch of step {step} was kept in {directory}. Kept: {there}.")
-    with safe_open(folder / "tokens.safetensors", "pt") as file:
-        tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is no dict)
-        facts = file.metadata()
-    if facts["vocab_size"]:
-        tensors["vocab_size"] = int(facts["vocab_size"])
-    rollouts = [_rollout(json.loads(line)) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+    try:
+        with safe_open(folder / "tokens.safetensors", "pt") as file:
+            tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is no dict)
+            facts = file.metadata()
+        if facts["vocab_size"]:
+            tensors["vocab_size"] = int(facts["vocab_size"])
+        rollouts = [_rollout(json.loads(line)) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"the batch in {folder} is damaged: {error}. Run the step again to keep it.") from error
     return ScoredBatch(rollouts=tuple(rollouts), tokens=Tokens(**tensors), measured=facts["measured"] == "True")
 
 

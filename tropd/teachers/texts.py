@@ -30,10 +30,7 @@ class CachedTexts:
             self.db.execute("CREATE TABLE IF NOT EXISTS texts (key TEXT PRIMARY KEY, completion TEXT NOT NULL)")
             self.db.commit()
         except (sqlite3.Error, OSError) as error:
-            raise TeacherError(
-                f"the cache of the teacher's texts, {path}, cannot be opened: {error}. Delete the file (texts are "
-                "written again), free the disk, or set teacher.text_cache = false."
-            ) from error
+            raise self._refuse("opened", error) from error
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         keys = [self._key(request) for request in requests]
@@ -41,6 +38,7 @@ class CachedTexts:
         missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in known}
         if missing:
             written = self.engine.generate(list(missing.values()))
+            assert len(written) == len(missing), "an engine answers every request"
             known |= dict(zip(missing, written, strict=True))
             self._write({key: known[key] for key in missing})
         return [known[key] for key in keys]
@@ -57,16 +55,29 @@ class CachedTexts:
         return hashlib.sha256(shape.encode()).hexdigest()
 
     def _read(self, keys: set[str]) -> dict[str, Completion]:
-        rows = (self.db.execute("SELECT completion FROM texts WHERE key = ?", (k,)).fetchone() for k in sorted(keys))
-        return {k: _decode(row[0]) for k, row in zip(sorted(keys), rows, strict=True) if row}
+        found: dict[str, Completion] = {}
+        try:
+            for key in sorted(keys):
+                row = self.db.execute("SELECT completion FROM texts WHERE key = ?", (key,)).fetchone()
+                if row is not None:
+                    found[key] = _decode(row[0])
+        except (sqlite3.Error, OSError, ValueError, KeyError, TypeError) as error:
+            raise self._refuse("read", error) from error
+        return found
 
     def _write(self, texts: dict[str, Completion]) -> None:
         rows = [(key, json.dumps(asdict(text))) for key, text in texts.items()]
         try:
             with self.db:  # one transaction
                 self.db.executemany("INSERT OR REPLACE INTO texts VALUES (?, ?)", rows)
-        except sqlite3.Error as error:
-            raise TeacherError(f"{len(rows)} of the teacher's texts cannot be kept in {self.path}: {error}.") from error
+        except (sqlite3.Error, OSError) as error:
+            raise self._refuse(f"given {len(rows)} more", error) from error
+
+    def _refuse(self, asked: str, error: Exception) -> TeacherError:
+        return TeacherError(
+            f"the cache of the teacher's texts, {self.path}, cannot be {asked}: {error}. Free the disk, delete the "
+            "file if it is damaged (its texts are written again), or set teacher.text_cache = false."
+        )
 
 
 def _decode(text: str) -> Completion:
