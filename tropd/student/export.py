@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,11 @@ def model_card(run: Run, *, step: int, results: dict[str, float]) -> str:
     rows = [f"| {name} | {value:.4f} |" for name, value in sorted(results.items())]
     measured = ["| measure | value |", "|---|---|", *rows] if rows else ["Not evaluated."]
     link = method.paper if method.paper.startswith("http") else f"https://arxiv.org/abs/{method.paper}"
+    # The hub refuses a card whose base model is a folder of somebody's disk.
+    base = [] if Path(run.student.path).expanduser().exists() else [f"base_model: {json.dumps(run.student.path)}"]
     lines = [
         "---",
-        f"base_model: {run.student.path}",
+        *base,
         "library_name: " + ("peft" if run.student.lora else "transformers"),
         "tags: [tropd, on-policy-distillation]",
         "---",
@@ -90,7 +93,8 @@ def model_card(run: Run, *, step: int, results: dict[str, float]) -> str:
         f"- data: `{run.data.path}` ({run.data.split})",
         f"- trained for {step} of {run.steps} steps, {run.rollout.num_prompts} prompts x "
         f"{run.rollout.num_rollouts} rollouts of at most {run.rollout.max_new_tokens} tokens each, seed {run.seed}",
-        f"- tropd {tropd.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        f"- tropd {tropd.__version__}, torch {torch.__version__}, transformers {version('transformers')}, "
+        f"Python {platform.python_version()}",
         "",
         "## Results",
         "",

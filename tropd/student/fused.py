@@ -148,16 +148,15 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         (scale,) = upstream
+
+        def finish(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+            if gradient is None:
+                return None
+            return (gradient if float(scale) == 1.0 else gradient * scale).to(dtype)
+
         hidden_NH, weight_VH, bias_V = ctx.saved_tensors
-        if float(scale) != 1.0:
-            hidden_NH, weight_VH, bias_V = (None if g is None else g * scale for g in (hidden_NH, weight_VH, bias_V))
         hidden_dtype, weight_dtype = ctx.dtypes
-        return (
-            hidden_NH.to(hidden_dtype),
-            None if weight_VH is None else weight_VH.to(weight_dtype),
-            None if bias_V is None else bias_V.to(weight_dtype),
-            None,
-        )
+        return finish(hidden_NH, hidden_dtype), finish(weight_VH, weight_dtype), finish(bias_V, weight_dtype), None
 
 
 class _Gradients:
