@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +61,12 @@ def load_checkpoint(directory: Path, step: int | None, device: str | None = None
     saved = checkpoints.load(found)
     run = config_file.load(found / "run.toml")
     chosen = choose_device(device or run.device)
-    tokenizer = load_tokenizer(run.student, "student")
-    model = wrap_student(load_model(run.student, "student", chosen), run.student, run.seed)
+    student = run.student
+    if student.dtype == "auto" and student.lora is None:  # as it was trained, wherever that was
+        widest = max((x.dtype for x in saved.weights.values() if x.is_floating_point()), key=lambda d: d.itemsize)
+        student = dataclasses.replace(student, dtype=str(widest).removeprefix("torch."))
+    tokenizer = load_tokenizer(student, "student")
+    model = wrap_student(load_model(student, "student", chosen), student, run.seed)
     checkpoints.load_trained(model, saved.weights, saved.path)
     return Trained(model=model.eval(), tokenizer=tokenizer, run=run, step=saved.step, state=saved.state)
 

@@ -77,7 +77,7 @@ def need_of(subject: Subject) -> Need:
     kept = tokens * hidden * (layers * width + per_layer if run.student.gradient_checkpointing else layers * per_layer)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    longest = max(len(prompt.token_ids) for prompt in subject.prompts) + run.rollout.max_new_tokens
+    longest = max((len(prompt.token_ids) for prompt in subject.prompts), default=0) + run.rollout.max_new_tokens
     batch = min(run.rollout.max_batch, run.rollout.num_prompts * run.rollout.num_rollouts)
     return Need(
         student=sum(p.numel() for p in student.parameters()) * width,

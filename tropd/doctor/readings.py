@@ -98,13 +98,13 @@ def check_ends(parts: Parts, sample: Sample) -> Iterator[Check]:
         return
     mean = sum(sample.stop_ratios) / len(sample.stop_ratios)
     said += f"; log pi_T - log pi_S of the token that ended them is {mean:.2f} on average"
-    stands_out = mean < sample.probes["ratio/mean"] + _STOP_WARNING
+    stands_out = mean < sample.other_ratio + _STOP_WARNING
     if mean > _STOP_WARNING or not stands_out:
         yield ok("ends", said)
         return
     yield (error if mean < _STOP_ERROR else warning)(
         "ends",
-        f"{said} ({sample.probes['ratio/mean']:.2f} over all tokens): the teacher does not end answers with that "
+        f"{said} ({sample.other_ratio:.2f} elsewhere): the teacher does not end answers with that "
         "token. The student will unlearn to stop, and lengths will explode within dozens of steps.",
         "Give both models the same end-of-turn token: see 'stop tokens' above.",
     )

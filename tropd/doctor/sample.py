@@ -43,6 +43,8 @@ class Sample:
     probes: dict[str, float]
     stop_ratios: list[float]
     """x at the token that ended an answer."""
+    other_ratio: float
+    """Mean x of all other tokens."""
     sampler_gap: tuple[float, float]
     """Mean and largest |log pi_S of the sampler - log pi_S of the trainer|."""
     repeat_gap: float
@@ -69,7 +71,7 @@ def draw_sample(parts: Parts, num_prompts: int, max_new_tokens: int) -> Sample:
     limit = min(max_new_tokens, parts.run.rollout.max_new_tokens)
     with clock(seconds, "rollout"):
         rollouts = _write(parts, prompts, OnPolicy(), limit)
-    probes, stop_ratios, sampler_gap = _diagnose(parts, rollouts)
+    probes, (stop_ratios, other_ratio), sampler_gap = _diagnose(parts, rollouts)
     repeat_gap = _repeat(parts, rollouts)
     method = parts.run.method
     step_rollouts = rollouts
@@ -85,6 +87,7 @@ def draw_sample(parts: Parts, num_prompts: int, max_new_tokens: int) -> Sample:
         limit=limit,
         probes=probes,
         stop_ratios=stop_ratios,
+        other_ratio=other_ratio,
         sampler_gap=sampler_gap,
         repeat_gap=repeat_gap,
         step=_step(parts, step_rollouts, seconds),
@@ -108,7 +111,9 @@ def _write(parts: Parts, prompts: Sequence[tuple[Prompt, int]], policy: RolloutP
     return roll_out(policy, job, parts.engine, parts.writer)
 
 
-def _diagnose(parts: Parts, rollouts: list[Rollout]) -> tuple[dict[str, float], list[float], tuple[float, float]]:
+def _diagnose(
+    parts: Parts, rollouts: list[Rollout]
+) -> tuple[dict[str, float], tuple[list[float], float], tuple[float, float]]:
     """Everything that both models say of these answers, as probes."""
     top_k = min(parts.run.method.objective.teacher_top_k or _TOP_K, parts.vocab_size)
     tokens = make_tokens(rollouts, parts.run.seed, parts.learner.device, parts.vocab_size)
@@ -120,10 +125,12 @@ def _diagnose(parts: Parts, rollouts: list[Rollout]) -> tuple[dict[str, float], 
     )
     probes = probe_batch(tokens, rollouts, topk_logprobs_NK=own["at_teacher"], sampling=parts.run.sampling).result()
     last_S = torch.tensor([len(r.response_ids) for r in rollouts]).cumsum(0) - 1
+    ends_S = last_S[torch.tensor([r.finish is Finish.STOP for r in rollouts])]
     ratio_N = tokens.log_ratio_N.cpu()
-    stops = [float(ratio_N[int(n)]) for r, n in zip(rollouts, last_S, strict=True) if r.finish is Finish.STOP]
+    other_N = torch.ones_like(ratio_N, dtype=torch.bool).index_fill(0, ends_S, False) & ratio_N.isfinite()
+    other = float(ratio_N[other_N].mean()) if bool(other_N.any()) else 0.0
     gap_N = torch.zeros(1) if sampler_N is None else (sampler_N - own["logprobs"]).abs().float()
-    return probes, stops, (float(gap_N.mean()), float(gap_N.max()))
+    return probes, (ratio_N[ends_S].tolist(), other), (float(gap_N.mean()), float(gap_N.max()))
 
 
 def _measure(parts: Parts, rollouts: list[Rollout], ids_NK: Tensor, top_k: int) -> dict[str, Tensor]:

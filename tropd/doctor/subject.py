@@ -52,7 +52,8 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What checks look at.  `teacher` is None where it is the base under the student's adapter."""
+    """What checks look at.  `teacher` is None where it is the base under the student's adapter; `prompts` is empty
+    where they cannot be read, which has been said then."""
 
     run: Run
     student: Side
@@ -122,15 +123,15 @@ def read_subject(run: Run) -> tuple[Subject | None, list[Check]]:
     held_out: tuple[Prompt, ...] | None = ()
     if data is not None:
         held_out = attempt("held-out data", lambda: _read_prompts(data, student, checks, "held-out data"))
-    if (teacher is None and not own_base) or prompts is None or held_out is None:
+    if teacher is None and not own_base:
         return None, checks
     return Subject(
         run=run,
         student=student,
         teacher=teacher,
         capabilities=(BaseAsTeacher if own_base else LocalTeacher).capabilities,
-        prompts=prompts,
-        held_out=held_out,
+        prompts=prompts or (),
+        held_out=held_out or (),
         grader=grader,
         eval_grader=eval_grader,
     ), checks
