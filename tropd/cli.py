@@ -69,6 +69,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "train": ("tropd.commands.train", "train from a run file"),
     "resume": ("tropd.commands.resume", "go on from the newest checkpoint of a run"),
     "evaluate": ("tropd.commands.evaluate", "draw answers, grade them, say how sure the score is"),
+    "score": ("tropd.commands.score", "what student and teacher say of rollouts in a file"),
     "inspect": ("tropd.commands.inspect", "a step that was kept: its terms and its worst tokens"),
     "export": ("tropd.commands.export", "a checkpoint as a Hugging Face folder"),
     "merge": ("tropd.commands.merge", "an adapter and its base as one plain model"),
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None, commands: Mapping[str, tuple[Command, st
     with _one_line_warnings(errors):
         try:
             if name in ("help", "-h", "--help"):
-                _console().print(_overview(commands))
+                make_console().print(_overview(commands))
                 return 0
             return _find("version" if name == "--version" else name, commands)(rest)
         except TropdError as error:
@@ -179,10 +180,10 @@ def _show(as_json: bool, data: Callable[[], Any], picture: Callable[[], Renderab
     if as_json:
         print(json.dumps(data(), indent=2))
     else:
-        _console().print(picture())
+        make_console().print(picture())
 
 
-def _console() -> Console:
+def make_console() -> Console:
     """As wide as the terminal; a pipe has no width, so what is written there has a readable one."""
     console = Console(highlight=False)
     return console if console.is_terminal or "COLUMNS" in os.environ else Console(highlight=False, width=120)

@@ -26,12 +26,15 @@ END = 0
 class TabularLM:
     """A table of next-token logits, float64."""
 
-    capabilities = OF_TEACHER & ~Needs.REFERENCE
+    capabilities = OF_TEACHER & ~(Needs.REFERENCE | Needs.HIDDEN)
     device = torch.device("cpu")
+    expands = False
 
     def __init__(self, logits_PWV: Tensor, *, learning_rate: float = 0.1, max_gradient_norm: float = 1.0) -> None:
         self.logits = logits_PWV.double().clone().requires_grad_()
-        self.vocab_size = logits_PWV.shape[-1]
+        # The row that stands before the first token, so also the number of tokens.
+        self.start = logits_PWV.shape[-1]
+        self.vocab_size: int | None = self.start
         self.max_gradient_norm = max_gradient_norm
         self.optimizer = torch.optim.Adam([self.logits], lr=learning_rate)
         self.version = 0
@@ -50,7 +53,7 @@ class TabularLM:
     def full_logprobs(self, rollouts: Sequence[Rollout]) -> Tensor:
         """[N, V]: the distribution that each response token was, or would have been, drawn from."""
         prompt_N = [r.prompt.token_ids[-1] for r in rollouts for _ in r.response_ids]
-        before_N = [b for r in rollouts for b in (self.vocab_size, *r.response_ids[:-1]) if r.response_ids]
+        before_N = [b for r in rollouts for b in (self.start, *r.response_ids[:-1]) if r.response_ids]
         index = torch.tensor(prompt_N, dtype=torch.int64), torch.tensor(before_N, dtype=torch.int64)
         return self.logits[index].log_softmax(-1)
 
@@ -59,7 +62,7 @@ class TabularLM:
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         prompt_S = torch.tensor([r.token_ids[0] for r in requests], dtype=torch.int64)
-        state_S = torch.tensor([(self.vocab_size, *r.token_ids[1:])[-1] for r in requests], dtype=torch.int64)
+        state_S = torch.tensor([(self.start, *r.token_ids[1:])[-1] for r in requests], dtype=torch.int64)
         longest = max((r.max_new_tokens for r in requests), default=0)
         table = self.logits.log_softmax(-1)
         cumulative = table.exp().cumsum(-1)
@@ -70,7 +73,7 @@ class TabularLM:
         for t in range(longest):
             row_SV = cumulative[prompt_S, state_S]
             drawn_S = torch.searchsorted(row_SV, draws_ST[:, t, None] * row_SV[:, -1:], right=True).squeeze(-1)
-            drawn_S = drawn_S.clamp(max=self.vocab_size - 1)
+            drawn_S = drawn_S.clamp(max=self.start - 1)
             logprobs_ST[:, t] = table[prompt_S, state_S, drawn_S]
             ids_ST[:, t] = state_S = drawn_S
         rows = zip(requests, ids_ST.tolist(), logprobs_ST.tolist(), strict=True)
@@ -147,7 +150,7 @@ class TabularLM:
             "student_entropy_N": torch.special.entr(full.exp()).sum(-1),
         }
         if Needs.STUDENT_TOPK in needs:
-            found["student_topk_ids_NJ"] = full.topk(min(top_k, self.vocab_size), -1).indices
+            found["student_topk_ids_NJ"] = full.topk(min(top_k, self.start), -1).indices
         return found
 
     @torch.no_grad()
