@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from tropd import config_file
 from tropd.config import ModelConfig, Run
 from tropd.errors import CheckpointError, ConfigError
@@ -42,16 +40,16 @@ def load_student(source: str, step: int | None, device: str, dtype: Any) -> Trai
     path = Path(source).expanduser()
     if is_run(path):
         if step is None and (path / "model").is_dir():
-            found = _load_folder(str(path / "model"), device, dtype)
             run = config_file.load(path / "run.toml")
+            found = _load_folder(str(path / "model"), device, run.student.dtype if dtype == "auto" else dtype)
             return Trained(model=found.model, tokenizer=found.tokenizer, run=run)
-        return load_checkpoint(path, step, device)
+        return load_checkpoint(path, step, device, dtype)
     if step is not None:
         raise ConfigError(f"--step {step} was asked for, but {source} is no run's folder. Leave --step out.")
     return _load_folder(source, device, dtype)
 
 
-def load_checkpoint(directory: Path, step: int | None, device: str | None = None) -> Trained:
+def load_checkpoint(directory: Path, step: int | None, device: str, dtype: Any = "auto") -> Trained:
     """The student of a run as it was after `step` steps, or at the newest checkpoint."""
     if not is_run(directory):
         raise ConfigError(f"{directory} is no run's folder: it needs a run.toml beside its checkpoints.")
@@ -60,8 +58,8 @@ def load_checkpoint(directory: Path, step: int | None, device: str | None = None
         raise CheckpointError(f"{directory} holds no checkpoint yet. Train until the first, or name another run.")
     saved = checkpoints.load(found)
     run = config_file.load(found / "run.toml")
-    chosen = choose_device(device or run.device)
-    student = run.student
+    chosen = choose_device(device)
+    student = run.student if dtype == "auto" else dataclasses.replace(run.student, dtype=dtype)
     if student.dtype == "auto" and student.lora is None:  # as it was trained, wherever that was
         widest = max((x.dtype for x in saved.weights.values() if x.is_floating_point()), key=lambda d: d.itemsize)
         student = dataclasses.replace(student, dtype=str(widest).removeprefix("torch."))
@@ -90,7 +88,3 @@ def stops_of(trained: Trained) -> tuple[int, ...]:
     from tropd.student.head import causal_lm_of
 
     return stop_ids(trained.tokenizer, causal_lm_of(trained.model).generation_config)
-
-
-def device_of(trained: Trained) -> torch.device:
-    return next(trained.model.parameters()).device

@@ -10,7 +10,8 @@ from tropd.doctor.subject import Subject
 from tropd.errors import DataError
 from tropd.types import Prompt
 
-_GRADED = 64  # answers: enough to see a wrong column, few enough for a slow grader
+_GRADED = 64  # answers: enough to see a wrong column
+_GRADED_BY_OWN = 8  # a grader that we do not know may be slow, or cost money
 
 
 def check_prompts(subject: Subject) -> Iterator[Check]:
@@ -80,8 +81,9 @@ def check_graders(subject: Subject) -> Iterator[Check]:
         if name not in GRADERS and all(prompt.answer is None for prompt in prompts):
             yield ok(knob, f"'{name}' is your own and the prompts bring no answers, so it was not tried")
             continue
+        limit = _GRADED if name in GRADERS else _GRADED_BY_OWN
         try:
-            check_answers(grader, prompts, subject.student.tokenizer, _GRADED)
+            check_answers(grader, prompts, subject.student.tokenizer, limit)
         except DataError as refusal:
             built_in = name in GRADERS
             cure = "" if built_in else "If your grader means something else by 1, this is fine."
@@ -89,4 +91,4 @@ def check_graders(subject: Subject) -> Iterator[Check]:
         except Exception as failure:  # somebody else's code: whatever it raises is a finding, with its own words
             yield error(knob, f"'{name}' failed on an answer of the data: {type(failure).__name__}: {failure}")
         else:
-            yield ok(knob, f"'{name}' gives {min(len(prompts), _GRADED)} answers, graded against themselves, 1 each")
+            yield ok(knob, f"'{name}' gives {min(len(prompts), limit)} answers, graded against themselves, 1 each")
