@@ -103,17 +103,16 @@ def _load(run: Run, directory: Path) -> Parts:
     model = wrap_student(loaded, run.student, run.seed)
     own_size = shared_vocab_size(model, tokenizer, model, tokenizer)
     size = own_size if other is None else shared_vocab_size(model, tokenizer, other, teacher_tokenizer)
-    learner = ModelLearner(
-        model,
-        Optimizer(model, run.optimizer, run.steps * run.optimizer.num_updates),
-        vocab_size=size,
-        tile_tokens=run.tile_tokens,
-        tokens_per_batch=run.tokens_per_micro_batch,
-    )
     shape: dict[str, Any] = dict(
         vocab_size=size, tile_tokens=run.tile_tokens, tokens_per_batch=run.tokens_per_micro_batch
     )
     teacher = LocalTeacher(other, **shape) if other is not None else BaseAsTeacher(model, **shape)
+    learner = ModelLearner(
+        model,
+        Optimizer(model, run.optimizer, run.steps * run.optimizer.num_updates),
+        teacher=teacher.forward,
+        **shape,
+    )
     check_evidence(run.method.objective, teacher, run.method.name, grader is not None)
     data = _limit_prompts(run.data, _shortest(learner, teacher), run.rollout.max_new_tokens)
     stream, notes = _open_stream(data, tokenizer, run.seed)

@@ -100,6 +100,7 @@ _OF_SCORES = {
     "teacher_entropy_N": "entropy_T",
     "teacher_at_student_topk_NJ": "at_student_topk_TJ",
     "teacher_full_logprobs_NV": "full_logprobs_TV",
+    "teacher_hidden_NH": "hidden_TH",
 }
 
 

@@ -37,6 +37,8 @@ class Learner(Protocol):
 
     device: torch.device
     vocab_size: int | None
+    expands: bool
+    """Whether it makes the teacher's whole distributions itself, from the teacher's hidden states."""
 
     def learn(self, rollouts: Sequence[Rollout], judge: Judge, needs: Needs) -> None:
         """Show the judge its opinion of `judge.tokens`, in as many pieces as it likes, and add up the gradient."""
@@ -84,14 +86,15 @@ class Judge:
     ) -> None:
         self.part, self.objective, self.context, self.counts, self.plan = part, objective, context, counts, plan
         self.loss, self.terms = 0.0, {}
-        self._seen: list[tuple[Tokens, StudentView, Plan]] = []
+        self._seen: list[tuple[Tensor | None, StudentView, Plan]] = []
 
     @property
     def tokens(self) -> Tokens:
         return self.part.tokens
 
-    def __call__(self, rows: slice, view: StudentView) -> Tensor:
-        tokens = self.tokens.rows(rows)
+    def __call__(self, rows: slice, view: StudentView, **evidence: Tensor) -> Tensor:
+        """The loss of some rows.  `evidence` is what exists for these rows only, such as whole distributions."""
+        tokens = self.tokens.rows(rows).with_(**evidence)
         if self.plan is not None:
             plan = self.plan.rows(rows)
         else:
@@ -102,13 +105,12 @@ class Judge:
         self.loss += float(output.loss.detach())
         self.terms = add_terms(self.terms, output.terms)
         seen = StudentView(logprobs_N=view.logprobs_N.detach(), topk_logprobs_NK=_kept(view.peek("topk_logprobs_NK")))
-        self._seen.append((tokens, seen, plan))
+        self._seen.append((tokens.peek("student_logprobs_N"), seen, plan))
         return output.loss
 
     def seen(self) -> tuple[ScoredBatch, StudentView, Plan]:
         """What was judged, whole again: the tokens as planned, the student's opinion, the weights."""
-        tokens, views, plans = zip(*self._seen, strict=True)
-        own = [t.peek("student_logprobs_N") for t in tokens]
+        own, views, plans = zip(*self._seen, strict=True)
         whole = self.tokens
         if all(x is not None for x in own):
             whole = whole.with_(student_logprobs_N=torch.cat(own))
@@ -178,6 +180,8 @@ def score(
     asked = None
     if ids is not None:
         asked = list(ids.split([len(r.response_ids) for r in rollouts]))
+    if Needs.FULL in needs and Needs.HIDDEN in teacher.capabilities and learner.expands:
+        needs = (needs & ~Needs.FULL) | Needs.HIDDEN  # whole distributions are made tile by tile, where they are read
     if needs & OF_TEACHER:
         scores = teacher.score(rollouts, needs, top_k=objective.teacher_top_k, student_topk_ids_TJ=asked)
         tokens = add_scores(tokens, rollouts, scores)

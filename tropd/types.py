@@ -146,6 +146,7 @@ class TeacherScores:
     entropy_T: Tensor | None = None
     at_student_topk_TJ: Tensor | None = None
     full_logprobs_TV: Tensor | None = None
+    hidden_TH: Tensor | None = None
     teacher: str = "default"
 
 

@@ -15,6 +15,7 @@ from tests.tiny import tiny_model
 from tropd.assembly import Parts
 from tropd.batches import ScoredBatch
 from tropd.methods import METHODS
+from tropd.objective.evidence import Needs
 from tropd.objective.losses import PolicyGradient
 from tropd.types import Author, Rollout
 
@@ -84,6 +85,10 @@ def test_the_teachers_copy_gets_only_likelihood_on_prefixes(tmp_path: Path) -> N
 def everything(parts: Parts, rollouts: list[Rollout]) -> tuple[ScoredBatch, dict[str, Tensor]]:
     """A scored batch, and the same evidence from one whole forward pass per rollout."""
     batch = judge(parts, rollouts)
+    hidden_NH = batch.tokens.peek("teacher_hidden_NH")
+    if hidden_NH is not None:  # whole distributions are made where they are read
+        whole_NV = parts.teacher.forward.full_logprobs(hidden_NH)
+        batch = dataclasses.replace(batch, tokens=batch.tokens.with_(teacher_full_logprobs_NV=whole_NV))
     with torch.no_grad():
         teacher_NV = plain(parts.teacher.forward.model, rollouts)
     student_NV = torch.cat(full_of(parts, rollouts))
@@ -92,7 +97,6 @@ def everything(parts: Parts, rollouts: list[Rollout]) -> tuple[ScoredBatch, dict
         "token_ids_N": ids_N1[:, 0],
         "teacher_logprobs_N": teacher_NV.gather(1, ids_N1)[:, 0],
         "student_logprobs_N": student_NV.gather(1, ids_N1)[:, 0],
-        "teacher_full_logprobs_NV": teacher_NV,
         "student_entropy_N": torch.special.entr(student_NV.exp()).sum(-1),
         "reverse_kl_N": (student_NV.exp() * (student_NV - teacher_NV)).sum(-1),
         "teacher_topk_logprobs_NK": teacher_NV.topk(8).values,
@@ -116,6 +120,17 @@ def test_evidence_of_every_token_is_a_whole_forward_pass_gathered_at_that_token(
             found.add(field)
             torch.testing.assert_close(got, expected, **CLOSE)
     assert found == set(by_hand)
+
+
+def test_whole_distributions_of_the_teacher_are_those_of_a_whole_forward_pass(tmp_path: Path) -> None:
+    parts = parts_of(prepare(tmp_path))
+    rollouts = write(parts)
+    scores = parts.teacher.score(rollouts, Needs.FULL)
+    for rollout, score in zip(rollouts, scores, strict=True):
+        with torch.no_grad():
+            expected_TV = plain(parts.teacher.forward.model, [rollout])
+        assert score.full_logprobs_TV is not None
+        torch.testing.assert_close(score.full_logprobs_TV, expected_TV, **CLOSE)
 
 
 def test_the_student_that_is_trained_is_a_whole_forward_pass_gathered_at_that_token(tmp_path: Path) -> None:

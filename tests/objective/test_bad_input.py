@@ -36,6 +36,7 @@ _FIELDS = {
     "student_topk_ids_NJ": Needs.STUDENT_TOPK,
     "teacher_at_student_topk_NJ": Needs.STUDENT_TOPK,
     "teacher_full_logprobs_NV": Needs.FULL,
+    "teacher_hidden_NH": Needs.HIDDEN,
     "teacher_entropy_N": Needs.TEACHER_ENTROPY,
     "student_entropy_N": Needs.STUDENT_ENTROPY,
     "reverse_kl_N": Needs.REVERSE_KL,

@@ -31,6 +31,8 @@ class Needs(Flag):
     """The student's k likeliest tokens, and the teacher's log-probabilities there."""
     FULL = auto()
     """Both whole next-token distributions.  Nothing else builds [tokens, vocabulary]."""
+    HIDDEN = auto()
+    """The teacher's last hidden states: whoever holds its head can make FULL of them, a tile at a time."""
     TEACHER_ENTROPY = auto()
     STUDENT_ENTROPY = auto()
     REVERSE_KL = auto()
@@ -46,6 +48,7 @@ OF_TEACHER = (
     | Needs.TOPK
     | Needs.STUDENT_TOPK
     | Needs.FULL
+    | Needs.HIDDEN
     | Needs.TEACHER_ENTROPY
     | Needs.REVERSE_KL
     | Needs.REFERENCE
@@ -64,6 +67,7 @@ _SOURCE = {
     "student_topk_logprobs_NJ": Needs.STUDENT_TOPK,
     "teacher_full_logprobs_NV": Needs.FULL,
     "full_logprobs_NV": Needs.FULL,
+    "teacher_hidden_NH": Needs.HIDDEN,
     "teacher_entropy_N": Needs.TEACHER_ENTROPY,
     "student_entropy_N": Needs.STUDENT_ENTROPY,
     "reverse_kl_N": Needs.REVERSE_KL,
@@ -129,6 +133,7 @@ class Tokens(Evidence):
     student_topk_ids_NJ: Tensor = ABSENT
     teacher_at_student_topk_NJ: Tensor = ABSENT
     teacher_full_logprobs_NV: Tensor = ABSENT
+    teacher_hidden_NH: Tensor = ABSENT
     teacher_entropy_N: Tensor = ABSENT
     student_entropy_N: Tensor = ABSENT
     reverse_kl_N: Tensor = ABSENT

@@ -84,6 +84,8 @@ class Measured:
     at_logprobs_NJ: Tensor | None = None
     """At the `at_ids_NJ` that were given."""
     full_logprobs_NV: Tensor | None = None
+    hidden_NH: Tensor | None = None
+    """The states that predict the tokens."""
 
 
 class Forward:
@@ -177,7 +179,14 @@ class Forward:
             entropy_N=read.get("entropy"),
             at_logprobs_NJ=None if at_ids_NJ is None else read["at"][:, 1:],
             full_logprobs_NV=read.get("full"),
+            hidden_NH=hidden_NH if Needs.HIDDEN in needs else None,
         )
+
+    @torch.no_grad()
+    def full_logprobs(self, hidden_CH: Tensor) -> Tensor:
+        """[C, V]: whole distributions from hidden states, such as those of `measure`."""
+        with self._at_rest():
+            return at_least_float32(self.head.logits(hidden_CH)).log_softmax(-1)
 
     @torch.no_grad()
     def reverse_kl(self, rollouts: Sequence[Rollout], teacher: Forward) -> Tensor:

@@ -119,7 +119,10 @@ class Head:
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """What the model's own forward gives for these hidden states, in the model's dtype."""
-        logits_NV = self.module(hidden_NH)[..., : self.vocab_size]
+        return self.transform(self.module(hidden_NH)[..., : self.vocab_size])
+
+    def transform(self, logits_NV: Tensor) -> Tensor:
+        """Scale and soft-cap what the matrix gives."""
         if self.factor != 1.0:
             logits_NV = logits_NV * self.factor
         if self.divisor != 1.0:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tropd.objective.evidence import Needs
 from tropd.step import Judge
+from tropd.student.dense import can_tile, dense_loss
 from tropd.student.forward import Forward, similar_lengths
 from tropd.student.fused import can_fuse, fused_loss, wanted
 from tropd.student.optimizer import Optimizer
@@ -21,27 +22,47 @@ class ModelLearner:
     """Implements `tropd.step.Learner`."""
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, *, vocab_size: int, tile_tokens: int, tokens_per_batch: int
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        vocab_size: int,
+        tile_tokens: int,
+        tokens_per_batch: int,
+        teacher: Forward | None = None,
     ) -> None:
+        """`teacher` is the forward pass of a teacher in this process: its head makes whole distributions here."""
+        self.teacher = teacher
         self.model, self.optimizer, self.tokens_per_batch = model, optimizer, tokens_per_batch
         self.forward = Forward(model, vocab_size=vocab_size, tile_tokens=tile_tokens)
         self.vocab_size: int | None = vocab_size
         self.device = next(model.parameters()).device
+        self.expands = teacher is not None and can_tile(self.forward.head)
 
     def learn(self, rollouts: Sequence[Rollout], judge: Judge, needs: Needs) -> None:
         self.model.train()
-        if Needs.FULL in needs or not can_fuse(self.forward.head):
-            judge(slice(None), self.forward.view(rollouts, judge.tokens, needs)).backward()
+        forward, tokens = self.forward, judge.tokens
+        whole = Needs.FULL in needs
+        if not can_tile(forward.head) or (whole and tokens.peek("teacher_hidden_NH") is None):
+            judge(slice(None), forward.view(rollouts, tokens, needs)).backward()
             return
-        ids_NM, view_of = wanted(judge.tokens, needs)
-        loss = fused_loss(
-            self.forward.head,
-            self.forward.hidden(rollouts),
-            ids_NM,
-            lambda rows, logprobs_CM: judge(rows, view_of(logprobs_CM)),
-            self.forward.tile_tokens,
-        )
-        loss.backward()
+        hidden_NH = forward.hidden(rollouts)
+        ids_NM, view_of = wanted(tokens, needs)
+        if can_fuse(forward.head) and not whole:
+            fused_loss(
+                forward.head, hidden_NH, ids_NM, lambda rows, at_CM: judge(rows, view_of(at_CM)), forward.tile_tokens
+            ).backward()
+            return
+
+        def judge_whole(rows: slice, full_CV: Tensor) -> Tensor:
+            view = view_of(full_CV.gather(1, ids_NM[rows]))
+            if not whole:
+                return judge(rows, view)
+            assert self.teacher is not None
+            teacher_CV = self.teacher.full_logprobs(tokens.teacher_hidden_NH[rows])
+            return judge(rows, view.with_(full_logprobs_NV=full_CV), teacher_full_logprobs_NV=teacher_CV)
+
+        dense_loss(forward.head, hidden_NH, judge_whole, forward.tile_tokens).backward()
 
     def measure(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int) -> dict[str, Tensor]:
         wanted = top_k if Needs.STUDENT_TOPK in needs else 0

@@ -18,7 +18,7 @@ from tropd.student.forward import Forward, Measured, similar_lengths
 from tropd.student.head import causal_lm_of
 from tropd.types import Rollout, TeacherScores
 
-_CAPABILITIES = Needs.SAMPLED | Needs.TOPK | Needs.STUDENT_TOPK | Needs.FULL | Needs.TEACHER_ENTROPY | Needs.REVERSE_KL
+_CAPABILITIES = OF_TEACHER & ~Needs.REFERENCE
 
 
 class LocalTeacher:
@@ -166,6 +166,7 @@ def _split(measured: Measured, rollouts: Sequence[Rollout], name: str) -> Iterat
             entropy_T=_rows(measured.entropy_N, rows),
             at_student_topk_TJ=_rows(measured.at_logprobs_NJ, rows),
             full_logprobs_TV=_rows(measured.full_logprobs_NV, rows),
+            hidden_TH=_rows(measured.hidden_NH, rows),
             teacher=name,
         )
 
