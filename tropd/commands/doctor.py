@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tropd.cli import make_console
 from tropd.commands import Arguments, read_run
 from tropd.errors import ConfigError, MethodWarning
 
@@ -65,7 +65,7 @@ def _examine(argv: Sequence[str], num_prompts: int, max_new_tokens: int) -> list
 
 
 def _show(checks: Sequence[Check]) -> None:
-    console = Console(highlight=False, markup=False)
+    console = make_console()
     table = Table("check", "", "what was found, and what to do", show_lines=True)
     for check in checks:
         said = Text(check.found)

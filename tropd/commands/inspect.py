@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tropd.cli import make_console
 from tropd.commands import Arguments
 from tropd.commands.trained import is_run
 from tropd.errors import ConfigError
@@ -36,13 +37,14 @@ def main(argv: list[str]) -> int:
 
     run = config_file.load(asked.run / "run.toml")
     kept, record = read_step(asked.run, asked.step, run), read_record(asked.run, asked.step)
-    console = Console(highlight=False, markup=False)
-    console.print(f"step {asked.step} of {asked.run}: {len(kept.ids)} rollouts, {len(kept.places_N)} response tokens")
-    console.print(f"read from {kept.source}")
-    for alarm in record.alarms if record else ():
-        console.print(f"alarm: {alarm}")
-    for finding in kept.findings:
-        console.print(f"- {finding}")
+    console = make_console()
+    said = [
+        f"step {asked.step} of {asked.run}: {len(kept.ids)} rollouts, {len(kept.places_N)} response tokens",
+        f"read from {kept.source}",
+        *(f"alarm: {alarm}" for alarm in (record.alarms if record else ())),
+        *(f"- {finding}" for finding in kept.findings),
+    ]
+    console.print(Text("\n".join(said)))
     console.print(_terms(kept, record))
     console.print(_tokens(kept, asked.worst, _decoder(run, console)))
     return 0
@@ -54,7 +56,7 @@ def _decoder(run: Run, console: Console) -> Decode:
     try:
         tokenizer = load_tokenizer(run.student, "student")
     except ConfigError as error:  # the numbers are worth showing without their text
-        console.print(f"tokens are shown as ids: {error}")
+        console.print(Text(f"tokens are shown as ids: {error}"))
         return lambda ids: " ".join(map(str, ids))
     return lambda ids: str(tokenizer.decode(list(ids)))
 
