@@ -109,6 +109,8 @@ class Order:
     """Interrupts itself, as Ctrl-C would, once so many steps are recorded."""
     signals: tuple[int, ...] = (signal.SIGINT,)
     prepare: Callable[[], None] | None = None
+    logs: Path | None = None
+    """Where what it says is written; None: beside the run."""
 
 
 @dataclass(kw_only=True)
@@ -155,8 +157,9 @@ class Running:
 def start(order: Order) -> Running:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    order.directory.parent.mkdir(parents=True, exist_ok=True)
-    log = order.directory.parent / f"{order.directory.name}.{time.monotonic_ns()}.log"
+    logs = order.logs or order.directory.parent
+    logs.mkdir(parents=True, exist_ok=True)
+    log = logs / f"{order.directory.name}.{time.monotonic_ns()}.log"
     log.touch()
     process = context.Process(target=_carry_out, args=(order, log))
     process.start()

@@ -55,13 +55,19 @@ def train(run: Run, *, display: Display | None = None) -> Path:
         raise
     with checkpoints.writing(directory):
         begun.replace(directory / "run.toml")
-    return _run(parts, directory, None, display)
+    with checkpoints.alone(directory):
+        return _run(parts, directory, None, display)
 
 
 def resume(directory: Path, *, step: int | None = None, display: Display | None = None) -> Path:
     """Go on from the newest checkpoint, or from that of `step`; then what came after it is dropped and made again."""
     if not (directory / "run.toml").exists():
         raise ConfigError(f"{directory} holds no run.toml, so there is nothing to resume. Name the folder of a run.")
+    with checkpoints.alone(directory):
+        return _resume(directory, step, display)
+
+
+def _resume(directory: Path, step: int | None, display: Display | None) -> Path:
     found = checkpoints.find(directory, step)
     saved = checkpoints.load(found) if found else None
     run = config_file.load(directory / "run.toml")

@@ -12,6 +12,8 @@ the previous ones as they were.  Everything is checked on loading.  No pickle.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -28,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tropd.errors import CheckpointError
+from tropd.errors import CheckpointError, TrainingDiverged
 
 SCHEMA = 1
 _HASHED = 1 << 25  # 32 MiB from each end: enough to notice a torn or swapped file, fast for any size
@@ -73,7 +75,13 @@ def load_trained(model: nn.Module, weights: Mapping[str, Tensor], source: Path) 
 def save(
     directory: Path, step: int, *, weights: dict[str, Tensor], optimizer: dict[str, Tensor], run: str, state: dict
 ) -> Path:
-    """Write checkpoints/step_N under the run's folder and return it."""
+    """Write checkpoints/step_N under the run's folder and return it.  Broken weights never replace what is there."""
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise TrainingDiverged(
+                f"{name!r} is not finite after {step} steps, so these weights were not saved and the checkpoints "
+                f"before them are untouched: {_listed(directory)}. Lower the learning rate."
+            )
     final = place_of(directory, step)
     with atomic_folder(final) as folder:
         (folder / "run.toml").write_text(run)
@@ -100,6 +108,22 @@ def writing(directory: Path) -> Iterator[None]:
             f"the run's folder {directory} cannot be written: {error}. The checkpoints in it are untouched: free the "
             f"disk or mend the folder, then go on with `tropd resume {directory}`."
         ) from error
+
+
+@contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """One process for a run: two would write into each other's records and checkpoints."""
+    with (directory / "run.toml").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
+        except BlockingIOError:
+            raise CheckpointError(
+                f"another process is at work on the run in {directory}. Wait for it, stop it, or use another folder."
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # file systems that know no locks
+                raise
+        yield
 
 
 @contextmanager
@@ -156,14 +180,17 @@ def place_of(directory: Path, step: int) -> Path:
     return directory / "checkpoints" / f"step_{step:06d}"
 
 
+def _listed(directory: Path) -> str:
+    return ", ".join(map(str, steps_kept(directory))) or "none"
+
+
 def find(directory: Path, step: int | None = None) -> Path | None:
     """The checkpoint of a step, or the newest; None when there is none yet.  Unfinished ones do not count."""
     there = steps_kept(directory)
     if step is None:
         return place_of(directory, there[-1]) if there else None
     if step not in there:
-        known = ", ".join(map(str, there)) or "none"
-        raise CheckpointError(f"there is no checkpoint of step {step} in {directory}. There are: {known}.")
+        raise CheckpointError(f"there is no checkpoint of step {step} in {directory}. There are: {_listed(directory)}.")
     return place_of(directory, step)
 
 
