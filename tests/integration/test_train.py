@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.integration.runs import NEW_TOKENS, TROPD, prepare, run_in
+from tropd.cli import main
 from tropd.loop import train
 from tropd.methods import METHODS
 from tropd.report.records import read_records
@@ -115,3 +116,12 @@ def test_a_students_own_dropout_is_switched_off_and_said_so(tmp_path: Path, caps
     assert "own dropout (0.1) is switched off" in capsys.readouterr().out
     assert records_of(directory)[0].probes["mismatch/behavior_max"] < 1e-4
     assert exported(directory).config.resid_pdrop == 0.1
+
+
+def test_the_command_line_trains_what_the_file_says_and_flags_change_it(tmp_path: Path) -> None:
+    run_in(prepare(tmp_path))
+    assert main(["train", str(tmp_path / "asked.toml"), "--steps", "1", "--method.top-k", "4"]) == 0
+    (record,) = records_of(tmp_path / "run")
+    assert record.gradient_norm > 0
+    assert "top_k = 4" in (tmp_path / "run" / "run.toml").read_text()
+    assert main(["train", str(tmp_path / "asked.toml")]) == 2  # nothing is written over a run
