@@ -10,6 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tropd.config import Run
+    from tropd.loop import train
     from tropd.methods import METHODS, TrOPD
     from tropd.objective import Objective, Term, distillation_loss
 
@@ -18,12 +20,14 @@ if TYPE_CHECKING:
 _HOME = {
     "METHODS": "tropd.methods",
     "Objective": "tropd.objective",
+    "Run": "tropd.config",
     "Term": "tropd.objective",
     "TrOPD": "tropd.methods",
     "distillation_loss": "tropd.objective",
+    "train": "tropd.loop",
 }
 
-__all__ = ["METHODS", "Objective", "Term", "TrOPD", "__version__", "distillation_loss"]
+__all__ = ["METHODS", "Objective", "Run", "Term", "TrOPD", "__version__", "distillation_loss", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -189,3 +189,13 @@ def _draw_arm(axes: Sequence, curves: Sequence[Curve], colour: str) -> None:
         axis.plot(steps, [statistics.fmean(v) for v in values], color=colour, label=curves[0].arm, linewidth=1.4)
         axis.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, lw=0)
         axis.set_yscale("log")
+
+
+def markdown(curves: Sequence[Curve]) -> str:
+    """Both divergences after the last step, as in README.md."""
+    rates = learning_rates(curves)
+    head = ["method", *(f"{name}, rate {rate:g}" for name in ("KL(S‖T)", "KL(T‖S)") for rate in rates)]
+    rows = [
+        [arm, *(str(summarise(chosen(curves, arm, rate))[field]) for field in NAMES for rate in rates)] for arm in ARMS
+    ]
+    return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *rows])
