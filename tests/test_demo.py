@@ -105,6 +105,12 @@ def test_a_setting_that_cannot_run_is_refused():
         Setting(vocab_size=1)
 
 
+def test_flags_that_cannot_run_exit_with_2(capsys):
+    assert main(["demo", "--num-steps", "0"]) == 2
+    assert main(["demo", "--workers", "-1"]) == 2
+    assert "--workers is -1" in capsys.readouterr().err
+
+
 def test_the_command_takes_the_setting_as_flags(tmp_path, capsys):
     flags = "--num-prompts 1 --vocab-size 4 --num-rollouts 2 --num-steps 1 --num-seeds 1 --learning-rates 0.1"
     threads = torch.get_num_threads()

@@ -260,6 +260,8 @@ def _flags(
 
 def main(argv: list[str]) -> int:
     setting, output, workers, figure = tyro.cli(_flags, args=argv, prog="tropd demo")
+    if workers < 0:
+        raise ConfigError(f"--workers is {workers}: give a number of processes, or 0 for one for each core.")
     torch.set_num_threads(1)
     workers = workers or min(os.cpu_count() or 1, 8)
     demonstrate(setting, output, workers=workers, figure=figure, console=make_console())
