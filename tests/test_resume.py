@@ -48,7 +48,7 @@ def test_a_run_stopped_and_resumed_is_the_run_left_alone_bit_for_bit(
     case: str, models: Path, straight: Straight, tmp_path: Path
 ) -> None:
     resumed = tmp_path / "resumed"
-    stops = (1, 2, 3, 4, 5, None) if case == "tropd" else (2, 5, None)
+    stops = (1, 3, 4, None) if case == "tropd" else (2, 5, None)
     ended = run_case.train(run_case.write_run(models, resumed, case), resumed, stop_after=stops[0])
     assert ended.code == 0, ended.said
     for stop in stops[1:]:
