@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 
 from tropd.cli import main
-from tropd.demo import ARMS, Curve, Setting, demonstrate, divergences, make_pair, run_all, run_one, smallest_log_ratio
+from tropd.commands.demo import demonstrate
+from tropd.demo import ARMS, Curve, Setting, divergences, make_pair, run_all, run_one, smallest_log_ratio
 from tropd.demo_report import findings, mean_of
 from tropd.errors import ConfigError
 

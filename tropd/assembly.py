@@ -16,7 +16,6 @@ from tropd.data.chat import stop_ids
 from tropd.data.graders import Grader, resolve_grader
 from tropd.data.prompts import DataConfig, load_prompts
 from tropd.data.stream import LazyPromptStream, PromptStream
-from tropd.doctor import quick_checks
 from tropd.errors import ConfigError, EngineError, TeacherError
 from tropd.rollout.engine import Engine
 from tropd.rollout.transformers import TransformersEngine
@@ -78,13 +77,8 @@ class TeacherEngine:
         self.engine.close()
 
 
-def assemble(run: Run, directory: Path) -> Parts:
-    """Load everything and look it over.  `directory` is where the teacher's texts are kept."""
-    parts = _load(run, directory)
-    return dataclasses.replace(parts, notes=(*parts.notes, *quick_checks(parts)))
-
-
-def _load(run: Run, directory: Path) -> Parts:
+def load_parts(run: Run, directory: Path) -> Parts:
+    """Load everything.  `directory` is where the teacher's texts are kept."""
     device = choose_device(run.device)
     _check_columns(run.data)
     grader = resolve_grader(run.grader) if run.grader else None

@@ -62,7 +62,7 @@ def env(argv: list[str]) -> int:
 
 
 COMMANDS: dict[str, tuple[Command, str]] = {
-    "demo": ("tropd.demo", "TrOPD against OPD on exact tabular models: under a minute on a laptop"),
+    "demo": ("tropd.commands.demo", "TrOPD against OPD on exact tabular models: under a minute on a laptop"),
     "methods": (methods, "the methods: name, paper, evidence they need"),
     "explain": (explain, "a method in full: equation, terms, evidence, knobs, readings"),
     "doctor": ("tropd.commands.doctor", "what will go wrong with a run, and what to change"),

@@ -23,7 +23,7 @@ import torch
 
 import tropd
 from tropd import config_file
-from tropd.assembly import Parts, assemble
+from tropd.assembly import Parts
 from tropd.config import Run
 from tropd.data.stream import PromptStream
 from tropd.errors import CheckpointError, ConfigError, TrainingDiverged
@@ -34,6 +34,7 @@ from tropd.replay import save_batch
 from tropd.report.display import Display, make_display
 from tropd.report.records import RecordWriter, require
 from tropd.report.trackers import Tracker, make_trackers, numbers_of
+from tropd.startup import assemble
 from tropd.student import checkpoint as checkpoints
 from tropd.student.export import export
 from tropd.types import StepRecord

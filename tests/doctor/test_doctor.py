@@ -12,12 +12,12 @@ import torch
 
 from tests.doctor import cases
 from tests.tiny import byte_tokenizer, tiny_model
-from tropd.assembly import assemble
 from tropd.config import Run
 from tropd.doctor import Check, examine, quick_checks
 from tropd.doctor.cost import need_of
 from tropd.doctor.subject import read_subject
 from tropd.errors import ConfigError
+from tropd.startup import assemble
 
 
 @pytest.fixture(scope="module")

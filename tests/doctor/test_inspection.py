@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.doctor import cases
-from tropd.assembly import Parts, assemble
+from tropd.assembly import Parts
 from tropd.batches import ScoredBatch
 from tropd.cli import main
 from tropd.config_file import dump
@@ -20,6 +20,7 @@ from tropd.replay import save_batch
 from tropd.report.records import write_rollouts
 from tropd.rollout.policies import TeacherPrefix
 from tropd.rollout.stage import RolloutJob, roll_out
+from tropd.startup import assemble
 from tropd.step import score
 from tropd.types import Author
 

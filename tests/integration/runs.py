@@ -13,13 +13,14 @@ import torch
 
 from tests.tiny import byte_tokenizer, tiny_model
 from tropd import config_file
-from tropd.assembly import Parts, assemble
+from tropd.assembly import Parts
 from tropd.batches import ScoredBatch
 from tropd.config import Run
 from tropd.objective.evidence import StudentView
 from tropd.objective.plan import Plan
 from tropd.objective.terms import Context
 from tropd.rollout.stage import RolloutJob, roll_out
+from tropd.startup import assemble
 from tropd.step import StepSums, recall_needed, score, train_step
 from tropd.types import Rollout
 

@@ -36,9 +36,9 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"{asked.output} exists already, and nothing is overwritten. Name another file.")
     run = read_run([asked.run, *flags], "tropd score")
     rollouts = _read(asked.rollouts)
-    from tropd.assembly import assemble
     from tropd.data.graders import grade
     from tropd.objective.evidence import Needs
+    from tropd.startup import assemble
 
     with tempfile.TemporaryDirectory() as folder:
         parts = assemble(run, Path(folder))

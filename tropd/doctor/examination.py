@@ -74,7 +74,7 @@ def examine(run: Run, *, num_prompts: int = 8, max_new_tokens: int = 64) -> list
 
 def _measure(run: Run, num_prompts: int, max_new_tokens: int) -> list[Check]:
     """Load the models, let the student write, take one step.  Teacher texts go to a folder that is thrown away."""
-    from tropd.assembly import assemble
+    from tropd.assembly import load_parts
     from tropd.doctor import readings
     from tropd.doctor.sample import draw_sample
 
@@ -88,7 +88,7 @@ def _measure(run: Run, num_prompts: int, max_new_tokens: int) -> list[Check]:
     )
     with tempfile.TemporaryDirectory() as folder:
         try:
-            parts = assemble(run, Path(folder))
+            parts = load_parts(run, Path(folder))
         except TropdError as refusal:
             return [error("models", str(refusal))]
         loaded = ok("models", f"student and teacher are loaded; {parts.vocab_size} tokens are shared")

@@ -55,7 +55,7 @@ class Objective:
         return max(support_width(term.loss, "student") for term in self.terms)
 
     def plan(self, tokens: Tokens, context: Context | None = None, counts: Counts | None = None) -> Plan:
-        return make_plan(self, tokens, context or Context(), counts)
+        return make_plan(self.terms, tokens, context or Context(), counts)
 
     def __call__(self, tokens: Tokens, student: StudentView, plan: Plan) -> LossOutput:
         """The loss of these rows.  A row that no term weighs is never computed, so it cannot spoil a gradient."""

@@ -7,8 +7,8 @@ is a sum of independent rows, so micro-batches, ranks and tiles simply add.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,9 +17,6 @@ from tropd.errors import EvidenceError
 from tropd.objective.evidence import Tokens
 from tropd.objective.terms import Context, Over, Term
 from tropd.types import Author
-
-if TYPE_CHECKING:
-    from tropd.objective.objective import Objective
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,8 +62,8 @@ def count(tokens: Tokens, context: Context) -> Counts:
     return Counts(actions=student + teacher, student=student, teacher=teacher, sequences=sequences)
 
 
-def make_plan(objective: Objective, tokens: Tokens, context: Context, counts: Counts | None = None) -> Plan:
-    """Weights and rewards for all rows of `tokens`.
+def make_plan(terms: Sequence[Term], tokens: Tokens, context: Context, counts: Counts | None = None) -> Plan:
+    """Weights and rewards of the terms for all rows of `tokens`.
 
     `counts` lets rows be planned piece by piece when every term reaches no further than the token.
     """
@@ -74,7 +71,7 @@ def make_plan(objective: Objective, tokens: Tokens, context: Context, counts: Co
     counts = counts or count(tokens, context)
     weights: dict[str, Tensor] = {}
     rewards: dict[str, Tensor] = {}
-    for term in objective.terms:
+    for term in terms:
         try:
             weights[term.name] = _weigh(term, tokens, context, counts)
             if term.loss.reward is not None:
