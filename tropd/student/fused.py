@@ -14,8 +14,11 @@ rounded to bfloat16 it would flip the sign of small log-ratios.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from torch import Tensor
 
 from tropd.objective.evidence import ABSENT, Needs, StudentView, Tokens
 from tropd.student.head import Head, likeliest, tiles
+from tropd.student.products import add_product_
 
 Judge = Callable[[slice, Tensor], Tensor]
 """(rows, log-probabilities [C, M] with gradient) -> loss of these rows."""
@@ -41,6 +45,8 @@ class TileWork:
     tile_tokens: int
     scale: float
     """z = scale * (h W^T + b)."""
+    tile_vocab: int | None = None
+    """Tokens of the vocabulary in a tile; None for all."""
 
 
 def wanted(tokens: Tokens, needs: Needs) -> tuple[Tensor, Callable[[Tensor], StudentView]]:
@@ -68,14 +74,23 @@ def can_fuse(head: Head) -> bool:
     return plain and head.softcap is None
 
 
-def fused_loss(head: Head, hidden_NH: Tensor, ids_NM: Tensor, judge: Judge, tile_tokens: int) -> Tensor:
-    """The judged loss of all rows, its gradient already formed.  Call it only where a gradient is wanted."""
-    weight, bias, scale = _matrix(head)
+def fused_loss(
+    head: Head, hidden_NH: Tensor, ids_NM: Tensor, judge: Judge, tile_tokens: int, tile_vocab: int | None = None
+) -> Tensor:
+    """The judged loss of all rows, its gradient already formed.  Call it only where a gradient is wanted.
+
+    `tile_vocab` trades one more matrix product for a workspace that does not grow with V (`tropd.student.lean`).
+    """
+    if tile_vocab is not None:
+        from tropd.student.lean import lean_loss
+
+        return lean_loss(head, hidden_NH, ids_NM, judge, tile_tokens, tile_vocab)
+    weight, bias, scale = matrix_of(head)
     work = TileWork(ids_NM=ids_NM, judge=judge, tile_tokens=tile_tokens, scale=scale)
-    return _Fused.apply(hidden_NH, weight, bias, work)
+    return Fused.apply(hidden_NH, weight, bias, work)
 
 
-def _matrix(head: Head) -> tuple[Tensor, Tensor | None, float]:
+def matrix_of(head: Head) -> tuple[Tensor, Tensor | None, float]:
     """Weight, bias and scale of the rows that are tokens."""
     weight, bias = head.weight_VH, head.bias_V
     if head.vocab_size < weight.shape[0]:
@@ -83,7 +98,7 @@ def _matrix(head: Head) -> tuple[Tensor, Tensor | None, float]:
     return weight, bias, head.factor / head.divisor
 
 
-def _logits(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, scale: float, buffer_CV: Tensor) -> Tensor:
+def logits_of(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, scale: float, buffer_CV: Tensor) -> Tensor:
     z_CV = buffer_CV[: len(hidden_CH)]
     if bias_V is None:
         torch.mm(hidden_CH, weight_VH.t(), out=z_CV)
@@ -92,13 +107,13 @@ def _logits(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, scale: 
     return z_CV.mul_(scale) if scale != 1.0 else z_CV
 
 
-def _wanted(
-    hidden_CH: Tensor, z_CV: Tensor, weight_VH: Tensor, bias_V: Tensor | None, ids_CM: Tensor, scale: float
+def exact_written(
+    wanted_CM: Tensor, hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, ids_CM: Tensor, scale: float
 ) -> Tensor:
-    """Logits at the wanted ids; the written token's exact in float32 where the tile is not."""
-    wide = torch.promote_types(z_CV.dtype, torch.float32)
-    wanted_CM = z_CV.gather(1, ids_CM).to(wide)
-    if z_CV.dtype != wide and ids_CM.shape[1]:
+    """Logits at the wanted ids in float32 at least; the written token's computed so where the tile was not."""
+    wide = torch.promote_types(hidden_CH.dtype, torch.float32)
+    wanted_CM = wanted_CM.to(wide)
+    if hidden_CH.dtype != wide and ids_CM.shape[1]:
         ids_C = ids_CM[:, 0]
         logits_C = (hidden_CH.to(wide) * weight_VH[ids_C].to(wide)).sum(-1)
         wanted_CM[:, 0] = scale * (logits_C if bias_V is None else logits_C + bias_V[ids_C].to(wide))
@@ -107,16 +122,27 @@ def _wanted(
 
 @torch.no_grad()
 def read_rows(
-    head: Head, hidden_NH: Tensor, ids_NM: Tensor, tile_tokens: int, *, top_k: int = 0, entropy: bool = False
+    head: Head,
+    hidden_NH: Tensor,
+    ids_NM: Tensor,
+    tile_tokens: int,
+    *,
+    top_k: int = 0,
+    entropy: bool = False,
+    tile_vocab: int | None = None,
 ) -> dict[str, Tensor]:
     """What `Head.read` gives without a gradient, from one visit of the vocabulary per tile."""
-    weight, bias, scale = _matrix(head)
+    if tile_vocab is not None:
+        from tropd.student.lean import lean_rows
+
+        return lean_rows(head, hidden_NH, ids_NM, tile_tokens, tile_vocab, top_k=top_k, entropy=entropy)
+    weight, bias, scale = matrix_of(head)
     found = []
     buffer_CV = hidden_NH.new_empty(min(tile_tokens, max(len(hidden_NH), 1)), head.vocab_size)
     for rows in tiles(len(hidden_NH), tile_tokens):
         hidden_CH, ids_CM = hidden_NH[rows], ids_NM[rows]
-        z_CV = _logits(hidden_CH, weight, bias, scale, buffer_CV)
-        part = {"at": _wanted(hidden_CH, z_CV, weight, bias, ids_CM, scale)}
+        z_CV = logits_of(hidden_CH, weight, bias, scale, buffer_CV)
+        part = {"at": exact_written(z_CV.gather(1, ids_CM), hidden_CH, weight, bias, ids_CM, scale)}
         if top_k:
             part["topk_ids"], part["topk"] = likeliest(z_CV, top_k)
         log_sum_C, entropy_C = log_sum_exp(z_CV, entropy)
@@ -129,17 +155,16 @@ def read_rows(
     return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 
-class _Fused(torch.autograd.Function):
+class Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, work: TileWork) -> Tensor:
-        wants_weight = ctx.needs_input_grad[1]
-        sums = _Gradients(hidden_NH, weight_VH, bias_V, wants_weight)
+        sums = Gradients(hidden_NH, weight_VH, bias_V, ctx.needs_input_grad)
         num_tokens, size = hidden_NH.shape[0], weight_VH.shape[0]
         buffer_CV = hidden_NH.new_empty(min(work.tile_tokens, num_tokens), size)
         losses = []
         for rows in tiles(num_tokens, work.tile_tokens):
             hidden_CH = hidden_NH[rows]
-            z_CV = _logits(hidden_CH, weight_VH, bias_V, work.scale, buffer_CV)
+            z_CV = logits_of(hidden_CH, weight_VH, bias_V, work.scale, buffer_CV)
             losses.append(_tile(rows, hidden_CH, z_CV, weight_VH, bias_V, work, sums))
         ctx.save_for_backward(sums.hidden_NH, sums.weight_VH, sums.bias_V)
         ctx.dtypes = hidden_NH.dtype, weight_VH.dtype
@@ -159,14 +184,14 @@ class _Fused(torch.autograd.Function):
         return finish(hidden_NH, hidden_dtype), finish(weight_VH, weight_dtype), finish(bias_V, weight_dtype), None
 
 
-class _Gradients:
+class Gradients:
     """Accumulators: float32 at least, whatever the model's dtype."""
 
-    def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, wants_weight: bool) -> None:
+    def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, wants: Sequence[bool]) -> None:
         dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
         self.hidden_NH = torch.empty_like(hidden_NH, dtype=dtype)
-        self.weight_VH = torch.zeros_like(weight_VH, dtype=dtype) if wants_weight else None
-        self.bias_V = torch.zeros_like(bias_V, dtype=dtype) if wants_weight and bias_V is not None else None
+        self.weight_VH = torch.zeros_like(weight_VH, dtype=dtype) if wants[1] else None
+        self.bias_V = torch.zeros_like(bias_V, dtype=dtype) if wants[2] and bias_V is not None else None
 
 
 def _tile(
@@ -176,12 +201,12 @@ def _tile(
     weight_VH: Tensor,
     bias_V: Tensor | None,
     work: TileWork,
-    sums: _Gradients,
+    sums: Gradients,
 ) -> Tensor:
     """One tile: read, judge, and add its gradients."""
     ids_CM = work.ids_NM[rows]
     wide = sums.hidden_NH.dtype
-    wanted_CM = _wanted(hidden_CH, z_CV, weight_VH, bias_V, ids_CM, work.scale)
+    wanted_CM = exact_written(z_CV.gather(1, ids_CM), hidden_CH, weight_VH, bias_V, ids_CM, work.scale)
     logprobs_CM = (wanted_CM - soften_rows_(z_CV)[:, None]).requires_grad_()
     with torch.enable_grad():
         loss = work.judge(rows, logprobs_CM)
@@ -192,14 +217,21 @@ def _tile(
     sums.hidden_NH[rows] = torch.mm(z_CV, weight_VH).to(wide).mul_(-dense_C[:, None])
     if sums.weight_VH is not None:
         pulled_CH = (hidden_wide * -dense_C[:, None]).to(z_CV.dtype)
-        if z_CV.dtype == wide:
-            sums.weight_VH.addmm_(z_CV.t(), pulled_CH)
-        else:
-            sums.weight_VH.add_(torch.mm(z_CV.t(), pulled_CH))
+        add_product_(sums.weight_VH, z_CV.t(), pulled_CH)
     if sums.bias_V is not None:
         sums.bias_V.add_(torch.mv(z_CV.t(), -dense_C.to(z_CV.dtype)))
-    _add_sparse(rows, hidden_wide, weight_VH, ids_CM, c_CM, sums)
+    add_sparse(rows, hidden_wide, weight_VH, ids_CM, c_CM, sums)
     return loss.detach()
+
+
+def kernels_for(z_CV: Tensor) -> ModuleType | None:
+    """`tropd.student.kernels` where it serves this tile: on CUDA, or in Triton's interpreter."""
+    on = z_CV.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    if not on or z_CV.dtype == torch.float64 or find_spec("triton") is None:
+        return None
+    from tropd.student import kernels
+
+    return kernels if kernels.agree(z_CV.device, z_CV.dtype) else None
 
 
 def soften_rows_(z_CV: Tensor) -> Tensor:
@@ -208,6 +240,8 @@ def soften_rows_(z_CV: Tensor) -> Tensor:
     On a CPU a few rows at a time, so that they stay in cache.  The sum is read off the largest probability, which is at
     least 1/V: log sum exp z = max z - log max p.
     """
+    if kernels := kernels_for(z_CV):
+        return kernels.softmax_rows_(z_CV)
     wide = torch.promote_types(z_CV.dtype, torch.float32)
     step = _ROWS_IN_CACHE if z_CV.device.type == "cpu" else len(z_CV) or 1
     log_sum_C = z_CV.new_empty(len(z_CV), dtype=wide)
@@ -225,6 +259,8 @@ def soften_rows_(z_CV: Tensor) -> Tensor:
 
 def log_sum_exp(z_CV: Tensor, entropy: bool = False) -> tuple[Tensor, Tensor]:
     """log sum exp z of each row, and the entropy where asked (else no rows); z is left as it was."""
+    if kernels := kernels_for(z_CV):
+        return kernels.log_sum_rows(z_CV, entropy)
     wide = torch.promote_types(z_CV.dtype, torch.float32)
     step = _ROWS_IN_CACHE if z_CV.device.type == "cpu" else len(z_CV) or 1
     log_sum_C = z_CV.new_empty(len(z_CV), dtype=wide)
@@ -239,8 +275,8 @@ def log_sum_exp(z_CV: Tensor, entropy: bool = False) -> tuple[Tensor, Tensor]:
     return log_sum_C, entropy_C
 
 
-def _add_sparse(
-    rows: slice, hidden_CH: Tensor, weight_VH: Tensor, ids_CM: Tensor, c_CM: Tensor, sums: _Gradients
+def add_sparse(
+    rows: slice, hidden_CH: Tensor, weight_VH: Tensor, ids_CM: Tensor, c_CM: Tensor, sums: Gradients
 ) -> None:
     """sum_m c_m W[id_m] into d h, c_m h into the rows id_m of d W: first the written token, then whole supports."""
     wide, gradient_CH = hidden_CH.dtype, sums.hidden_NH[rows]
