@@ -151,8 +151,8 @@ class Standardise(Reward):
 
     scope: Literal["batch", "group"] = "batch"
     divide: bool = True
-    floor: float = 1e-6
-    """Smallest standard deviation."""
+    floor: float = 1e-4
+    """Smallest standard deviation: well above float32 rounding, or equal models would be driven by noise."""
 
     @property
     def reach(self) -> Reach:
