@@ -53,7 +53,7 @@ def test_frequencies_over_many_seeds_match_the_distribution(sampling):
         (Sampling(top_p=0.9999), TopPLogitsWarper(top_p=0.9999)),
         (Sampling(min_p=0.01), MinPLogitsWarper(min_p=0.01)),
     ],
-    ids=str,
+    ids=["top_k", "small top_p", "top_p", "large top_p", "min_p"],
 )
 def test_truncation_keeps_the_tokens_that_transformers_keeps(sampling, warper):
     scores_BV = torch.randn(4, 3000, generator=torch.Generator().manual_seed(0)) * torch.tensor([[0.1], [1], [3], [9]])
