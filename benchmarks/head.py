@@ -2,12 +2,16 @@
 
     python benchmarks/head.py                                   # float32, V = 151,936, H = 256, N = 1024
     python benchmarks/head.py --dtype bfloat16 --width 1024 --tokens 512
+    python benchmarks/head.py --device cuda --dtype bfloat16 --width 2048 --tokens 8192 --tile 4096
 
 ours   one pass for the teacher (sampled log-probability, top-k), one for the student with TrOPD's loss and gradient
+lean   the same with the vocabulary in tiles of --tile-vocab: one more matrix product, workspace flat in V
 bare   the matrix products alone: one for the teacher, three for the student, in the same tiles
 trl    `_chunked_divergence_loss` of TRL's DistillationTrainer: reverse KL over the whole vocabulary, both heads
 
-One thread, CPU seconds, sides interleaved in one process, medians; peak memory of each side in a process of its own.
+Sides interleaved in one process, medians.  On a CPU: one thread, CPU seconds, peak resident memory of each side in a
+process of its own.  On CUDA: seconds between two events, peak of the allocator above what was held before; the bare
+weight gradient is a float32 sum there, as in training.  No number of a GPU has been taken with this script yet.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from tropd.methods import TrOPD
 from tropd.objective.evidence import Needs, Tokens
 from tropd.student.fused import fused_loss, read_rows, wanted
 from tropd.student.head import Head
+from tropd.student.products import add_product_
 
 
 @dataclass
@@ -40,8 +45,10 @@ class Settings:
     top_k: int = 64
     dtype: Literal["float32", "bfloat16"] = "float32"
     tile: int = 256
+    tile_vocab: int = 16_384
+    device: Literal["cpu", "cuda"] = "cpu"
     repeats: int = 3
-    sides: tuple[str, ...] = ("bare", "ours", "trl")
+    sides: tuple[str, ...] = ("bare", "ours", "lean", "trl")
     only: str = ""
     """Run one side once and print its peak memory (used by the script itself)."""
 
@@ -50,35 +57,42 @@ class Problem:
     """Random hidden states, heads and written tokens; about a quarter of the rows are outliers."""
 
     def __init__(self, s: Settings) -> None:
-        g = torch.Generator().manual_seed(0)
+        g = torch.Generator(s.device).manual_seed(0)
         dtype = getattr(torch, s.dtype)
+
+        def normal(rows: int) -> Tensor:
+            return torch.randn(rows, s.width, generator=g, device=s.device)
+
         self.settings = s
-        self.hidden = torch.randn(s.tokens, s.width, generator=g).to(dtype).requires_grad_()
-        noise = torch.randn(s.tokens, s.width, generator=g)
-        self.teacher_hidden = (self.hidden.detach().float() + 0.1 * noise).to(dtype)
-        self.modules = [nn.Linear(s.width, s.vocabulary, bias=False, dtype=dtype) for _ in range(2)]
-        weight = 3 * torch.randn(s.vocabulary, s.width, generator=g) / s.width**0.5
+        self.hidden = normal(s.tokens).to(dtype).requires_grad_()
+        self.teacher_hidden = (self.hidden.detach().float() + 0.1 * normal(s.tokens)).to(dtype)
+        self.modules = [nn.Linear(s.width, s.vocabulary, bias=False, dtype=dtype, device=s.device) for _ in range(2)]
+        weight = (3 * normal(s.vocabulary) / s.width**0.5).to(dtype)
         with torch.no_grad():
             for module in self.modules:
                 module.weight.copy_(weight)
         self.heads = [Head(module=m, vocab_size=s.vocabulary) for m in self.modules]
         with torch.no_grad():  # drawn from the student, as in training
             ids = [
-                torch.multinomial((self.hidden[i : i + 64] @ weight.to(dtype).t()).float().softmax(-1), 1, generator=g)
+                torch.multinomial((self.hidden[i : i + 64] @ weight.t()).float().softmax(-1), 1, generator=g)
                 for i in range(0, s.tokens, 64)
             ]
         self.ids_N = torch.cat(ids).squeeze(1)
 
-    def ours(self) -> float:
+    def lean(self) -> float:
+        return self.ours(self.settings.tile_vocab)
+
+    def ours(self, tile_vocab: int | None = None) -> float:
         s, objective = self.settings, TrOPD(top_k=self.settings.top_k, guidance=False).objective
-        found = read_rows(self.heads[1], self.teacher_hidden, self.ids_N[:, None], s.tile, top_k=s.top_k)
+        shape = {"top_k": s.top_k, "tile_vocab": tile_vocab}
+        found = read_rows(self.heads[1], self.teacher_hidden, self.ids_N[:, None], s.tile, **shape)
         tokens = Tokens(
             token_ids_N=self.ids_N,
             authors_N=torch.ones_like(self.ids_N),
             sequences_N=torch.zeros_like(self.ids_N),
-            positions_N=torch.arange(s.tokens),
-            keys_S=torch.tensor([7]),
-            num_actions_S=torch.tensor([s.tokens]),
+            positions_N=torch.arange(s.tokens, device=s.device),
+            keys_S=torch.tensor([7], device=s.device),
+            num_actions_S=torch.tensor([s.tokens], device=s.device),
             teacher_logprobs_N=found["at"][:, 0],
             teacher_topk_ids_NK=found["topk_ids"],
             teacher_topk_logprobs_NK=found["topk"],
@@ -92,7 +106,7 @@ class Problem:
             part = tokens.rows(rows).with_(student_logprobs_N=own, behavior_logprobs_N=own)
             return objective(part, view, objective.plan(part, counts=counts)).loss
 
-        loss = fused_loss(self.heads[0], self.hidden, ids_NM, judge, s.tile)
+        loss = fused_loss(self.heads[0], self.hidden, ids_NM, judge, s.tile, tile_vocab)
         loss.backward()
         self._forget()
         return float(loss.detach())
@@ -101,15 +115,16 @@ class Problem:
     def bare(self) -> float:
         s = self.settings
         student, teacher = (m.weight for m in self.modules)
-        buffer = torch.empty(s.tile, s.vocabulary, dtype=student.dtype)
-        hidden_gradient, weight_gradient = torch.empty_like(self.hidden), torch.zeros_like(student)
+        buffer = student.new_empty(s.tile, s.vocabulary)
+        summed = torch.float32 if s.device == "cuda" else student.dtype
+        hidden_gradient, weight_gradient = torch.empty_like(self.hidden), torch.zeros_like(student, dtype=summed)
         for i in range(0, s.tokens, s.tile):
             rows = slice(i, i + s.tile)
             tile = buffer[: len(self.hidden[rows])]
             torch.mm(self.teacher_hidden[rows], teacher.t(), out=tile)
             torch.mm(self.hidden[rows], student.t(), out=tile)
             torch.mm(tile, student, out=hidden_gradient[rows])
-            weight_gradient.addmm_(tile.t(), self.hidden[rows])
+            add_product_(weight_gradient, tile.t(), self.hidden[rows])
         return float(weight_gradient[0, 0])
 
     def trl(self) -> float:
@@ -120,7 +135,7 @@ class Problem:
             self.teacher_hidden[None],
             self.modules[0].weight,
             self.modules[1].weight,
-            torch.ones(1, self.settings.tokens),
+            torch.ones(1, self.settings.tokens, device=self.settings.device),
             beta=1.0,
         )[0]
         loss.backward()
@@ -133,10 +148,28 @@ class Problem:
             module.weight.grad = None
 
 
-def timed(side: Callable[[], float]) -> float:
-    start = time.process_time()
+def timed(side: Callable[[], float], device: str) -> float:
+    if device == "cpu":
+        start = time.process_time()
+        side()
+        return time.process_time() - start
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    before.record()
     side()
-    return time.process_time() - start
+    after.record()
+    torch.cuda.synchronize()
+    return before.elapsed_time(after) / 1000
+
+
+def allocated_megabytes(side: Callable[[], float]) -> float:
+    """Growth of what PyTorch holds on the GPU while one side runs once."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    side()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def peak_megabytes(side: str, s: Settings) -> float:
@@ -166,20 +199,32 @@ def main(s: Settings) -> None:
     times: dict[str, list[float]] = {side: [] for side in s.sides}
     for repeat in range(s.repeats + 1):  # the first warms up
         for side in s.sides:
-            seconds = timed(getattr(problem, side))
+            seconds = timed(getattr(problem, side), s.device)
             if repeat:
                 times[side].append(seconds)
-    rows = {side: {"seconds": statistics.median(t), "megabytes": peak_megabytes(side, s)} for side, t in times.items()}
-    base = rows["ours"]
-    print(f"V={s.vocabulary} H={s.width} N={s.tokens} k={s.top_k} {s.dtype}, 1 thread, torch {torch.__version__}")
+    rows = {side: {"seconds": statistics.median(t), "megabytes": memory(problem, side)} for side, t in times.items()}
+    where = "1 thread" if s.device == "cpu" else torch.cuda.get_device_name()
+    print(f"V={s.vocabulary} H={s.width} N={s.tokens} k={s.top_k} {s.dtype}, {where}, torch {torch.__version__}")
     for side, row in rows.items():
-        spread = f"{min(times[side]):.2f}..{max(times[side]):.2f}"
-        print(
-            f"{side:5} {row['seconds']:7.2f} s ({spread})  {row['megabytes']:7.0f} MB   "
-            f"time / ours {row['seconds'] / base['seconds']:5.2f}  "
-            f"memory ours / it {base['megabytes'] / row['megabytes']:.3f}"
-        )
+        report(side, row, rows, times[side])
     print(json.dumps({"settings": asdict(s), "sides": rows}))
+
+
+def memory(problem: Problem, side: str) -> float:
+    if problem.settings.device == "cuda":
+        return allocated_megabytes(getattr(problem, side))
+    return peak_megabytes(side, problem.settings)
+
+
+def report(side: str, row: dict[str, float], rows: dict[str, dict[str, float]], seconds: list[float]) -> None:
+    """One line: its time and memory, then against the bare products and against ours, where those were run."""
+    line = f"{side:5} {row['seconds']:9.4f} s ({min(seconds):.4f}..{max(seconds):.4f})  {row['megabytes']:7.0f} MB"
+    if "bare" in rows:
+        line += f"   bare / it {rows['bare']['seconds'] / row['seconds']:5.2f}"
+    if "ours" in rows:
+        line += f"   time / ours {row['seconds'] / rows['ours']['seconds']:5.2f}"
+        line += f"   memory ours / it {rows['ours']['megabytes'] / max(row['megabytes'], 1e-9):.3f}"
+    print(line)
 
 
 def _high_water() -> float:
