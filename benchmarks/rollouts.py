@@ -36,16 +36,18 @@ class Case:
     max_new_tokens: int
     stop_every: int | None
     """Every so-many-th token of the vocabulary stops: a random model then stops with probability 1/stop_every."""
+    dtype: torch.dtype = torch.float32
 
 
 CASES = (
     Case("V=151936, B=64, ragged, stops", 151_936, 64, (16, 64), 128, 48),
     Case("V=151936, B=16, even", 151_936, 16, (64, 64), 64, None),
+    Case("V=151936, B=16, even, bfloat16", 151_936, 16, (64, 64), 64, None, torch.bfloat16),
     Case("V=2048, B=16, even", 2_048, 16, (64, 64), 96, None),
 )
 
 
-def make_model(vocab_size: int) -> Qwen3ForCausalLM:
+def make_model(vocab_size: int, dtype: torch.dtype = torch.float32) -> Qwen3ForCausalLM:
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=vocab_size,
@@ -60,7 +62,7 @@ def make_model(vocab_size: int) -> Qwen3ForCausalLM:
         eos_token_id=None,
         pad_token_id=None,
     )
-    return Qwen3ForCausalLM(config).eval()
+    return Qwen3ForCausalLM(config).to(dtype).eval()
 
 
 def make_requests(case: Case, seed: int) -> list[Request]:
@@ -112,7 +114,7 @@ SIDES: dict[str, Side] = {"generate": write_with_generate, "engine": write_with_
 
 def measure(case: Case, repeats: int) -> dict[str, list[float]]:
     """Tokens per CPU second of each side, one number per repeat; the first, unmeasured turn warms both up."""
-    model = make_model(case.vocab_size)
+    model = make_model(case.vocab_size, case.dtype)
     rates: dict[str, list[float]] = {name: [] for name in SIDES}
     for turn in range(repeats + 1):
         requests = make_requests(case, seed=turn) if turn else make_requests(case, seed=0)[:2]

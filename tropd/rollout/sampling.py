@@ -12,6 +12,7 @@ Axes: B rows of a batch, V vocabulary, C blocks of the vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,14 +24,23 @@ from tropd.types import Sampling
 STREAM = 1
 """The stream of `tropd.objective.draws` that token sampling uses."""
 _BLOCK = 512
+_BELOW_ONE = 1 - 2.0**-48
+_IN_CACHE = 2**20
+"""Logits that are worked on at once on a CPU: 4 MiB of float32."""
 
 
 def draw_uniforms(seed: int, first: int, count: int) -> list[float]:
     """48-bit uniform numbers in [0, 1) for `count` positions: 24 bits could not reach tokens rarer than 6e-8."""
-    keys, positions = torch.tensor([seed]), torch.arange(first, first + count)
-    high = uniform(keys, positions, STREAM).double()
-    low = uniform(keys, -2 - positions, STREAM).double()  # positions that no token has
-    return (high + low * 2.0**-24).tolist()
+    return draw_uniform_rows([seed], [first], count)[0]
+
+
+def draw_uniform_rows(seeds: Sequence[int], firsts: Sequence[int], count: int) -> list[list[float]]:
+    """`draw_uniforms` for several seeds at once, each from its own first position on."""
+    keys_B1, first_B1 = torch.tensor(seeds)[:, None], torch.tensor(firsts)[:, None]
+    positions_BT = first_B1 + torch.arange(count)
+    high_BT = uniform(keys_B1, positions_BT, STREAM).double()
+    low_BT = uniform(keys_B1, -2 - positions_BT, STREAM).double()  # positions that no token has
+    return (high_BT + low_BT * 2.0**-24).tolist()
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -49,26 +59,45 @@ def check_sampling(sampling: Sampling) -> None:
 def draw(logits_BV: Tensor, uniforms: list[float], sampling: Sampling) -> Tensor:
     """Draw one token per row.  Gives [3, B] float32: token id, behavior logprob, model logprob.
 
+    On a CPU some rows at a time: their probabilities stay in cache and need no memory of the size of the logits.
     Nothing is checked for NaN here: logits that are not finite show as a model logprob that is not.
     """
-    if sampling.temperature == 1.0 and not sampling.truncates:
-        probs_BV = torch.softmax(logits_BV, -1, dtype=torch.float32)
-        ids_B = invert(probs_BV, uniforms)
-        logprobs_B = _at(probs_BV, ids_B).log()
-        return torch.stack([ids_B.float(), logprobs_B, logprobs_B])  # float32 holds every id below 2^24
-    logits_BV = logits_BV.float()
+    step = max(1, _IN_CACHE // logits_BV.shape[1]) if logits_BV.device.type == "cpu" else len(logits_BV)
+    neutral = sampling.temperature == 1.0 and not sampling.truncates
+    scratch_BV = torch.empty_like(logits_BV[:step], dtype=torch.float32, memory_format=torch.contiguous_format)
+    drawn = []
+    for start in range(0, len(logits_BV), step):
+        part_BV, part_uniforms = logits_BV[start : start + step], uniforms[start : start + step]
+        probs_BV = scratch_BV[: len(part_BV)]
+        if neutral:
+            torch.softmax(part_BV, -1, dtype=torch.float32, out=probs_BV)
+            ids_B = invert(probs_BV, part_uniforms)
+            behavior_B = model_B = _at(probs_BV, ids_B).log()
+        else:
+            ids_B, behavior_B, model_B = _draw_shaped(part_BV.float(), part_uniforms, sampling, probs_BV)
+        drawn.append(torch.stack([ids_B.float(), behavior_B, model_B]))  # float32 holds every id below 2^24
+    return drawn[0] if len(drawn) == 1 else torch.cat(drawn, dim=1)
+
+
+def _draw_shaped(
+    logits_BV: Tensor, uniforms: list[float], sampling: Sampling, probs_BV: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, behavior and model logprobs where the model's distribution is not sampled as it is."""
+    highest_B1 = logits_BV.amax(-1, keepdim=True)
     if sampling.temperature == 0.0:
         ids_B = logits_BV.argmax(-1)
         behavior_B = torch.zeros_like(logits_BV[:, 0])
     else:
         # Less the maximum first: a small temperature would overflow otherwise.
-        scaled_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / sampling.temperature
-        probs_BV = truncate(scaled_BV, sampling).softmax(-1)
+        scaled_BV = truncate((logits_BV - highest_B1) / sampling.temperature, sampling)
+        torch.softmax(scaled_BV, -1, out=probs_BV)
         ids_B = invert(probs_BV, uniforms)
         behavior_B = _at(probs_BV, ids_B).log()
     # Not log(softmax): a token drawn at a high temperature may underflow in the model's own distribution.
-    model_B = _at(logits_BV, ids_B) - logits_BV.logsumexp(-1)
-    return torch.stack([ids_B.float(), behavior_B, model_B])
+    # log sum exp z = max z - log max p, since max p is at least 1/V: softmax is much faster than logsumexp on a CPU.
+    torch.softmax(logits_BV, -1, out=probs_BV)
+    log_sum_B = highest_B1[:, 0] - probs_BV.amax(-1).log()
+    return ids_B, behavior_B, _at(logits_BV, ids_B) - log_sum_B
 
 
 def truncate(scaled_BV: Tensor, sampling: Sampling) -> Tensor:
@@ -109,32 +138,39 @@ def invert(probs_BV: Tensor, uniforms: list[float]) -> Tensor:
     vocab_size = probs_BV.shape[1]
     block = min(_BLOCK, vocab_size)
     whole = vocab_size // block
-    blocks_BC = torch.cat(
-        [
-            probs_BV[:, : whole * block].unflatten(-1, (whole, block)).sum(-1),
-            probs_BV[:, whole * block :].sum(-1, keepdim=True),
-        ],
-        dim=-1,
-    )
-    blocks_BC = _precise(blocks_BC)
-    uniforms_B1 = torch.tensor(uniforms, dtype=blocks_BC.dtype, device=blocks_BC.device)[:, None]
-    block_B1, rest_B1 = _invert_sums(blocks_BC.cumsum(-1), uniforms_B1)
+    blocks_BC = probs_BV[:, : whole * block].unflatten(-1, (whole, block)).sum(-1)
+    if whole * block < vocab_size:
+        blocks_BC = torch.cat([blocks_BC, probs_BV[:, whole * block :].sum(-1, keepdim=True)], dim=-1)
+    sums_BC = _running_sums(blocks_BC)
+    uniforms_B1 = torch.tensor(uniforms, dtype=sums_BC.dtype, device=sums_BC.device)[:, None]
+    target_B1 = uniforms_B1 * sums_BC[:, -1:]
+    block_B1 = _first_above(sums_BC, target_B1)
+    before_B1 = sums_BC.gather(1, block_B1)
+    # How far into its block u falls; rounding must not take it to the end, where the last token may weigh nothing.
+    rest_B1 = ((target_B1 - before_B1) / (sums_BC.gather(1, block_B1 + 1) - before_B1)).clamp(max=_BELOW_ONE)
 
     ids_BK = block_B1.to(probs_BV.device) * block + torch.arange(block, device=probs_BV.device)
-    inside_BK = probs_BV.gather(1, ids_BK.clamp(max=vocab_size - 1)).masked_fill(ids_BK >= vocab_size, 0.0)
-    offset_B1, _ = _invert_sums(_precise(inside_BK).cumsum(-1), rest_B1)
+    if whole * block < vocab_size:
+        inside_BK = probs_BV.gather(1, ids_BK.clamp(max=vocab_size - 1)).masked_fill(ids_BK >= vocab_size, 0.0)
+    else:
+        inside_BK = probs_BV.gather(1, ids_BK)
+    sums_BK = _running_sums(inside_BK)
+    offset_B1 = _first_above(sums_BK, rest_B1 * sums_BK[:, -1:])
     # Only logits that are not finite could lead past the vocabulary, and they are refused by whoever reads the result.
     return (block_B1 * block + offset_B1).to(probs_BV.device)[:, 0].clamp(max=vocab_size - 1)
 
 
-def _invert_sums(sums_BC: Tensor, uniforms_B1: Tensor) -> tuple[Tensor, Tensor]:
-    """The first entry whose running sum exceeds u * total, and how far into it u falls, in [0, 1]."""
-    total_B1 = sums_BC[:, -1:]
-    below_total_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
-    target_B1 = torch.minimum(uniforms_B1 * total_B1, below_total_B1)
-    index_B1 = torch.searchsorted(sums_BC, target_B1, right=True).clamp(max=sums_BC.shape[1] - 1)
-    before_B1 = torch.where(index_B1 > 0, sums_BC.gather(1, (index_B1 - 1).clamp(min=0)), 0.0)
-    return index_B1, (target_B1 - before_B1) / (sums_BC.gather(1, index_B1) - before_B1)
+def _running_sums(x_BC: Tensor) -> Tensor:
+    """[B, C + 1] in float64: entry c is the sum of the first c."""
+    precise_BC = _precise(x_BC)
+    sums_BC = precise_BC.new_zeros(len(x_BC), x_BC.shape[1] + 1)
+    torch.cumsum(precise_BC, -1, out=sums_BC[:, 1:])
+    return sums_BC
+
+
+def _first_above(sums_BC: Tensor, target_B1: Tensor) -> Tensor:
+    """The first entry that takes the running sum above the target."""
+    return (torch.searchsorted(sums_BC, target_B1, right=True) - 1).clamp(max=sums_BC.shape[1] - 2)
 
 
 def _precise(x: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from tropd.errors import ConfigError, DataError, EngineError
-from tropd.rollout.cache import RowCache
-from tropd.rollout.sampling import check_sampling, draw, draw_uniforms
+from tropd.rollout.cache import RowCache, packed_head
+from tropd.rollout.sampling import check_sampling, draw, draw_uniform_rows
 from tropd.types import Completion, Finish, Request, Sampling
 
 PREFILL_TOKENS = 16384
@@ -66,7 +66,7 @@ class TransformersEngine:
         """One completion per request, in order."""
         for i, request in enumerate(requests):
             self._check(request, i)
-        with generating(self.model):
+        with generating(self.model), packed_head(_base_model(self.model), [r.max_new_tokens for r in requests]):
             return _Batch(self, requests).run()
 
     def sync(self, weights: Any, version: int) -> None:
@@ -131,13 +131,6 @@ class _Row:
     def __post_init__(self) -> None:
         self.stop_ids = frozenset(self.request.stop_ids)
 
-    def next_uniform(self) -> float:
-        position = len(self.token_ids)
-        if position == len(self.uniforms):
-            count = min(_UNIFORMS_AT_ONCE, self.request.max_new_tokens - position)
-            self.uniforms += draw_uniforms(self.request.seed, position, count)
-        return self.uniforms[position]
-
     @property
     def finish(self) -> Finish | None:
         if self.token_ids[-1] in self.stop_ids:
@@ -181,7 +174,8 @@ class _Batch:
         logits_BV = self.engine.last_logits(
             torch.tensor(padded, device=self.device), mask_BT, positions_BT.clamp(min=0), prefilled
         )
-        alive = self._draw(rows, logits_BV[torch.tensor(source, device=self.device)])
+        shared = len(prompts) < len(rows)
+        alive = self._draw(rows, logits_BV[torch.tensor(source, device=self.device)] if shared else logits_BV)
         if alive:
             num_rows = min(self.engine.max_batch, len(self.live) + len(alive) + len(self.waiting))
             lengths = [len(rows[i].request.token_ids) for i in alive]
@@ -215,18 +209,27 @@ class _Batch:
 
     def _draw(self, rows: list[_Row], logits_BV: Tensor) -> list[int]:
         """Append one token to every row and file those that are finished.  Gives the indices of the others."""
+        uniforms = self._uniforms(rows)
         samplings: dict[Sampling, list[int]] = {}
         for i, row in enumerate(rows):
             samplings.setdefault(row.request.sampling, []).append(i)
         for sampling, members in samplings.items():
             logits = logits_BV if len(samplings) == 1 else logits_BV[torch.tensor(members, device=self.device)]
-            drawn = draw(logits, [rows[i].next_uniform() for i in members], sampling).tolist()
+            drawn = draw(logits, [uniforms[i] for i in members], sampling).tolist()
             for i, token_id, behavior_logprob, model_logprob in zip(members, *drawn, strict=True):
                 _check_finite(rows[i], model_logprob)
                 rows[i].token_ids.append(int(token_id))
                 rows[i].behavior_logprobs.append(behavior_logprob)
                 rows[i].model_logprobs.append(model_logprob)
         return [i for i, row in enumerate(rows) if not self._file(row)]
+
+    def _uniforms(self, rows: list[_Row]) -> list[float]:
+        """Each row's number for its next token; drawn for many tokens of many rows at once."""
+        if empty := [row for row in rows if len(row.token_ids) == len(row.uniforms)]:
+            seeds, firsts = zip(*((row.request.seed, len(row.uniforms)) for row in empty), strict=True)
+            for row, more in zip(empty, draw_uniform_rows(seeds, firsts, _UNIFORMS_AT_ONCE), strict=True):
+                row.uniforms += more
+        return [row.uniforms[len(row.token_ids)] for row in rows]
 
     def _file(self, row: _Row) -> bool:
         finish = row.finish
