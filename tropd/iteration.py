@@ -15,8 +15,7 @@ from tropd.assembly import Parts
 from tropd.batches import ScoredBatch, make_tokens
 from tropd.data.graders import grade
 from tropd.errors import TeacherError, TrainingDiverged
-from tropd.objective.evidence import StudentView
-from tropd.objective.plan import Plan
+from tropd.judge import Seen
 from tropd.objective.terms import Context
 from tropd.probes.alarms import Alarm, Alarms
 from tropd.probes.probes import Sums, probe_batch
@@ -123,18 +122,11 @@ class _Watched:
         self.sampling, self.sums = parts.run.sampling, Sums.nothing()
         self.weights: dict[str, dict[str, Tensor]] = {}
 
-    def __call__(self, part: ScoredBatch, view: StudentView, plan: Plan) -> None:
-        at_teacher = view.peek("topk_logprobs_NK")
-        self.sums += probe_batch(
-            part.tokens,
-            part.rollouts,
-            topk_logprobs_NK=at_teacher.detach() if at_teacher is not None else None,
-            sampling=self.sampling,
-        )
-        lengths = [len(r.response_ids) for r in part.rollouts]
-        for term, weight_N in plan.weights.items():
-            named = zip(part.rollouts, weight_N.split(lengths), strict=True)
-            self.weights.setdefault(term, {}).update({r.id: w for r, w in named})
+    def __call__(self, seen: Seen) -> None:
+        at_teacher = seen.view.peek("topk_logprobs_NK")
+        self.sums += probe_batch(seen.tokens, seen.part.rollouts, topk_logprobs_NK=at_teacher, sampling=self.sampling)
+        for term, by_rollout in seen.weights().items():
+            self.weights.setdefault(term, {}).update(by_rollout)
 
     def in_order(self, batch: ScoredBatch) -> tuple[dict[str, Tensor], Tensor | None]:
         of = {term: torch.cat([by[r.id] for r in batch.rollouts]) for term, by in self.weights.items()}

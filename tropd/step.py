@@ -23,7 +23,8 @@ from torch import Tensor
 
 from tropd.batches import ScoredBatch, add_scores, make_tokens
 from tropd.errors import EvidenceError
-from tropd.objective.evidence import ABSENT, OF_TEACHER, Needs, StudentView, Tokens
+from tropd.judge import Judge, Seen, add_terms
+from tropd.objective.evidence import OF_TEACHER, Needs
 from tropd.objective.objective import Objective
 from tropd.objective.plan import Counts, Plan, count
 from tropd.objective.terms import Context, Reach
@@ -75,77 +76,7 @@ class StepSums:
         self.terms = add_terms(self.terms, terms, share)
 
 
-class Judge:
-    """The objective on the rows of one micro-batch, asked row by row or all at once.
-
-    Without a plan of the whole batch each piece is planned from the student's opinion that comes with it.
-    """
-
-    def __init__(
-        self, part: ScoredBatch, objective: Objective, context: Context, counts: Counts, plan: Plan | None
-    ) -> None:
-        self.part, self.objective, self.context, self.counts, self.plan = part, objective, context, counts, plan
-        self.loss, self.terms = 0.0, {}
-        self._seen: list[tuple[Tensor | None, StudentView, Plan]] = []
-
-    @property
-    def tokens(self) -> Tokens:
-        return self.part.tokens
-
-    def __call__(self, rows: slice, view: StudentView, **evidence: Tensor) -> Tensor:
-        """The loss of some rows.  `evidence` is what exists for these rows only, such as whole distributions."""
-        tokens = self.tokens.rows(rows).with_(**evidence)
-        if self.plan is not None:
-            plan = self.plan.rows(rows)
-        else:
-            if not self.part.measured:
-                tokens = tokens.with_(student_logprobs_N=view.logprobs_N.detach())
-            plan = self.objective.plan(tokens, self.context, self.counts)
-        output = self.objective(tokens, view, plan)
-        self.loss += float(output.loss.detach())
-        self.terms = add_terms(self.terms, output.terms)
-        seen = StudentView(logprobs_N=view.logprobs_N.detach(), topk_logprobs_NK=_kept(view.peek("topk_logprobs_NK")))
-        self._seen.append((tokens.peek("student_logprobs_N"), seen, plan))
-        return output.loss
-
-    def seen(self) -> tuple[ScoredBatch, StudentView, Plan]:
-        """What was judged, whole again: the tokens as planned, the student's opinion, the weights."""
-        own, views, plans = zip(*self._seen, strict=True)
-        whole = self.tokens
-        if all(x is not None for x in own):
-            whole = whole.with_(student_logprobs_N=torch.cat(own))
-        at_teacher = [v.peek("topk_logprobs_NK") for v in views]
-        view = StudentView(
-            logprobs_N=torch.cat([v.logprobs_N for v in views]),
-            topk_logprobs_NK=torch.cat(at_teacher) if all(x is not None for x in at_teacher) else ABSENT,
-        )
-        plan = Plan(
-            weights={name: torch.cat([p.weights[name] for p in plans]) for name in plans[0].weights},
-            rewards={name: torch.cat([p.rewards[name] for p in plans]) for name in plans[0].rewards},
-            counts=self.counts,
-            progress=self.context.progress,
-        )
-        return ScoredBatch(rollouts=self.part.rollouts, tokens=whole, measured=self.part.measured), view, plan
-
-
-def _kept(x: Tensor | None) -> Tensor:
-    return ABSENT if x is None else x.detach()
-
-
-def add_terms(a: dict[str, TermStats], b: dict[str, TermStats], share: float = 1.0) -> dict[str, TermStats]:
-    """a + share * b, term by term; tokens are counted, not shared."""
-    total = dict(a)
-    for name, part in b.items():
-        old = a.get(name, TermStats(loss=0.0, tokens=0.0, weight=0.0))
-        total[name] = TermStats(
-            loss=old.loss + share * part.loss,
-            tokens=old.tokens + part.tokens,
-            weight=old.weight + share * part.weight,
-        )
-    return total
-
-
-Watch = Callable[[ScoredBatch, StudentView, Plan], None]
+Watch = Callable[[Seen], None]
 """Called once per micro-batch with what was trained on: probes, and rollouts that are kept."""
 
 
@@ -240,4 +171,4 @@ def _accumulate(
         learner.learn(part.rollouts, judge, objective.needs)
         sums.add(judge.loss, judge.terms, share)
         if watch is not None:
-            watch(*judge.seen())
+            watch(judge.seen())

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tropd.judge import Judge
 from tropd.objective.borrow import student_view, teacher_evidence
 from tropd.objective.draws import uniform
 from tropd.objective.evidence import OF_TEACHER, Needs, StudentView, Tokens
-from tropd.step import Judge
 from tropd.teachers.teacher import Teacher
 from tropd.types import Completion, Finish, Prompt, Request, Rollout, TeacherScores
 
@@ -129,7 +129,7 @@ class TabularLM:
     # As a student
 
     def learn(self, rollouts: Sequence[Rollout], judge: Judge, needs: Needs) -> None:
-        judge(slice(None), self.view(rollouts, judge.tokens, needs)).backward()
+        judge(slice(None), judge.live_view(self.view(rollouts, judge.part.tokens, needs))).backward()
 
     def view(self, rollouts: Sequence[Rollout], tokens: Tokens, needs: Needs) -> StudentView:
         evidence: dict[str, Tensor | int] = {}

@@ -16,8 +16,8 @@ from tropd import config_file
 from tropd.assembly import Parts
 from tropd.batches import ScoredBatch
 from tropd.config import Run
+from tropd.judge import Seen
 from tropd.objective.evidence import StudentView
-from tropd.objective.plan import Plan
 from tropd.objective.terms import Context
 from tropd.rollout.stage import RolloutJob, roll_out
 from tropd.startup import assemble
@@ -118,12 +118,10 @@ def step_of(parts: Parts, rollouts: list[Rollout] | None = None, progress: float
     shares: dict[str, dict[str, torch.Tensor]] = {}
     seen: list[tuple[ScoredBatch, StudentView]] = []
 
-    def watch(part: ScoredBatch, view: StudentView, plan: Plan) -> None:
-        seen.append((part, view))
-        lengths = [len(r.response_ids) for r in part.rollouts]
-        for term, weight_N in plan.weights.items():
-            named = zip(part.rollouts, weight_N.split(lengths), strict=True)
-            shares.setdefault(term, {}).update({r.id: w for r, w in named})
+    def watch(judged: Seen) -> None:
+        seen.append((judged.part, judged.view))
+        for term, by_rollout in judged.weights().items():
+            shares.setdefault(term, {}).update(by_rollout)
         gradients.update({n: p.grad.clone() for n, p in parts.model.named_parameters() if p.grad is not None})
 
     sums = train_step(

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tropd.errors import EvidenceError
-from tropd.objective.evidence import Tokens
-from tropd.objective.terms import Context, Over, Term
+from tropd.objective.evidence import Needs, Tokens
+from tropd.objective.terms import Both, Context, Over, Reach, Selector, Term
 from tropd.types import Author
 
 
@@ -79,6 +79,23 @@ def make_plan(terms: Sequence[Term], tokens: Tokens, context: Context, counts: C
         except EvidenceError as error:
             raise EvidenceError(f"term {term.name!r}: {error}") from error
     return Plan(weights=weights, rewards=rewards, counts=counts, progress=context.progress)
+
+
+def live_rows(terms: Sequence[Term], tokens: Tokens, context: Context, plan: Plan | None = None) -> Tensor:
+    """Rows that some term may weigh: what a forward pass must read.  Without a plan, as far as can be known before."""
+    live_N = torch.zeros_like(tokens.authors_N, dtype=torch.bool)
+    for term in terms:
+        live_N |= plan.weights[term.name] != 0 if plan is not None else _bound(term.where, tokens, context) > 0
+    return live_N & ((tokens.authors_N == Author.STUDENT) | (tokens.authors_N == Author.TEACHER))
+
+
+def _bound(where: Selector, tokens: Tokens, context: Context) -> Tensor:
+    """The part of a selector that needs no evidence, such as who wrote a token or where it stands."""
+    if isinstance(where, Both):
+        return _bound(where.first, tokens, context) * _bound(where.second, tokens, context)
+    if where.needs == Needs.NOTHING and where.reach == Reach.TOKEN:
+        return where(tokens, context)
+    return torch.ones(len(tokens), device=tokens.token_ids_N.device)
 
 
 def _weigh(term: Term, tokens: Tokens, context: Context, counts: Counts) -> Tensor:

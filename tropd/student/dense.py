@@ -44,10 +44,10 @@ class _Dense(torch.autograd.Function):
         tile_tokens: int,
     ) -> Tensor:
         wide = torch.promote_types(hidden_NH.dtype, torch.float32)
-        trained = ctx.needs_input_grad[1]
+        trained, shifted = ctx.needs_input_grad[1:3]
         hidden_gradient = torch.empty_like(hidden_NH, dtype=wide)
         weight_gradient = torch.zeros_like(weight_VH, dtype=wide) if trained else None
-        bias_gradient = torch.zeros_like(bias_V, dtype=wide) if trained and bias_V is not None else None
+        bias_gradient = torch.zeros_like(bias_V, dtype=wide) if shifted and bias_V is not None else None
         size, losses = head.vocab_size, []
         for rows in tiles(hidden_NH.shape[0], tile_tokens):
             hidden_CH = hidden_NH[rows]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tropd.judge import Judge
 from tropd.objective.evidence import Needs
-from tropd.step import Judge
 from tropd.student.dense import can_tile, dense_loss
 from tropd.student.forward import Forward, similar_lengths
 from tropd.student.fused import can_fuse, fused_loss, wanted
@@ -44,9 +44,12 @@ class ModelLearner:
         forward, tokens = self.forward, judge.tokens
         whole = Needs.FULL in needs
         if not can_tile(forward.head) or (whole and tokens.peek("teacher_hidden_NH") is None):
-            judge(slice(None), forward.view(rollouts, tokens, needs)).backward()
+            view = forward.view(rollouts, judge.part.tokens, needs)
+            judge(slice(None), judge.live_view(view)).backward()
             return
         hidden_NH = forward.hidden(rollouts)
+        if judge.live is not None:  # nothing is projected that no term weighs
+            hidden_NH = hidden_NH[judge.live]
         ids_NM, view_of = wanted(tokens, needs)
         if can_fuse(forward.head) and not whole:
             fused_loss(
