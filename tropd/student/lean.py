@@ -104,21 +104,21 @@ class _Visit:
         """
         wide = torch.promote_types(self.hidden_CH.dtype, torch.float32)
         wanted_CM = self.hidden_CH.new_zeros(ids_CM.shape, dtype=wide)
-        log_sums, entropies, topk = [], [], None
+        log_sums, entropies, best = [], [], None
         for part in self.parts:
             z_Cv = self.logits(part)
             wanted_CM = torch.where(*_within(z_Cv, ids_CM - part.start), wanted_CM)
             if top_k:
                 ids_CK, z_CK = likeliest(z_Cv, min(top_k, z_Cv.shape[1]))
-                topk = _merged(topk, (ids_CK + part.start, z_CK), top_k)
+                best = _merged(best, (ids_CK + part.start, z_CK), top_k)
             log_sum_C, entropy_C = log_sum_exp(z_Cv, entropy)
             log_sums.append(log_sum_C)
             entropies.append(entropy_C)
         log_sums_CJ = torch.stack(log_sums, 1)
         log_sum_C = log_sums_CJ.logsumexp(1)
         extra = {}
-        if topk is not None:
-            extra["topk_ids"], extra["topk"] = topk
+        if best is not None:
+            extra["topk_ids"], extra["topk"] = best
         if entropy:
             share_CJ = (log_sums_CJ - log_sum_C[:, None]).exp()
             extra["entropy"] = log_sum_C + (share_CJ * (torch.stack(entropies, 1) - log_sums_CJ)).sum(1)
