@@ -97,16 +97,7 @@ def load_parts(run: Run, directory: Path) -> Parts:
     model = wrap_student(loaded, run.student, run.seed)
     own_size = shared_vocab_size(model, tokenizer, model, tokenizer)
     size = own_size if other is None else shared_vocab_size(model, tokenizer, other, teacher_tokenizer)
-    shape: dict[str, Any] = dict(
-        vocab_size=size, tile_tokens=run.tile_tokens, tokens_per_batch=run.tokens_per_micro_batch
-    )
-    teacher = LocalTeacher(other, **shape) if other is not None else BaseAsTeacher(model, **shape)
-    learner = ModelLearner(
-        model,
-        Optimizer(model, run.optimizer, run.steps * run.optimizer.num_updates),
-        teacher=teacher.forward,
-        **shape,
-    )
+    teacher, learner = _pair(run, model, other, size)
     check_evidence(run.method.objective, teacher, run.method.name, grader is not None)
     data = _limit_prompts(run.data, _shortest(learner, teacher), run.rollout.max_new_tokens)
     stream, notes = _open_stream(data, tokenizer, run.seed)
@@ -127,6 +118,19 @@ def load_parts(run: Run, directory: Path) -> Parts:
         notes=(*cautions, *_cautions(run, ends), *notes, *eval_notes),
         origins=origins,
     )
+
+
+def _pair(run: Run, model: Any, other: Any, size: int) -> tuple[LocalTeacher | BaseAsTeacher, ModelLearner]:
+    """Teacher and student, both cut to the shared vocabulary and read in the same tiles."""
+    shape: dict[str, Any] = dict(
+        vocab_size=size,
+        tile_tokens=run.tile_tokens,
+        tile_vocab=run.tile_vocab,
+        tokens_per_batch=run.tokens_per_micro_batch,
+    )
+    teacher = LocalTeacher(other, **shape) if other is not None else BaseAsTeacher(model, **shape)
+    optimizer = Optimizer(model, run.optimizer, run.steps * run.optimizer.num_updates)
+    return teacher, ModelLearner(model, optimizer, teacher=teacher.forward, **shape)
 
 
 def _eval_grader(run: Run) -> Grader | None:

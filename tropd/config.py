@@ -152,6 +152,8 @@ class Run:
     """Prompt and response tokens in one forward and backward pass; changes memory and speed, never the result."""
     tile_tokens: int = 512
     """Tokens whose logits exist at the same time."""
+    tile_vocab: int | None = None
+    """Also tile the vocabulary, so many tokens of it at a time: less memory, one more matrix product."""
     trackers: tuple[Literal["trackio", "wandb", "tensorboard"], ...] = ()
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ from tropd.batches import ScoredBatch, make_tokens
 from tropd.data.graders import grade
 from tropd.errors import TeacherError, TrainingDiverged
 from tropd.judge import Seen
+from tropd.objective.support import NOTHING
 from tropd.objective.terms import Context
 from tropd.probes.alarms import Alarm, Alarms
 from tropd.probes.probes import Sums, probe_batch
@@ -42,16 +43,15 @@ def iterate(parts: Parts, directory: Path, step: int, alarms: Alarms) -> tuple[S
     run = parts.run
     seconds: dict[str, float] = {"rollout": 0.0, "score": 0.0, "train": 0.0, "sync": 0.0}
     progress = step / run.steps
-    objective = run.method.objective
+    context = Context(progress=progress)
     with clock(seconds, "rollout"):
         rollouts = roll_out(run.method.rollout, _job(parts, progress), parts.engine, parts.writer)
         rollouts = _graded(parts, rollouts)
     with clock(seconds, "score"):
-        recall = recall_needed(objective, run.optimizer.num_updates)
-        batch = _scored(parts, directory, step, rollouts, recall)
-    watched = _Watched(parts)
+        batch = _scored(parts, directory, step, rollouts, context)
+    watched = _Watched(parts, batch)
     with clock(seconds, "train"):
-        sums = _train(parts, directory, step, batch, Context(progress=progress), watched)
+        sums = _train(parts, directory, step, batch, context, watched)
     with clock(seconds, "sync"):
         parts.engine.sync(None, step + 1)
         weights, teacher_N = watched.in_order(batch)
@@ -97,10 +97,12 @@ def _train(
         raise TrainingDiverged(_keep(directory, step, batch, error)) from error
 
 
-def _scored(parts: Parts, directory: Path, step: int, rollouts: list[Rollout], recall: bool) -> ScoredBatch:
+def _scored(parts: Parts, directory: Path, step: int, rollouts: list[Rollout], context: Context) -> ScoredBatch:
     run, learner = parts.run, parts.learner
+    objective = run.method.objective
+    recall = recall_needed(objective, run.optimizer.num_updates)
     try:
-        return score(rollouts, run.method.objective, parts.teacher, learner, seed=run.seed, recall=recall)
+        return score(rollouts, objective, parts.teacher, learner, seed=run.seed, recall=recall, context=context)
     except (TeacherError, TrainingDiverged) as error:  # kept without what could not be had
         tokens = make_tokens(rollouts, run.seed, learner.device, learner.vocab_size)
         batch = ScoredBatch(rollouts=tuple(rollouts), tokens=tokens)
@@ -118,13 +120,17 @@ def _keep(directory: Path, step: int, batch: ScoredBatch, error: Exception) -> s
 class _Watched:
     """What is seen while training: probes, and the weights that each token got."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, batch: ScoredBatch) -> None:
         self.sampling, self.sums = parts.run.sampling, Sums.nothing()
+        top_NK = batch.tokens.peek("teacher_topk_logprobs_NK")
+        self.sampled = top_NK is not None and bool((top_NK[:, :1] <= NOTHING).any())
         self.weights: dict[str, dict[str, Tensor]] = {}
 
     def __call__(self, seen: Seen) -> None:
         at_teacher = seen.view.peek("topk_logprobs_NK")
-        self.sums += probe_batch(seen.tokens, seen.part.rollouts, topk_logprobs_NK=at_teacher, sampling=self.sampling)
+        self.sums += probe_batch(
+            seen.tokens, seen.part.rollouts, topk_logprobs_NK=at_teacher, sampled=self.sampled, sampling=self.sampling
+        )
         for term, by_rollout in seen.weights().items():
             self.weights.setdefault(term, {}).update(by_rollout)
 

@@ -24,13 +24,14 @@ from torch import Tensor
 from tropd.batches import ScoredBatch, add_scores, make_tokens
 from tropd.errors import EvidenceError
 from tropd.judge import Judge, Seen, add_terms
-from tropd.objective.evidence import OF_TEACHER, Needs
+from tropd.objective.evidence import OF_TEACHER, Needs, Tokens
 from tropd.objective.objective import Objective
 from tropd.objective.plan import Counts, Plan, count
 from tropd.objective.terms import Context, Reach
+from tropd.probes.sample import sampled_rows
 from tropd.student.forward import similar_lengths
-from tropd.teachers.teacher import Teacher
-from tropd.types import Rollout, TermStats
+from tropd.teachers.teacher import Teacher, TopKRows
+from tropd.types import Author, Rollout, TermStats
 
 
 class Learner(Protocol):
@@ -40,6 +41,8 @@ class Learner(Protocol):
     vocab_size: int | None
     expands: bool
     """Whether it makes the teacher's whole distributions itself, from the teacher's hidden states."""
+    margin: float | None
+    """No log-probability of it is further than this from what its rollouts say; None where that is not known."""
 
     def learn(self, rollouts: Sequence[Rollout], judge: Judge, needs: Needs) -> None:
         """Show the judge its opinion of `judge.tokens`, in as many pieces as it likes, and add up the gradient."""
@@ -99,7 +102,14 @@ def _names(needs: Needs) -> str:
 
 
 def score(
-    rollouts: Sequence[Rollout], objective: Objective, teacher: Teacher, learner: Learner, *, seed: int, recall: bool
+    rollouts: Sequence[Rollout],
+    objective: Objective,
+    teacher: Teacher,
+    learner: Learner,
+    *,
+    seed: int,
+    recall: bool,
+    context: Context | None = None,
 ) -> ScoredBatch:
     """Join everything known about the rollouts.  `recall`: plan from the student as it is now, not as it will be."""
     tokens = make_tokens(rollouts, seed, learner.device, learner.vocab_size)
@@ -114,11 +124,38 @@ def score(
     if Needs.FULL in needs and Needs.HIDDEN in teacher.capabilities and learner.expands:
         needs = (needs & ~Needs.FULL) | Needs.HIDDEN  # whole distributions are made tile by tile, where they are read
     if needs & OF_TEACHER:
-        scores = teacher.score(rollouts, needs, top_k=objective.teacher_top_k, student_topk_ids_TJ=asked)
+        known = tokens.with_(**own)
+        wanted = top_k_rows(objective, known, context or Context(), 0.0 if own else learner.margin)
+        scores = teacher.score(
+            rollouts, needs, top_k=objective.teacher_top_k, student_topk_ids_TJ=asked, top_k_rows=wanted
+        )
         tokens = add_scores(tokens, rollouts, scores)
     if Needs.REVERSE_KL in needs:
         own["reverse_kl_N"] = learner.reverse_kl(rollouts, teacher)
     return ScoredBatch(rollouts=tuple(rollouts), tokens=tokens.with_(**own), measured=bool(own))
+
+
+def top_k_rows(objective: Objective, tokens: Tokens, context: Context, margin: float | None) -> TopKRows | None:
+    """Which rows' top-k can be read, decided while the teacher's tile is at hand; None where it cannot be told.
+
+    The student's log-probabilities are those of the rollouts, so a row counts if it would anywhere within the margin.
+    A random eighth is asked for as well, so that probes of the support speak of all tokens.
+    """
+    terms = [term for term in objective.terms if Needs.TOPK in term.loss.needs]
+    simple = all(t.where.needs in (Needs.NOTHING, Needs.SAMPLED) and t.where.reach == Reach.TOKEN for t in terms)
+    if not terms or not simple or margin is None or tokens.peek("student_logprobs_N") is None:
+        return None
+
+    def decide(rows_C: Tensor, teacher_logprobs_C: Tensor) -> Tensor:
+        part = tokens.rows(rows_C.to(tokens.token_ids_N.device)).with_(teacher_logprobs_N=teacher_logprobs_C)
+        chosen_C = sampled_rows(part) & (part.authors_N == Author.STUDENT)
+        for nudge in {-margin, 0.0, margin}:
+            near = part.with_(student_logprobs_N=part.student_logprobs_N + nudge)
+            for term in terms:
+                chosen_C |= term.where(near, context) > 0
+        return chosen_C
+
+    return decide
 
 
 def train_step(

@@ -17,7 +17,7 @@ from tropd.judge import Judge
 from tropd.objective.borrow import student_view, teacher_evidence
 from tropd.objective.draws import uniform
 from tropd.objective.evidence import OF_TEACHER, Needs, StudentView, Tokens
-from tropd.teachers.teacher import Teacher
+from tropd.teachers.teacher import Teacher, TopKRows
 from tropd.types import Completion, Finish, Prompt, Request, Rollout, TeacherScores
 
 END = 0
@@ -29,6 +29,7 @@ class TabularLM:
     capabilities = OF_TEACHER & ~(Needs.REFERENCE | Needs.HIDDEN)
     device = torch.device("cpu")
     expands = False
+    margin: float | None = 1e-6
 
     def __init__(self, logits_PWV: Tensor, *, learning_rate: float = 0.1, max_gradient_norm: float = 1.0) -> None:
         self.logits = logits_PWV.double().clone().requires_grad_()
@@ -107,6 +108,7 @@ class TabularLM:
         *,
         top_k: int = 0,
         student_topk_ids_TJ: Sequence[Tensor] | None = None,
+        top_k_rows: TopKRows | None = None,
     ) -> list[TeacherScores]:
         lengths = [len(rollout.response_ids) for rollout in rollouts]
         full = self.full_logprobs(rollouts)

@@ -12,8 +12,8 @@ from tests.student.test_fused import compare, gradients, plain, setting
 from tropd.objective import Context
 from tropd.objective.evidence import Needs
 from tropd.student.dense import can_tile, dense_loss
-from tropd.student.fused import wanted
 from tropd.student.head import Head
+from tropd.student.one_pass import wanted
 
 FULL = [name for name, method in VARIANTS.items() if Needs.FULL in method.needs]
 

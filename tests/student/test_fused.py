@@ -13,8 +13,9 @@ from tests.objective.test_invariance import VARIANTS
 from tropd.objective import Context
 from tropd.objective.borrow import student_view
 from tropd.objective.evidence import Needs
-from tropd.student.fused import can_fuse, fused_loss, read_rows, soften_rows_, wanted
+from tropd.student.fused import soften_rows_
 from tropd.student.head import Head
+from tropd.student.one_pass import can_fuse, fused_loss, read_rows, wanted
 from tropd.types import Author
 
 H = 6

@@ -13,9 +13,9 @@ from tests.objective.test_invariance import VARIANTS
 from tests.student.test_fused import SPARSE, compare, gradients, plain, setting
 from tropd.errors import ConfigError, VocabularyError
 from tropd.objective import Context
-from tropd.student.fused import fused_loss, read_rows, wanted
 from tropd.student.head import Head
 from tropd.student.lean import exponentials_, lean_loss, lean_rows
+from tropd.student.one_pass import fused_loss, read_rows, wanted
 
 
 def loss_of(head, hidden, tokens, objective, tile_tokens, tile_vocab):

@@ -14,7 +14,7 @@ from tests.tiny import VOCAB, byte_tokenizer, tiny_model
 from tropd.errors import ConfigError, EvidenceError, TeacherError, VocabularyError
 from tropd.objective.evidence import Needs
 from tropd.student.forward import Forward, similar_lengths
-from tropd.student.fused import fused_loss
+from tropd.student.one_pass import fused_loss
 from tropd.teachers.local import BaseAsTeacher, LocalTeacher, same_vocabulary, shared_vocab_size
 from tropd.teachers.teacher import Teacher
 
@@ -96,8 +96,6 @@ def test_requests_that_cannot_be_answered_are_refused() -> None:
         teacher.score(rollouts, Needs.STUDENT_TOPK)
     with pytest.raises(AssertionError, match="a row per token"):
         teacher.score(rollouts, Needs.STUDENT_TOPK, student_topk_ids_TJ=[torch.zeros(1, 2).long()] * 5)
-    with pytest.raises(ConfigError, match="top_k_rows"):
-        LocalTeacher(tiny_model(), top_k_rows="some")  # type: ignore[arg-type]
 
 
 def test_a_teacher_whose_numbers_are_not_finite_is_named() -> None:

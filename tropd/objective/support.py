@@ -15,6 +15,10 @@ Outside = Literal["ignore", "stop_gradient", "generalised", "bucket", "renormali
 """What happens to the probability outside the support; the losses say what each choice converges to."""
 
 
+NOTHING = -1e4
+"""A log-probability whose exp is 0 in every dtype, finite so that no gradient turns into inf - inf."""
+
+
 def on_support(kind: Support, top_k: int, tokens: Tokens, student: StudentView) -> tuple[Tensor, Tensor]:
     """(log T, log S) on the support; entries that do not belong hold NOTHING on both sides."""
     if kind == "full":
@@ -34,10 +38,6 @@ def on_support(kind: Support, top_k: int, tokens: Tokens, student: StudentView) 
     return torch.cat([teacher_t, _drop(own_t, twice_NJ)], -1), torch.cat([teacher_s, _drop(own_s, twice_NJ)], -1)
 
 
-NOTHING = -1e4
-"""A log-probability whose exp is 0 in every dtype, finite so that no gradient turns into inf - inf."""
-
-
 def _drop(x: Tensor, where: Tensor) -> Tensor:
     return x.masked_fill(where, NOTHING)
 
@@ -45,6 +45,12 @@ def _drop(x: Tensor, where: Tensor) -> Tensor:
 def _teacher(top_k: int, tokens: Tokens, student: StudentView) -> tuple[Tensor, Tensor]:
     log_t = tokens.teacher_topk_logprobs_NK
     _check_width("the teacher's", top_k, log_t, tokens)
+    if log_t.numel() and float(log_t[:, 0].min()) <= NOTHING:
+        raise EvidenceError(
+            f"the teacher's top-k was left out for {int((log_t[:, 0] <= NOTHING).sum())} tokens that this term reads: "
+            "the student's log-probabilities have moved further than expected since the rollout. Plan from a pass of "
+            "its own (optimizer.num_updates = 1 and float32 weights), or report this as a defect."
+        )
     return at_least_float32(log_t[:, :top_k]), at_least_float32(student.topk_logprobs_NK[:, :top_k])
 
 

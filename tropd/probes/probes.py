@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tropd.objective.evidence import Tokens, at_least_float32
 from tropd.objective.terms import World
+from tropd.probes.sample import sampled_rows
 from tropd.types import Author, Finish, Rollout, Sampling
 
 MEANS = (
@@ -139,11 +140,13 @@ def probe_batch(
     *,
     bins: int = 8,
     topk_logprobs_NK: Tensor | None = None,
+    sampled: bool = False,
     sampling: Sampling = NEUTRAL,
 ) -> Sums:
     """The probes of these rows and these whole rollouts, which need not belong together.
 
-    `topk_logprobs_NK` is the student at `tokens.teacher_topk_ids_NK`; `sampling` is how the rollouts were drawn.
+    `topk_logprobs_NK` is the student at `tokens.teacher_topk_ids_NK`; `sampling` is how the rollouts were drawn;
+    `sampled` says that the top-k is there for a sample of the tokens (`tropd.probes.sample`) and those of need.
 
         trust/share      mean min(exp x, 1)            trust/tv   1 - trust/share, which estimates TV(pi_T, pi_S)
         ratio/mean       mean x, min, max: of finite x; ratio/infinite: the share of others (teacher probability 0)
@@ -159,7 +162,7 @@ def probe_batch(
     sums = _Collector(bins)
     student_N = tokens.authors_N == Author.STUDENT
     _probe_ratio(sums, tokens, student_N)
-    _probe_support(sums, tokens, student_N, topk_logprobs_NK)
+    _probe_support(sums, tokens, student_N & sampled_rows(tokens) if sampled else student_N, topk_logprobs_NK)
     _probe_entropy(sums, tokens, student_N)
     if not sampling.truncates and sampling.temperature == 1.0:
         behavior_N = _pick(tokens.peek("behavior_logprobs_N"), student_N)

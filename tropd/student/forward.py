@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from tropd.errors import ConfigError, DataError, TrainingDiverged, VocabularyError
 from tropd.objective.evidence import ABSENT, Needs, StudentView, Tokens, at_least_float32
-from tropd.student.fused import can_fuse, read_rows
 from tropd.student.head import Head, at_rest, causal_lm_of, differ, tiles
+from tropd.student.one_pass import TopRows, can_fuse, read_rows
 from tropd.types import Rollout
 
 Arrangement = Literal["padded", "packed"]
@@ -100,6 +100,7 @@ class Forward:
         *,
         vocab_size: int | None = None,
         tile_tokens: int = 512,
+        tile_vocab: int | None = None,
         layout: Arrangement = "padded",
         within: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
@@ -107,7 +108,7 @@ class Forward:
             raise ConfigError(f"tile_tokens = {tile_tokens} was asked for; a tile holds at least 1 token.")
         if layout not in ("padded", "packed"):
             raise ConfigError(f"layout = {layout!r} was asked for; there are 'padded' and 'packed'.")
-        self.model, self.tile_tokens, self.within = model, tile_tokens, within
+        self.model, self.tile_tokens, self.tile_vocab, self.within = model, tile_tokens, tile_vocab, within
         self.layout: Arrangement = layout
         with self._at_rest():
             self.head = Head.of(model, vocab_size)
@@ -151,7 +152,13 @@ class Forward:
 
     @torch.no_grad()
     def measure(
-        self, rollouts: Sequence[Rollout], needs: Needs, *, top_k: int = 0, at_ids_NJ: Tensor | None = None
+        self,
+        rollouts: Sequence[Rollout],
+        needs: Needs,
+        *,
+        top_k: int = 0,
+        at_ids_NJ: Tensor | None = None,
+        top_rows: TopRows | None = None,
     ) -> Measured:
         """The model's own opinion, without gradient or dropout: entropy and the whole distribution where `needs` asks
         for them, this model's `top_k` likeliest tokens (at most the vocabulary), and its opinion of given tokens."""
@@ -165,7 +172,8 @@ class Forward:
             if Needs.FULL in needs or not can_fuse(self.head):
                 read = self.head.read(hidden_NH, ids_NM, self.tile_tokens, full=Needs.FULL in needs, **shape)
             else:
-                read = read_rows(self.head, hidden_NH, ids_NM, self.tile_tokens, **shape)
+                tile = {"tile_vocab": self.tile_vocab, "top_rows": top_rows}
+                read = read_rows(self.head, hidden_NH, ids_NM, self.tile_tokens, **shape, **tile)
         if not bool(read["log_z"].isfinite().all()):
             names = ", ".join(rollout.id for rollout in rollouts[:4])
             raise TrainingDiverged(

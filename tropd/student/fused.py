@@ -24,8 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tropd.objective.evidence import ABSENT, Needs, StudentView, Tokens
-from tropd.student.head import Head, likeliest, tiles
+from tropd.student.head import Head, tiles
 from tropd.student.products import add_product_
 
 Judge = Callable[[slice, Tensor], Tensor]
@@ -47,47 +46,6 @@ class TileWork:
     """z = scale * (h W^T + b)."""
     tile_vocab: int | None = None
     """Tokens of the vocabulary in a tile; None for all."""
-
-
-def wanted(tokens: Tokens, needs: Needs) -> tuple[Tensor, Callable[[Tensor], StudentView]]:
-    """Which tokens of each row an objective reads, and how log-probabilities there make a view."""
-    columns = [tokens.token_ids_N[:, None]]
-    if Needs.TOPK in needs:
-        columns.append(tokens.teacher_topk_ids_NK)
-    if Needs.STUDENT_TOPK in needs:
-        columns.append(tokens.student_topk_ids_NJ)
-
-    def view_of(logprobs_CM: Tensor) -> StudentView:
-        parts = list(logprobs_CM.split([column.shape[1] for column in columns], dim=1))
-        return StudentView(
-            logprobs_N=parts.pop(0).squeeze(1),
-            topk_logprobs_NK=parts.pop(0) if Needs.TOPK in needs else ABSENT,
-            student_topk_logprobs_NJ=parts.pop(0) if Needs.STUDENT_TOPK in needs else ABSENT,
-        )
-
-    return torch.cat(columns, dim=1), view_of
-
-
-def can_fuse(head: Head) -> bool:
-    """Whether the head is a plain matrix, perhaps scaled: no adapter, no hooks, no soft-capping."""
-    plain = type(head.module) is torch.nn.Linear and not head.module._forward_hooks
-    return plain and head.softcap is None
-
-
-def fused_loss(
-    head: Head, hidden_NH: Tensor, ids_NM: Tensor, judge: Judge, tile_tokens: int, tile_vocab: int | None = None
-) -> Tensor:
-    """The judged loss of all rows, its gradient already formed.  Call it only where a gradient is wanted.
-
-    `tile_vocab` trades one more matrix product for a workspace that does not grow with V (`tropd.student.lean`).
-    """
-    if tile_vocab is not None:
-        from tropd.student.lean import lean_loss
-
-        return lean_loss(head, hidden_NH, ids_NM, judge, tile_tokens, tile_vocab)
-    weight, bias, scale = matrix_of(head)
-    work = TileWork(ids_NM=ids_NM, judge=judge, tile_tokens=tile_tokens, scale=scale)
-    return Fused.apply(hidden_NH, weight, bias, work)
 
 
 def matrix_of(head: Head) -> tuple[Tensor, Tensor | None, float]:
@@ -118,41 +76,6 @@ def exact_written(
         logits_C = (hidden_CH.to(wide) * weight_VH[ids_C].to(wide)).sum(-1)
         wanted_CM[:, 0] = scale * (logits_C if bias_V is None else logits_C + bias_V[ids_C].to(wide))
     return wanted_CM
-
-
-@torch.no_grad()
-def read_rows(
-    head: Head,
-    hidden_NH: Tensor,
-    ids_NM: Tensor,
-    tile_tokens: int,
-    *,
-    top_k: int = 0,
-    entropy: bool = False,
-    tile_vocab: int | None = None,
-) -> dict[str, Tensor]:
-    """What `Head.read` gives without a gradient, from one visit of the vocabulary per tile."""
-    if tile_vocab is not None:
-        from tropd.student.lean import lean_rows
-
-        return lean_rows(head, hidden_NH, ids_NM, tile_tokens, tile_vocab, top_k=top_k, entropy=entropy)
-    weight, bias, scale = matrix_of(head)
-    found = []
-    buffer_CV = hidden_NH.new_empty(min(tile_tokens, max(len(hidden_NH), 1)), head.vocab_size)
-    for rows in tiles(len(hidden_NH), tile_tokens):
-        hidden_CH, ids_CM = hidden_NH[rows], ids_NM[rows]
-        z_CV = logits_of(hidden_CH, weight, bias, scale, buffer_CV)
-        part = {"at": exact_written(z_CV.gather(1, ids_CM), hidden_CH, weight, bias, ids_CM, scale)}
-        if top_k:
-            part["topk_ids"], part["topk"] = likeliest(z_CV, top_k)
-        log_sum_C, entropy_C = log_sum_exp(z_CV, entropy)
-        part["log_z"] = log_sum_C[:, None]
-        for name in {"at", "topk"} & part.keys():
-            part[name] = part[name].to(log_sum_C.dtype) - log_sum_C[:, None]
-        if entropy:
-            part["entropy"] = entropy_C
-        found.append(part)
-    return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 
 class Fused(torch.autograd.Function):

@@ -12,7 +12,7 @@ from tropd.judge import Judge
 from tropd.objective.evidence import Needs
 from tropd.student.dense import can_tile, dense_loss
 from tropd.student.forward import Forward, similar_lengths
-from tropd.student.fused import can_fuse, fused_loss, wanted
+from tropd.student.one_pass import can_fuse, fused_loss, wanted
 from tropd.student.optimizer import Optimizer
 from tropd.teachers.teacher import Teacher
 from tropd.types import Rollout
@@ -29,14 +29,17 @@ class ModelLearner:
         vocab_size: int,
         tile_tokens: int,
         tokens_per_batch: int,
+        tile_vocab: int | None = None,
         teacher: Forward | None = None,
     ) -> None:
         """`teacher` is the forward pass of a teacher in this process: its head makes whole distributions here."""
         self.teacher = teacher
         self.model, self.optimizer, self.tokens_per_batch = model, optimizer, tokens_per_batch
-        self.forward = Forward(model, vocab_size=vocab_size, tile_tokens=tile_tokens)
+        self.forward = Forward(model, vocab_size=vocab_size, tile_tokens=tile_tokens, tile_vocab=tile_vocab)
         self.vocab_size: int | None = vocab_size
         self.device = next(model.parameters()).device
+        exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
+        self.margin = 0.02 if exact else None
         self.expands = teacher is not None and can_tile(self.forward.head)
 
     def learn(self, rollouts: Sequence[Rollout], judge: Judge, needs: Needs) -> None:
@@ -52,9 +55,12 @@ class ModelLearner:
             hidden_NH = hidden_NH[judge.live]
         ids_NM, view_of = wanted(tokens, needs)
         if can_fuse(forward.head) and not whole:
-            fused_loss(
-                forward.head, hidden_NH, ids_NM, lambda rows, at_CM: judge(rows, view_of(at_CM)), forward.tile_tokens
-            ).backward()
+
+            def judge_sparse(rows: slice, at_CM: Tensor) -> Tensor:
+                return judge(rows, view_of(at_CM))
+
+            tile = forward.tile_tokens, forward.tile_vocab
+            fused_loss(forward.head, hidden_NH, ids_NM, judge_sparse, *tile).backward()
             return
 
         def judge_whole(rows: slice, full_CV: Tensor) -> Tensor:

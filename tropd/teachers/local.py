@@ -6,16 +6,17 @@ teacher.forward)`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
-from torch import Tensor, cat, nn
+from torch import Tensor, arange, cat, nn
 
 from tropd.errors import ConfigError, EvidenceError, TeacherError, TrainingDiverged, VocabularyError
 from tropd.objective.evidence import OF_TEACHER, Needs
 from tropd.student.forward import Forward, Measured, similar_lengths
 from tropd.student.head import causal_lm_of
+from tropd.teachers.teacher import TopKRows
 from tropd.types import Rollout, TeacherScores
 
 _CAPABILITIES = OF_TEACHER & ~Needs.REFERENCE
@@ -33,13 +34,13 @@ class LocalTeacher:
         name: str = "default",
         vocab_size: int | None = None,
         tile_tokens: int = 512,
+        tile_vocab: int | None = None,
         tokens_per_batch: int = 8192,
-        top_k_rows: Literal["all"] = "all",
     ) -> None:
-        if top_k_rows != "all":
-            raise ConfigError(f"top_k_rows = {top_k_rows!r} was asked for; a local teacher answers 'all' rows.")
         self.name, self.tokens_per_batch = name, tokens_per_batch
-        self.forward = Forward(model.eval().requires_grad_(False), vocab_size=vocab_size, tile_tokens=tile_tokens)
+        self.forward = Forward(
+            model.eval().requires_grad_(False), vocab_size=vocab_size, tile_tokens=tile_tokens, tile_vocab=tile_vocab
+        )
 
     def score(
         self,
@@ -48,9 +49,10 @@ class LocalTeacher:
         *,
         top_k: int = 0,
         student_topk_ids_TJ: Sequence[Tensor] | None = None,
+        top_k_rows: TopKRows | None = None,
     ) -> list[TeacherScores]:
         """One TeacherScores per rollout, in order; a `top_k` beyond the vocabulary gives the whole vocabulary."""
-        return _score(self, rollouts, needs, top_k, student_topk_ids_TJ)
+        return _score(self, rollouts, needs, top_k, student_topk_ids_TJ, top_k_rows)
 
 
 class BaseAsTeacher:
@@ -65,12 +67,17 @@ class BaseAsTeacher:
         name: str = "default",
         vocab_size: int | None = None,
         tile_tokens: int = 512,
+        tile_vocab: int | None = None,
         tokens_per_batch: int = 8192,
     ) -> None:
         _check_adapter(student)
         self.name, self.tokens_per_batch = name, tokens_per_batch
         self.forward = Forward(
-            student, vocab_size=vocab_size, tile_tokens=tile_tokens, within=lambda: without_adapter(student)
+            student,
+            vocab_size=vocab_size,
+            tile_tokens=tile_tokens,
+            tile_vocab=tile_vocab,
+            within=lambda: without_adapter(student),
         )
 
     def score(
@@ -80,9 +87,10 @@ class BaseAsTeacher:
         *,
         top_k: int = 0,
         student_topk_ids_TJ: Sequence[Tensor] | None = None,
+        top_k_rows: TopKRows | None = None,
     ) -> list[TeacherScores]:
         """One TeacherScores per rollout, in order; a `top_k` beyond the vocabulary gives the whole vocabulary."""
-        return _score(self, rollouts, needs, top_k, student_topk_ids_TJ)
+        return _score(self, rollouts, needs, top_k, student_topk_ids_TJ, top_k_rows)
 
 
 def same_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
@@ -133,24 +141,33 @@ def _score(
     needs: Needs,
     top_k: int,
     student_topk_ids_TJ: Sequence[Tensor] | None,
+    top_k_rows: TopKRows | None,
 ) -> list[TeacherScores]:
     """Batches of similar length, then back to the order of the rollouts."""
     at_ids = student_topk_ids_TJ if Needs.STUDENT_TOPK in needs else None
     _check_request(teacher, rollouts, needs, top_k, at_ids)
     scores: dict[int, TeacherScores] = {}
+    rows_of = list(arange(sum(lengths := [len(r.response_ids) for r in rollouts])).split(lengths))
     for batch in similar_lengths([len(rollout.token_ids) for rollout in rollouts], teacher.tokens_per_batch):
         members = [rollouts[index] for index in batch]
+        rows_N = cat([rows_of[index] for index in batch])
         try:
             measured = teacher.forward.measure(
                 members,
                 needs,
                 top_k=top_k if Needs.TOPK in needs else 0,
                 at_ids_NJ=None if at_ids is None else cat([at_ids[index] for index in batch]),
+                top_rows=None if top_k_rows is None else _within(top_k_rows, rows_N),
             )
         except TrainingDiverged as error:
             raise TeacherError(f"teacher {teacher.name}: {error}") from error
         scores.update(zip(batch, _split(measured, members, teacher.name), strict=True))
     return [scores[index] for index in range(len(rollouts))]
+
+
+def _within(top_k_rows: TopKRows, rows_N: Tensor) -> Callable[[slice, Tensor], Tensor]:
+    """The same question about the rows of one batch."""
+    return lambda tile, logprobs_C: top_k_rows(rows_N[tile], logprobs_C)
 
 
 def _split(measured: Measured, rollouts: Sequence[Rollout], name: str) -> Iterator[TeacherScores]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from tropd.objective.evidence import Needs
 from tropd.types import Rollout, TeacherScores
+
+TopKRows = Callable[[Tensor, Tensor], Tensor]
+"""(row numbers, the teacher's log-probabilities of their written tokens) -> which of them need the top-k.  Rows are
+numbered through all response tokens of the rollouts that are scored."""
 
 
 class Teacher(Protocol):
@@ -23,9 +27,11 @@ class Teacher(Protocol):
         *,
         top_k: int = 0,
         student_topk_ids_TJ: Sequence[Tensor] | None = None,
+        top_k_rows: TopKRows | None = None,
     ) -> list[TeacherScores]:
         """One TeacherScores per rollout, rows aligned with its response tokens.
 
-        `student_topk_ids_TJ` gives, per rollout, the [T, J] ids that STUDENT_TOPK asks to be scored.
+        `student_topk_ids_TJ` gives, per rollout, the [T, J] ids that STUDENT_TOPK asks to be scored.  A teacher may
+        leave out the top-k of rows that `top_k_rows` does not want, with NOTHING as their log-probabilities.
         """
         ...
