@@ -1,22 +1,24 @@
 """The vocabulary head: teacher scores, student loss and gradient, against bare matrix products and against TRL.
 
     python benchmarks/head.py                                   # float32, V = 151,936, H = 256, N = 1024
-    python benchmarks/head.py --dtype bfloat16 --width 1024 --tokens 512
     python benchmarks/head.py --device cuda --dtype bfloat16 --width 2048 --tokens 8192 --tile 4096
 
 ours   one pass for the teacher (sampled log-probability, top-k), one for the student with TrOPD's loss and gradient
 lean   the same with the vocabulary in tiles of --tile-vocab: one more matrix product, workspace flat in V
 bare   the matrix products alone: one for the teacher, three for the student, in the same tiles
 trl    `_chunked_divergence_loss` of TRL's DistillationTrainer: reverse KL over the whole vocabulary, both heads
+gkd    `generalized_jsd_loss` of TRL's GKDTrainer: the same from whole logits (6 GB at the default size)
+liger  `LigerFusedLinearJSDLoss` of liger-kernel, not compiled: the same in chunks of 1024 tokens
 
 Sides interleaved in one process, medians.  On a CPU: one thread, CPU seconds, peak resident memory of each side in a
 process of its own.  On CUDA: seconds between two events, peak of the allocator above what was held before; the bare
-weight gradient is a float32 sum there, as in training.  No number of a GPU has been taken with this script yet.
+weight gradient is a float32 sum there.  No number of a GPU has been taken with this script yet.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -24,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from typing import Literal
 
 import torch
@@ -32,9 +35,17 @@ from torch import Tensor, nn
 
 from tropd.methods import TrOPD
 from tropd.objective.evidence import Needs, Tokens
-from tropd.student.fused import fused_loss, read_rows, wanted
+from tropd.objective.plan import count
+from tropd.objective.terms import Context
 from tropd.student.head import Head
+from tropd.student.one_pass import fused_loss, read_rows, wanted
 from tropd.student.products import add_product_
+
+MODULES = {
+    "trl": "trl.trainer.distillation_trainer",
+    "gkd": "trl.experimental.gkd.gkd_trainer",
+    "liger": "liger_kernel.chunked_loss",
+}
 
 
 @dataclass
@@ -48,13 +59,16 @@ class Settings:
     tile_vocab: int = 16_384
     device: Literal["cpu", "cuda"] = "cpu"
     repeats: int = 3
-    sides: tuple[str, ...] = ("bare", "ours", "lean", "trl")
+    outliers: float = 0.25
+    """Share of rows that are outliers, spread evenly.  The teacher's top-k is read for these only (training asks for a
+    random eighth of the others too), but for all rows by `lean` and in half precision."""
+    sides: tuple[str, ...] = ("bare", "ours", "lean", "trl", "liger", "gkd")
     only: str = ""
     """Run one side once and print its peak memory (used by the script itself)."""
 
 
 class Problem:
-    """Random hidden states, heads and written tokens; about a quarter of the rows are outliers."""
+    """Random hidden states, heads and written tokens."""
 
     def __init__(self, s: Settings) -> None:
         g = torch.Generator(s.device).manual_seed(0)
@@ -79,18 +93,37 @@ class Problem:
             ]
         self.ids_N = torch.cat(ids).squeeze(1)
 
-    def lean(self) -> float:
-        return self.ours(self.settings.tile_vocab)
+    def side(self, name: str) -> Callable[[], float]:
+        """What to time.  `student` and `frozen` start from scores that are made here; imports are made here too."""
+        self.modules[0].weight.requires_grad_(name != "frozen")
+        if name in MODULES:
+            import_module(MODULES[name])
+        if name not in ("student", "frozen"):
+            return getattr(self, name)
+        tokens = self.score()
+        return lambda: self.learn(tokens)
 
-    def ours(self, tile_vocab: int | None = None) -> float:
-        s, objective = self.settings, TrOPD(top_k=self.settings.top_k, guidance=False).objective
-        shape = {"top_k": s.top_k, "tile_vocab": tile_vocab}
+    def ours(self) -> float:
+        return self.learn(self.score())
+
+    def lean(self) -> float:
+        tile_vocab = self.settings.tile_vocab
+        return self.learn(self.score(tile_vocab), tile_vocab)
+
+    def score(self, tile_vocab: int | None = None) -> Tokens:
+        s = self.settings
+        positions_N = torch.arange(s.tokens, device=s.device)
+
+        def outliers(rows: slice, teacher_logprobs_C: Tensor) -> Tensor:
+            return log_ratios(positions_N[rows], s.outliers) < 0
+
+        shape = {"top_k": s.top_k, "tile_vocab": tile_vocab, "top_rows": outliers if s.dtype == "float32" else None}
         found = read_rows(self.heads[1], self.teacher_hidden, self.ids_N[:, None], s.tile, **shape)
-        tokens = Tokens(
+        return Tokens(
             token_ids_N=self.ids_N,
             authors_N=torch.ones_like(self.ids_N),
             sequences_N=torch.zeros_like(self.ids_N),
-            positions_N=torch.arange(s.tokens, device=s.device),
+            positions_N=positions_N,
             keys_S=torch.tensor([7], device=s.device),
             num_actions_S=torch.tensor([s.tokens], device=s.device),
             teacher_logprobs_N=found["at"][:, 0],
@@ -98,18 +131,21 @@ class Problem:
             teacher_topk_logprobs_NK=found["topk"],
             vocab_size=s.vocabulary,
         )
-        counts = objective.plan(tokens.with_(student_logprobs_N=tokens.teacher_logprobs_N)).counts
+
+    def learn(self, tokens: Tokens, tile_vocab: int | None = None) -> float:
+        s = self.settings
+        objective = TrOPD(top_k=s.top_k, trust="threshold", guidance=False).objective
+        counts = count(tokens, Context())
         ids_NM, view_of = wanted(tokens, Needs.SAMPLED | Needs.TOPK)
 
         def judge(rows: slice, logprobs_CM: Tensor) -> Tensor:
-            view, own = view_of(logprobs_CM), logprobs_CM[:, 0].detach()
+            own = logprobs_CM[:, 0].detach()
             part = tokens.rows(rows).with_(student_logprobs_N=own, behavior_logprobs_N=own)
-            return objective(part, view, objective.plan(part, counts=counts)).loss
+            teacher = (own + log_ratios(part.positions_N, s.outliers)).clamp(max=0.0)
+            part = part.with_(teacher_logprobs_N=teacher)
+            return objective(part, view_of(logprobs_CM), objective.plan(part, counts=counts)).loss
 
-        loss = fused_loss(self.heads[0], self.hidden, ids_NM, judge, s.tile, tile_vocab)
-        loss.backward()
-        self._forget()
-        return float(loss.detach())
+        return self._descend(fused_loss(self.heads[0], self.hidden, ids_NM, judge, s.tile, tile_vocab))
 
     @torch.no_grad()
     def bare(self) -> float:
@@ -138,6 +174,24 @@ class Problem:
             torch.ones(1, self.settings.tokens, device=self.settings.device),
             beta=1.0,
         )[0]
+        return self._descend(loss)
+
+    def gkd(self) -> float:
+        from trl.experimental.gkd import GKDTrainer
+
+        student = self.hidden @ self.modules[0].weight.t()
+        with torch.no_grad():
+            teacher = self.teacher_hidden @ self.modules[1].weight.t()
+        return self._descend(GKDTrainer.generalized_jsd_loss(student[None], teacher[None], beta=1.0))
+
+    def liger(self) -> float:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+        divergence = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=False)
+        student, teacher = (m.weight for m in self.modules)
+        return self._descend(divergence(self.hidden, student, self.teacher_hidden, teacher.detach(), self.ids_N))
+
+    def _descend(self, loss: Tensor) -> float:
         loss.backward()
         self._forget()
         return float(loss.detach())
@@ -146,6 +200,12 @@ class Problem:
         self.hidden.grad = None
         for module in self.modules:
             module.weight.grad = None
+
+
+def log_ratios(positions_N: Tensor, share: float) -> Tensor:
+    """A share of them negative, evenly spread: the outliers of a threshold at 1."""
+    outliers_N = ((positions_N + 1) * share).floor() > (positions_N * share).floor()
+    return torch.where(outliers_N, -0.5, 0.5)
 
 
 def timed(side: Callable[[], float], device: str) -> float:
@@ -175,9 +235,10 @@ def allocated_megabytes(side: Callable[[], float]) -> float:
 def peak_megabytes(side: str, s: Settings) -> float:
     """Growth of the resident set while one side runs once, in a process of its own."""
     flags = [f"--{k}={v}" for k, v in asdict(s).items() if k not in ("only", "sides")]
-    out = subprocess.run(
-        [sys.executable, __file__, *flags, f"--only={side}"], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, __file__, *flags, f"--only={side}"]
+    # Else memory that was freed before, and kept by malloc, hides what is taken.
+    fixed = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=fixed)
     return float(out.stdout.strip().splitlines()[-1])
 
 
@@ -190,16 +251,16 @@ def main(s: Settings) -> None:
     torch.set_num_threads(1)
     problem = Problem(s)
     if s.only:
+        side = problem.side(s.only)
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # forget the peak so far
         before = resident()
-        getattr(problem, s.only)()
-        print(_high_water() - before)
-        return
+        side()
+        return print(_high_water() - before)
     times: dict[str, list[float]] = {side: [] for side in s.sides}
     for repeat in range(s.repeats + 1):  # the first warms up
         for side in s.sides:
-            seconds = timed(getattr(problem, side), s.device)
+            seconds = timed(problem.side(side), s.device)
             if repeat:
                 times[side].append(seconds)
     rows = {side: {"seconds": statistics.median(t), "megabytes": memory(problem, side)} for side, t in times.items()}
@@ -212,13 +273,13 @@ def main(s: Settings) -> None:
 
 def memory(problem: Problem, side: str) -> float:
     if problem.settings.device == "cuda":
-        return allocated_megabytes(getattr(problem, side))
+        return allocated_megabytes(problem.side(side))
     return peak_megabytes(side, problem.settings)
 
 
 def report(side: str, row: dict[str, float], rows: dict[str, dict[str, float]], seconds: list[float]) -> None:
     """One line: its time and memory, then against the bare products and against ours, where those were run."""
-    line = f"{side:5} {row['seconds']:9.4f} s ({min(seconds):.4f}..{max(seconds):.4f})  {row['megabytes']:7.0f} MB"
+    line = f"{side:7} {row['seconds']:9.4f} s ({min(seconds):.4f}..{max(seconds):.4f})  {row['megabytes']:7.0f} MB"
     if "bare" in rows:
         line += f"   bare / it {rows['bare']['seconds'] / row['seconds']:5.2f}"
     if "ours" in rows:
