@@ -94,7 +94,7 @@ def check_evidence(objective: Objective, teacher: Teacher, name: str, grader: bo
             "process, which can answer everything."
         )
     if Needs.REWARD in objective.needs and not grader:
-        raise EvidenceError(f"method {name!r} reads a grader's reward: set `data.grader`.")
+        raise EvidenceError(f"method {name!r} reads a grader's reward: set `grader`.")
 
 
 def _names(needs: Needs) -> str:
