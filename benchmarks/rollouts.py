@@ -62,7 +62,8 @@ def make_model(vocab_size: int, dtype: torch.dtype = torch.float32) -> Qwen3ForC
         eos_token_id=None,
         pad_token_id=None,
     )
-    return Qwen3ForCausalLM(config).to(dtype).eval()
+    model: Any = Qwen3ForCausalLM(config)
+    return model.to(dtype).eval()
 
 
 def make_requests(case: Case, seed: int) -> list[Request]:
