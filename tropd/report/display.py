@@ -171,7 +171,15 @@ def read_out(record: StepRecord) -> dict[str, str]:
 
 
 def evaluation_text(evaluation: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {score:.4g}" for name, score in evaluation.items())
+    """Scores with their intervals; the rest is in the records."""
+    shown = []
+    for name, score in evaluation.items():
+        if "/" in name or name == "num_prompts":
+            continue
+        low, high = (evaluation.get(f"{name}/{end}") for end in ("low", "high"))
+        interval = f" [{low:.3g}, {high:.3g}]" if low is not None and high is not None else ""
+        shown.append(f"{name} {score:.4g}{interval}")
+    return ", ".join(shown)
 
 
 def whole(parts: Mapping[str, float]) -> float:
