@@ -84,7 +84,12 @@ class Discard:
 def small_body(vocabulary: int, seed: int) -> Qwen3ForCausalLM:
     """One layer under a whole vocabulary; frozen embeddings, whose gradient would be as large as the head's."""
     torch.manual_seed(seed)
-    shape = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape: dict[str, Any] = {
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     config = Qwen3Config(vocab_size=vocabulary, num_hidden_layers=1, head_dim=64, tie_word_embeddings=False, **shape)
     model = Qwen3ForCausalLM(config)
     model.get_input_embeddings().weight.requires_grad_(False)
@@ -94,7 +99,8 @@ def small_body(vocabulary: int, seed: int) -> Qwen3ForCausalLM:
 def masked_runs(shares: tuple[float, ...] = (0.0, 0.5), vocabulary: int = 151_936) -> dict[Any, Run]:
     """The gradient pass of `train_step` where a share of the response tokens is the environment's, scattered."""
     student, objective = small_body(vocabulary, 0), TrOPD(guidance=False).objective
-    learner = ModelLearner(student, Discard(student), vocab_size=vocabulary, tile_tokens=256, tokens_per_batch=8192)
+    discard: Any = Discard(student)
+    learner = ModelLearner(student, discard, vocab_size=vocabulary, tile_tokens=256, tokens_per_batch=8192)
     teacher = LocalTeacher(small_body(vocabulary, 1), tile_tokens=256)
 
     def run(share: float) -> Run:
