@@ -141,7 +141,7 @@ class Run:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     alarms: AlarmConfig = field(default_factory=AlarmConfig)
     grader: str | None = None
-    """Judges training rollouts: exact, numeric, multiple_choice, math, or "package.module:function"."""
+    """Judges training rollouts: exact, numeric, multiple_choice, math, chain, or "package.module:function"."""
     steps: int = 200
     """(TrOPD: 200)"""
     seed: int = 0

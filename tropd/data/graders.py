@@ -48,6 +48,11 @@ def exact(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) ->
     return [float(normalize(text) == normalize(answer)) for text, answer in pairs]
 
 
+def chain(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+    """1 where the text ends in the answer, mark and all, such as #3 (the tasks of tropd.testbeds)."""
+    return [float(text.endswith(answer)) for text, answer in _pairs("chain", completions, columns)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Numeric:
     """1 where the last number equals the answer's last number; integers exactly, others within a relative tolerance.
@@ -182,6 +187,7 @@ GRADERS: dict[str, Grader] = {
     "numeric": numeric,
     "multiple_choice": multiple_choice,
     "math": math,
+    "chain": chain,
 }
 
 

@@ -1,0 +1,11 @@
+"""Tasks with a teacher and a student small enough for a laptop, to see distillation work and to compare methods.
+
+pair = make_pair(TESTBEDS["nano-hard"], seed=0, directory=Path("pairs/nano-hard-0"))    # trained here, kept there
+pair = embedded("nano-hard")                                                            # comes with the package
+"""
+
+from tropd.testbeds.beds import TESTBEDS
+from tropd.testbeds.pair import Pair, make_pair
+from tropd.testbeds.task import Testbed
+
+__all__ = ["TESTBEDS", "Pair", "Testbed", "make_pair"]

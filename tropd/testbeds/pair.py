@@ -1,0 +1,206 @@
+"""A teacher, a student and their prompts on disk, made from a testbed and a seed.
+
+A pair is made beside its folder and moved there when it is whole, so a folder that is there is complete, whoever was
+killed and however many made it at once.  With the same seed and one thread the files are the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+
+from tropd.data.chat import stop_ids
+from tropd.data.graders import resolve_grader
+from tropd.data.prompts import DataConfig, load_prompts
+from tropd.errors import ConfigError, TeacherError
+from tropd.evaluation.results import EvalConfig
+from tropd.evaluation.runner import evaluate
+from tropd.rollout.transformers import TransformersEngine
+from tropd.testbeds.task import Problem, Task, Testbed
+from tropd.testbeds.tokenizer import make_tokenizer, vocabulary_of
+from tropd.testbeds.training import fine_tune, make_model, seed_of
+
+_ATTEMPTS, _EXTENSIONS = 3, 2
+_WRITTEN_LAST = "pair.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Where everything is, and what was measured of it."""
+
+    testbed: str
+    teacher: Path
+    student: Path
+    prompts: Path
+    """For training: JSON lines with the columns prompt and answer."""
+    held_out: Path
+    """For evaluation: other prompts than those for training."""
+    grader: str
+    max_new_tokens: int
+    facts: dict[str, float]
+    """Accuracies at temperature 1 and greedy, parameters, CPU seconds."""
+
+
+def make_pair(testbed: Testbed, seed: int, directory: Path, *, teacher: Path | None = None) -> Pair:
+    """The pair of a seed, from `directory` if it is there already.  A `teacher` is copied instead of made."""
+    if (directory / _WRITTEN_LAST).exists():
+        return _read(testbed, seed, directory)
+    if directory.exists() and any(directory.iterdir()):
+        raise ConfigError(f"{directory} holds something else than a pair. Name a folder that is empty or not there.")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        facts = _make(testbed, seed, work, teacher)
+        said = {"testbed": testbed.name, "recipe": _recipe(testbed), "seed": seed, "facts": facts}
+        (work / _WRITTEN_LAST).write_text(json.dumps(said, indent=2) + "\n")
+        work.chmod(0o755)
+        try:
+            work.replace(directory)
+        except OSError:  # somebody else was first
+            if not (directory / _WRITTEN_LAST).exists():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return _read(testbed, seed, directory)
+
+
+def _make(testbed: Testbed, seed: int, folder: Path, given: Path | None) -> dict[str, float]:
+    started = time.process_time()
+    write_prompts(testbed, seed, folder)
+    teacher = make_teacher(testbed, seed, folder) if given is None else load(given)
+    facts = {f"teacher_{name}": value for name, value in measure(testbed, teacher, folder).items()}
+    facts["teacher_seconds"] = time.process_time() - started
+    save(teacher, testbed.task, folder / "teacher")
+    student = make_student(testbed, seed, teacher)
+    save(student, testbed.task, folder / "student")
+    facts |= {f"student_{name}": value for name, value in measure(testbed, student, folder).items()}
+    return facts | {"seconds": time.process_time() - started}
+
+
+def make_teacher(testbed: Testbed, seed: int, folder: Path) -> Any:
+    """Train until it solves the held-out prompts in `folder`: longer first, then from other weights."""
+    best = 0.0
+    for attempt in range(_ATTEMPTS):
+        model = make_model(testbed.task, testbed.teacher, _longest(testbed), seed_of(seed, "teacher", attempt))
+        last = testbed.teacher_training[-1]
+        for number, training in enumerate((*testbed.teacher_training, *[last] * _EXTENSIONS)):
+            fine_tune(model, testbed.task, training, seed_of(seed, "teacher", attempt, number))
+            if number + 1 < len(testbed.teacher_training):
+                continue
+            accuracy = measure(testbed, model, folder)["accuracy"]
+            if accuracy >= testbed.teacher_accuracy:
+                return model
+            best = max(best, accuracy)
+    raise TeacherError(
+        f"no teacher of testbed '{testbed.name}' with seed {seed} solves {testbed.teacher_accuracy:.0%} of the "
+        f"held-out prompts: the best of {_ATTEMPTS} solves {best:.0%}. Take another seed, or train longer (teacher_training)."
+    )
+
+
+def make_student(testbed: Testbed, seed: int, teacher: Any) -> Any:
+    """The teacher's copy, or a model of its own, after the student's training."""
+    model = make_model(
+        testbed.task, testbed.student or testbed.teacher, _longest(testbed), seed_of(seed, "student weights")
+    )
+    if testbed.student is None:
+        model.load_state_dict(teacher.state_dict())
+    for number, training in enumerate(testbed.student_training):
+        fine_tune(model, testbed.task, training, seed_of(seed, "student", number))
+    return model
+
+
+def measure(testbed: Testbed, model: Any, folder: Path) -> dict[str, float]:
+    """Accuracy on the held-out prompts, as a run evaluates."""
+    tokenizer = make_tokenizer(testbed.task)
+    prompts = load_prompts(DataConfig(path=str(folder / "held_out.jsonl"), on_bad_row="refuse"), tokenizer).prompts
+    engine = TransformersEngine(model.eval(), vocab_size=len(vocabulary_of(testbed.task)), max_batch=256)
+    config = EvalConfig(num_samples=2, max_new_tokens=testbed.max_new_tokens, prompts_per_call=256)
+    grader = resolve_grader(testbed.task.grader)
+    ends = stop_ids(tokenizer, model.generation_config)
+    result = evaluate(engine, prompts, grader, tokenizer, config, stop_ids=ends)
+    assert result.mean is not None and result.greedy is not None
+    parameters = sum(weight.numel() for weight in model.parameters())
+    return {
+        "accuracy": result.mean,
+        "greedy": result.greedy,
+        "length": result.mean_length,
+        "parameters": float(parameters),
+    }
+
+
+def write_prompts(testbed: Testbed, seed: int, folder: Path) -> None:
+    """Different prompts everywhere: none stands twice, and none of training is held out."""
+    seen: set[tuple[str, ...]] = set()
+    for name, num in (("prompts", testbed.num_train), ("held_out", testbed.num_held_out)):
+        rng = random.Random(seed_of(seed, name))
+        rows = [_row(testbed.task, _new_problem(testbed.task.problem, rng, seen)) for _ in range(num)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _new_problem(draw: Callable[[random.Random], Problem], rng: random.Random, seen: set[tuple[str, ...]]) -> Problem:
+    for _ in range(1000):
+        problem = draw(rng)
+        if problem.question not in seen:
+            seen.add(problem.question)
+            return problem
+    raise ConfigError(f"the task has no more than about {len(seen)} different problems. Ask for fewer prompts.")
+
+
+def _row(task: Task, problem: Problem) -> dict[str, str]:
+    return {"prompt": task.space.join(problem.question), "answer": task.space.join(problem.answer)}
+
+
+def save(model: Any, task: Task, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """A folder that transformers reads, tokenizer and all."""
+    model.to(dtype).save_pretrained(folder)
+    make_tokenizer(task).save_pretrained(folder)
+    model.float()
+
+
+def load(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def _longest(testbed: Testbed) -> int:
+    """Room for question and answer, as a power of two."""
+    rng = random.Random(0)
+    questions: Sequence[int] = [len(testbed.task.problem(rng).question) for _ in range(200)]
+    return 1 << (max(questions) + testbed.max_new_tokens + 8).bit_length()
+
+
+def _recipe(testbed: Testbed) -> str:
+    """Names everything that the files depend on, beside the seed."""
+    made_of = dataclasses.replace(testbed, facts={}, steps=1, num_prompts=1, learning_rate=1.0)
+    return hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
+
+
+def _read(testbed: Testbed, seed: int, directory: Path) -> Pair:
+    said = json.loads((directory / _WRITTEN_LAST).read_text())
+    if (said["recipe"], said["seed"]) != (_recipe(testbed), seed):
+        raise ConfigError(
+            f"{directory} holds a pair of testbed '{said['testbed']}' with seed {said['seed']}, made by another recipe "
+            f"than '{testbed.name}' with seed {seed} asks for. Name another folder, or remove this one."
+        )
+    return Pair(
+        testbed=testbed.name,
+        teacher=directory / "teacher",
+        student=directory / "student",
+        prompts=directory / "prompts.jsonl",
+        held_out=directory / "held_out.jsonl",
+        grader=testbed.task.grader,
+        max_new_tokens=testbed.max_new_tokens,
+        facts=said["facts"],
+    )
