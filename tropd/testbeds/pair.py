@@ -104,7 +104,8 @@ def make_teacher(testbed: Testbed, seed: int, folder: Path) -> Any:
             best = max(best, accuracy)
     raise TeacherError(
         f"no teacher of testbed '{testbed.name}' with seed {seed} solves {testbed.teacher_accuracy:.0%} of the "
-        f"held-out prompts: the best of {_ATTEMPTS} solves {best:.0%}. Take another seed, or train longer (teacher_training)."
+        f"held-out prompts: the best of {_ATTEMPTS} solves {best:.0%}. Take another seed, or "
+        "train longer (teacher_training)."
     )
 
 
