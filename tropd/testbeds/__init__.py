@@ -5,7 +5,7 @@ pair = embedded("nano-hard")                                                    
 """
 
 from tropd.testbeds.beds import TESTBEDS
-from tropd.testbeds.pair import Pair, make_pair
+from tropd.testbeds.pair import Pair, embedded, make_pair
 from tropd.testbeds.task import Testbed
 
-__all__ = ["TESTBEDS", "Pair", "Testbed", "make_pair"]
+__all__ = ["TESTBEDS", "Pair", "Testbed", "embedded", "make_pair"]

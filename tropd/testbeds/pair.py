@@ -27,10 +27,13 @@ from tropd.errors import ConfigError, TeacherError
 from tropd.evaluation.results import EvalConfig
 from tropd.evaluation.runner import evaluate
 from tropd.rollout.transformers import TransformersEngine
+from tropd.testbeds.beds import TESTBEDS
 from tropd.testbeds.task import Problem, Task, Testbed
 from tropd.testbeds.tokenizer import make_tokenizer, vocabulary_of
 from tropd.testbeds.training import fine_tune, make_model, seed_of
 
+EMBEDDED = Path(__file__).parent / "nano"
+"""The models that come with the package; `tropd.testbeds.embed` makes them."""
 _ATTEMPTS, _EXTENSIONS = 3, 2
 _WRITTEN_LAST = "pair.json"
 
@@ -73,6 +76,18 @@ def make_pair(testbed: Testbed, seed: int, directory: Path, *, teacher: Path | N
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return _read(testbed, seed, directory)
+
+
+def embedded(name: str) -> Pair:
+    """A pair that comes with the package: nano-mild or nano-hard, made with seed 0."""
+    facts = json.loads((EMBEDDED / "facts.json").read_text())
+    if name not in facts:
+        raise ConfigError(
+            f"testbed '{name}' does not come with the package; {', '.join(facts)} do. Make it: "
+            "tropd.testbeds.make_pair(TESTBEDS[name], seed, directory)."
+        )
+    bed, manner = TESTBEDS[name], name.rpartition("-")[2]
+    return _pair(bed, EMBEDDED, EMBEDDED / f"student-{manner}", facts[name])
 
 
 def _make(testbed: Testbed, seed: int, folder: Path, given: Path | None) -> dict[str, float]:
@@ -195,13 +210,17 @@ def _read(testbed: Testbed, seed: int, directory: Path) -> Pair:
             f"{directory} holds a pair of testbed '{said['testbed']}' with seed {said['seed']}, made by another recipe "
             f"than '{testbed.name}' with seed {seed} asks for. Name another folder, or remove this one."
         )
+    return _pair(testbed, directory, directory / "student", said["facts"])
+
+
+def _pair(testbed: Testbed, folder: Path, student: Path, facts: dict[str, float]) -> Pair:
     return Pair(
         testbed=testbed.name,
-        teacher=directory / "teacher",
-        student=directory / "student",
-        prompts=directory / "prompts.jsonl",
-        held_out=directory / "held_out.jsonl",
+        teacher=folder / "teacher",
+        student=student,
+        prompts=folder / "prompts.jsonl",
+        held_out=folder / "held_out.jsonl",
         grader=testbed.task.grader,
         max_new_tokens=testbed.max_new_tokens,
-        facts=said["facts"],
+        facts=facts,
     )
