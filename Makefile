@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # Without a GPU the version is pinned, so that a CPU build of it that pip already knows of is preferred.
 TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),torch,torch==2.13.0)
 
-.PHONY: demo test test-slow test-gpu lint format install clean
+.PHONY: demo test test-slow test-gpu test-server vllm lint format install clean
 
 demo: $(INSTALLED)
 	$(BIN)/tropd demo
@@ -21,6 +21,12 @@ test-slow: $(INSTALLED)
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
+
+test-server: $(INSTALLED) vllm
+	$(BIN)/python -m pytest -m server
+
+vllm: | $(BIN)/python
+	PYTHON=$(BIN)/python scripts/install_vllm.sh
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -45,5 +51,5 @@ $(INSTALLED): pyproject.toml | $(BIN)/python
 	@touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find tropd tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,6 +9,8 @@
         EngineTimeout, EngineOutOfSync
       TeacherError(RuntimeError)       whoever judges tokens
         TeacherUnavailable, TeacherRefused
+      ServerError(RuntimeError)        an inference server; teachers and engines say it in their own errors
+        ServerUnavailable, ServerGarbled, ServerRefused
       CheckpointError(RuntimeError)    saving, loading, exporting
       TrainingDiverged(RuntimeError)   a non-finite loss or gradient, or an alarm that stops the run
 
@@ -61,6 +63,31 @@ class TeacherUnavailable(TeacherError):
 
 class TeacherRefused(TeacherError):
     """The teacher answered, and what it said is no."""
+
+
+class ServerError(TropdError, RuntimeError):
+    """An inference server failed."""
+
+
+class ServerUnavailable(ServerError):
+    """No answer, not now, or cut off: the same request may succeed later, or elsewhere."""
+
+    def __init__(self, message: str, *, seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.seconds = seconds
+        """After which the server wishes to be asked again."""
+
+
+class ServerGarbled(ServerError):
+    """An answer that cannot be right."""
+
+
+class ServerRefused(ServerError):
+    """The server says no."""
+
+    def __init__(self, message: str, *, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class CheckpointError(TropdError, RuntimeError):

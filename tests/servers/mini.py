@@ -1,0 +1,197 @@
+"""A small real server: a tiny model of transformers behind vLLM's (and SGLang's) JSON, computing every number it gives.
+
+with MiniServer(folder) as server:
+    server.url
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tropd.rollout.transformers import TransformersEngine
+from tropd.types import Finish, Request, Sampling
+
+
+class Refusal(Exception):
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class MiniServer:
+    """Serves until the block ends."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        name: str = "tiny",
+        max_logprobs: int = 64,
+        max_model_len: int = 256,
+        key: str | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.folder, self.name, self.key = folder, name, key
+        self.max_logprobs, self.max_model_len = max_logprobs, max_model_len
+        self.temperature = temperature
+        self.requests: list[dict[str, Any]] = []
+        self.lock = threading.Lock()
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+
+    def __enter__(self) -> MiniServer:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+    def answer(self, path: str, body: dict[str, Any] | None, request_id: str) -> Any:
+        with self.lock:
+            if body is not None:
+                self.requests.append(body)
+            if path == "/health":
+                return {}
+            if path == "/v1/models":
+                card = {"id": self.name, "root": str(self.folder), "max_model_len": self.max_model_len}
+                return {"object": "list", "data": [card]}
+            if body is None:
+                raise Refusal(404, "Not Found")
+            if path == "/tokenize":
+                ids = self.tokenizer.encode(body["prompt"], add_special_tokens=False)
+                return {"count": len(ids), "max_model_len": self.max_model_len, "tokens": ids}
+            if path == "/v1/completions":
+                return self.completions(body, request_id)
+            if path == "/v1/chat/completions":
+                return self.chat(body, request_id)
+            if path == "/generate":
+                return self.generate(body)
+            raise Refusal(404, "Not Found")
+
+    def logprobs(self, ids: list[int]) -> torch.Tensor:
+        """Row t describes token t; row 0 is of no use."""
+        with torch.no_grad():
+            logits_TV = self.model(torch.tensor([ids])).logits[0].float() / self.temperature
+        return torch.cat([torch.zeros_like(logits_TV[:1]), logits_TV.log_softmax(-1)[:-1]])
+
+    def completions(self, body: dict[str, Any], request_id: str) -> dict[str, Any]:
+        if body["model"] != self.name:
+            raise Refusal(404, f"The model `{body['model']}` does not exist.")
+        prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
+        top_k = body.get("prompt_logprobs")
+        if top_k is not None and top_k > self.max_logprobs:
+            raise Refusal(
+                400,
+                f"Requested prompt logprobs of {top_k}, which is greater than max allowed: {self.max_logprobs}",
+            )
+        for ids in prompts:
+            if len(ids) + body["max_tokens"] > self.max_model_len:
+                raise Refusal(400, f"This model's maximum context length is {self.max_model_len} tokens.")
+        choices = [self._choice(index, ids, body, top_k) for index, ids in enumerate(prompts)]
+        return {"id": f"cmpl-{request_id}", "object": "text_completion", "model": self.name, "choices": choices}
+
+    def _choice(self, index: int, ids: list[int], body: dict[str, Any], top_k: int | None) -> dict[str, Any]:
+        written = self._write(ids, body) if body["max_tokens"] > 1 else None
+        choice: dict[str, Any] = {
+            "index": index,
+            "text": "",
+            "finish_reason": "length" if written is None or written.finish is Finish.LENGTH else "stop",
+            "token_ids": [0] if written is None else list(written.token_ids),
+            "prompt_token_ids": ids,
+            "prompt_logprobs": None,
+            "logprobs": None,
+        }
+        if written is not None and body.get("logprobs") is not None:
+            choice["logprobs"] = {
+                "tokens": [f"token_id:{i}" for i in written.token_ids],
+                "token_logprobs": [max(x, -9999.0) for x in written.model_logprobs],
+            }
+        if top_k is not None:
+            rows_TV = self.logprobs(ids)
+            choice["prompt_logprobs"] = [None, *(_row(rows_TV[t], ids[t], top_k) for t in range(1, len(ids)))]
+        return choice
+
+    def _write(self, ids: list[int], body: dict[str, Any]) -> Any:
+        request = Request(
+            token_ids=tuple(ids),
+            max_new_tokens=body["max_tokens"],
+            seed=body.get("seed") or 0,
+            sampling=Sampling(temperature=body["temperature"], top_p=body["top_p"], top_k=body["top_k"]),
+            stop_ids=tuple(body.get("stop_token_ids") or ()),
+        )
+        return TransformersEngine(self.model).generate([request])[0]
+
+    def chat(self, body: dict[str, Any], request_id: str) -> dict[str, Any]:
+        ids = self.tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, return_dict=False)
+        limit = body["max_tokens"]
+        written = self._write(ids, {**body, "top_k": 0, "stop_token_ids": [self.tokenizer.eos_token_id]})
+        text = self.tokenizer.decode(written.token_ids, skip_special_tokens=True)
+        reason = "stop" if written.finish is Finish.STOP or len(written.token_ids) < limit else "length"
+        message = {"role": "assistant", "content": text}
+        return {"id": request_id, "model": self.name, "choices": [{"message": message, "finish_reason": reason}]}
+
+    def generate(self, body: dict[str, Any]) -> list[dict[str, Any]]:
+        """SGLang's own route, for scoring."""
+        answers = []
+        for ids in body["input_ids"]:
+            rows_TV = self.logprobs(ids)
+            own = [[None if t == 0 else float(rows_TV[t, i]), i, None] for t, i in enumerate(ids)]
+            tops = [rows_TV[t].topk(body["top_logprobs_num"]) for t in range(len(ids))]
+            top = [list(zip(x.values.tolist(), x.indices.tolist(), [None] * len(x.indices), strict=True)) for x in tops]
+            meta = {"id": body["rid"][len(answers)], "prompt_tokens": len(ids), "input_token_logprobs": own}
+            meta["input_top_logprobs"] = [None, *top[1:]]
+            answers.append({"text": "", "meta_info": meta})
+        return answers
+
+
+def _row(logprobs_V: torch.Tensor, written: int, top_k: int) -> dict[str, Any]:
+    logprobs_V = logprobs_V.clamp_min(-9999.0)
+    rank = int((logprobs_V >= logprobs_V[written]).sum())
+    row = {str(written): {"logprob": float(logprobs_V[written]), "rank": rank, "decoded_token": "?"}}
+    top = logprobs_V.topk(min(top_k, len(logprobs_V)))
+    for place, (value, index) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True), start=1):
+        row[str(index)] = {"logprob": value, "rank": place, "decoded_token": "?"}
+    return row
+
+
+def _handler(server: MiniServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self._answer(None)
+
+        def do_POST(self) -> None:
+            self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+        def _answer(self, body: dict[str, Any] | None) -> None:
+            if server.key is not None and self.headers.get("Authorization") != f"Bearer {server.key}":
+                status, found = 401, {"error": {"message": f"wrong key {self.headers.get('Authorization')}"}}
+            else:
+                try:
+                    request_id = self.headers.get("X-Request-Id", "unnamed")
+                    status, found = 200, server.answer(self.path, body, request_id)
+                except Refusal as refusal:
+                    status, found = refusal.status, {"error": {"message": str(refusal)}}
+            content = json.dumps(found).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    return Handler

@@ -1,0 +1,218 @@
+"""Several servers of the same model: the least busy one is asked, a dead one is left out and tried again.
+
+    job --> lease a server --> ask --> read (validate) --> value
+               ^                 |        |
+               |     ServerUnavailable   ServerGarbled: again, up to GARBLED times
+               +--- back off ----+
+
+A server that fails rests 0.25, 0.5, 1, ... up to 30 seconds (or as long as it asks for) and is then tried with a single
+request.  What is answered stays answered: only the failing requests are asked again.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from tropd.errors import ServerGarbled, ServerUnavailable
+from tropd.servers.client import Client
+from tropd.servers.settings import ServerConfig
+
+T = TypeVar("T")
+log = logging.getLogger("tropd.servers")
+GARBLED = 3
+"""So many answers to one request may be unusable before that is the answer."""
+_FIRST_REST, _LONGEST_REST = 0.25, 30.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job(Generic[T]):
+    """One request and how its answer is read."""
+
+    name: str
+    path: str
+    body: Mapping[str, Any]
+    read: Callable[[bytes, str], T]
+    """(answer, request id) -> value; raises ServerGarbled if it cannot be right."""
+    num_tokens: int
+    """What it weighs: tokens read and tokens that may be written."""
+    limit_bytes: int
+
+
+@dataclass(eq=False, slots=True)
+class _Server:
+    client: Client
+    tokens: int = 0
+    requests: int = 0
+    failures: int = 0
+    """In a row."""
+    rests_until: float = 0.0
+    why: str = ""
+
+
+@dataclass
+class Tally:
+    """What has happened so far."""
+
+    answers: int = 0
+    tokens: int = 0
+    failures: int = 0
+    garbled: int = 0
+    by_server: dict[str, int] = field(default_factory=dict)
+
+
+class Pool:
+    """Carries out jobs on several servers.  Safe to use from several threads."""
+
+    def __init__(self, urls: Sequence[str], settings: ServerConfig) -> None:
+        assert urls, "a pool has servers"
+        self.settings = settings
+        self.clients = [Client(url, settings) for url in urls]
+        self.tally = Tally(by_server={client.url: 0 for client in self.clients})
+        self._servers = [_Server(client) for client in self.clients]
+        self._changed = threading.Condition()
+
+    def run(self, jobs: Sequence[Job[T]]) -> list[T]:
+        """The value of each job, in order; the first failure for good ends the others."""
+        results: dict[int, T] = {}
+        failures: list[BaseException] = []
+        waiting = iter(enumerate(jobs))
+        stop = threading.Event()
+
+        def work() -> None:
+            while not stop.is_set():
+                with self._changed:
+                    index, job = next(waiting, (-1, None))
+                if job is None:
+                    return
+                try:
+                    results[index] = self._carry_out(job, stop)
+                except BaseException as failure:  # handed to the caller below
+                    failures.append(failure)
+                    stop.set()
+                    return
+
+        most = len(self._servers) * self.settings.max_requests
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(min(len(jobs), most))]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(1.0)  # in slices, so that signals are heard
+                    if failures:
+                        break
+        finally:
+            stop.set()
+            with self._changed:
+                self._changed.notify_all()
+        if failures:
+            raise failures[0]
+        return [results[index] for index in range(len(jobs))]
+
+    def close(self) -> None:
+        for client in self.clients:
+            client.close()
+
+    def _carry_out(self, job: Job[T], stop: threading.Event) -> T:
+        until: float | None = None
+        last: _Server | None = None
+        garbled = 0
+        while True:
+            last = server = self._lease(job, until, last, stop)
+            request_id = f"tropd-{uuid.uuid4().hex[:20]}"
+            failure: Exception | None = None
+            try:
+                answer = server.client.ask(job.path, job.body, limit_bytes=job.limit_bytes, request_id=request_id)
+                return job.read(answer, request_id)
+            except ServerUnavailable as error:
+                failure = error
+                until = until or time.monotonic() + self.settings.deadline_seconds
+            except ServerGarbled as error:
+                failure = error
+                garbled += 1
+                log.warning("%s: %s", job.name, error)
+                if garbled >= GARBLED:
+                    raise ServerGarbled(
+                        f"{job.name}: {garbled} answers could not be used, the last from {server.client.url}: {error}"
+                    ) from error
+            finally:
+                self._release(server, job, failure)
+
+    def _lease(self, job: Job, until: float | None, last: _Server | None, stop: threading.Event) -> _Server:
+        """The least busy server with room for the job; waits while there is none."""
+        with self._changed:
+            while True:
+                if stop.is_set():
+                    raise ServerUnavailable(f"{job.name}: given up, because another request failed.")
+                now = time.monotonic()
+                free = [server for server in self._servers if self._has_room(server, job, now)]
+                if free:
+                    others = [server for server in free if server is not last or not server.failures] or free
+                    server = min(others, key=lambda s: (s.tokens, s.requests))
+                    server.tokens += job.num_tokens
+                    server.requests += 1
+                    return server
+                if all(server.failures for server in self._servers):
+                    until = until or now + self.settings.deadline_seconds
+                    if now >= until:
+                        raise ServerUnavailable(self._given_up(job))
+                elif until is not None and now >= until:
+                    raise ServerUnavailable(self._given_up(job))
+                self._changed.wait(self._patience(now, until))
+
+    def _has_room(self, server: _Server, job: Job, now: float) -> bool:
+        if server.failures:  # one request finds out whether it is back
+            return server.requests == 0 and now >= server.rests_until
+        if server.requests == 0:
+            return True
+        fits = server.tokens + job.num_tokens <= self.settings.max_tokens_in_flight
+        return fits and server.requests < self.settings.max_requests
+
+    def _patience(self, now: float, until: float | None) -> float:
+        moments = [server.rests_until for server in self._servers if server.failures and server.rests_until > now]
+        moments += [until] if until is not None else []
+        return max(0.01, min([moment - now for moment in moments] + [5.0]))
+
+    def _release(self, server: _Server, job: Job, failure: Exception | None) -> None:
+        with self._changed:
+            server.tokens -= job.num_tokens
+            server.requests -= 1
+            if isinstance(failure, ServerUnavailable):
+                self._rest(server, failure)
+            else:
+                if server.failures:
+                    log.warning("%s answers again.", server.client.url)
+                server.failures, server.why = 0, ""
+                self.tally.garbled += failure is not None
+            if failure is None:
+                self.tally.answers += 1
+                self.tally.tokens += job.num_tokens
+                self.tally.by_server[server.client.url] += 1
+            self._changed.notify_all()
+
+    def _rest(self, server: _Server, failure: ServerUnavailable) -> None:
+        self.tally.failures += 1
+        now = time.monotonic()
+        if server.failures and now < server.rests_until:
+            return  # one outage, noticed by another of the requests that it cut off
+        server.failures += 1
+        server.why = str(failure)
+        rest = min(_LONGEST_REST, _FIRST_REST * 2 ** (server.failures - 1)) * random.uniform(0.75, 1.25)
+        server.rests_until = now + (failure.seconds if failure.seconds is not None else rest)
+        if server.failures == 1:
+            left = sum(not other.failures for other in self._servers)
+            log.warning("%s %d of %d servers are left; asking it again.", failure, left, len(self._servers))
+
+    def _given_up(self, job: Job) -> str:
+        said = " ".join(dict.fromkeys(server.why for server in self._servers if server.why))
+        return (
+            f"{job.name}: asked for {self.settings.deadline_seconds:g} seconds (server.deadline_seconds) without an "
+            f"answer. {said} Start the server, or wait longer."
+        )

@@ -1,0 +1,248 @@
+"""What vLLM is asked, and what an answer must be to be believed.
+
+A scoring request holds two texts: a canary whose log-probabilities are known, and the sequence in question.  Both are
+answered by the same process, so an answer comes with proof of who gave it.  vLLM puts, at each position, the written
+token and the k likeliest with their ranks; nothing is there at position 0.  It writes -9999 for minus infinity.
+
+Axes as in `tropd.types`: T positions that were asked for, K the teacher's top-k.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from tropd.errors import ServerGarbled
+from tropd.types import Completion, Finish, Request
+
+SCORE = TEXT = "/v1/completions"
+_MINUS_INFINITY = -9999.0
+_ROUNDING = 1e-3
+_STRICT = ConfigDict(strict=True, extra="ignore")
+
+Logprob = Annotated[float, Field(le=_ROUNDING, allow_inf_nan=False)]
+TokenId = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """What a server says of the positions of one sequence that were asked for."""
+
+    logprobs: list[float]
+    topk_ids_TK: list[list[int]]
+    """Likeliest first; rows are as wide as was asked for, or as the server's vocabulary."""
+    topk_logprobs_TK: list[list[float]]
+
+
+class _Entry(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    logprob: Logprob
+    rank: Annotated[int, Field(ge=1)]
+
+
+class _ScoredChoice(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    index: int
+    prompt_token_ids: list[TokenId]
+    prompt_logprobs: list[dict[TokenId, _Entry] | None]
+
+
+class _ScoredAnswer(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    id: str
+    model: str
+    choices: list[_ScoredChoice]
+
+
+class _Sampled(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    tokens: list[str]
+    token_logprobs: list[Logprob]
+
+
+class _WrittenChoice(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    index: int
+    prompt_token_ids: list[TokenId]
+    token_ids: list[TokenId]
+    finish_reason: str
+    logprobs: _Sampled | None
+
+
+class _WrittenAnswer(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    id: str
+    model: str
+    choices: list[_WrittenChoice]
+
+
+_SCORED = TypeAdapter(_ScoredAnswer)
+_WRITTEN = TypeAdapter(_WrittenAnswer)
+
+
+def score_body(model: str, sequences: Sequence[Sequence[int]], top_k: int) -> dict[str, Any]:
+    """Sampling says nothing about prompts; it is spelt out because servers apply a model's own settings otherwise."""
+    return {
+        "model": model,
+        "prompt": [list(sequence) for sequence in sequences],
+        "max_tokens": 1,
+        "prompt_logprobs": top_k,
+        "return_token_ids": True,
+        "add_special_tokens": False,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+    }
+
+
+def score_limit(num_tokens: int, top_k: int) -> int:
+    """Bytes that an answer may have: an entry takes about 70 of them, longer token texts some more."""
+    return 2**20 + 400 * num_tokens * (top_k + 2)
+
+
+def read_scores(
+    answer: bytes, *, model: str, sequences: Sequence[Sequence[int]], firsts: Sequence[int], top_k: int, request_id: str
+) -> list[Scored]:
+    """For each sequence the positions from `firsts` on.  Anything missing, odd or about other tokens is refused."""
+    found = _parsed(_SCORED, answer)
+    choices = _in_order(found, model, len(sequences), request_id)
+    return [
+        _scored(choice, sequence, first, top_k)
+        for choice, sequence, first in zip(choices, sequences, firsts, strict=True)
+    ]
+
+
+def text_body(model: str, request: Request, *, logprobs: bool = False) -> dict[str, Any]:
+    """The stop tokens are the request's alone, and part of the text."""
+    sampling = request.sampling
+    return {
+        "model": model,
+        "prompt": list(request.token_ids),
+        "max_tokens": request.max_new_tokens,
+        "seed": request.seed,
+        "stop_token_ids": list(request.stop_ids),
+        "ignore_eos": True,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+        "add_special_tokens": False,
+        "skip_special_tokens": False,
+        "logprobs": 0 if logprobs else None,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+    }
+
+
+def text_limit(request: Request) -> int:
+    return 2**20 + 1000 * (len(request.token_ids) + request.max_new_tokens)
+
+
+def read_text(answer: bytes, *, model: str, request: Request, request_id: str) -> Completion:
+    """Behaviour log-probabilities are () unless they were asked for."""
+    (choice,) = _in_order(_parsed(_WRITTEN, answer), model, 1, request_id)
+    _check_echo(choice["prompt_token_ids"], request.token_ids)
+    ids = tuple(choice["token_ids"])
+    ends = [place for place, token in enumerate(ids) if token in request.stop_ids]
+    finish = {"stop": Finish.STOP, "length": Finish.LENGTH}.get(choice["finish_reason"])
+    whole = ends == [len(ids) - 1] if finish is Finish.STOP else not ends and len(ids) == request.max_new_tokens
+    if finish is None or not whole or not ids:
+        raise ServerGarbled(
+            f"a text of {len(ids)} tokens (at most {request.max_new_tokens} were asked for) with stop tokens at {ends} "
+            f"ended for the reason {choice['finish_reason']!r}: that cannot be."
+        )
+    sampled = choice["logprobs"]
+    if sampled is None:
+        return Completion(token_ids=ids, behavior_logprobs=(), model_logprobs=(), finish=finish)
+    if sampled["tokens"] != [f"token_id:{token}" for token in ids] or len(sampled["token_logprobs"]) != len(ids):
+        raise ServerGarbled("the log-probabilities of a text are those of other tokens.")
+    logprobs = tuple(_logprob(x) for x in sampled["token_logprobs"])
+    return Completion(token_ids=ids, behavior_logprobs=logprobs, model_logprobs=(), finish=finish)
+
+
+Answer = TypeVar("Answer")
+
+
+def _parsed(adapter: TypeAdapter[Answer], answer: bytes) -> Answer:
+    try:
+        return adapter.validate_json(answer)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the answer"
+        raise ServerGarbled(f"{len(answer)} bytes are not the answer asked for: {where}: {first['msg']}.") from None
+
+
+def _in_order(found: Any, model: str, number: int, request_id: str) -> list[Any]:
+    if found["model"] != model:
+        raise ServerGarbled(f"model {model!r} was asked, and {found['model']!r} answered.")
+    if found["id"] != f"cmpl-{request_id}":
+        raise ServerGarbled(f"the answer to another request came back ({found['id']!r}).")
+    choices = sorted(found["choices"], key=lambda choice: choice["index"])
+    if [choice["index"] for choice in choices] != list(range(number)):
+        raise ServerGarbled(f"{number} texts were asked about, and {len(choices)} answered.")
+    return choices
+
+
+def _check_echo(echo: Sequence[int], asked: Sequence[int]) -> None:
+    if list(echo) == list(asked):
+        return
+    at = next((n for n, (a, b) in enumerate(zip(echo, asked, strict=False)) if a != b), min(len(echo), len(asked)))
+    raise ServerGarbled(
+        f"{len(asked)} tokens were asked about, and {len(echo)} were scored; they differ from position {at} on."
+    )
+
+
+def _scored(choice: _ScoredChoice, sequence: Sequence[int], first: int, top_k: int) -> Scored:
+    _check_echo(choice["prompt_token_ids"], sequence)
+    rows = choice["prompt_logprobs"]
+    if len(rows) != len(sequence) or (rows and rows[0] is not None):
+        raise ServerGarbled(f"{len(sequence)} tokens came back with {len(rows)} rows of log-probabilities.")
+    read = [_read_row(rows[place], sequence[place], place, top_k) for place in range(max(first, 1), len(sequence))]
+    return Scored(
+        logprobs=[row[0] for row in read],
+        topk_ids_TK=[[token for token, _ in row[1]] for row in read],
+        topk_logprobs_TK=[[logprob for _, logprob in row[1]] for row in read],
+    )
+
+
+def _read_row(
+    row: dict[int, _Entry] | None, written: int, place: int, top_k: int
+) -> tuple[float, list[tuple[int, float]]]:
+    """(log-probability of the written token, the top-k).  The written token stands apart unless it is one of them."""
+    if row is None or written not in row:
+        raise ServerGarbled(f"position {place} has no log-probability for the token {written} that stands there.")
+    own = row[written]
+    top = sorted((entry["rank"], token, entry["logprob"]) for token, entry in row.items() if entry["rank"] <= top_k)
+    if len(top) > top_k:  # as likely as the last of them, so it may bear its rank as well
+        top = [entry for entry in top if entry[1] != written]
+    apart = all(token != written for _, token, _ in top)
+    if [rank for rank, _, _ in top] != list(range(1, len(top) + 1)) or len(row) != len(top) + apart:
+        raise ServerGarbled(f"position {place}: {len(row)} tokens do not make the top-{top_k} and the written one.")
+    if len(top) < top_k:
+        raise ServerGarbled(
+            f"position {place}: the top-{top_k} was asked for, and {len(top)} came. Start the server with "
+            f"--max-logprobs {top_k}, or lower top_k."
+        )
+    logprobs = [logprob for _, _, logprob in top]
+    falls = all(a >= b for a, b in itertools.pairwise(logprobs))
+    mass = math.fsum(math.exp(x) for x in logprobs)
+    beside = math.exp(own["logprob"]) if apart else 0.0
+    likelier = apart and bool(top) and own["logprob"] > logprobs[-1] + _ROUNDING
+    if not falls or likelier or mass + beside > 1.0 + _ROUNDING:
+        raise ServerGarbled(f"position {place}: the log-probabilities make no distribution.")
+    return _logprob(own["logprob"]), [(token, _logprob(x)) for _, token, x in top]
+
+
+def _logprob(x: float) -> float:
+    return -math.inf if x <= _MINUS_INFINITY else min(x, 0.0)
