@@ -132,12 +132,15 @@ def _nucleus_edge(probs_BV: Tensor, top_p: float) -> Tensor:
 def invert(probs_BV: Tensor, uniforms: list[float]) -> Tensor:
     """The token that each uniform number falls on.  Weights need not sum to one; one of weight zero is never drawn.
 
-    Two levels, first which block of the vocabulary and then which token of it, both summed in float64: a float32
-    running sum over a large vocabulary loses the tokens rarer than its rounding.
+    Two levels unless the vocabulary is small, first which block of it and then which token, both summed in float64: a
+    float32 running sum over a large vocabulary loses the tokens rarer than its rounding.
     """
     vocab_size = probs_BV.shape[1]
-    block = min(_BLOCK, vocab_size)
-    whole = vocab_size // block
+    if vocab_size <= _BLOCK:
+        sums_BV = _running_sums(probs_BV)
+        uniforms_B1 = torch.tensor(uniforms, dtype=sums_BV.dtype, device=sums_BV.device)[:, None]
+        return _first_above(sums_BV, uniforms_B1 * sums_BV[:, -1:]).to(probs_BV.device)[:, 0]
+    block, whole = _BLOCK, vocab_size // _BLOCK
     blocks_BC = probs_BV[:, : whole * block].unflatten(-1, (whole, block)).sum(-1)
     if whole * block < vocab_size:
         blocks_BC = torch.cat([blocks_BC, probs_BV[:, whole * block :].sum(-1, keepdim=True)], dim=-1)

@@ -31,6 +31,8 @@ Judge = Callable[[slice, Tensor], Tensor]
 """(rows, log-probabilities [C, M] with gradient) -> loss of these rows."""
 
 _ROWS_IN_CACHE = 8
+_IN_CACHE = 2**18
+"""Logits that are worked on at once on a CPU, if that is more than 8 rows: 1 MiB of float32."""
 _GATHERED = 256
 
 
@@ -166,7 +168,7 @@ def soften_rows_(z_CV: Tensor) -> Tensor:
     if kernels := kernels_for(z_CV):
         return kernels.softmax_rows_(z_CV)
     wide = torch.promote_types(z_CV.dtype, torch.float32)
-    step = _ROWS_IN_CACHE if z_CV.device.type == "cpu" else len(z_CV) or 1
+    step = _rows_at_once(z_CV)
     log_sum_C = z_CV.new_empty(len(z_CV), dtype=wide)
     scratch = z_CV.new_empty(min(step, len(z_CV)), z_CV.shape[1], dtype=wide) if z_CV.dtype != wide else None
     for start in range(0, len(z_CV), step):
@@ -180,12 +182,18 @@ def soften_rows_(z_CV: Tensor) -> Tensor:
     return log_sum_C
 
 
+def _rows_at_once(z_CV: Tensor) -> int:
+    if z_CV.device.type != "cpu":
+        return len(z_CV) or 1
+    return max(_ROWS_IN_CACHE, _IN_CACHE // max(z_CV.shape[1], 1))
+
+
 def log_sum_exp(z_CV: Tensor, entropy: bool = False) -> tuple[Tensor, Tensor]:
     """log sum exp z of each row, and the entropy where asked (else no rows); z is left as it was."""
     if kernels := kernels_for(z_CV):
         return kernels.log_sum_rows(z_CV, entropy)
     wide = torch.promote_types(z_CV.dtype, torch.float32)
-    step = _ROWS_IN_CACHE if z_CV.device.type == "cpu" else len(z_CV) or 1
+    step = _rows_at_once(z_CV)
     log_sum_C = z_CV.new_empty(len(z_CV), dtype=wide)
     entropy_C = z_CV.new_empty(len(z_CV) if entropy else 0, dtype=wide)
     scratch = z_CV.new_empty(min(step, len(z_CV)), z_CV.shape[1], dtype=wide)
