@@ -63,6 +63,7 @@ def env(argv: list[str]) -> int:
 
 COMMANDS: dict[str, tuple[Command, str]] = {
     "demo": ("tropd.commands.demo", "TrOPD against OPD on exact tabular models: under a minute on a laptop"),
+    "compare": ("tropd.commands.compare", "methods side by side: testbeds x learning rates x seeds, with intervals"),
     "methods": (methods, "the methods: name, paper, evidence they need"),
     "explain": (explain, "a method in full: equation, terms, evidence, knobs, readings"),
     "doctor": ("tropd.commands.doctor", "what will go wrong with a run, and what to change"),

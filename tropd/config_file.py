@@ -59,7 +59,7 @@ def build(values: dict[str, Any], source: str) -> Run:
     try:
         return _adapter().validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
-        lines = [_explain(e) for e in error.errors()]
+        lines = [explain_error(e, Run) for e in error.errors()]
         raise ConfigError(f"{source}: " + "\n  ".join(lines)) from None
 
 
@@ -88,11 +88,12 @@ def load(path: Path, flags: Sequence[str] = ()) -> Run:
         raise
 
 
-def _explain(error: Any) -> str:
+def explain_error(error: Any, root: type) -> str:
+    """One of pydantic's errors about a `root`, in words."""
     path = [str(x) for x in error["loc"] if not (len(error["loc"]) > 1 and x in METHODS)]
     where, last = ".".join(path), path[-1] if path else ""
     if error["type"] == "unexpected_keyword_argument":
-        known = _fields_at(error["loc"][:-1])
+        known = _fields_at(error["loc"][:-1], root)
         near = difflib.get_close_matches(last, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}."
         return f"unknown key {where!r}; {hint}"
@@ -107,9 +108,9 @@ def _explain(error: Any) -> str:
     return f"{where!r}: {message} (given: {error['input']!r})" if error["type"] != "value_error" else message
 
 
-def _fields_at(loc: tuple[Any, ...]) -> list[str]:
+def _fields_at(loc: tuple[Any, ...], root: type) -> list[str]:
     """Field names of the dataclass at a path of an error."""
-    cls: Any = Run
+    cls: Any = root
     for step in loc:
         if step in METHODS:
             cls = METHODS[step]

@@ -111,9 +111,9 @@ def writing(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def alone(directory: Path) -> Iterator[None]:
+def alone(directory: Path, locked: str = "run.toml") -> Iterator[None]:
     """One process for a run: two would write into each other's records and checkpoints."""
-    with (directory / "run.toml").open() as file:
+    with (directory / locked).open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
         except BlockingIOError:

@@ -1,0 +1,58 @@
+"""tropd compare LAB.toml: methods x learning rates x seeds x testbeds, resumable, with intervals."""
+
+from __future__ import annotations
+
+import os
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+from tropd.cli import make_console
+from tropd.commands import Arguments
+from tropd.errors import ConfigError
+
+
+def main(argv: list[str]) -> int:
+    parser = Arguments(prog="tropd compare", description=__doc__, allow_abbrev=False)
+    parser.add_argument("lab", type=Path, metavar="LAB.toml", help="what to compare; see docs/results.md")
+    parser.add_argument("--workers", type=int, default=0, help="processes; 0: one for each core")
+    parser.add_argument("--tables", action="store_true", help="show what is known already, and run nothing")
+    parser.add_argument("--no-figures", action="store_true", help="draw no learning curves")
+    asked = parser.parse_args(argv)
+    if asked.workers < 0:
+        raise ConfigError(f"--workers is {asked.workers}: give a number of processes, or 0 for one for each core.")
+    _compare(asked.lab, asked.workers or len(os.sched_getaffinity(0)), asked.tables, not asked.no_figures)
+    return 0
+
+
+def _compare(path: Path, workers: int, only_tables: bool, figures: bool) -> None:
+    import torch
+
+    from tropd.laboratory.lab import load_lab, trials
+    from tropd.laboratory.runner import compare, read_outcomes
+    from tropd.laboratory.tables import sheets
+
+    if figures and find_spec("matplotlib") is None:
+        raise ConfigError("figures need matplotlib: pip install 'tropd[plot]', or --no-figures.")
+    torch.set_num_threads(1)
+    lab, console, started = load_lab(path), make_console(), time.perf_counter()
+    directory = Path(lab.output)
+    if only_tables:
+        known = read_outcomes(directory / "results.jsonl")
+        outcomes = [known[trial.key] for trial in trials(lab) if trial.key in known]
+    else:
+        outcomes = compare(lab, workers=workers, tell=lambda line: console.print(line, soft_wrap=True, markup=False))
+    if not outcomes:
+        raise ConfigError(f"{directory} holds no outcomes yet. Run: tropd compare {path}")
+    found = sheets(lab, outcomes)
+    for sheet in found:
+        console.print(sheet.shown())
+    written = [directory / "tables.md", directory / "results.jsonl"]
+    written[0].write_text("\n".join(sheet.markdown() for sheet in found))
+    if figures:
+        from tropd.laboratory.figures import draw
+
+        written += draw(lab, outcomes, directory)
+    console.print(
+        f"{time.perf_counter() - started:.0f} s. Written: {', '.join(map(str, written))}", soft_wrap=True, markup=False
+    )

@@ -1,0 +1,149 @@
+"""What is compared: every method at every learning rate on every testbed with every seed.
+
+testbeds = ["nano-hard"]
+learning_rates = [3e-4, 1e-3]
+seeds = [0, 1, 2, 3, 4]
+
+[methods.OPD]
+name = "opd"
+
+[methods."TrOPD, beta 1"]
+name = "tropd"
+beta = 1.0
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from tropd import config_file
+from tropd.data.rows import nearest
+from tropd.errors import ConfigError
+from tropd.methods import AnyMethod
+from tropd.testbeds import TESTBEDS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lab:
+    """A comparison, as its TOML file says it."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    output: str
+    """The comparison's folder: results.jsonl, tables.md and the figures."""
+    methods: dict[str, Annotated[AnyMethod, Field(discriminator="name")]]
+    """What is compared, by the name it has in the tables."""
+    testbeds: tuple[str, ...]
+    """Names from tropd.testbeds, or run files (.toml) with models of your own."""
+    learning_rates: tuple[float, ...] = ()
+    """Every method is tried at each; none: the one that the testbed suggests."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Each makes a teacher and a student of its own; every method meets the same ones."""
+    baseline: str = ""
+    """Whom the others are compared with; by default the first method."""
+    steps: int | None = None
+    """By default what the testbed suggests."""
+    num_prompts: int | None = None
+    """Per step; by default what the testbed suggests."""
+    num_rollouts: int = 1
+    warmup_steps: int = 10
+    num_evaluations: int = 2
+    """Evenly over the run, beside the one before it."""
+    num_samples: int = 2
+    """Answers to each held-out prompt in an evaluation, at temperature 1."""
+    save_rollouts: int = 0
+    """Keep the rollouts of every n-th step for `tropd report`; 0 keeps none."""
+    pairs: str = "runs/pairs"
+    """Where the models are kept that the testbeds make; comparisons may share them."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"
+
+    def __post_init__(self) -> None:
+        empty = [name for name in ("methods", "testbeds", "seeds") if not getattr(self, name)]
+        if empty:
+            raise ConfigError(f"a comparison was asked for without any {empty[0]}. Give at least one.")
+        for name in ("testbeds", "seeds", "learning_rates"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ConfigError(f"{name} = {list(values)} says something twice. Give each once.")
+        if self.baseline and self.baseline not in self.methods:
+            raise ConfigError(f"baseline {self.baseline!r} is none of the methods: {', '.join(self.methods)}.")
+        for name in ("steps", "num_prompts", "num_rollouts", "num_evaluations", "num_samples"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; give at least 1.")
+        for testbed in self.testbeds:
+            _check_testbed(testbed)
+
+    @property
+    def compared_with(self) -> str:
+        return self.baseline or next(iter(self.methods))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """One training run of a comparison."""
+
+    testbed: str
+    method: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.testbed} | {self.method} | {self.learning_rate:g} | {self.seed}"
+
+    @property
+    def folder(self) -> str:
+        """A name that any file system takes."""
+        return re.sub(r"[^\w.=+-]+", "_", self.key)
+
+
+def trials(lab: Lab) -> Iterator[Trial]:
+    """In the order in which they are begun: whole seeds first, so that a comparison cut short is a smaller one."""
+    for testbed in lab.testbeds:
+        for seed in lab.seeds:
+            for rate in rates_of(lab, testbed):
+                for method in lab.methods:
+                    yield Trial(testbed=testbed, method=method, learning_rate=rate, seed=seed)
+
+
+def rates_of(lab: Lab, testbed: str) -> tuple[float, ...]:
+    if lab.learning_rates:
+        return lab.learning_rates
+    if testbed.endswith(".toml"):
+        return (config_file.load(Path(testbed)).optimizer.learning_rate,)
+    return (TESTBEDS[testbed].learning_rate,)
+
+
+def load_lab(path: Path) -> Lab:
+    """Read a comparison; what it says wrongly is refused by its path."""
+    try:
+        values = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"there is no file {path}. Name the TOML file of a comparison.") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as TOML: {error}.") from None
+    values.setdefault("output", f"runs/{path.stem}")
+    try:
+        return TypeAdapter(Lab).validate_json(json.dumps(values, default=str), strict=True)
+    except ValidationError as error:
+        lines = [config_file.explain_error(e, Lab) for e in error.errors()]
+        raise ConfigError(f"{path}: " + "\n  ".join(lines)) from None
+
+
+def _check_testbed(name: str) -> None:
+    if name.endswith(".toml"):
+        if not Path(name).exists():
+            raise ConfigError(f"testbed {name!r} is a run file that does not exist.")
+    elif name not in TESTBEDS:
+        raise ConfigError(
+            f"there is no testbed {name!r}{nearest(name, TESTBEDS)}. Known: {', '.join(TESTBEDS)}; or name a run file "
+            "that ends in .toml."
+        )

@@ -1,0 +1,152 @@
+"""All trials of a comparison, on all cores.  What is done is on disk; a kill costs the trials in flight."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from tropd.errors import ConfigError, MethodWarning
+from tropd.laboratory.lab import Lab, Trial, trials
+from tropd.laboratory.trial import Outcome, fingerprint_of, pair_of, run_of, run_trial
+from tropd.student.checkpoint import alone
+
+_OUTCOME = TypeAdapter(Outcome)
+A = TypeVar("A")
+R = TypeVar("R")
+
+
+def compare(lab: Lab, *, workers: int = 1, tell: Callable[[str], None] = print) -> list[Outcome]:
+    """Every outcome of the comparison, in its order; those on disk are not made again."""
+    quiet()
+    directory = Path(lab.output)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "results.jsonl").touch()
+    with alone(directory, "results.jsonl"):
+        known = read_outcomes(directory / "results.jsonl")
+        _make_pairs(lab, known, workers, tell)
+        _check(lab, known)
+        left = [trial for trial in trials(lab) if trial.key not in known]
+        if known:
+            tell(f"{len(known)} outcomes are in {directory / 'results.jsonl'} already; {len(left)} trials to go")
+        with (directory / "results.jsonl").open("a") as file:
+            for trial, outcome in _run_all(lab, left, workers):
+                known[trial.key] = outcome
+                file.write(json.dumps(asdict(outcome)) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+                tell(f"{len(left) - sum(t.key not in known for t in left)}/{len(left)}  {_line(outcome)}")
+    return [known[trial.key] for trial in trials(lab) if trial.key in known]
+
+
+def read_outcomes(path: Path) -> dict[str, Outcome]:
+    """By the key of their trials.  A last line that a kill tore is cut off; the trial is run again."""
+    if not path.exists():
+        return {}
+    found: dict[str, Outcome] = {}
+    lines = path.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        path.write_bytes(b"".join(lines[:-1]))
+        lines.pop()
+    for number, line in enumerate(lines, start=1):
+        try:
+            outcome = _OUTCOME.validate_json(line)
+        except ValidationError as error:
+            raise ConfigError(
+                f"{path}, line {number}, is no outcome of a trial: {error.errors()[0]['msg']}. Remove the line, and "
+                "its trial is run again."
+            ) from None
+        found[_trial_of(outcome).key] = outcome
+    return found
+
+
+def _trial_of(outcome: Outcome) -> Trial:
+    return Trial(testbed=outcome.testbed, method=outcome.method, learning_rate=outcome.learning_rate, seed=outcome.seed)
+
+
+def _check(lab: Lab, known: dict[str, Outcome]) -> None:
+    """What is on disk has to be what is asked for now."""
+    for trial in trials(lab):
+        outcome = known.get(trial.key)
+        if outcome is None:
+            continue
+        asked = fingerprint_of(run_of(lab, trial, pair_of(lab, trial.testbed, trial.seed)))
+        if outcome.fingerprint != asked:
+            raise ConfigError(
+                f"{lab.output} holds an outcome of '{trial.key}' with other settings than are asked for now. Set "
+                "another output, or put the settings back. New methods, seeds and learning rates may be added freely."
+            )
+
+
+def _make_pairs(lab: Lab, known: dict[str, Outcome], workers: int, tell: Callable[[str], None]) -> None:
+    """First of all, so that no two trials make the same."""
+    wanted = list(dict.fromkeys((t.testbed, t.seed) for t in trials(lab) if not t.testbed.endswith(".toml")))
+    missing = [(bed, seed) for bed, seed in wanted if not (Path(lab.pairs) / f"{bed}-{seed}" / "pair.json").exists()]
+    if not missing:
+        return
+    tell(f"making {len(missing)} pairs of teacher and student in {lab.pairs}")
+    for (bed, seed), facts in _spread(_pair_facts, [(lab, bed, seed) for bed, seed in missing], workers):
+        said = ", ".join(f"{who} {facts[f'{who}_accuracy']:.3f}" for who in ("teacher", "student"))
+        tell(f"{bed}, seed {seed}: {said}, {facts['seconds']:.0f} s of CPU time")
+
+
+def _pair_facts(asked: tuple[Lab, str, int]) -> tuple[tuple[str, int], dict[str, float]]:
+    lab, bed, seed = asked
+    pair = pair_of(lab, bed, seed)
+    assert pair is not None
+    return (bed, seed), pair.facts
+
+
+def _run_all(lab: Lab, left: list[Trial], workers: int) -> Iterator[tuple[Trial, Outcome]]:
+    for trial, outcome in _spread(_run_one, [(lab, trial) for trial in left], workers):
+        if outcome is not None:
+            yield trial, outcome
+
+
+def _run_one(asked: tuple[Lab, Trial]) -> tuple[Trial, Outcome | None]:
+    return asked[1], run_trial(*asked)
+
+
+def _spread(work: Callable[[A], R], asked: list[A], workers: int) -> Iterator[R]:
+    """As they are done.  When one fails, those not begun are not begun."""
+    if workers == 1 or len(asked) < 2:
+        yield from map(work, asked)
+        return
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_alone)
+    try:
+        futures: list[Future[R]] = [pool.submit(work, a) for a in asked]
+        for future in as_completed(futures):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _alone() -> None:
+    """A worker keeps to one core, leaves Ctrl-C to the process that began it, and says nothing twice."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.simplefilter("ignore", MethodWarning)
+    quiet()
+
+
+def quiet() -> None:
+    """transformers draws a bar for every model that it reads or writes: here that is thousands."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _line(outcome: Outcome) -> str:
+    end = f"{outcome.scores[0]:.3f} -> {outcome.score:.3f}" if outcome.status == "done" else "diverged"
+    rate = f"rate {outcome.learning_rate:g}"
+    return f"{outcome.testbed}, {outcome.method}, {rate}, seed {outcome.seed}: {end} ({outcome.seconds:.0f} s)"

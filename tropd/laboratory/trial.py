@@ -1,0 +1,205 @@
+"""One training run of a comparison: the real loop on the trial's pair, and what is kept of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tropd import config_file
+from tropd.config import (
+    CheckpointConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    Run,
+    RunEvalConfig,
+    StudentConfig,
+    TeacherConfig,
+)
+from tropd.data.prompts import DataConfig
+from tropd.errors import TrainingDiverged
+from tropd.laboratory.lab import Lab, Trial
+from tropd.report.display import Display
+from tropd.report.records import read_records
+from tropd.testbeds import TESTBEDS, Pair, make_pair
+from tropd.types import StepRecord
+
+FIRST_STEPS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a trial came to.  Entry i of what was evaluated belongs to steps[i]; the first is before training."""
+
+    testbed: str
+    method: str
+    learning_rate: float
+    seed: int
+    status: Literal["done", "diverged"]
+    fingerprint: str
+    steps: tuple[int, ...]
+    scores: tuple[float, ...]
+    greedy: tuple[float, ...]
+    lengths: tuple[float, ...]
+    """Of answers to held-out prompts, in tokens."""
+    gradient_norm: tuple[float, ...]
+    """At each step, before clipping."""
+    tokens: dict[str, int]
+    """Trained on, by author, over the run."""
+    probes: dict[str, tuple[float, float]]
+    """Means over the first and over the last ten steps."""
+    seconds: float
+    """Of CPU time, evaluation included."""
+    error: str = ""
+
+    @property
+    def score(self) -> float:
+        return self.scores[-1]
+
+
+class Silent(Display):
+    """Shows nothing: many runs share a terminal."""
+
+    def start(self, facts: Mapping[str, str]) -> None: ...
+    def update(self, record: StepRecord) -> None: ...
+    def note(self, text: str) -> None: ...
+    def close(self) -> None: ...
+
+
+def pair_of(lab: Lab, testbed: str, seed: int) -> Pair | None:
+    """The testbed's models for a seed, made if they are not there; None for a run file, which brings its own."""
+    if testbed.endswith(".toml"):
+        return None
+    return make_pair(TESTBEDS[testbed], seed, Path(lab.pairs) / f"{testbed}-{seed}")
+
+
+def run_of(lab: Lab, trial: Trial, pair: Pair | None) -> Run:
+    """The run that a trial is."""
+    if pair is None:
+        return _run_of_file(lab, trial)
+    bed = TESTBEDS[trial.testbed]
+    steps = lab.steps or bed.steps
+    return Run(
+        student=StudentConfig(path=str(pair.student)),
+        teacher=TeacherConfig(path=str(pair.teacher)),
+        data=DataConfig(path=str(pair.prompts)),
+        method=lab.methods[trial.method],
+        rollout=RolloutConfig(
+            num_prompts=lab.num_prompts or bed.num_prompts,
+            num_rollouts=lab.num_rollouts,
+            max_new_tokens=pair.max_new_tokens,
+            save_every=lab.save_rollouts,
+        ),
+        optimizer=OptimizerConfig(learning_rate=trial.learning_rate, warmup_steps=lab.warmup_steps),
+        evaluation=RunEvalConfig(
+            data=DataConfig(path=str(pair.held_out)),
+            every=_every(lab, steps),
+            num_samples=lab.num_samples,
+            max_new_tokens=pair.max_new_tokens,
+            prompts_per_call=256,
+        ),
+        checkpoint=CheckpointConfig(every=steps),
+        grader=pair.grader,
+        steps=steps,
+        seed=trial.seed,
+        output=str(Path(lab.output) / "trials" / trial.folder),
+        device=lab.device,
+    )
+
+
+def _run_of_file(lab: Lab, trial: Trial) -> Run:
+    run = config_file.load(Path(trial.testbed))
+    return dataclasses.replace(
+        run,
+        method=lab.methods[trial.method],
+        optimizer=dataclasses.replace(run.optimizer, learning_rate=trial.learning_rate),
+        steps=lab.steps or run.steps,
+        seed=trial.seed,
+        output=str(Path(lab.output) / "trials" / trial.folder),
+    )
+
+
+def _every(lab: Lab, steps: int) -> int:
+    return max(1, steps // lab.num_evaluations)
+
+
+def fingerprint_of(run: Run) -> str:
+    """Names everything that shapes the outcome but where the models and prompts are kept: their pair is named."""
+    values = config_file.to_dict(run)
+    for name in ("output", "trackers", "device"):
+        values.pop(name, None)
+    for part in ("student", "teacher", "data"):
+        values[part].pop("path")
+    values["evaluation"].get("data", {}).pop("path", None)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def run_trial(lab: Lab, trial: Trial) -> Outcome | None:
+    """Train from the start, whatever an earlier attempt left; None if somebody stopped it."""
+    run = run_of(lab, trial, pair_of(lab, trial.testbed, trial.seed))
+    directory = Path(run.output)
+    shutil.rmtree(directory, ignore_errors=True)
+    from tropd.loop import train
+
+    started, error = time.process_time(), ""
+    try:
+        train(run, display=Silent())
+    except TrainingDiverged as diverged:
+        error = str(diverged)
+    seconds = time.process_time() - started
+    records = read_records(directory / "records.jsonl")
+    if not error and len(records.steps) < run.steps:
+        return None
+    _slim(directory)
+    return _outcome(trial, run, records.header["before"], records.steps, seconds, error)
+
+
+def _outcome(
+    trial: Trial, run: Run, before: dict[str, float], records: list[StepRecord], seconds: float, error: str
+) -> Outcome:
+    evaluated = [(0, before)] + [(r.step + 1, r.evaluation) for r in records if r.evaluation]
+    name = f"avg@{run.evaluation.num_samples}"
+    return Outcome(
+        testbed=trial.testbed,
+        method=trial.method,
+        learning_rate=run.optimizer.learning_rate,
+        seed=trial.seed,
+        status="diverged" if error else "done",
+        fingerprint=fingerprint_of(run),
+        steps=tuple(step for step, _ in evaluated),
+        scores=tuple(found[name] for _, found in evaluated),
+        greedy=tuple(found["greedy"] for _, found in evaluated if "greedy" in found),
+        lengths=tuple(found["length/mean"] for _, found in evaluated),
+        gradient_norm=tuple(r.gradient_norm for r in records),
+        tokens={author: sum(r.tokens[author] for r in records) for author in ("student", "teacher")},
+        probes=_ends(records),
+        seconds=seconds,
+        error=error,
+    )
+
+
+def _ends(records: list[StepRecord]) -> dict[str, tuple[float, float]]:
+    names = {name for r in records for name in r.probes}
+    return {
+        name: (_mean_of(records[:FIRST_STEPS], name), _mean_of(records[-FIRST_STEPS:], name)) for name in sorted(names)
+    }
+
+
+def _mean_of(records: list[StepRecord], name: str) -> float:
+    known: list[Any] = [r.probes[name] for r in records if name in r.probes]
+    return statistics.fmean(known) if known else float("nan")
+
+
+def _slim(directory: Path) -> None:
+    """A comparison keeps records, not thousands of models."""
+    for name in ("model", "checkpoints"):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    for path in directory.glob("teacher_texts.sqlite*"):
+        path.unlink()
