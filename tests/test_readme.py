@@ -13,8 +13,8 @@ import torch
 
 from tropd import config_file
 from tropd.cli import COMMANDS
-from tropd.demo import Setting, run_all
-from tropd.demo_report import markdown
+from tropd.exact import Setting, run_all
+from tropd.exact_report import markdown
 from tropd.methods.explain import methods_markdown
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +73,7 @@ def test_commands_targets_links_and_files_exist():
 
 
 def test_the_result_has_a_mean_for_each_method_rate_and_divergence():
-    assert len(numbers(between("demo"))) == 5 * 3 * 2
+    assert len(numbers(between("exact"))) == 5 * 3 * 2
 
 
 def test_the_example_of_a_borrowed_loss_learns(capsys):
@@ -88,6 +88,6 @@ def test_the_example_of_a_borrowed_loss_learns(capsys):
 @pytest.mark.slow
 def test_the_result_comes_out_again():
     """Other processors round otherwise, so a few of the sampled tokens may differ."""
-    again, shown = markdown(list(run_all(Setting(), workers=2))), between("demo")
+    again, shown = markdown(list(run_all(Setting(), workers=2))), between("exact")
     assert again.splitlines()[0] == shown.splitlines()[0]
     assert numbers(again) == pytest.approx(numbers(shown), rel=0.1)

@@ -62,8 +62,9 @@ def env(argv: list[str]) -> int:
 
 
 COMMANDS: dict[str, tuple[Command, str]] = {
-    "demo": ("tropd.commands.demo", "TrOPD against OPD on exact tabular models: under a minute on a laptop"),
+    "demo": ("tropd.commands.demo", "OPD and TrOPD side by side on a small teacher and student: a minute on a laptop"),
     "compare": ("tropd.commands.compare", "methods side by side: testbeds x learning rates x seeds, with intervals"),
+    "exact": ("tropd.commands.exact", "methods on tables of logits, where every divergence is a sum"),
     "methods": (methods, "the methods: name, paper, evidence they need"),
     "explain": (explain, "a method in full: equation, terms, evidence, knobs, readings"),
     "doctor": ("tropd.commands.doctor", "what will go wrong with a run, and what to change"),

@@ -1,193 +1,141 @@
-"""`tropd demo`: distillation between two tables, where every divergence is a sum and no number is sampled.
+"""`tropd demo`: OPD and TrOPD side by side on the small teacher and student that come with the package.
 
-The stages are those of a real run: roll out, score, plan, micro-batches, step.  Only the models are small: an exact
-teacher and a student that goes its own way at half of the states.  What a table cannot show is said with the result.
+It is a comparison like any other (tropd.laboratory), with a live view and a page at the end.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import signal
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
+from pathlib import Path
 
-import torch
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 
-from tropd.errors import ConfigError
-from tropd.methods import OPD, FullFKL, Method, SeqKD, TrOPD
-from tropd.objective.terms import Context
-from tropd.rollout.stage import RolloutJob, roll_out
-from tropd.step import recall_needed, score, train_step
-from tropd.tabular import END, TabularLM, sequence_kl, total_variation
-from tropd.types import Sampling
+from tropd.evaluation.statistics import paired_difference
+from tropd.laboratory.lab import Lab, Trial, trials
+from tropd.laboratory.tables import arms_of
+from tropd.laboratory.trial import FIRST_STEPS, Outcome
+from tropd.methods import OPD, TrOPD
+from tropd.objective.schedules import Schedule
+from tropd.report.records import read_records
+from tropd.types import StepRecord
 
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What is distilled, and for how long."""
-
-    num_prompts: int = 4
-    vocab_size: int = 32
-    max_new_tokens: int = 12
-    num_rollouts: int = 16
-    """Responses to each prompt in a step."""
-    num_steps: int = 100
-    num_seeds: int = 5
-    """Each seed is another pair of tables; every method starts from the same ones."""
-    learning_rates: tuple[float, ...] = (0.03, 0.1, 0.3)
-    """Of Adam, constant."""
-    top_k: int = 8
-    """Of the teacher's tokens, for the methods that read them."""
-    sharpness: float = 6.0
-    """Standard deviation of the student's logits where it goes its own way."""
-    astray: float = 0.5
-    """Share of the states where it does; elsewhere it is close to the teacher."""
-    tokens_per_micro_batch: int = 300
-    measure_every: int = 5
-
-    def __post_init__(self) -> None:
-        counts = ("num_prompts", "max_new_tokens", "num_rollouts", "num_steps", "num_seeds", "top_k", "measure_every")
-        low = [name for name in counts if getattr(self, name) < 1]
-        if low or self.vocab_size < 2 or not self.learning_rates:
-            raise ConfigError(
-                f"the demonstration was asked for with {', '.join(low) or 'vocab_size or learning_rates'} too small. "
-                "Give counts of at least 1, a vocabulary of at least 2 tokens and at least one learning rate."
-            )
+TESTBED = "embedded/nano-hard"
+_SPARKS = "▁▂▃▄▅▆▇█"
+OPENING = (
+    "A teacher of 86,000 parameters solves sums such as 3-1+4? step by step (99 %). The student could too, but writes "
+    "terse answers and gets 20 % right; the teacher finds most of its tokens impossible. Every method gets the same "
+    "prompts, and writes its own answers to them."
+)
+LIMITS = (
+    "What this does not show: a better end. With three times the steps, or on a milder mismatch, OPD catches up "
+    "(docs/results.md). With the paper's own beta of 0.001 TrOPD is slower than OPD at this budget. A vocabulary of 24 "
+    "and answers of 20 tokens are no test of what the paper claims for large models."
+)
 
 
-ARMS: dict[str, Callable[[int], Method]] = {
-    "TrOPD": lambda top_k: TrOPD(top_k=top_k),
-    "TrOPD, no prefixes": lambda top_k: TrOPD(top_k=top_k, guidance=False),
-    "OPD": lambda top_k: OPD(),
-    "Full FKL": lambda top_k: FullFKL(top_k=top_k),
-    "SeqKD": lambda top_k: SeqKD(),
-}
-"""What is compared: each method with its own defaults but for top_k."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curve:
-    """One training run; entry i of every list but the last belongs to steps[i]."""
-
-    arm: str
-    learning_rate: float
-    seed: int
-    steps: tuple[int, ...]
-    reverse_kl: tuple[float, ...]
-    """KL(student || teacher) of whole responses, exact."""
-    forward_kl: tuple[float, ...]
-    """KL(teacher || student) of whole responses, exact."""
-    total_variation: tuple[float, ...]
-    """Of next-token distributions, where the student goes."""
-    gradient_norm: tuple[float, ...]
-    """At each step, before clipping."""
-
-
-def make_pair(setting: Setting, seed: int, learning_rate: float) -> tuple[TabularLM, TabularLM]:
-    """A student and its teacher, equally fond of ending a response."""
-    size = (setting.num_prompts, setting.vocab_size)
-    teacher = TabularLM.random(*size, 2 * seed, sharp=2.5)
-    own = TabularLM.random(*size, 2 * seed + 1, sharp=setting.sharpness).logits.detach()
-    g = torch.Generator().manual_seed(seed)
-    near = teacher.logits.detach() + 0.5 * torch.randn(own.shape, generator=g, dtype=own.dtype)
-    astray = torch.rand(*own.shape[:2], 1, generator=g) < setting.astray
-    student = TabularLM(torch.where(astray, own, near), learning_rate=learning_rate)
-    with torch.no_grad():
-        for model in (student, teacher):
-            model.logits[..., END] = model.logits[..., 1:].logsumexp(-1) - 1.5
-    return student, teacher
-
-
-def distil(method: Method, student: TabularLM, teacher: TabularLM, setting: Setting, seed: int) -> Iterator[float]:
-    """Train, one step for each number taken: the norm of its gradient before clipping."""
-    objective = method.objective
-    for step in range(setting.num_steps):
-        progress = step / setting.num_steps
-        # A prompt of a table comes back at every step; named anew, its teacher texts are new too.
-        prompts = [(dataclasses.replace(p, id=f"{p.id}@{step}"), 0) for p in student.prompts()]
-        job = RolloutJob(
-            prompts=prompts,
-            num_rollouts=setting.num_rollouts,
-            max_new_tokens=setting.max_new_tokens,
-            sampling=method.sampling or Sampling(),
-            stop_ids=(END,),
-            seed=seed,
-            progress=progress,
-        )
-        rollouts = roll_out(method.rollout, job, student, teacher)
-        batch = score(rollouts, objective, teacher, student, seed=seed, recall=recall_needed(objective, 1))
-        sums = train_step(
-            batch,
-            objective,
-            student,
-            Context(progress=progress),
-            tokens_per_micro_batch=setting.tokens_per_micro_batch,
-        )
-        yield sums.gradient_norms[0]
-
-
-@torch.no_grad()
-def divergences(student: TabularLM, teacher: TabularLM, max_new_tokens: int) -> tuple[float, float, float]:
-    """KL(student || teacher), KL(teacher || student), total variation."""
-    reverse = float(sequence_kl(student, teacher, max_new_tokens))
-    forward = float(sequence_kl(teacher, student, max_new_tokens))
-    return reverse, forward, total_variation(student, teacher, max_new_tokens)
-
-
-def run_one(asked: tuple[str, float, int, Setting]) -> Curve:
-    """One method, one learning rate, one pair."""
-    arm, learning_rate, seed, setting = asked
-    student, teacher = make_pair(setting, seed, learning_rate)
-    steps, measured, norms = [0], [divergences(student, teacher, setting.max_new_tokens)], []
-    for norm in distil(ARMS[arm](setting.top_k), student, teacher, setting, seed):
-        norms.append(norm)
-        if len(norms) % setting.measure_every == 0 or len(norms) == setting.num_steps:
-            steps.append(len(norms))
-            measured.append(divergences(student, teacher, setting.max_new_tokens))
-    reverse, forward, variation = zip(*measured, strict=True)
-    return Curve(
-        arm=arm,
-        learning_rate=learning_rate,
-        seed=seed,
-        steps=tuple(steps),
-        reverse_kl=reverse,
-        forward_kl=forward,
-        total_variation=variation,
-        gradient_norm=tuple(norms),
+def lab_of(output: Path, num_seeds: int, steps: int | None = None) -> Lab:
+    """What the demonstration compares."""
+    start = Schedule(shape="cosine", start=0.5, end=0.0)
+    return Lab(
+        output=str(output),
+        testbeds=(TESTBED,),
+        methods={"OPD": OPD(), "TrOPD": TrOPD(top_k=4, beta=1.0, prefix=start), "TrOPD, beta .001": TrOPD(top_k=4)},
+        seeds=tuple(range(num_seeds)),
+        steps=steps,
+        num_evaluations=4,
+        save_rollouts=8,
     )
 
 
-def run_all(setting: Setting, workers: int = 1) -> Iterator[Curve]:
-    """Every method at every learning rate on every pair, in that order, whatever the number of workers."""
-    asked = [
-        (arm, rate, seed, setting)
-        for rate in setting.learning_rates
-        for arm in ARMS
-        for seed in range(setting.num_seeds)
-    ]
-    if workers == 1:
-        yield from map(run_one, asked)
-        return
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_alone)
-    try:
-        yield from pool.map(run_one, asked)
-    finally:
-        pool.shutdown(cancel_futures=True)
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """One method's runs as far as they are."""
+
+    method: str
+    steps: tuple[StepRecord, ...]
+    """Of the run that was begun last."""
+    before: float | None
+    latest: float | None
 
 
-def _alone() -> None:
-    """A worker keeps to one core, and leaves Ctrl-C to the process that started it."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def look(lab: Lab) -> list[Progress]:
+    """What the records on disk say, while others write them."""
+    found: dict[str, list[tuple[dict[str, float], list[StepRecord]]]] = {method: [] for method in lab.methods}
+    for trial in trials(lab):
+        path = records_of(lab, trial)
+        if path.exists():
+            records = read_records(path)
+            found[trial.method].append((records.header.get("before") or {}, records.steps))
+    return [_progress(lab, method, runs) for method, runs in found.items()]
 
 
-def smallest_log_ratio(setting: Setting) -> float:
-    """The lowest log pi_T - log pi_S at any token that a student gives at least 1 % at the start."""
-    lowest = 0.0
-    for seed in range(setting.num_seeds):
-        student, teacher = (m.logits.detach().log_softmax(-1) for m in make_pair(setting, seed, 1.0))
-        likely = student.exp() >= 0.01
-        lowest = min(lowest, float((teacher - student)[likely].min()))
-    return lowest
+def records_of(lab: Lab, trial: Trial) -> Path:
+    return Path(lab.output) / "trials" / trial.folder / "records.jsonl"
+
+
+def _progress(lab: Lab, method: str, runs: list[tuple[dict[str, float], list[StepRecord]]]) -> Progress:
+    name = f"avg@{lab.num_samples}"
+    before = [header[name] for header, _ in runs if name in header]
+    latest = [next((r.evaluation[name] for r in reversed(s) if r.evaluation), header.get(name)) for header, s in runs]
+    known = [score for score in latest if score is not None]
+    return Progress(
+        method=method,
+        steps=tuple(runs[-1][1]) if runs else (),
+        before=statistics.fmean(before) if before else None,
+        latest=statistics.fmean(known) if known else None,
+    )
+
+
+def live(lab: Lab) -> Group:
+    """The table that is redrawn while the runs go on."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("", "step", "accuracy before", "so far", "gradient norm, log scale", "now"):
+        table.add_column(column, justify="left" if column in ("", "gradient norm, log scale") else "right")
+    for row in look(lab):
+        norms = [r.gradient_norm for r in row.steps]
+        table.add_row(
+            row.method,
+            str(row.steps[-1].step + 1) if row.steps else "waiting",
+            "" if row.before is None else f"{row.before:.2f}",
+            "" if row.latest is None else f"{row.latest:.2f}",
+            spark(norms),
+            f"{norms[-1]:.2f}" if norms else "",
+        )
+    return Group(Text(""), table)
+
+
+def spark(values: Sequence[float], low: float = 0.01, high: float = 100.0, width: int = 40) -> str:
+    """A line of blocks on a fixed logarithmic scale, so that methods can be compared."""
+    span = math.log(high / low)
+    shares = [math.log(min(max(v, low), high) / low) / span for v in values[-width:]]
+    return "".join(_SPARKS[min(int(s * len(_SPARKS)), len(_SPARKS) - 1)] for s in shares)
+
+
+def findings(lab: Lab, outcomes: Sequence[Outcome]) -> list[str]:
+    """What happened, in sentences that are made from the numbers."""
+    arms = {arm.method: arm.best for arm in arms_of(lab, outcomes, TESTBED)}
+    lines = [_story(method, found) for method, found in arms.items()]
+    opd, tropd = arms.get("OPD", []), arms.get("TrOPD", [])
+    if len(opd) == len(tropd) > 1:
+        gain = paired_difference([o.score for o in tropd], [o.score for o in opd])
+        sure = "the interval excludes zero" if gain.excludes_zero else "which may be chance"
+        span = f"{gain.mean:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}]"
+        lines.append(f"TrOPD minus OPD: {span} over {gain.num_items} seeds; {sure}.")
+    return lines
+
+
+def _story(method: str, outcomes: Sequence[Outcome]) -> str:
+    scores = [o.score for o in outcomes]
+    low = statistics.fmean(o.intervals[-1][0] for o in outcomes)
+    high = statistics.fmean(o.intervals[-1][1] for o in outcomes)
+    first = statistics.fmean(n for o in outcomes for n in o.gradient_norm[:FIRST_STEPS])
+    last = statistics.fmean(n for o in outcomes for n in o.gradient_norm[-FIRST_STEPS:])
+    return (
+        f"{method}: accuracy {outcomes[0].scores[0]:.2f} → {statistics.fmean(scores):.2f} [{low:.2f}, {high:.2f}]; "
+        f"gradient norm {first:.2f} in the first ten steps, {last:.2f} in the last ten."
+    )

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from tropd.demo import Setting, distil, make_pair
+from tropd.exact import Setting, distil, make_pair
 from tropd.methods import METHODS, Method
 from tropd.methods.describe import describe
 from tropd.tabular import TabularLM, sequence_kl, visits

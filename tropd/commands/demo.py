@@ -1,84 +1,92 @@
-"""`tropd demo`: TrOPD against OPD, Full FKL and SeqKD on exact tabular models, live."""
+"""tropd demo: OPD and TrOPD side by side on the small teacher and student that come with the package, live."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import threading
 import time
-from collections.abc import Iterable, Iterator
-from importlib.util import find_spec
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING
 
-import torch
-import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.live import Live
 
-from tropd import demo_report as report
 from tropd.cli import make_console
-from tropd.demo import ARMS, Curve, Setting, run_all, smallest_log_ratio
+from tropd.commands import Arguments
 from tropd.errors import ConfigError
 
-DEFAULT = Setting()
-
-
-def demonstrate(setting: Setting, output: Path, *, workers: int, figure: bool, console: Console) -> list[Curve]:
-    """Run everything, show it, and write results.json and the figure into `output`."""
-    if figure and find_spec("matplotlib") is None:
-        raise ConfigError(
-            "a figure was asked for, but matplotlib is missing: pip install 'tropd[plot]', or --no-figure."
-        )
-    start, num_runs = time.perf_counter(), len(ARMS) * len(setting.learning_rates) * setting.num_seeds
-    ratio = smallest_log_ratio(setting)
-    console.print(report.opening(setting, num_runs, ratio), soft_wrap=True)
-    curves = list(_watched(run_all(setting, workers), setting, num_runs, console))
-    console.print(report.table(curves))
-    for line in report.findings(curves) + report.LIMITS:
-        console.print(line, soft_wrap=True)
-    output.mkdir(parents=True, exist_ok=True)
-    written = [report.write_results(output, setting, curves, ratio)]
-    if figure:
-        written += report.draw(output, setting, curves)
-    console.print(f"{time.perf_counter() - start:.0f} s. Written: {', '.join(map(str, written))}", soft_wrap=True)
-    return curves
-
-
-def _watched(curves: Iterable[Curve], setting: Setting, num_runs: int, console: Console) -> Iterator[Curve]:
-    """A bar in a terminal, and a line for each method and learning rate that is done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task, done = bar.add_task("runs", total=num_runs), []
-        for curve in curves:
-            bar.advance(task)
-            done.append(curve)
-            if len(done) == setting.num_seeds:
-                bar.console.print(report.progress_line(done), soft_wrap=True)
-                done = []
-            yield curve
-
-
-def _flags(
-    setting: Annotated[Setting, tyro.conf.arg(name="")] = DEFAULT,
-    output: Path = Path("runs/demo"),
-    workers: int = 0,
-    figure: bool = True,
-) -> tuple[Setting, Path, int, bool]:
-    """TrOPD against OPD, Full FKL and SeqKD on exact tabular models.
-
-    Args:
-        setting: The toy.
-        output: Where results.json and the figure go.
-        workers: Processes; 0 takes one for each core, at most 8.
-        figure: Draw the figure (needs matplotlib).
-    """
-    return setting, output, workers, figure
+if TYPE_CHECKING:
+    from tropd.laboratory.lab import Lab
 
 
 def main(argv: list[str]) -> int:
-    setting, output, workers, figure = tyro.cli(_flags, args=argv, prog="tropd demo")
-    if workers < 0:
-        raise ConfigError(f"--workers is {workers}: give a number of processes, or 0 for one for each core.")
-    torch.set_num_threads(1)
-    workers = workers or min(os.cpu_count() or 1, 8)
-    demonstrate(setting, output, workers=workers, figure=figure, console=make_console())
+    parser = Arguments(prog="tropd demo", description=__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/demo"), help="the folder; an earlier demo's is renewed"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
+    parser.add_argument("--steps", type=int, help="by default what the testbed suggests")
+    parser.add_argument("--workers", type=int, default=0, help="processes; 0: one for each core")
+    asked = parser.parse_args(argv)
+    if asked.seeds < 1 or asked.workers < 0:
+        raise ConfigError(f"--seeds {asked.seeds} --workers {asked.workers}: give at least one seed, and workers or 0.")
+    _demonstrate(asked.output, asked.seeds, asked.steps, asked.workers or len(os.sched_getaffinity(0)), make_console())
     return 0
+
+
+def _demonstrate(output: Path, num_seeds: int, steps: int | None, workers: int, console: Console) -> None:
+    from tropd import demo
+    from tropd.laboratory.runner import compare
+    from tropd.laboratory.tables import arms_of, score_sheet
+
+    _renew(output)
+    lab, started = demo.lab_of(output, num_seeds, steps), time.perf_counter()
+    console.print(demo.OPENING, soft_wrap=True)
+    with _shown(lab, console):
+        outcomes = compare(lab, workers=workers, tell=lambda line: console.print(line, soft_wrap=True, markup=False))
+    if len(outcomes) < num_seeds * len(lab.methods):
+        raise ConfigError("the demonstration was stopped before it was done. Run it again.")
+    console.print(score_sheet(lab, demo.TESTBED, arms_of(lab, outcomes, demo.TESTBED)).shown())
+    for line in (*demo.findings(lab, outcomes), demo.LIMITS):
+        console.print(line, soft_wrap=True, markup=False)
+    console.print(f"{time.perf_counter() - started:.0f} s. {_page(output)}", soft_wrap=True, markup=False)
+
+
+def _renew(output: Path) -> None:
+    """Only what an earlier demonstration wrote is removed."""
+    if (output / "results.jsonl").exists():
+        shutil.rmtree(output)
+    elif output.exists() and any(output.iterdir()):
+        raise ConfigError(f"{output} holds something else than an earlier demonstration. Name another --output.")
+
+
+@contextmanager
+def _shown(lab: Lab, console: Console) -> Iterator[None]:
+    """In a terminal, a table that follows the records on disk; elsewhere a line per run is enough."""
+    if not console.is_terminal:
+        yield
+        return
+    from tropd import demo
+
+    over = threading.Event()
+    with Live(console=console, refresh_per_second=4, transient=True) as view:
+
+        def follow() -> None:
+            while not over.wait(0.5):
+                view.update(demo.live(lab))
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+def _page(output: Path) -> str:
+    """Where the results are."""
+    return f"Results: {output / 'results.jsonl'}"

@@ -28,7 +28,9 @@ from tropd import config_file
 from tropd.data.rows import nearest
 from tropd.errors import ConfigError
 from tropd.methods import AnyMethod
-from tropd.testbeds import TESTBEDS
+from tropd.testbeds import TESTBEDS, Testbed
+
+EMBEDDED = "embedded/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,8 @@ class Lab:
     methods: dict[str, Annotated[AnyMethod, Field(discriminator="name")]]
     """What is compared, by the name it has in the tables."""
     testbeds: tuple[str, ...]
-    """Names from tropd.testbeds, or run files (.toml) with models of your own."""
+    """Names from tropd.testbeds, "embedded/NAME" for models that come with the package (the same for every seed), or
+    run files (.toml) with models of your own."""
     learning_rates: tuple[float, ...] = ()
     """Every method is tried at each; none: the one that the testbed suggests."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -119,7 +122,12 @@ def rates_of(lab: Lab, testbed: str) -> tuple[float, ...]:
         return lab.learning_rates
     if testbed.endswith(".toml"):
         return (config_file.load(Path(testbed)).optimizer.learning_rate,)
-    return (TESTBEDS[testbed].learning_rate,)
+    return (bed_of(testbed).learning_rate,)
+
+
+def bed_of(testbed: str) -> Testbed:
+    """What a name that is no run file stands for."""
+    return TESTBEDS[testbed.removeprefix(EMBEDDED)]
 
 
 def load_lab(path: Path) -> Lab:
@@ -142,7 +150,7 @@ def _check_testbed(name: str) -> None:
     if name.endswith(".toml"):
         if not Path(name).exists():
             raise ConfigError(f"testbed {name!r} is a run file that does not exist.")
-    elif name not in TESTBEDS:
+    elif name.removeprefix(EMBEDDED) not in TESTBEDS:
         raise ConfigError(
             f"there is no testbed {name!r}{nearest(name, TESTBEDS)}. Known: {', '.join(TESTBEDS)}; or name a run file "
             "that ends in .toml."

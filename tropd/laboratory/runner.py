@@ -20,6 +20,7 @@ from tropd.errors import ConfigError, MethodWarning
 from tropd.laboratory.lab import Lab, Trial, trials
 from tropd.laboratory.trial import Outcome, fingerprint_of, pair_of, run_of, run_trial
 from tropd.student.checkpoint import alone
+from tropd.testbeds import TESTBEDS
 
 _OUTCOME = TypeAdapter(Outcome)
 A = TypeVar("A")
@@ -90,7 +91,7 @@ def _check(lab: Lab, known: dict[str, Outcome]) -> None:
 
 def _make_pairs(lab: Lab, known: dict[str, Outcome], workers: int, tell: Callable[[str], None]) -> None:
     """First of all, so that no two trials make the same."""
-    wanted = list(dict.fromkeys((t.testbed, t.seed) for t in trials(lab) if not t.testbed.endswith(".toml")))
+    wanted = list(dict.fromkeys((t.testbed, t.seed) for t in trials(lab) if t.testbed in TESTBEDS))
     missing = [(bed, seed) for bed, seed in wanted if not (Path(lab.pairs) / f"{bed}-{seed}" / "pair.json").exists()]
     if not missing:
         return

@@ -25,10 +25,10 @@ from tropd.config import (
 )
 from tropd.data.prompts import DataConfig
 from tropd.errors import TrainingDiverged
-from tropd.laboratory.lab import Lab, Trial
+from tropd.laboratory.lab import EMBEDDED, Lab, Trial, bed_of
 from tropd.report.display import Display
 from tropd.report.records import read_records
-from tropd.testbeds import TESTBEDS, Pair, make_pair
+from tropd.testbeds import Pair, embedded, make_pair
 from tropd.types import StepRecord
 
 FIRST_STEPS = 10
@@ -46,6 +46,8 @@ class Outcome:
     fingerprint: str
     steps: tuple[int, ...]
     scores: tuple[float, ...]
+    intervals: tuple[tuple[float, float], ...] = ()
+    """95 % over the held-out prompts, of the scores."""
     greedy: tuple[float, ...]
     lengths: tuple[float, ...]
     """Of answers to held-out prompts, in tokens."""
@@ -77,14 +79,16 @@ def pair_of(lab: Lab, testbed: str, seed: int) -> Pair | None:
     """The testbed's models for a seed, made if they are not there; None for a run file, which brings its own."""
     if testbed.endswith(".toml"):
         return None
-    return make_pair(TESTBEDS[testbed], seed, Path(lab.pairs) / f"{testbed}-{seed}")
+    if testbed.startswith(EMBEDDED):
+        return embedded(testbed.removeprefix(EMBEDDED))
+    return make_pair(bed_of(testbed), seed, Path(lab.pairs) / f"{testbed}-{seed}")
 
 
 def run_of(lab: Lab, trial: Trial, pair: Pair | None) -> Run:
     """The run that a trial is."""
     if pair is None:
         return _run_of_file(lab, trial)
-    bed = TESTBEDS[trial.testbed]
+    bed = bed_of(trial.testbed)
     steps = lab.steps or bed.steps
     return Run(
         student=StudentConfig(path=str(pair.student)),
@@ -175,6 +179,7 @@ def _outcome(
         fingerprint=fingerprint_of(run),
         steps=tuple(step for step, _ in evaluated),
         scores=tuple(found[name] for _, found in evaluated),
+        intervals=tuple((found[f"{name}/low"], found[f"{name}/high"]) for _, found in evaluated),
         greedy=tuple(found["greedy"] for _, found in evaluated if "greedy" in found),
         lengths=tuple(found["length/mean"] for _, found in evaluated),
         gradient_norm=tuple(r.gradient_norm for r in records),

@@ -1,4 +1,4 @@
-"""What `tropd demo` says about its curves.  Every sentence about a method is made from the numbers."""
+"""What `tropd exact` says about its curves.  Every sentence about a method is made from the numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 import tropd
-from tropd.demo import ARMS, Curve, Setting
+from tropd.exact import ARMS, Curve, Setting
 
 # Student's t, two-sided 95 %, by degrees of freedom; beyond the last entry it is kept, which is a little too wide.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)

@@ -1,0 +1,159 @@
+"""A comparison is fair, goes on after a kill, and says what its outcomes say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.integration.runs import prepare, run_in
+from tropd import config_file
+from tropd.cli import main
+from tropd.errors import ConfigError
+from tropd.laboratory.lab import Lab, load_lab, trials
+from tropd.laboratory.runner import compare, read_outcomes
+from tropd.laboratory.tables import arms_of, score_sheet, sheets
+from tropd.laboratory.trial import Outcome
+from tropd.methods import OPD, FullFKL, SeqKD
+
+EVALUATION = {"num_samples": 2, "max_new_tokens": 4, "every": 1}
+
+
+@pytest.fixture
+def bed(tmp_path):
+    """A run file with two tiny models, and held-out prompts."""
+    folder = prepare(tmp_path / "bed")
+    run = run_in(folder, evaluation={**EVALUATION, "data": {"path": str(folder / "data.jsonl"), "limit": 4}}, steps=2)
+    (folder / "run.toml").write_text(config_file.dump(run))
+    return str(folder / "run.toml")
+
+
+def lab_in(folder, bed, **changes) -> Lab:
+    arms = {"OPD": OPD(), "Full FKL": FullFKL(top_k=4)}
+    return Lab(**{"output": str(folder), "testbeds": (bed,), "methods": arms, "seeds": (0, 1), **changes})
+
+
+def lasting(outcomes):
+    return [dataclasses.replace(o, seconds=0.0) for o in outcomes]
+
+
+def test_two_comparisons_give_the_same_table_and_a_third_runs_nothing(tmp_path, bed):
+    said: list[str] = []
+    first = compare(lab_in(tmp_path / "a", bed), tell=said.append)
+    again = compare(lab_in(tmp_path / "b", bed), workers=2, tell=said.append)
+    assert len(first) == 4 and lasting(first) == lasting(again)
+    assert score_sheet(lab_in(tmp_path, bed), bed, arms_of(lab_in(tmp_path, bed), first, bed)).rows == (
+        score_sheet(lab_in(tmp_path, bed), bed, arms_of(lab_in(tmp_path, bed), again, bed)).rows
+    )
+    lines = (tmp_path / "a" / "results.jsonl").read_bytes()
+    assert compare(lab_in(tmp_path / "a", bed), tell=said.append) == first
+    assert (tmp_path / "a" / "results.jsonl").read_bytes() == lines
+    assert "0 trials to go" in said[-1]
+
+
+def test_a_method_may_be_added_and_a_setting_may_not_be_changed(tmp_path, bed):
+    first = compare(lab_in(tmp_path / "a", bed, seeds=(0,)), tell=str)
+    more = lab_in(tmp_path / "a", bed, seeds=(0,), methods={"OPD": OPD(), "Full FKL": FullFKL(top_k=4), "KD": SeqKD()})
+    assert compare(more, tell=str)[:2] == first
+    changed = lab_in(tmp_path / "a", bed, seeds=(0,), methods={"OPD": OPD(), "Full FKL": FullFKL(top_k=5)})
+    with pytest.raises(ConfigError, match="Full FKL.*other settings"):
+        compare(changed, tell=str)
+
+
+def test_a_killed_comparison_goes_on(tmp_path, bed):
+    whole = compare(lab_in(tmp_path / "whole", bed), tell=str)
+    lab = tmp_path / "lab.toml"
+    lab.write_text(
+        f'output = "{tmp_path / "cut"}"\ntestbeds = ["{bed}"]\nseeds = [0, 1]\n'
+        '[methods.OPD]\nname = "opd"\n[methods."Full FKL"]\nname = "full_fkl"\ntop_k = 4\n'
+    )
+    command = [sys.executable, "-m", "tropd", "compare", str(lab), "--workers", "1", "--no-figures"]
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    results = tmp_path / "cut" / "results.jsonl"
+    deadline = time.monotonic() + 120
+    while not (results.exists() and results.read_text().count("\n")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    with results.open("a") as file:
+        file.write('{"testbed": "to')  # as a kill inside a write leaves it
+    done = results.read_text().count("\n")
+    assert 1 <= done < 4
+    said: list[str] = []
+    outcomes = compare(load_lab(lab), tell=said.append)
+    assert lasting(outcomes) == lasting(whole)
+    assert f"{done} outcomes" in said[0]
+
+
+def outcome(method: str, rate: float, seed: int, score: float) -> Outcome:
+    return Outcome(
+        testbed="nano-hard",
+        method=method,
+        learning_rate=rate,
+        seed=seed,
+        status="done",
+        fingerprint="",
+        steps=(0, 40),
+        scores=(0.2, score),
+        greedy=(),
+        lengths=(9.0, 20.0),
+        gradient_norm=(1.0, 2.0),
+        tokens={"student": 10, "teacher": 0},
+        probes={},
+        seconds=1.0,
+    )
+
+
+def test_a_table_takes_each_method_at_its_best_rate_and_pairs_the_seeds():
+    lab = Lab(
+        output="",
+        testbeds=("nano-hard",),
+        methods={"OPD": OPD(), "KD": SeqKD()},
+        learning_rates=(1e-3, 1e-2),
+        seeds=(0, 1),
+    )
+    scores = {("OPD", 1e-3): (0.4, 0.6), ("OPD", 1e-2): (0.1, 0.1), ("KD", 1e-3): (0.2, 0.2), ("KD", 1e-2): (0.5, 0.7)}
+    outcomes = [outcome(m, r, seed, s) for (m, r), found in scores.items() for seed, s in enumerate(found)]
+    sheet = sheets(lab, outcomes)[0]
+    assert [row[0] for row in sheet.rows] == ["KD", "OPD"]
+    first = dict(zip(sheet.columns, sheet.rows[0], strict=True))
+    assert first["rate 0.001"].startswith("0.200") and first["best rate"].startswith("0.600")
+    assert first["minus OPD, paired"] == "+0.100 [+0.100, +0.100]" and first["P(better than OPD)"] == "0.75"
+    assert "| KD |" in sheet.markdown()
+
+
+def test_seeds_come_before_methods_so_that_a_part_is_a_smaller_comparison():
+    lab = Lab(output="", testbeds=("nano-hard",), methods={"OPD": OPD(), "KD": SeqKD()}, seeds=(0, 1))
+    assert [(t.seed, t.method) for t in trials(lab)] == [(0, "OPD"), (0, "KD"), (1, "OPD"), (1, "KD")]
+    assert len({t.folder for t in trials(lab)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('testbeds = ["nano-hrd"]\n[methods.A]\nname = "opd"', "did you mean 'nano-hard'"),
+        ('testbeds = ["nano-hard"]\nseed = [1]\n[methods.A]\nname = "opd"', "unknown key 'seed'; did you mean 'seeds'"),
+        ('testbeds = ["nano-hard"]\n[methods.A]\nname = "odp"', "there is no method 'odp'; did you mean 'opd'"),
+        ('testbeds = ["nano-hard"]\n[methods.A]\nname = "opd"\ntopk = 3', "unknown key 'methods.A.topk'"),
+        ('testbeds = ["nano-hard"]\nbaseline = "B"\n[methods.A]\nname = "opd"', "none of the methods: A"),
+        ('testbeds = ["nano-hard"]\nseeds = [1, 1]\n[methods.A]\nname = "opd"', "says something twice"),
+        ('testbeds = ["there/is/none.toml"]\n[methods.A]\nname = "opd"', "does not exist"),
+        ("testbeds = [", "cannot be read as TOML"),
+    ],
+)
+def test_a_wrong_comparison_is_refused_in_words(text, said, tmp_path, capsys):
+    (tmp_path / "lab.toml").write_text(text)
+    assert main(["compare", str(tmp_path / "lab.toml")]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_foreign_line_in_the_results_is_named(tmp_path):
+    (tmp_path / "results.jsonl").write_text(json.dumps({"testbed": "x"}) + "\n")
+    with pytest.raises(ConfigError, match="line 1"):
+        read_outcomes(tmp_path / "results.jsonl")
