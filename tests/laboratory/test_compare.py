@@ -157,3 +157,17 @@ def test_a_foreign_line_in_the_results_is_named(tmp_path):
     (tmp_path / "results.jsonl").write_text(json.dumps({"testbed": "x"}) + "\n")
     with pytest.raises(ConfigError, match="line 1"):
         read_outcomes(tmp_path / "results.jsonl")
+
+
+def test_tables_go_into_a_page_between_their_marks(tmp_path, capsys):
+    lab, page = tmp_path / "mine.toml", tmp_path / "page.md"
+    lab.write_text(f'output = "{tmp_path}"\ntestbeds = ["nano-hard"]\nseeds = [0]\n[methods.OPD]\nname = "opd"\n')
+    (tmp_path / "results.jsonl").write_text(json.dumps(dataclasses.asdict(outcome("OPD", 3e-4, 0, 0.5))) + "\n")
+    command = ["compare", str(lab), "--tables", "--no-figures", "--into", str(page)]
+    page.write_text("before\n<!-- lab other -->\n<!-- /lab -->\n")
+    assert main(command) == 2 and "<!-- lab mine -->" in capsys.readouterr().err
+    page.write_text("before\n<!-- lab mine -->\nold\n<!-- /lab -->\nafter\n")
+    assert main(command) == main(command) == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("<!-- /lab -->\nafter\n")
+    assert "old" not in text and text.count("| OPD | 0.500 |") == 1
