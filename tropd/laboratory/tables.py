@@ -100,10 +100,11 @@ def score_sheet(lab: Lab, testbed: str, arms: Sequence[Arm]) -> Sheet:
     heads = [f"rate {rate:g}" for rate in rates] + ([] if len(rates) == 1 else ["best rate"])
     num_steps = max(o.steps[-1] for o in first)
     return Sheet(
-        title=f"{testbed}: accuracy after {num_steps} steps, {len(starts)} seeds",
+        title=f"{testbed}: accuracy after {num_steps} steps, {len(starts)} seed{'s' if len(starts) > 1 else ''}",
         columns=("method", *heads, f"minus {lab.compared_with}, paired", f"P(better than {lab.compared_with})"),
         rows=tuple(rows),
-        note=f"Before training: {_interval(list(starts.values()))}. In brackets: 95 % bootstrap interval over seeds.",
+        note=f"Before training: {_interval(list(starts.values()))}."
+        + (" In brackets: 95 % bootstrap interval over seeds." if len(starts) > 1 else ""),
     )
 
 
@@ -116,6 +117,8 @@ def _against(arm: Arm, base: Arm | None) -> tuple[str, str]:
         return "", ""
     ours, others = zip(*pairs, strict=True)
     gain, chance = paired_difference(ours, others), probability_of_improvement([ours], [others])
+    if len(pairs) == 1:
+        return f"{gain.mean:+.3f}", ""
     return f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]", f"{chance:.2f}"
 
 
