@@ -68,6 +68,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "methods": (methods, "the methods: name, paper, evidence they need"),
     "explain": (explain, "a method in full: equation, terms, evidence, knobs, readings"),
     "doctor": ("tropd.commands.doctor", "what will go wrong with a run, and what to change"),
+    "plan": ("tropd.commands.plan", "memory, time and servers that a run will need elsewhere"),
     "train": ("tropd.commands.train", "train from a run file"),
     "resume": ("tropd.commands.resume", "go on from the newest checkpoint of a run"),
     "evaluate": ("tropd.commands.evaluate", "draw answers, grade them, say how sure the score is"),

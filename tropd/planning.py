@@ -1,0 +1,176 @@
+"""What a run will need on machines that are not at hand: memory per device, time per step, servers, bytes.
+
+A phase takes the longer of its arithmetic and its traffic (the roofline of Williams et al. 2009) over the share of the
+peak that real kernels reach:
+
+    teacher scoring    2 P_T tokens
+    training           6 P_S tokens; 8 with gradient checkpointing
+    writing            2 P_S tokens, or P_S bytes and the cache read once per token of the longest answer
+
+The shares in REACHED are assumptions, good to a factor of two, not measurements of tropd on these devices.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+
+from tropd.config import Run
+from tropd.doctor.cost import Need, need_of
+from tropd.doctor.subject import read_subject
+from tropd.errors import ConfigError
+from tropd.student.models import choose_device, choose_dtype
+
+REACHED = {"score": 0.5, "train": 0.35, "write": 0.5}
+"""Share of a device's peak that each phase is taken to reach."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    name: str
+    memory: float
+    """Bytes."""
+    operations: float
+    """Per second, dense, in bfloat16 (float32 on a CPU)."""
+    bandwidth: float
+    """Bytes of memory per second."""
+
+
+# From the makers' data sheets: SXM modules, without sparsity.
+DEVICES = {
+    "a100": Device(name="a100", memory=80e9, operations=312e12, bandwidth=2.0e12),
+    "h100": Device(name="h100", memory=80e9, operations=989e12, bandwidth=3.35e12),
+    "h200": Device(name="h200", memory=141e9, operations=989e12, bandwidth=4.8e12),
+    "l40s": Device(name="l40s", memory=48e9, operations=362e12, bandwidth=0.864e12),
+    "rtx4090": Device(name="rtx4090", memory=24e9, operations=165e12, bandwidth=1.008e12),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run on a cluster; seconds are per step."""
+
+    device: Device
+    num_devices: int
+    need: Need
+    """Bytes on one device, with nothing sharded."""
+    tokens: dict[str, float]
+    """Per step: prompt, written by the student, trained on."""
+    seconds: dict[str, float]
+    steps: int
+    score_bytes: float
+    """Sent by a teacher server in a step."""
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def run_seconds(self) -> float:
+        return self.step_seconds * self.steps
+
+    @property
+    def teacher_devices(self) -> int:
+        """So many teachers score a batch in the time in which it is trained on."""
+        return max(1, ceil(self.seconds["score"] / self.seconds["train"]))
+
+    @property
+    def writing_devices(self) -> int:
+        return max(1, ceil(self.seconds["write"] / self.seconds["train"]))
+
+    @property
+    def fits(self) -> bool:
+        return self.need.peak <= self.device.memory
+
+
+def make_plan(run: Run, device: Device, num_devices: int = 1) -> Plan:
+    """From the models' configurations and the prompts alone; no weights are read."""
+    subject, refusals = read_subject(run)
+    if subject is None or not subject.prompts:
+        found = [str(check) for check in refusals] or ["there are no prompts"]
+        raise ConfigError("a plan needs the models' configurations and the prompts: " + " ".join(found))
+    need = need_of(subject)
+    width = choose_dtype(run.student.dtype, choose_device(run.device)).itemsize
+    num_rollouts = run.rollout.num_prompts * run.rollout.num_rollouts
+    prompt = sum(len(p.token_ids) for p in subject.prompts) / len(subject.prompts)
+    tokens = {
+        "prompt": prompt * num_rollouts,
+        "written": float(run.rollout.max_new_tokens * num_rollouts),
+        "read": (prompt + run.rollout.max_new_tokens) * num_rollouts,
+    }
+    size = {"student": need.student / width, "teacher": (need.teacher or need.student) / width}
+    factor = 8 if run.student.gradient_checkpointing else 6
+    operations = {
+        "write": 2 * size["student"] * tokens["read"],
+        "score": 2 * size["teacher"] * tokens["read"],
+        "train": factor * size["student"] * tokens["read"] * run.optimizer.num_updates,
+    }
+    passes = ceil(num_rollouts / run.rollout.max_batch / num_devices)
+    traffic = {
+        "write": passes * run.rollout.max_new_tokens * (need.student + need.keys_and_values / 2),
+        "score": float(need.teacher or need.student),
+        "train": float(3 * need.student + 2 * need.moments),
+    }
+    seconds = {
+        phase: max(operations[phase] / device.operations / num_devices, traffic[phase] / device.bandwidth)
+        / REACHED[phase]
+        for phase in operations
+    }
+    per_token = 8 + 12 * getattr(run.method, "top_k", 0)  # a log-probability, and ids with theirs
+    return Plan(
+        device=device,
+        num_devices=num_devices,
+        need=need,
+        tokens=tokens,
+        seconds=seconds,
+        steps=run.steps,
+        score_bytes=tokens["written"] * per_token,
+    )
+
+
+def read_cluster(text: str) -> tuple[Device, int]:
+    """`8xh100`, `h200`, or `here`: this machine, measured."""
+    if text == "here":
+        return measure_here(), 1
+    found = re.fullmatch(r"(?:(\d+)x)?([a-z0-9]+)", text.lower())
+    if found is None or found.group(2) not in DEVICES or found.group(1) == "0":
+        raise ConfigError(
+            f"--cluster {text!r} is not understood. Give a number and a device, such as 8xh100; known: "
+            f"{', '.join(DEVICES)}; or `here` for this machine."
+        )
+    return DEVICES[found.group(2)], int(found.group(1) or 1)
+
+
+def measure_here(seconds: float = 0.3) -> Device:
+    """Matrix products and copies on this machine's own device."""
+    from tropd.doctor.cost import free_memory
+
+    where = choose_device("auto")
+    dtype = choose_dtype("auto", where)
+    a, b = (torch.randn(1024, 1024, device=where).to(dtype) for _ in range(2))
+    large = torch.empty(1 << 26, dtype=torch.uint8, device=where)
+    products = _rate(lambda: a @ b, seconds, where)
+    copies = _rate(lambda: large.clone(), seconds, where)
+    return Device(
+        name=f"this {where.type}",
+        memory=float(free_memory(where) or 0),
+        operations=products * 2 * 1024**3,
+        bandwidth=copies * 2 * large.numel(),
+    )
+
+
+def _rate(work: object, seconds: float, device: torch.device) -> float:
+    """How often per second."""
+    assert callable(work)
+    work()
+    count, started = 0, time.perf_counter()
+    while (passed := time.perf_counter() - started) < seconds or count < 3:
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        count += 1
+    return count / passed
