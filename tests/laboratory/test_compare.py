@@ -171,3 +171,20 @@ def test_tables_go_into_a_page_between_their_marks(tmp_path, capsys):
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("<!-- /lab -->\nafter\n")
     assert "old" not in text and text.count("| OPD | 0.500 |") == 1
+
+
+def test_a_run_that_a_comparison_beside_it_has_made_is_taken_over_by_its_settings(tmp_path):
+    from tropd.laboratory import runner
+    from tropd.laboratory.trial import fingerprint_of, pair_of, run_of
+
+    def lab(name: str, arms) -> Lab:
+        return Lab(output=str(tmp_path / name), testbeds=("embedded/nano-hard",), methods=arms, seeds=(0,), steps=1)
+
+    first, second = lab("a", {"OPD": OPD()}), lab("b", {"plain": OPD(), "KD": SeqKD()})
+    (made,) = compare(first, tell=str)
+    said: list[str] = []
+    outcomes = compare(second, tell=said.append)
+    assert outcomes[0] == dataclasses.replace(made, method="plain") and "1 of them" in said[0]
+    (trial,) = trials(first)
+    assert made.fingerprint == fingerprint_of(run_of(first, trial, pair_of(first, trial.testbed, 0)))
+    assert {t.key for t in trials(second)} == set(runner.read_outcomes(tmp_path / "b" / "results.jsonl"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -37,17 +38,49 @@ def compare(lab: Lab, *, workers: int = 1, tell: Callable[[str], None] = print) 
         known = read_outcomes(directory / "results.jsonl")
         _make_pairs(lab, known, workers, tell)
         _check(lab, known)
+        shared = _take_over(lab, known)
         left = [trial for trial in trials(lab) if trial.key not in known]
         if known:
-            tell(f"{len(known)} outcomes are in {directory / 'results.jsonl'} already; {len(left)} trials to go")
+            said = f" ({len(shared)} of them the same runs in comparisons beside it)" if shared else ""
+            tell(f"{len(known)} outcomes are there already{said}; {len(left)} trials to go")
         with (directory / "results.jsonl").open("a") as file:
+            for outcome in shared:
+                _write(file, outcome)
             for trial, outcome in _run_all(lab, left, workers):
                 known[trial.key] = outcome
-                file.write(json.dumps(asdict(outcome)) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+                _write(file, outcome)
                 tell(f"{len(left) - sum(t.key not in known for t in left)}/{len(left)}  {_line(outcome)}")
     return [known[trial.key] for trial in trials(lab) if trial.key in known]
+
+
+def _write(file: IO[str], outcome: Outcome) -> None:
+    file.write(json.dumps(asdict(outcome)) + "\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _take_over(lab: Lab, known: dict[str, Outcome]) -> list[Outcome]:
+    """What a comparison beside this one has run already, perhaps by another name: same settings, same outcome."""
+    beside = Path(lab.output).parent.glob("*/results.jsonl")
+    there = {(o.testbed, o.fingerprint): o for path in sorted(beside) for o in _peek(path)}
+    taken = []
+    for trial in trials(lab):
+        if trial.key in known or trial.testbed.endswith(".toml"):
+            continue
+        asked = fingerprint_of(run_of(lab, trial, pair_of(lab, trial.testbed, trial.seed)))
+        if (found := there.get((trial.testbed, asked))) is not None:
+            known[trial.key] = dataclasses.replace(found, method=trial.method)
+            taken.append(known[trial.key])
+    return taken
+
+
+def _peek(path: Path) -> list[Outcome]:
+    """The whole lines of a file that somebody else may be writing; nothing of one that is no comparison's."""
+    lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    try:
+        return [_OUTCOME.validate_json(line) for line in lines]
+    except ValidationError:
+        return []
 
 
 def read_outcomes(path: Path) -> dict[str, Outcome]:

@@ -124,7 +124,7 @@ def _against(arm: Arm, base: Arm | None) -> tuple[str, str]:
 
 _PROBES = {
     "trust share": "trust/share",
-    "lowest log-ratio": "ratio/min",
+    "lowest log-ratio of a step": "ratio/min",
     "top-k overlap": "overlap/top_k",
     "entropy of the student": "entropy/student",
 }
