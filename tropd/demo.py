@@ -33,7 +33,7 @@ OPENING = (
 )
 LIMITS = (
     "What this does not show: a better end. With three times the steps, or on a milder mismatch, OPD catches up "
-    "(docs/results.md). With the paper's own beta of 0.001 TrOPD is slower than OPD at this budget. A vocabulary of 24 "
+    "(docs/results.md). With the paper's own beta of 0.001 TrOPD is slower than OPD at this budget. A vocabulary of 22 "
     "and answers of 20 tokens are no test of what the paper claims for large models."
 )
 

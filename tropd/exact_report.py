@@ -192,7 +192,7 @@ def _draw_arm(axes: Sequence, curves: Sequence[Curve], colour: str) -> None:
 
 
 def markdown(curves: Sequence[Curve]) -> str:
-    """Both divergences after the last step, as in README.md."""
+    """Both divergences after the last step, as in docs/exact.md."""
     rates = learning_rates(curves)
     head = ["method", *(f"{name}, rate {rate:g}" for name in ("KL(S‖T)", "KL(T‖S)") for rate in rates)]
     rows = [

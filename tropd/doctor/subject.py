@@ -166,7 +166,8 @@ def _read_prompts(data: DataConfig, student: Side, checks: list[Check], name: st
     example = str(student.tokenizer.decode(list(prompts[0].token_ids)))
     shown = f"{data.path}: {report}\nthe first prompt as the student reads it: {example[:300]!r}"
     if report.skipped or report.warnings:
-        checks.append(warning(name, shown, "Read the rows that were left out; data.on_bad_row = 'refuse' stops there."))
+        advice = "Read the rows that were left out; data.on_bad_row = 'refuse' stops there." if report.skipped else ""
+        checks.append(warning(name, shown, advice))
     else:
         checks.append(ok(name, shown))
     return prompts

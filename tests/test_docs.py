@@ -1,0 +1,102 @@
+"""What docs/ shows runs, and what it claims is so."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.run_case import write_models
+from tropd import config_file
+from tropd.cli import COMMANDS, main
+from tropd.exact import Setting, run_all
+from tropd.exact_report import markdown
+from tropd.laboratory.lab import load_lab
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and text of what is fenced."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def exact_result() -> str:
+    page = (ROOT / "docs" / "exact.md").read_text()
+    found = re.search(r"<!-- exact -->\n(.*?)<!-- /exact -->", page, re.DOTALL)
+    assert found
+    return found.group(1)
+
+
+def numbers(text: str) -> list[float]:
+    return [float(x) for x in re.findall(r"(?<=\| )[\d.]+(?= )", text)]
+
+
+def test_the_tutorial_runs_from_top_to_bottom_and_prints_what_it_shows(tmp_path, monkeypatch):
+    """A block of text is what the code before it prints."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    write_models(tmp_path / "models")
+    names: dict[str, Any] = {"__name__": "tutorial"}
+    printed = io.StringIO()
+    for language, text in blocks(ROOT / "docs" / "tutorial.md"):
+        if language == "text":
+            assert printed.getvalue() == text
+            continue
+        if language == "toml":
+            (tmp_path / text.split()[1]).write_text(text)
+            continue
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            if language == "python":
+                exec(compile(text, "docs/tutorial.md", "exec"), names)
+            else:
+                assert [main(shlex.split(line)[1:]) for line in text.splitlines()] == [0] * len(text.splitlines())
+    records = names["records"]
+    assert records.header["before"]["avg@2"] < 0.3 and records.steps[-1].evaluation["avg@2"] > 0.5
+    assert (tmp_path / "runs" / "short" / "model").is_dir()
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.stem not in ("tutorial", "README")], ids=lambda p: p.name)
+def test_python_blocks_of_a_page_run_in_order(page):
+    names: dict[str, object] = {"__name__": page.stem}
+    for language, text in blocks(page):
+        if language == "python":
+            exec(compile(text, page.name, "exec"), names)
+
+
+def test_every_toml_block_is_a_run_or_a_comparison(tmp_path):
+    found = [text for page in PAGES for language, text in blocks(page) if language == "toml"]
+    assert len(found) > 2
+    for text in found:
+        path = tmp_path / "shown.toml"
+        path.write_text(text)
+        (load_lab if "methods" in tomllib.loads(text) else config_file.load)(path)
+
+
+def test_commands_and_links_of_every_page_exist():
+    for page in PAGES:
+        text = page.read_text()
+        for command in re.findall(r"(?:^    |^|`)tropd ([a-z]\w+)(?=[ `\n])", text, re.MULTILINE):
+            assert command in COMMANDS, f"{page.name}: tropd {command}"
+        for link in re.findall(r"\]\(((?!http|#)[^)#]+)", text):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_exact_result_has_a_mean_for_each_method_rate_and_divergence():
+    assert len(numbers(exact_result())) == 5 * 3 * 2
+
+
+@pytest.mark.slow
+def test_the_exact_result_comes_out_again():
+    """Other processors round otherwise, so a few of the sampled tokens may differ."""
+    again, shown = markdown(list(run_all(Setting(), workers=2))), exact_result()
+    assert again.splitlines()[0] == shown.splitlines()[0]
+    assert numbers(again) == pytest.approx(numbers(shown), rel=0.1)
