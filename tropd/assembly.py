@@ -102,12 +102,13 @@ def load_parts(run: Run, directory: Path) -> Parts:
     data = _limit_prompts(run.data, _shortest(learner, teacher), run.rollout.max_new_tokens)
     stream, notes = _open_stream(data, tokenizer, run.seed)
     held_out, eval_notes = _held_out(run, tokenizer, learner.forward.context)
+    engine = TransformersEngine(model, vocab_size=size, max_batch=run.rollout.max_batch)
     return Parts(
         run=run,
         tokenizer=tokenizer,
         model=model,
         learner=learner,
-        engine=TransformersEngine(model, vocab_size=size, max_batch=run.rollout.max_batch),
+        engine=engine,
         teacher=teacher,
         writer=_writer(run, other, model, size, directory, origins),
         stream=stream,
@@ -115,7 +116,7 @@ def load_parts(run: Run, directory: Path) -> Parts:
         grader=grader,
         held_out=held_out,
         eval_grader=eval_grader,
-        notes=(*cautions, *_cautions(run, ends), *notes, *eval_notes),
+        notes=(*cautions, *_cautions(run, ends), *engine.notes, *notes, *eval_notes),
         origins=origins,
     )
 

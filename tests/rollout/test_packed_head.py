@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import tropd.rollout.cache as cache
+import tropd.rollout.packing as packing
 from tests.rollout.plain import plain_logits, some_requests
 from tests.tiny import tiny_model
 from tropd.rollout.transformers import TransformersEngine
@@ -19,7 +19,7 @@ def test_a_large_head_is_packed_while_it_writes_and_plain_afterwards(tied):
     seen: list[bool] = []
     model.lm_head.register_forward_pre_hook(lambda module, args: seen.append("forward" in vars(module)))
     requests = [replace(r, stop_ids=()) for r in some_requests(6)]
-    assert model.lm_head.weight.numel() >= cache._MIN_WEIGHTS
+    assert model.lm_head.weight.numel() >= packing._MIN_WEIGHTS
     completions = TransformersEngine(model).generate(requests)
     assert seen and all(seen)
     assert "forward" not in vars(model.lm_head)

@@ -19,8 +19,9 @@ from tests.rollout.plain import (
 )
 from tests.tiny import VOCAB, tiny_config, tiny_model
 from tropd.errors import EngineError
+from tropd.rollout.rows import PREFILL_TOKENS
 from tropd.rollout.sampling import draw_uniforms
-from tropd.rollout.transformers import PREFILL_TOKENS, TransformersEngine
+from tropd.rollout.transformers import TransformersEngine
 from tropd.types import Completion, Finish, Request, Sampling
 
 

@@ -1,4 +1,4 @@
-"""What generation keeps from step to step: keys and values of rows that come and go, and the packed head.
+"""What generation keeps from step to step: keys and values of rows that come and go.
 
     column      0 . . first . . . . . end . . capacity        one buffer per layer: [rows, heads, capacity, width]
     row 0               k k k k k k k k                       every row ends at column `end`: left padding
@@ -12,13 +12,12 @@ never reads more columns than its longest live row has tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from tropd.errors import EngineError
@@ -26,11 +25,6 @@ from tropd.errors import EngineError
 _MIN_SLACK = 64
 _SLACK_SHARE = 8
 """Free columns of a new buffer: at least 64 and an eighth of those in use, so that growing costs little per token."""
-_MIN_STEPS = 16
-"""Laying out costs about as much as three products."""
-_MIN_WEIGHTS = 2**22
-"""Smaller matrices stay in the processor's caches, where the layout hardly matters."""
-_TYPICAL_ROWS = 16
 
 
 @dataclass(slots=True)
@@ -180,41 +174,3 @@ def _filled_layers(prefilled: DynamicCache) -> list[DynamicLayer]:
             "plain attention in every layer; use a vLLM server for this model."
         )
     return layers
-
-
-@contextmanager
-def packed_head(model: Any, num_steps: Sequence[int]) -> Iterator[None]:
-    """For a while `model.get_output_embeddings()` multiplies with a packed copy of its weight W [V, H].
-
-    The BLAS library lays W out anew for every product with a few rows, which costs more than the product itself.
-    """
-    head = model.get_output_embeddings()
-    if max(num_steps, default=0) < _MIN_STEPS or not _can_pack(head):
-        yield
-        return
-    onednn: Any = torch.ops.mkldnn
-    packed_VH, bias_V = onednn._reorder_linear_weight(head.weight.detach(), _TYPICAL_ROWS), head.bias
-
-    def forward(hidden: Tensor) -> Tensor:
-        return onednn._linear_pointwise(hidden, packed_VH, bias_V, "none", [], "")
-
-    head.forward = forward
-    try:
-        yield
-    finally:
-        del head.forward
-
-
-def _can_pack(head: Any) -> bool:
-    """A plain matrix on the CPU, large, of a type that oneDNN multiplies; adapters and quantised heads stay as are."""
-    if type(head) is not nn.Linear or "forward" in vars(head) or type(head.weight) is not nn.Parameter:
-        return False
-    weight = head.weight
-    if weight.device.type != "cpu" or weight.numel() < _MIN_WEIGHTS or not torch.backends.mkldnn.is_available():
-        return False
-    onednn: Any = torch.ops.mkldnn
-    if not hasattr(onednn, "_linear_pointwise") or not hasattr(onednn, "_reorder_linear_weight"):
-        return False
-    if weight.dtype == torch.bfloat16:
-        return bool(onednn._is_mkldnn_bf16_supported())
-    return weight.dtype == torch.float32

@@ -1,7 +1,6 @@
 """In-process generation with any causal `transformers` model: CPU, one GPU, full weights or LoRA.
 
-Continuous batching in one loop: prompts are prefilled left-padded, longest first; every step feeds the last token of
-each live row; a finished row leaves the batch at once, and waiting requests enter when enough rows are free.
+`tropd.rollout.rows` is the loop, `tropd.rollout.decoding` a step of it.
 
 A request draws token t of *its own new tokens* with uniform(key=seed, position=t), so its tokens do not depend on
 batch-mates, order or `max_batch`: in float32 up to rounding of the logits, which moves a boundary between two tokens
@@ -13,25 +12,20 @@ Axes: B live rows, T tokens of a prompt, V vocabulary.
 from __future__ import annotations
 
 import inspect
-import math
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
-from tropd.errors import ConfigError, DataError, EngineError
-from tropd.rollout.cache import RowCache, packed_head
-from tropd.rollout.sampling import check_sampling, draw, draw_uniform_rows
-from tropd.types import Completion, Finish, Request, Sampling
-
-PREFILL_TOKENS = 16384
-"""Most prompt tokens, padding included, of one forward pass: bounds the memory of activations."""
-_UNIFORMS_AT_ONCE = 64
+from tropd.errors import ConfigError, DataError
+from tropd.rollout.cache import RowCache
+from tropd.rollout.decoding import Stepper, obstacle
+from tropd.rollout.rows import Batch
+from tropd.rollout.sampling import check_sampling
+from tropd.types import Completion, Request
 
 
 class TransformersEngine:
@@ -61,13 +55,22 @@ class TransformersEngine:
         self.context: int | None = getattr(base.config.get_text_config(), "max_position_embeddings", None)
         takes_last = "logits_to_keep" in inspect.signature(base.forward).parameters
         self._last_only = {"logits_to_keep": 1} if takes_last else {}
+        self.stepper = Stepper(model, base, self._own_step)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion per request, in order."""
         for i, request in enumerate(requests):
             self._check(request, i)
-        with generating(self.model), packed_head(_base_model(self.model), [r.max_new_tokens for r in requests]):
-            return _Batch(self, requests).run()
+        with generating(self.model), self.stepper.ready([r.max_new_tokens for r in requests]):
+            return Batch(self, requests).run()
+
+    @property
+    def notes(self) -> list[str]:
+        """What is slower than it could be on this machine."""
+        reason = obstacle(self.model, _base_model(self.model))
+        if not reason or next(self.model.parameters()).device.type != "cpu":
+            return []
+        return [f"generation runs the model's own forward pass, since {reason}: the same tokens, slower."]
 
     def sync(self, weights: Any, version: int) -> None:
         """The weights are the trainer's own: only the version is noted."""
@@ -88,6 +91,9 @@ class TransformersEngine:
             **self._last_only,
         )
         return output.logits[:, -1, : self.vocab_size]
+
+    def _own_step(self, last_ids_B1: Tensor, cache: RowCache) -> Tensor:
+        return self.last_logits(last_ids_B1, cache.mask(), cache.positions(), cache)
 
     def _check(self, request: Request, index: int) -> None:
         check_sampling(request.sampling)
@@ -114,134 +120,6 @@ class TransformersEngine:
             )
         if not -(2**63) <= request.seed < 2**63:
             raise DataError(f"request {index} has seed {request.seed}, which is no signed 64-bit number.")
-
-
-@dataclass(slots=True)
-class _Row:
-    """A request being answered."""
-
-    index: int
-    request: Request
-    token_ids: list[int] = field(default_factory=list)
-    behavior_logprobs: list[float] = field(default_factory=list)
-    model_logprobs: list[float] = field(default_factory=list)
-    uniforms: list[float] = field(default_factory=list)
-    stop_ids: frozenset[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.stop_ids = frozenset(self.request.stop_ids)
-
-    @property
-    def finish(self) -> Finish | None:
-        if self.token_ids[-1] in self.stop_ids:
-            return Finish.STOP
-        return Finish.LENGTH if len(self.token_ids) == self.request.max_new_tokens else None
-
-
-class _Batch:
-    """The live rows of one call, those that wait, and those that are done."""
-
-    def __init__(self, engine: TransformersEngine, requests: Sequence[Request]) -> None:
-        # Longest prompt first: a later row never needs more columns than there are.  Equal prompts come together.
-        order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].token_ids), requests[i].token_ids))
-        self.waiting = deque(_Row(i, requests[i]) for i in order)
-        self.engine, self.version = engine, engine.version
-        self.device = next(engine.model.parameters()).device
-        self.live: list[_Row] = []
-        self.cache = RowCache()
-        self.done: dict[int, Completion] = {}
-
-    def run(self) -> list[Completion]:
-        while self.waiting or self.live:
-            free = self.engine.max_batch - len(self.live)
-            # Rows enter several at a time: a prefill of one row costs about as much as one of several.
-            if free >= min(len(self.waiting), max(1, self.engine.max_batch // 8)):
-                while self.waiting and len(self.live) < self.engine.max_batch:
-                    self.admit()
-            if self.live:
-                self.step()
-        return [self.done[i] for i in range(len(self.done))]
-
-    def admit(self) -> None:
-        """Prefill some waiting rows, draw their first token, and let those that go on into the cache."""
-        rows, prompts, source = self._take()
-        width = len(prompts[0])
-        padded = [(self.engine.pad_id,) * (width - len(p)) + p for p in prompts]
-        lengths_B = torch.tensor([len(p) for p in prompts], device=self.device)
-        positions_BT = torch.arange(width, device=self.device) - (width - lengths_B)[:, None]
-        mask_BT = None if len(prompts[-1]) == width else (positions_BT >= 0).long()
-        prefilled = DynamicCache()
-        logits_BV = self.engine.last_logits(
-            torch.tensor(padded, device=self.device), mask_BT, positions_BT.clamp(min=0), prefilled
-        )
-        shared = len(prompts) < len(rows)
-        alive = self._draw(rows, logits_BV[torch.tensor(source, device=self.device)] if shared else logits_BV)
-        if alive:
-            num_rows = min(self.engine.max_batch, len(self.live) + len(alive) + len(self.waiting))
-            lengths = [len(rows[i].request.token_ids) for i in alive]
-            self.cache.admit(prefilled, [source[i] for i in alive], lengths, num_rows)
-            self.live += [rows[i] for i in alive]
-
-    def step(self) -> None:
-        """One token for every live row."""
-        self.cache.reserve(len(self.live))
-        last_ids_B1 = torch.tensor([[row.token_ids[-1]] for row in self.live], device=self.device)
-        logits_BV = self.engine.last_logits(last_ids_B1, self.cache.mask(), self.cache.positions(), self.cache)
-        self.cache.advance()
-        alive = self._draw(self.live, logits_BV)
-        if len(alive) < len(self.live):
-            self.live = [self.live[i] for i in self.cache.keep(alive)]
-
-    def _take(self) -> tuple[list[_Row], list[tuple[int, ...]], list[int]]:
-        """The next rows to prefill, their different prompts, and which prompt each row has."""
-        rows: list[_Row] = []
-        prompts: list[tuple[int, ...]] = []
-        source: list[int] = []
-        while self.waiting and len(self.live) + len(rows) < self.engine.max_batch:
-            prompt = self.waiting[0].request.token_ids
-            if not prompts or prompt != prompts[-1]:
-                if prompts and len(prompts[0]) * (len(prompts) + 1) > PREFILL_TOKENS:
-                    break
-                prompts.append(prompt)
-            rows.append(self.waiting.popleft())
-            source.append(len(prompts) - 1)
-        return rows, prompts, source
-
-    def _draw(self, rows: list[_Row], logits_BV: Tensor) -> list[int]:
-        """Append one token to every row and file those that are finished.  Gives the indices of the others."""
-        uniforms = self._uniforms(rows)
-        samplings: dict[Sampling, list[int]] = {}
-        for i, row in enumerate(rows):
-            samplings.setdefault(row.request.sampling, []).append(i)
-        for sampling, members in samplings.items():
-            logits = logits_BV if len(samplings) == 1 else logits_BV[torch.tensor(members, device=self.device)]
-            drawn = draw(logits, [uniforms[i] for i in members], sampling).tolist()
-            for i, token_id, behavior_logprob, model_logprob in zip(members, *drawn, strict=True):
-                _check_finite(rows[i], model_logprob)
-                rows[i].token_ids.append(int(token_id))
-                rows[i].behavior_logprobs.append(behavior_logprob)
-                rows[i].model_logprobs.append(model_logprob)
-        return [i for i, row in enumerate(rows) if not self._file(row)]
-
-    def _uniforms(self, rows: list[_Row]) -> list[float]:
-        """Each row's number for its next token; drawn for many tokens of many rows at once."""
-        if empty := [row for row in rows if len(row.token_ids) == len(row.uniforms)]:
-            seeds, firsts = zip(*((row.request.seed, len(row.uniforms)) for row in empty), strict=True)
-            for row, more in zip(empty, draw_uniform_rows(seeds, firsts, _UNIFORMS_AT_ONCE), strict=True):
-                row.uniforms += more
-        return [row.uniforms[len(row.token_ids)] for row in rows]
-
-    def _file(self, row: _Row) -> bool:
-        finish = row.finish
-        if finish is not None:
-            self.done[row.index] = Completion(
-                token_ids=tuple(row.token_ids),
-                behavior_logprobs=tuple(row.behavior_logprobs),
-                model_logprobs=tuple(row.model_logprobs),
-                finish=finish,
-                policy_version=(self.version, self.version),
-            )
-        return finish is not None
 
 
 @contextmanager
@@ -288,13 +166,4 @@ def _check_model(base: Any) -> None:
         raise ConfigError(
             f"in-process generation was asked of {type(base).__name__}, but {reason}.  "
             "It runs causal models with plain or sliding-window attention; use a vLLM server for others."
-        )
-
-
-def _check_finite(row: _Row, model_logprob: float) -> None:
-    if not math.isfinite(model_logprob):
-        raise EngineError(
-            f"the model's logits after token {len(row.token_ids)} of request {row.index} are not finite "
-            f"(log-probability {model_logprob}), so no token can be drawn.  The weights have diverged, or half "
-            "precision overflows: look at the last gradient norms, or load the model in bfloat16 or float32."
         )
