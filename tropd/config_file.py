@@ -56,11 +56,28 @@ def build(values: dict[str, Any], source: str) -> Run:
         values = {**values, "method": {"name": method}}
     elif isinstance(method, dict) and "name" not in method:
         values = {**values, "method": {"name": "tropd", **method}}
+    if isinstance(values.get("method"), dict):
+        values = {**values, "method": on_defaults(values["method"])}
     try:
         return _adapter().validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         lines = [explain_error(e, Run) for e in error.errors()]
         raise ConfigError(f"{source}: " + "\n  ".join(lines)) from None
+
+
+def on_defaults(method: dict[str, Any]) -> dict[str, Any]:
+    """A method's table, with its own defaults under each table in it: `prefix.start = 0.5` keeps TrOPD's cosine."""
+    cls = METHODS.get(str(method.get("name")))
+    return method if cls is None else _merged(cls(), method)
+
+
+def _merged(default: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    found = dict(asked)
+    for name, value in asked.items():
+        own = getattr(default, name, None)
+        if isinstance(value, dict) and dataclasses.is_dataclass(own):
+            found[name] = {**to_dict(own), **_merged(own, value)}
+    return found
 
 
 def load(path: Path, flags: Sequence[str] = ()) -> Run:

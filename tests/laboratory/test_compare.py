@@ -188,3 +188,23 @@ def test_a_run_that_a_comparison_beside_it_has_made_is_taken_over_by_its_setting
     (trial,) = trials(first)
     assert made.fingerprint == fingerprint_of(run_of(first, trial, pair_of(first, trial.testbed, 0)))
     assert {t.key for t in trials(second)} == set(runner.read_outcomes(tmp_path / "b" / "results.jsonl"))
+
+
+def test_a_table_inside_a_method_keeps_the_methods_own_defaults(tmp_path):
+    (tmp_path / "lab.toml").write_text(
+        'testbeds = ["nano-hard"]\n[methods.A]\nname = "tropd"\nprefix.start = 0.5\n'
+        '[methods.B]\nname = "tropd_aopd"\ntropd.prefix.start = 0.5\n'
+    )
+    methods = load_lab(tmp_path / "lab.toml").methods
+    for prefix in (methods["A"].prefix, methods["B"].tropd.prefix):
+        assert (prefix.shape, prefix.start, prefix.end) == ("cosine", 0.5, 0.0)
+    run = config_file.build(
+        {
+            "student": {"path": "s"},
+            "teacher": {"path": "t"},
+            "data": {"path": "d"},
+            "method": {"prefix": {"start": 0.5}},
+        },
+        "here",
+    )
+    assert run.method.prefix == methods["A"].prefix

@@ -139,6 +139,11 @@ def load_lab(path: Path) -> Lab:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as TOML: {error}.") from None
     values.setdefault("output", f"runs/{path.stem}")
+    methods = values.get("methods")
+    if isinstance(methods, dict):
+        values["methods"] = {
+            name: config_file.on_defaults(m) if isinstance(m, dict) else m for name, m in methods.items()
+        }
     try:
         return TypeAdapter(Lab).validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
