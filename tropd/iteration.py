@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from tropd.objective.terms import Context
 from tropd.probes.alarms import Alarm, Alarms
 from tropd.probes.probes import Sums, probe_batch
 from tropd.replay import save_batch
-from tropd.report.records import write_rollouts
+from tropd.report.rollouts import write_rollouts
 from tropd.rollout.stage import RolloutJob, roll_out
 from tropd.step import StepSums, recall_needed, score, train_step
 from tropd.student.checkpoint import writing
@@ -54,16 +55,14 @@ def iterate(parts: Parts, directory: Path, step: int, alarms: Alarms) -> tuple[S
         sums = _train(parts, directory, step, batch, context, watched)
     with clock(seconds, "sync"):
         parts.engine.sync(None, step + 1)
-        weights, teacher_N = watched.in_order(batch)
         with writing(directory):
             write_rollouts(
                 directory / "rollouts",
                 step,
                 batch.rollouts,
                 decode=lambda ids: str(parts.tokenizer.decode(list(ids))),
-                teacher_logprobs_N=teacher_N,
-                weights=weights,
                 every=run.rollout.save_every,
+                **watched.evidence(batch),
             )
     record = _record(parts, step, progress, sums, watched.sums.result(), batch, seconds)
     raised = alarms.check(
@@ -118,13 +117,14 @@ def _keep(directory: Path, step: int, batch: ScoredBatch, error: Exception) -> s
 
 
 class _Watched:
-    """What is seen while training: probes, and the weights that each token got."""
+    """What is seen while training: probes, and what is kept of each token."""
 
     def __init__(self, parts: Parts, batch: ScoredBatch) -> None:
         self.sampling, self.sums = parts.run.sampling, Sums.nothing()
         top_NK = batch.tokens.peek("teacher_topk_logprobs_NK")
         self.sampled = top_NK is not None and bool((top_NK[:, :1] <= NOTHING).any())
         self.weights: dict[str, dict[str, Tensor]] = {}
+        self.student: dict[str, Tensor] = {}
 
     def __call__(self, seen: Seen) -> None:
         at_teacher = seen.view.peek("topk_logprobs_NK")
@@ -133,10 +133,24 @@ class _Watched:
         )
         for term, by_rollout in seen.weights().items():
             self.weights.setdefault(term, {}).update(by_rollout)
+        self.student.update(seen.student_logprobs())
 
-    def in_order(self, batch: ScoredBatch) -> tuple[dict[str, Tensor], Tensor | None]:
-        of = {term: torch.cat([by[r.id] for r in batch.rollouts]) for term, by in self.weights.items()}
-        return of, batch.tokens.peek("teacher_logprobs_N")
+    def evidence(self, batch: ScoredBatch) -> dict[str, Any]:
+        """What is known of each token of the batch, as `write_rollouts` takes it."""
+        tokens = batch.tokens
+        student_N = torch.cat([self.student[r.id] for r in batch.rollouts])
+        sampled_N = tokens.peek("student_logprobs_N")
+        if sampled_N is not None:  # rows that no term could weigh were not in the gradient pass
+            own_N = student_N.isnan() & (tokens.authors_N == Author.STUDENT)
+            student_N = torch.where(own_N, sampled_N.to(student_N), student_N)
+        return {
+            "student_logprobs_N": student_N,
+            "weights": {term: torch.cat([by[r.id] for r in batch.rollouts]) for term, by in self.weights.items()},
+            **{
+                name: tokens.peek(name)
+                for name in ("teacher_logprobs_N", "teacher_topk_ids_NK", "teacher_topk_logprobs_NK")
+            },
+        }
 
 
 def _job(parts: Parts, progress: float) -> RolloutJob:

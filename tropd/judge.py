@@ -28,15 +28,18 @@ class Seen:
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """By term, then by rollout: the weight of each response token."""
-        lengths = [len(r.response_ids) for r in self.part.rollouts]
-        found = {}
-        for term, weight_N in self.plan.weights.items():
-            if self.live is not None:
-                whole_N = weight_N.new_zeros(len(self.part.tokens))
-                weight_N = whole_N.index_copy(0, self.live, weight_N)
-            rows = weight_N.split(lengths)
-            found[term] = {r.id: w for r, w in zip(self.part.rollouts, rows, strict=True)}
-        return found
+        return {term: self._by_rollout(weight_N, 0.0) for term, weight_N in self.plan.weights.items()}
+
+    def student_logprobs(self) -> dict[str, Tensor]:
+        """By rollout, as of planning where that is known; NaN where nothing was judged."""
+        planned_N = self.tokens.peek("student_logprobs_N")
+        return self._by_rollout(self.view.logprobs_N if planned_N is None else planned_N, torch.nan)
+
+    def _by_rollout(self, x_N: Tensor, elsewhere: float) -> dict[str, Tensor]:
+        if self.live is not None:
+            x_N = x_N.new_full((len(self.part.tokens),), elsewhere).index_copy(0, self.live, x_N)
+        rows = x_N.split([len(r.response_ids) for r in self.part.rollouts])
+        return {r.id: row for r, row in zip(self.part.rollouts, rows, strict=True)}
 
 
 class Judge:

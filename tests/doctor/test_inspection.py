@@ -17,7 +17,7 @@ from tropd.doctor.inspection import read_step
 from tropd.errors import ConfigError
 from tropd.objective.terms import Context
 from tropd.replay import save_batch
-from tropd.report.records import write_rollouts
+from tropd.report.rollouts import write_rollouts
 from tropd.rollout.policies import TeacherPrefix
 from tropd.rollout.stage import RolloutJob, roll_out
 from tropd.startup import assemble

@@ -4,14 +4,11 @@ import json
 import math
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
-import torch
-from transformers import PreTrainedTokenizerFast
 
-from tests.report.examples import rollout, step_record
+from tests.report.examples import step_record
 from tropd.errors import CheckpointError, ConfigError
-from tropd.report.records import RecordWriter, read_records, require, write_rollouts
+from tropd.report.records import RecordWriter, read_records, require
 
 
 def write_run(path: Path, steps: int) -> None:
@@ -143,56 +140,6 @@ def test_a_file_that_is_no_record_of_a_run_is_refused(tmp_path: Path, content: s
     path.write_text(content)
     with pytest.raises(ConfigError, match="no header"):
         read_records(path)
-
-
-def test_a_saved_rollout_keeps_every_number_beside_its_token(
-    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    question, answer = (tuple(tiny_tokenizer.encode(text)) for text in ("hi", "yes"))
-    rollouts = [rollout("a", question, answer), rollout("b", question[:1], answer[:2])]
-    path = write_rollouts(
-        tmp_path,
-        120,
-        rollouts,
-        decode=tiny_tokenizer.decode,
-        teacher_logprobs_N=torch.tensor([-1.0, -2.0, -math.inf, -4.0, -5.0]),
-        weights={"trusted": torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0])},
-    )
-    assert path == tmp_path / "step_000120.parquet"
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    first, second = pq.read_table(path).to_pylist()
-    assert first == {
-        "id": "a",
-        "prompt_id": "prompt-a",
-        "prompt": "hi",
-        "response": "yes",
-        "reward": 1.0,
-        "finish": "length",
-        "policy_version": [3, 4],
-        "token_ids": list(question + answer),
-        "authors": ["context", "context", "teacher", "student", "student"],
-        "behavior_logprobs": [None, None, None, -0.5, -1.0],
-        "weight_trusted": [None, None, 0.0, 1.0, 0.0],
-        "teacher_logprobs": [None, None, -1.0, -2.0, -math.inf],
-    }
-    assert second["weight_trusted"] == [None, 0.0, 1.0]
-    assert second["teacher_logprobs"] == [None, -4.0, -5.0]
-
-
-def test_only_every_nth_step_saves_rollouts(tmp_path: Path) -> None:
-    def saved(every: int) -> list[int]:
-        paths = [write_rollouts(tmp_path, step, [], decode=str, every=every) for step in range(5)]
-        return [step for step, path in enumerate(paths) if path is not None]
-
-    assert saved(every=2) == [0, 2, 4]
-    assert saved(every=0) == []
-
-
-def test_numbers_for_other_tokens_than_the_responses_are_a_defect(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="numbers for 2 response tokens"):
-        write_rollouts(
-            tmp_path, 0, [rollout("a", (1,), (2, 3))], decode=str, weights={"trusted": torch.tensor([0.0, 1.0, 0.0])}
-        )
 
 
 def test_a_missing_package_is_refused_with_the_line_that_installs_it() -> None:

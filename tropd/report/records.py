@@ -1,4 +1,4 @@
-"""What a run leaves behind: records.jsonl, one line per step, and rollouts/step_000120.parquet.
+"""The records of a run, records.jsonl: one line per step.
 
     {"schema": 1, "kind": "header", ...facts of the run}
     {"kind": "step", "step": 0, "loss": null, ..., "nonfinite": {"/loss": "nan"}}
@@ -13,16 +13,15 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
 
 from tropd.errors import CheckpointError, ConfigError
-from tropd.types import Author, Rollout, StepRecord
+from tropd.types import StepRecord
 
 SCHEMA = 1
 
@@ -218,63 +217,6 @@ def _replace(path: Path, content: bytes) -> None:
 
 def temporary(path: Path) -> Path:
     return path.with_name(path.name + ".tmp")
-
-
-def write_rollouts(
-    directory: Path,
-    step: int,
-    rollouts: Sequence[Rollout],
-    *,
-    decode: Callable[[Sequence[int]], str],
-    teacher_logprobs_N: Tensor | None = None,
-    weights: Mapping[str, Tensor] | None = None,
-    every: int = 1,
-) -> Path | None:
-    """Saves one row per rollout at every `every`-th step (0: never), and returns where.
-
-    The rows N of a batch run over the responses, one rollout after another.  In the file, entry t of each per-token
-    column describes token_ids[t]; null where nothing is known, as on the prompt.
-    """
-    if every <= 0 or step % every:
-        return None
-    require("pyarrow", "data", "saving rollouts")
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    known_N = {f"weight_{term}": weight_N for term, weight_N in (weights or {}).items()}
-    if teacher_logprobs_N is not None:
-        known_N["teacher_logprobs"] = teacher_logprobs_N
-    columns = {
-        "id": pa.array([r.id for r in rollouts], pa.string()),
-        "prompt_id": pa.array([r.prompt.id for r in rollouts], pa.string()),
-        "prompt": pa.array([decode(r.prompt.token_ids) for r in rollouts], pa.string()),
-        "response": pa.array([decode(r.response_ids) for r in rollouts], pa.string()),
-        "reward": pa.array([r.reward for r in rollouts], pa.float64()),
-        "finish": pa.array([r.finish.value for r in rollouts], pa.string()),
-        "policy_version": pa.array([r.policy_version for r in rollouts], pa.list_(pa.int64())),
-        "token_ids": pa.array([r.token_ids for r in rollouts], pa.list_(pa.int32())),
-        "authors": pa.array([[a.name.lower() for a in r.authors] for r in rollouts], pa.list_(pa.string())),
-        "behavior_logprobs": pa.array([_sampled(r) for r in rollouts], pa.list_(pa.float32())),
-    }
-    for name, x_N in known_N.items():
-        columns[name] = pa.array(_per_rollout(x_N, rollouts), pa.list_(pa.float32()))
-    path = directory / f"step_{step:06d}.parquet"
-    directory.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns), temporary(path), compression="zstd")
-    temporary(path).replace(path)
-    return path
-
-
-def _sampled(rollout: Rollout) -> list[float | None]:
-    pairs = zip(rollout.authors, rollout.behavior_logprobs, strict=True)
-    return [logprob if author is Author.STUDENT else None for author, logprob in pairs]
-
-
-def _per_rollout(x_N: Tensor, rollouts: Sequence[Rollout]) -> list[list[float | None]]:
-    lengths = [len(r.response_ids) for r in rollouts]
-    assert x_N.shape == (sum(lengths),), f"{tuple(x_N.shape)} numbers for {sum(lengths)} response tokens"
-    parts = x_N.detach().float().cpu().split(lengths)
-    return [[*[None] * len(r.prompt.token_ids), *part.tolist()] for r, part in zip(rollouts, parts, strict=True)]
 
 
 def require(package: str, extra: str, asked: str) -> None:
