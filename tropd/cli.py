@@ -73,6 +73,8 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "resume": ("tropd.commands.resume", "go on from the newest checkpoint of a run"),
     "evaluate": ("tropd.commands.evaluate", "draw answers, grade them, say how sure the score is"),
     "score": ("tropd.commands.score", "what student and teacher say of rollouts in a file"),
+    "report": ("tropd.commands.report", "one HTML file about one run or several: verdict, charts, tokens"),
+    "watch": ("tropd.commands.watch", "the same report, live in a browser while a run goes on"),
     "inspect": ("tropd.commands.inspect", "a step that was kept: its terms and its worst tokens"),
     "export": ("tropd.commands.export", "a checkpoint as a Hugging Face folder"),
     "merge": ("tropd.commands.merge", "an adapter and its base as one plain model"),

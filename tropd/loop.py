@@ -33,6 +33,7 @@ from tropd.probes.alarms import Alarm, Alarms
 from tropd.replay import save_batch
 from tropd.report.display import Display, make_display
 from tropd.report.records import RecordWriter, require
+from tropd.report.scores import write_scores
 from tropd.report.trackers import Tracker, make_trackers, numbers_of
 from tropd.startup import assemble
 from tropd.student import checkpoint as checkpoints
@@ -106,7 +107,7 @@ def _run(parts: Parts, directory: Path, saved: checkpoints.Checkpoint | None, di
         for note in parts.notes:
             shown.note(note)
         if saved is None:
-            state.before = state.latest = _evaluate(parts, 0)[0]
+            state.before = state.latest = _evaluate(parts, directory, 0)[0]
         if dropped := checkpoints.drop_after(directory, state.step):
             shown.note(f"back to step {state.step}: dropped the checkpoints of {', '.join(map(str, dropped))}")
         with ExitStack() as stack:  # closes everything, even where closing fails
@@ -143,7 +144,7 @@ def _steps(
         record, batch, raised = iterate(parts, directory, state.step, alarms)
         state.step += 1
         if state.step % run.evaluation.every == 0 or state.step == run.steps:
-            record = _evaluated(parts, state, record)
+            record = _evaluated(parts, directory, state, record)
         with checkpoints.writing(directory):
             records.write(record)
         for tracker in trackers:
@@ -155,8 +156,8 @@ def _steps(
             _save(parts, directory, state, alarms)
 
 
-def _evaluated(parts: Parts, state: State, record: StepRecord) -> StepRecord:
-    numbers, seconds = _evaluate(parts, state.step)
+def _evaluated(parts: Parts, directory: Path, state: State, record: StepRecord) -> StepRecord:
+    numbers, seconds = _evaluate(parts, directory, state.step)
     if not numbers:
         return record
     state.latest = numbers
@@ -166,7 +167,7 @@ def _evaluated(parts: Parts, state: State, record: StepRecord) -> StepRecord:
     return dataclasses.replace(record, evaluation=numbers, seconds={**record.seconds, "evaluate": seconds})
 
 
-def _evaluate(parts: Parts, version: int) -> tuple[dict[str, float], float]:
+def _evaluate(parts: Parts, directory: Path, version: int) -> tuple[dict[str, float], float]:
     if not parts.held_out:
         return {}, 0.0
     seconds: dict[str, float] = {}
@@ -180,6 +181,8 @@ def _evaluate(parts: Parts, version: int) -> tuple[dict[str, float], float]:
             stop_ids=parts.stop_ids,
             version=version,
         )
+    with checkpoints.writing(directory):
+        write_scores(directory / "evaluations", version, result.items)
     return result.summary(), seconds["evaluate"]
 
 

@@ -13,7 +13,7 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -120,22 +120,30 @@ def read_header(path: Path) -> dict[str, Any]:
 def read_records(path: Path) -> Records:
     """Everything that can be understood; what cannot is listed in `problems`, never guessed."""
     header = read_header(path)
+    _, *lines = path.read_bytes().splitlines(keepends=True)
+    steps, problems = read_steps(lines, first_line=2)
+    return Records(header=header, steps=steps, problems=problems)
+
+
+def read_steps(
+    lines: Iterable[bytes], *, first_line: int, last_step: int | None = None
+) -> tuple[list[StepRecord], list[str]]:
+    """The steps that these lines hold after `last_step`, and what is wrong with the others."""
     steps: list[StepRecord] = []
     problems: list[str] = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        if number == 1:
-            continue
+    for number, line in enumerate(lines, start=first_line):
         record, said = _read_step(line)
         problems += [f"line {number}: {text}" for text in said]
         if record is None:
             continue
-        if steps and record.step <= steps[-1].step:
-            problems.append(f"line {number}: step {record.step} comes after step {steps[-1].step}; left out")
+        if last_step is not None and record.step <= last_step:
+            problems.append(f"line {number}: step {record.step} comes after step {last_step}; left out")
             continue
-        if steps and record.step > steps[-1].step + 1:
-            problems.append(f"line {number}: steps {steps[-1].step + 1} to {record.step - 1} are missing")
+        if last_step is not None and record.step > last_step + 1:
+            problems.append(f"line {number}: steps {last_step + 1} to {record.step - 1} are missing")
+        last_step = record.step
         steps.append(record)
-    return Records(header=header, steps=steps, problems=problems)
+    return steps, problems
 
 
 def _read_step(line: bytes) -> tuple[StepRecord | None, list[str]]:

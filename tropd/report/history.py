@@ -1,0 +1,212 @@
+"""A run as its folder tells it: records as columns, evaluations, alarms, configuration, and what is wrong with them.
+
+Nothing here raises for what a run left behind: what cannot be understood is named in `problems`.  A `History` can be
+refreshed while its run goes on, and reads only what is new.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tomllib
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tropd.errors import ConfigError
+from tropd.report.records import read_header, read_steps
+from tropd.report.scores import PromptScores, read_scores
+from tropd.types import StepRecord
+
+NOT_METRICS = {"num_prompts"}
+
+
+@dataclass
+class History:
+    """What is known of one run.  Columns hold one number per recorded step, NaN where it is absent."""
+
+    directory: Path
+    name: str
+    header: dict[str, Any] = field(default_factory=dict)
+    steps: list[int] = field(default_factory=list)
+    values: dict[str, list[float]] = field(default_factory=dict)
+    evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
+    """By the number of steps trained."""
+    scores: dict[int, dict[str, PromptScores]] = field(default_factory=dict)
+    alarms: list[tuple[int, str, str]] = field(default_factory=list)
+    """Step, name, message."""
+    config: dict[str, str] = field(default_factory=dict)
+    rollouts: dict[int, Path] = field(default_factory=dict)
+    _wrong: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    _read: tuple[int, int, int] = (0, 0, 0)
+    """Inode, bytes and lines of the records that were read."""
+    _stamp: tuple[Any, ...] = ()
+
+    @property
+    def problems(self) -> list[str]:
+        return [text for part in self._wrong.values() for text in part]
+
+    @property
+    def planned_steps(self) -> int | None:
+        said = self.config.get("steps", "")
+        return int(said) if said.isdecimal() else None
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.steps) and self.planned_steps == self.steps[-1] + 1
+
+    @property
+    def method(self) -> str:
+        return str(self.header.get("method") or self.config.get("method.name", "not known"))
+
+    def column(self, name: str) -> np.ndarray:
+        return np.asarray(self.values.get(name, [math.nan] * len(self.steps)), dtype=np.float64)
+
+    def names(self, prefix: str) -> list[str]:
+        """What comes after the prefix, of the columns that begin with it."""
+        return [name.removeprefix(prefix) for name in self.values if name.startswith(prefix)]
+
+    def refresh(self) -> bool:
+        """Read what is new; whether anything was."""
+        stamp = self._look()
+        if stamp == self._stamp:
+            return False
+        self._read_config()
+        self._read_records()
+        self.scores, self._wrong["scores"] = read_scores(self.directory / "evaluations")
+        done = self.steps[-1] + 1 if self.steps else 0
+        self.scores = {step: scores for step, scores in self.scores.items() if step <= done}
+        kept = {int(path.stem[5:]): path for path in _parquets(self.directory)}
+        self.rollouts = {step: path for step, path in kept.items() if step < done or not self.steps}
+        self._stamp = stamp
+        return True
+
+    def _look(self) -> tuple[Any, ...]:
+        """Changes whenever a file of the run does."""
+        files = [self.directory / "run.toml", self.directory / "records.jsonl", *_parquets(self.directory)]
+        files += sorted((self.directory / "evaluations").glob("step_*.json"))
+        return tuple((path.name, *_state(path)) for path in files)
+
+    def _read_config(self) -> None:
+        path = self.directory / "run.toml"
+        self.config, self._wrong["config"] = {}, []
+        try:
+            self.config = flatten(tomllib.loads(path.read_text()))
+        except FileNotFoundError:
+            self._wrong["config"] = ["run.toml is missing: the configuration is not known"]
+        except (OSError, ValueError) as error:
+            self._wrong["config"] = [f"run.toml cannot be understood ({error}): the configuration is not known"]
+
+    def _read_records(self) -> None:
+        path = self.directory / "records.jsonl"
+        inode, size, _ = _state(path)
+        if inode != self._read[0] or size < self._read[1]:
+            self._forget()
+        self._wrong["torn"] = []
+        if not size:
+            self._wrong["header"] = ["records.jsonl is missing or empty: no step is known"]
+            return
+        _, reached, number = self._read
+        with path.open("rb") as file:
+            file.seek(reached)
+            lines = file.read(size - reached).splitlines(keepends=True)
+        torn = [lines.pop()] if lines and not lines[-1].endswith(b"\n") else []
+        if number == 0 and lines:
+            lines = self._take_header(path, lines)
+            number = 1
+            reached = size - sum(map(len, lines)) - sum(map(len, torn))
+        last = self.steps[-1] if self.steps else -1
+        records, said = read_steps(lines, first_line=number + 1, last_step=last)
+        self._wrong["records"] += [f"records.jsonl, {text}" for text in said]
+        if torn:
+            self._wrong["torn"] = ["the last line of records.jsonl is torn: the run was cut off, or is writing it"]
+        self._add(records)
+        self._read = (inode, reached + sum(map(len, lines)), number + len(lines))
+
+    def _take_header(self, path: Path, lines: list[bytes]) -> list[bytes]:
+        """The lines after the first; all of them are left out where the header says that they mean something else."""
+        try:
+            self.header = read_header(path)
+            self._wrong["header"] = []
+        except ConfigError as error:
+            self._wrong["header"] = [str(error)]
+            if b'"schema"' in lines[0]:
+                return []
+        return lines[1:]
+
+    def _forget(self) -> None:
+        self.header, self.steps, self.values, self.evaluations, self.alarms = {}, [], {}, {}, []
+        self._wrong["records"] = []
+        self._read = (_state(self.directory / "records.jsonl")[0], 0, 0)
+
+    def _add(self, records: list[StepRecord]) -> None:
+        before = self.header.get("before")
+        if isinstance(before, Mapping) and before and 0 not in self.evaluations:
+            self.evaluations[0] = {k: float(v) for k, v in before.items() if isinstance(v, int | float)}
+        for record in records:
+            known = len(self.steps)
+            self.steps.append(record.step)
+            for name, x in numbers(record).items():
+                column = self.values.setdefault(name, [])
+                column += [math.nan] * (known - len(column))
+                column.append(x)
+            if record.evaluation:
+                self.evaluations[record.step + 1] = dict(record.evaluation)
+            self.alarms += [(record.step, *split_alarm(text)) for text in record.alarms]
+        for column in self.values.values():
+            column += [math.nan] * (len(self.steps) - len(column))
+
+
+def numbers(record: StepRecord) -> dict[str, float]:
+    """One step's numbers, as columns are named."""
+    found = {"loss": record.loss, "gradient_norm": record.gradient_norm, "learning_rate": record.learning_rate}
+    written = record.tokens.get("student", 0) + record.tokens.get("teacher", 0)
+    for name, term in record.terms.items():
+        found |= {f"loss/{name}": term.loss, f"share/{name}": term.tokens / written if written else math.nan}
+    found |= {f"probe/{name}": x for name, x in record.probes.items()}
+    found |= {f"tokens/{name}": float(x) for name, x in record.tokens.items()}
+    found |= {f"seconds/{name}": x for name, x in record.seconds.items() if name != "total"}
+    whole = record.seconds.get("total", sum(record.seconds.values()))
+    if whole > 0:
+        found["tokens_per_second"] = sum(record.tokens.values()) / whole
+    return found
+
+
+def split_alarm(text: str) -> tuple[str, str]:
+    """`mismatch: step 3: sampler and trainer disagree` -> its name and its message."""
+    name, colon, message = text.partition(": ")
+    return (name, message) if colon and " " not in name else ("alarm", text)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """{"method": {"beta": 0.1}} -> {"method.beta": "0.1"}"""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, str) else str(value)
+    return flat
+
+
+def read_history(directory: Path, name: str | None = None) -> History:
+    history = History(directory=directory, name=name or directory.resolve().name)
+    history.refresh()
+    return history
+
+
+def _parquets(directory: Path) -> list[Path]:
+    return sorted(p for p in (directory / "rollouts").glob("step_*.parquet") if p.stem[5:].isdecimal())
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    """Inode, size, time; zeros for a file that is not there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return 0, 0, 0
+    return found.st_ino, found.st_size, found.st_mtime_ns
