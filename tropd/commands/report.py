@@ -20,17 +20,18 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--transcripts is {asked.transcripts}: give a number of transcripts, or 0 for none.")
     output = asked.output or (asked.runs[0] / "report.html" if len(asked.runs) == 1 else Path("report.html"))
     _check(output)
+    from tropd.report.groups import judge_groups
     from tropd.report.page import render
     from tropd.report.runs import read_runs
     from tropd.report.transcripts import collect
-    from tropd.report.verdict import judge, judge_many
+    from tropd.report.verdict import judge
 
     start = time.perf_counter()
     runs = read_runs(asked.runs)
     page = render(runs, collect(runs, asked.transcripts))
     _write(output, page)
     console = make_console()
-    verdict = judge(runs[0]) if len(runs) == 1 else judge_many(runs)
+    verdict = judge(runs[0]) if len(runs) == 1 else judge_groups(runs)
     console.print(verdict.headline, markup=False, soft_wrap=True)
     size, seconds = output.stat().st_size / 1e6, time.perf_counter() - start
     console.print(f"Written: {output} ({size:.1f} MB, {seconds:.1f} s)", markup=False, soft_wrap=True)

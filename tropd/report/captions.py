@@ -12,13 +12,14 @@ Format = Literal["number", "share", "nats", "tokens", "seconds"]
 
 def say(x: float, kind: Format) -> str:
     """A number as a person reads it."""
+    text = f"{x:.3g}"
     if kind == "share":
-        return f"{x:.1%}".replace("%", " %")
-    if kind == "seconds":
-        return f"{x:.3g} s"
-    if kind == "tokens":
-        return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
-    return f"{x:.3g}"
+        text = f"{100 * x:.3g} %"
+    elif kind == "seconds":
+        text = f"{x:.3g} s"
+    elif kind == "tokens" and abs(x) >= 100:
+        text = f"{x:,.0f}"
+    return text.replace("-", "−", 1) if x < 0 else text
 
 
 def say_change(label: str, steps: Sequence[int], column: np.ndarray, kind: Format) -> str:

@@ -5,6 +5,7 @@ A chart of one column compares all runs.  A chart of several columns shows one r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -76,7 +77,7 @@ def ratio_quantiles(runs: Sequence[History]) -> list[Line]:
 def positions(what: str) -> Callable[[Sequence[History]], list[Line]]:
     def lines(runs: Sequence[History]) -> list[Line]:
         bins = sorted({int(n.split("/")[0]) for run in runs for n in run.names("probe/position/") if n.endswith(what)})
-        return [Line(column=f"probe/position/{b}/{what}", label=f"part {b + 1} of {len(bins)}") for b in bins]
+        return [Line(column=f"probe/position/{b}/{what}", label=f"{b + 1} of {len(bins)}") for b in bins]
 
     return lines
 
@@ -87,7 +88,7 @@ def evaluated(runs: Sequence[History]) -> list[Line]:
         names = [name for run in runs if (name := metric_of(run))]
     else:
         last = runs[0].evaluations.get(max(runs[0].evaluations, default=0), {})
-        names = [name for name in last if "/" not in name and name != "num_prompts"]
+        names = [name for name in last if "/" not in name and name not in ("num_prompts", "pass@1")]
     return [Line(column=name, label=name) for name in dict.fromkeys(names)]
 
 
@@ -115,9 +116,21 @@ def chart_as_data(chart: Chart, runs: Sequence[History]) -> dict[str, Any] | Non
         "format": chart.format,
         "log": chart.log,
         "zero": chart.zero,
+        "limit": _limit(runs) if chart.id == "gradient" else None,
         "lines": [{"column": line.column, "label": line.label} for line in lines],
         "runs": parts,
     }
+
+
+def _limit(runs: Sequence[History]) -> float | None:
+    """From which length on gradients are cut, where all runs say the same."""
+    said = {run.config.get("optimizer.max_gradient_norm") for run in runs}
+    text = said.pop() if len(said) == 1 else None
+    try:
+        limit = float(text) if text is not None else math.nan
+    except ValueError:
+        return None
+    return limit if math.isfinite(limit) and limit > 0 else None
 
 
 def captions(chart: Chart, lines: Sequence[Line], runs: Sequence[History]) -> list[str]:

@@ -21,8 +21,8 @@ from tropd.report.history import History
 
 SECTIONS = {
     "Learning": "Is the student becoming better, and what pulls it?",
-    "Trust": "How far the teacher is from what the student writes, token by token. x = log π_T − log π_S of the "
-    "written token: below 0 the teacher finds it less likely than the student does.",
+    "Trust": "How far the teacher is from what the student writes. x is the teacher's log-probability of a written "
+    "token minus the student's: below 0 the teacher finds it less likely than the student does.",
     "Support": "Do the two models look at the same next tokens, and how sure are they?",
     "Text": "What the student writes, before anything is learned from it.",
     "Machine": "The optimiser's steps and where the time goes.",
@@ -68,8 +68,8 @@ CHARTS = (
         id="trust",
         section="Trust",
         title="Trust share and total variation",
-        about="Mean of min(π_T / π_S, 1) over the student's tokens, the share that the teacher would have accepted, "
-        "and 1 minus it, which estimates the total variation between the two models.",
+        about="Mean of min(teacher's probability / student's, 1) over the student's tokens: the share that the teacher "
+        "would have accepted. 1 minus it estimates the total variation between the two models.",
         lines=probes(trust__share="trusted share", trust__tv="total variation"),
         format="share",
     ),

@@ -18,11 +18,12 @@ from typing import Any
 
 import tropd
 from tropd.report.contents import SECTIONS, charts_of
+from tropd.report.groups import groups_of, judge_groups
 from tropd.report.history import History
 from tropd.report.records import require
 from tropd.report.tiles import table, tiles
 from tropd.report.transcripts import Shelf
-from tropd.report.verdict import judge, judge_many
+from tropd.report.verdict import judge
 
 ASSETS = Path(__file__).with_name("assets")
 SCRIPTS = ("page.js", "charts.js", "figures.js", "shelf.js", "tokens.js", "live.js")
@@ -58,7 +59,7 @@ def state_of(runs: Sequence[History], shelf: Shelf) -> dict[str, Any]:
     charts = charts_of(runs)
     values = {
         "runs": runs,
-        "verdict": judge(runs[0]) if len(runs) == 1 else judge_many(runs),
+        "verdict": judge(runs[0]) if len(runs) == 1 else judge_groups(runs),
         "tiles": tiles(runs[0]) if len(runs) == 1 else [],
         "table": table(runs) if len(runs) > 1 else [],
         "sections": {name: (lead, [c for c in charts if c["section"] == name]) for name, lead in SECTIONS.items()},
@@ -68,8 +69,11 @@ def state_of(runs: Sequence[History], shelf: Shelf) -> dict[str, Any]:
         "alarms": [alarm for run in runs for alarm in alarms_of(run)],
     }
     parts = {name: environment().get_template(f"{name}.html.jinja").render(**values) for name in PARTS}
-    names = [{"name": run.name, "method": run.method} for run in runs]
-    return {"parts": parts, "data": {"runs": names, "charts": charts, "sections": list(SECTIONS)}}
+    groups = groups_of(runs)
+    of_run = {number: i for i, group in enumerate(groups) for number in group.members}
+    names = [{"name": run.name, "group": of_run[number]} for number, run in enumerate(runs)]
+    data = {"runs": names, "charts": charts, "grouped": len(groups) < len(runs)}
+    return {"parts": parts, "data": data}
 
 
 def alarms_of(run: History) -> list[dict[str, Any]]:
@@ -119,6 +123,7 @@ def environment() -> Any:
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
+    made.filters["short"] = short
     made.filters["clock"] = lambda _: datetime.now().strftime("%Y-%m-%d %H:%M")
     return made
 
@@ -131,6 +136,12 @@ def _plotly() -> tuple[str, str]:
 
     source = get_plotlyjs()
     return packed(source), _hash(source)
+
+
+def short(path: str) -> str:
+    """The end of a long path; a hub id stays as it is."""
+    parts = Path(path).parts
+    return "/".join(parts[-2:]) if Path(path).is_absolute() or len(parts) > 3 else path
 
 
 def packed(text: str) -> str:

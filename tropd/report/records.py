@@ -140,7 +140,9 @@ def read_steps(
             problems.append(f"line {number}: step {record.step} comes after step {last_step}; left out")
             continue
         if last_step is not None and record.step > last_step + 1:
-            problems.append(f"line {number}: steps {last_step + 1} to {record.step - 1} are missing")
+            first, last = last_step + 1, record.step - 1
+            lacking = f"step {first} is missing" if first == last else f"steps {first} to {last} are missing"
+            problems.append(f"line {number}: {lacking}")
         last_step = record.step
         steps.append(record)
     return steps, problems

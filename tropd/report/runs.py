@@ -29,8 +29,21 @@ def names_of(directories: Sequence[Path]) -> list[str]:
     for length in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-length:]) for path in paths]
         if len(set(names)) == len(names):
-            return names
+            return _without_common_start(names)
     return [str(path) for path in paths]
+
+
+def _without_common_start(names: list[str]) -> list[str]:
+    """`bed_opd_0`, `bed_tropd_0` -> `opd_0`, `tropd_0`: what all share tells nothing apart."""
+    common = common_start(names) if len(names) > 1 else ""
+    cut = max(common.rfind(sign) for sign in "_-/") + 1
+    return [name[cut:] for name in names] if all(len(name) > cut for name in names) else names
+
+
+def common_start(names: Sequence[str]) -> str:
+    """The letters that all begin with."""
+    first = names[0]
+    return first[: next((i for i, c in enumerate(first) if any(name[i : i + 1] != c for name in names)), len(first))]
 
 
 def read_runs(directories: Sequence[Path]) -> list[History]:

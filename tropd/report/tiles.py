@@ -13,7 +13,7 @@ from tropd.evaluation.statistics import Difference
 from tropd.report.captions import Format, say
 from tropd.report.history import History
 from tropd.report.series import average
-from tropd.report.verdict import against, gain, last_score, metric_of, score_at
+from tropd.report.verdict import against, gain, last_score, metric_of, score_at, signed
 
 _TILES: tuple[tuple[str, str, Format], ...] = (
     ("probe/trust/share", "trusted share", "share"),
@@ -94,10 +94,10 @@ def table(runs: Sequence[History]) -> list[dict[str, Any]]:
                 "name": run.name,
                 "method": run.method,
                 "steps": f"{len(run.steps):,}" + (f" of {run.planned_steps:,}" if run.planned_steps else ""),
-                "start": str(start.value.__format__(".3f")) if start else "",
+                "start": f"{start.value:.3f}" if start else "",
                 "end": str(end) if end else "",
-                "gain": signed(won),
-                "gap": signed(gap) if number else "first run",
+                "gain": difference_text(won),
+                "gap": difference_text(gap) if number else "first run",
                 "forest": _forest(gap, reach),
                 "alarms": len(run.alarms),
                 "problems": len(run.problems),
@@ -117,8 +117,8 @@ def table(runs: Sequence[History]) -> list[dict[str, Any]]:
     return rows
 
 
-def signed(gap: Difference | None) -> str:
-    return "" if gap is None else f"{gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
+def difference_text(gap: Difference | None) -> str:
+    return "" if gap is None else f"{signed(gap.mean)} [{signed(gap.low)}, {signed(gap.high)}]"
 
 
 def _reach(gaps: Sequence[Difference | None]) -> float:

@@ -51,7 +51,7 @@ def number_of(numbers: dict[str, int], text: str) -> int:
 def collect(runs: Sequence[History], num_transcripts: int = NUM_TRANSCRIPTS, num_tokens: int = NUM_TOKENS) -> Shelf:
     """Each run gets an equal part; within it the kept steps are spread evenly, the first and the last among them."""
     shelf = Shelf()
-    per_run, tokens_per_run = max(num_transcripts // max(len(runs), 1), 1), num_tokens // max(len(runs), 1)
+    per_run, tokens_per_run = -(-num_transcripts // max(len(runs), 1)), num_tokens // max(len(runs), 1)
     for number, run in enumerate(runs):
         chosen = spread(sorted(run.rollouts), math.ceil(per_run / 4))
         for i, step in enumerate(chosen):

@@ -88,6 +88,10 @@ def gain(history: History) -> Difference | None:
     return difference(history.scores.get(last), history.scores.get(0), metric)
 
 
+def signed(x: float) -> str:
+    return f"{x:+.3f}".replace("-", "−")
+
+
 def judge(history: History) -> Verdict:
     """One run: is the student better than the student as it came?"""
     tone, headline, why = _compare(history)
@@ -113,7 +117,7 @@ def _compare(history: History) -> tuple[Tone, str, list[str]]:
     paired = gain(history)
     if paired is None:
         return _by_intervals(before, after)
-    span = f"{paired.mean:+.3f}, 95 % interval [{paired.low:+.3f}, {paired.high:+.3f}]"
+    span = f"{signed(paired.mean)}, 95 % interval [{signed(paired.low)}, {signed(paired.high)}]"
     said = f"On the same {paired.num_items} prompts {metric} changed by {span}, paired prompt by prompt"
     seed = "The interval speaks of other prompts of this kind, not of other seeds."
     change = f"{metric} went from {before} to {after}"
@@ -169,10 +173,7 @@ def _problems(histories: Sequence[History]) -> list[str]:
 def judge_many(histories: Sequence[History]) -> Verdict:
     """Several runs: which one ended highest, and whether it can be told from the first one."""
     ended = [(history, score) for history in histories if (score := last_score(history)) is not None]
-    said = [f"{len(histories)} runs, {sum(h.finished for h in histories)} of them finished."]
-    raised = sum(bool(history.alarms) for history in histories)
-    said.append(f"{raised} of the runs raised alarms." if raised else "No run raised an alarm.")
-    said += _problems(histories)
+    said = [f"{len(histories)} runs. {standing(histories)[0]}", *standing(histories)[1:]]
     if not ended:
         return Verdict(tone="unknown", headline="No run has a score to compare.", sentences=tuple(said))
     if not comparable(histories):
@@ -190,10 +191,18 @@ def judge_many(histories: Sequence[History]) -> Verdict:
         word = "excludes" if gap.excludes_zero else "includes"
         said.insert(
             0,
-            f"Against {first.name}, the first run named, it is {gap.mean:+.3f} on the same {gap.num_items} prompts, "
-            f"95 % interval [{gap.low:+.3f}, {gap.high:+.3f}], which {word} 0.",
+            f"Against {first.name}, the first run named, it is {signed(gap.mean)} on the same {gap.num_items} prompts, "
+            f"95 % interval [{signed(gap.low)}, {signed(gap.high)}], which {word} 0.",
         )
     return Verdict(tone=tone, headline=head, sentences=tuple(said))
+
+
+def standing(histories: Sequence[History]) -> list[str]:
+    """How far several runs are, and what speaks against them."""
+    finished, raised = sum(h.finished for h in histories), sum(bool(h.alarms) for h in histories)
+    said = ["All are finished." if finished == len(histories) else f"{finished} of {len(histories)} are finished."]
+    said.append(f"{raised} of {len(histories)} runs raised alarms." if raised else "No run raised an alarm.")
+    return said + _problems(histories)
 
 
 def against(history: History, baseline: History) -> Difference | None:

@@ -3,14 +3,19 @@
 const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
 const SHAPES = ["", "/", ".", "\\", "x", "-", "|", "+"];
 const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "x", "star", "cross", "pentagon"];
-const MOST_PICKED = 8;
+const MOST_PICKED = Data.grouped ? 48 : 8;
 
 // plotly reads labels as a kind of markup; a run's name is none.
 const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const seriesColour = (index) => Theme.colour(`s${index % 8}`);
 
 function lineStyle(index) {
-  return { color: seriesColour(index), width: 1.8, dash: DASHES[Math.floor(index / 8) % DASHES.length] };
+  return { color: seriesColour(index), width: 1.8, dash: "solid" };
+}
+
+// A second way, beside the colour, to tell lines apart.
+function dashed(index) {
+  return { ...lineStyle(index), dash: DASHES[index % DASHES.length] };
 }
 
 function hover(format) {
@@ -32,12 +37,17 @@ function drawsAllRuns(chart) {
   return chart.runs.length > 1 && chart.lines.length === 1 && ["lines", "scores"].includes(chart.kind);
 }
 
+// Which look a highlighted run has: that of its group where several seeds make one, -1 where it is not highlighted.
+function slotOf(view, i) {
+  if (!Data.grouped) return view.picked.indexOf(i);
+  return view.picked.includes(i) ? Data.runs[i].group : -1;
+}
+
 function lineTraces(chart, view) {
   const run = chart.runs[view.one];
   return chart.lines.flatMap((line, i) => {
     if (view.hidden.has(line.column) || !run.y[line.column]) return [];
-    const style = { ...lineStyle(i), dash: DASHES[i % DASHES.length] };
-    return [series(chart, run, line.column, line.label, style, i)];
+    return [series(chart, run, line.column, line.label, dashed(i), i)];
   });
 }
 
@@ -55,9 +65,10 @@ function comparedTraces(chart, view) {
   const traces = rest.x.length
     ? [{ type: "scatter", mode: "lines", x: rest.x, y: rest.y, line: muted, opacity: 0.28, hoverinfo: "skip", showlegend: false }]
     : [];
-  view.picked.forEach((i, slot) => {
+  view.picked.forEach((i) => {
     const run = chart.runs[i];
-    if (run.y[column]) traces.push(series(chart, run, column, Data.runs[i].name, lineStyle(slot), slot));
+    const look = slotOf(view, i);
+    if (run.y[column]) traces.push(series(chart, run, column, Data.runs[i].name, dashed(look), look));
   });
   return traces;
 }
@@ -154,7 +165,7 @@ function heatTraces(chart, view) {
       colorscale: [[0, Theme.colour("paper")], [0.5, mix(Theme.colour("paper"), seriesColour(0), 0.55)], [1, seriesColour(0)]],
       zmin: 0,
       colorbar: { thickness: 8, outlinewidth: 0, tickformat: ".0%", len: 1, tickfont: { size: 11 } },
-      hovertemplate: "step %{x:.0f}, %{y}: %{z:.1%}<extra></extra>",
+      hovertemplate: "step %{x:.0f}, part %{y}: %{z:.1%}<extra></extra>",
     },
   ];
 }

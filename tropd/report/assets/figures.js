@@ -117,8 +117,8 @@ const Figures = {
     };
     const held = place.contains(document.activeElement) ? [...place.children].indexOf(document.activeElement) : -1;
     const buttons = Data.runs.map((run, i) => {
-      const slot = this.view.picked.indexOf(i);
-      const swatch = lineSwatch(slot < 0 ? { color: Theme.colour("line"), dash: "solid" } : lineStyle(slot));
+      const slot = slotOf(this.view, i);
+      const swatch = lineSwatch(slot < 0 ? { color: Theme.colour("line"), dash: "solid" } : dashed(slot));
       const button = make("button", { type: "button", "aria-pressed": String(slot >= 0) }, swatch, run.name);
       button.addEventListener("click", () => this.pick(i));
       return button;
@@ -137,7 +137,7 @@ const Figures = {
 
   paintDots() {
     for (const dot of document.querySelectorAll(".dot[data-run]")) {
-      const slot = this.view.picked.indexOf(Number(dot.dataset.run));
+      const slot = slotOf(this.view, Number(dot.dataset.run));
       dot.style.background = slot < 0 ? "" : seriesColour(slot);
     }
   },
@@ -171,8 +171,7 @@ function fillLegend(figure, chart) {
   const hidden = Figures.view.hidden.get(chart.id) ?? new Set();
   const held = place.contains(document.activeElement) ? [...place.children].indexOf(document.activeElement) : -1;
   const buttons = chart.lines.map((line, i) => {
-    const style = { ...lineStyle(i), dash: chart.kind === "stacked" ? "solid" : DASHES[i % DASHES.length] };
-    const swatch = chart.kind === "stacked" ? areaSwatch(i) : lineSwatch(style);
+    const swatch = chart.kind === "stacked" ? areaSwatch(i) : lineSwatch(dashed(i));
     const button = make("button", { type: "button", "aria-pressed": String(!hidden.has(line.column)) }, swatch, line.label);
     button.addEventListener("click", () => {
       if (!hidden.delete(line.column)) hidden.add(line.column);

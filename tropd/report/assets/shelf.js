@@ -14,9 +14,9 @@ const Shelf = {
 
   async start() {
     const form = byId("filters");
-    form.addEventListener("input", () => this.search());
+    form.addEventListener("input", () => this.search(true));
     form.addEventListener("submit", (event) => event.preventDefault());
-    form.addEventListener("reset", () => setTimeout(() => this.search(), 0));
+    form.addEventListener("reset", () => setTimeout(() => this.search(true), 0));
     const list = byId("list");
     list.addEventListener("scroll", () => this.show());
     list.addEventListener("keydown", (event) => this.onKey(event));
@@ -59,7 +59,8 @@ const Shelf = {
     fillSelect(form.finish, values((one) => one.finish).map((finish) => [finish, FINISHES[finish] ?? finish]), "anything");
   },
 
-  search() {
+  // `asked`: the reader asked for another selection, so its first transcript is shown.
+  search(asked = false) {
     const form = byId("filters");
     const text = form.text.value.trim().toLowerCase();
     const number = (input) => (input.value === "" ? null : Number(input.value));
@@ -85,9 +86,9 @@ const Shelf = {
     this.found.sort(orders[form.order.value] ?? ((a, b) => a.step - b.step || a.number - b.number));
     byId("found").textContent = this.summary();
     byId("reader").hidden = this.found.length === 0;
-    const kept = this.found.find((one) => one.key === this.chosen?.key);
+    const kept = !asked && this.found.find((one) => one.key === this.chosen?.key);
     byId("list-inner").style.height = `${this.found.length * ROW}px`;
-    if (this.found.length) this.choose(kept ?? this.found[0], !kept);
+    if (this.found.length) this.choose(kept || this.found[0], !kept);
     this.show();
   },
 

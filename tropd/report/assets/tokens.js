@@ -14,6 +14,7 @@ function fateClass(fate) {
 }
 
 const visible = (text) => (text === "" ? "·" : text.replaceAll("\n", "⏎\n").replaceAll("\t", "⇥\t"));
+const bare = (text) => visible(text).replaceAll("\n", "").replace(/^ +| +$/g, (spaces) => "␣".repeat(spaces.length));
 const logprob = (x) => (x === null ? null : typeof x === "string" ? (x === "inf" ? Infinity : -Infinity) : x / 1000);
 
 function gapOf(one, t) {
@@ -233,7 +234,7 @@ const Card = {
       return make("tr", written ? { class: "written" } : {}, name, make("td", { class: "n" }, percent(value)), make("td", {}, meter));
     };
     const parts = [
-      make("div", { class: "word" }, visible(one.texts[t])),
+      make("div", { class: "word" }, bare(one.texts[t])),
       make("p", {}, `${fateName(Shelf.fates[one.fates[t]])} · by the ${AUTHORS[one.authors[t]] ?? "context"} · token ${one.ids[t]}, place ${t + 1}`),
       make("table", {}, make("tbody", {}, row("Student", s, "student"), row("Teacher", x, "teacher"))),
     ];
@@ -244,7 +245,7 @@ const Card = {
       const rows = [];
       for (let i = 0; i < top.length; i += 2) {
         const word = Shelf.words[top[i]];
-        const label = make("code", {}, visible(word).replaceAll("\n", ""));
+        const label = make("code", {}, bare(word));
         rows.push(row(label, logprob(top[i + 1]), "teacher", word === one.texts[t]));
       }
       parts.push(make("table", {}, make("tbody", {}, ...rows)));
