@@ -16,6 +16,7 @@ def test_the_demonstration_runs_and_tells(tmp_path, capsys):
     for method in ("OPD", "TrOPD", "TrOPD, beta .001"):
         assert re.search(rf"^{re.escape(method)}: accuracy 0\.20 → 0\.\d\d \[0\.\d\d, 0\.\d\d\]", said, re.MULTILINE)
     assert "does not show" in said
+    assert (output / "report.html").stat().st_size > 100_000 and "report.html" in said
     rows = look(lab_of(output, 1, 2))
     assert [len(row.steps) for row in rows] == [2, 2, 2] and all(row.latest is not None for row in rows)
     assert len(live(lab_of(output, 1, 2)).renderables) == 2

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,7 +53,10 @@ def _demonstrate(output: Path, num_seeds: int, steps: int | None, workers: int, 
     console.print(score_sheet(lab, demo.TESTBED, arms_of(lab, outcomes, demo.TESTBED)).shown())
     for line in (*demo.findings(lab, outcomes), demo.LIMITS):
         console.print(line, soft_wrap=True, markup=False)
-    console.print(f"{time.perf_counter() - started:.0f} s. {_page(output)}", soft_wrap=True, markup=False)
+    console.print(
+        f"{time.perf_counter() - started:.0f} s. Results: {output / 'results.jsonl'}. The report:", soft_wrap=True
+    )
+    _report(output)
 
 
 def _renew(output: Path) -> None:
@@ -87,6 +91,13 @@ def _shown(lab: Lab, console: Console) -> Iterator[None]:
             thread.join()
 
 
-def _page(output: Path) -> str:
-    """Where the results are."""
-    return f"Results: {output / 'results.jsonl'}"
+def _report(output: Path) -> None:
+    """The page about these runs, if what draws it is installed."""
+    missing = [name for name in ("plotly", "jinja2") if find_spec(name) is None]
+    if missing:
+        print(f"For the report of these runs: pip install 'tropd[report]', then tropd report {output}/trials/*")
+        return
+    from tropd.commands.report import main as report
+
+    runs = sorted(str(path.parent) for path in (output / "trials").glob("*/records.jsonl"))
+    report([*runs, "--output", str(output / "report.html")])
