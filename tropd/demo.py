@@ -32,9 +32,9 @@ OPENING = (
     "prompts, and writes its own answers to them."
 )
 LIMITS = (
-    "What this does not show: a better end. With three times the steps, or on a milder mismatch, OPD catches up "
-    "(docs/results.md). With the paper's own beta of 0.001 TrOPD is slower than OPD at this budget. A vocabulary of 22 "
-    "and answers of 20 tokens are no test of what the paper claims for large models."
+    "What this does not show: a better end. On a milder mismatch OPD is as good, and plain imitation of the teacher's "
+    "texts is as good or better on both (docs/results.md). With the paper's own beta of 0.001 TrOPD is slower than OPD "
+    "at this budget. A vocabulary of 22 and answers of 20 tokens are no test of what the paper claims for large models."
 )
 
 
