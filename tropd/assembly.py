@@ -24,6 +24,8 @@ from tropd.student.learner import ModelLearner
 from tropd.student.models import choose_device, load_model, load_tokenizer, model_fingerprint, wrap_student
 from tropd.student.optimizer import Optimizer
 from tropd.teachers.local import BaseAsTeacher, LocalTeacher, same_vocabulary, shared_vocab_size, without_adapter
+from tropd.teachers.served import Served, meet_teacher, serve_writer
+from tropd.teachers.teacher import RunTeacher
 from tropd.teachers.texts import CachedTexts
 from tropd.types import Completion, Prompt, Request
 
@@ -40,7 +42,7 @@ class Parts:
     model: Any
     learner: ModelLearner
     engine: Engine
-    teacher: LocalTeacher | BaseAsTeacher
+    teacher: RunTeacher
     writer: Engine | None
     stream: PromptStream | LazyPromptStream
     stop_ids: tuple[int, ...]
@@ -89,7 +91,8 @@ def load_parts(run: Run, directory: Path) -> Parts:
         teacher_tokenizer = load_tokenizer(run.teacher, "teacher")
         same_vocabulary(tokenizer, teacher_tokenizer)
     loaded = load_model(run.student, "student", device)
-    other = None if base_teacher else load_model(run.teacher, "teacher", device)
+    local = not base_teacher and not run.teacher.servers
+    other = load_model(run.teacher, "teacher", device) if local else None
     origins = {} if run.student.lora is None else {"student": model_fingerprint(loaded)}
     origins |= {} if other is None else {"teacher": model_fingerprint(other)}
     ends = stop_ids(tokenizer, loaded.generation_config)
@@ -97,10 +100,17 @@ def load_parts(run: Run, directory: Path) -> Parts:
     model = wrap_student(loaded, run.student, run.seed)
     own_size = shared_vocab_size(model, tokenizer, model, tokenizer)
     size = own_size if other is None else shared_vocab_size(model, tokenizer, other, teacher_tokenizer)
-    teacher, learner = _pair(run, model, other, size)
+    served = meet_teacher(run, own_size, teacher_tokenizer, directory) if run.teacher.servers else None
+    if served is not None:
+        size, origins["teacher"] = served.vocab_size, served.identity
+        cautions += served.notes
+    teacher, learner = _pair(run, model, other, size, served)
     check_evidence(run.method.objective, teacher, run.method.name, grader is not None)
     data = _limit_prompts(run.data, _shortest(learner, teacher), run.rollout.max_new_tokens)
     stream, notes = _open_stream(data, tokenizer, run.seed)
+    writer, remarks = _writer(run, other, model, size, served, (tokenizer, stream))
+    if writer is not None and run.teacher.text_cache:
+        writer = CachedTexts(writer, directory / "teacher_texts.sqlite", origins.get("teacher") or origins["student"])
     held_out, eval_notes = _held_out(run, tokenizer, learner.forward.context)
     engine = TransformersEngine(model, vocab_size=size, max_batch=run.rollout.max_batch)
     return Parts(
@@ -110,18 +120,18 @@ def load_parts(run: Run, directory: Path) -> Parts:
         learner=learner,
         engine=engine,
         teacher=teacher,
-        writer=_writer(run, other, model, size, directory, origins),
+        writer=writer,
         stream=stream,
         stop_ids=ends,
         grader=grader,
         held_out=held_out,
         eval_grader=eval_grader,
-        notes=(*cautions, *_cautions(run, ends), *engine.notes, *notes, *eval_notes),
+        notes=(*cautions, *_cautions(run, ends), *engine.notes, *notes, *remarks, *eval_notes),
         origins=origins,
     )
 
 
-def _pair(run: Run, model: Any, other: Any, size: int) -> tuple[LocalTeacher | BaseAsTeacher, ModelLearner]:
+def _pair(run: Run, model: Any, other: Any, size: int, served: Served | None) -> tuple[RunTeacher, ModelLearner]:
     """Teacher and student, both cut to the shared vocabulary and read in the same tiles."""
     shape: dict[str, Any] = dict(
         vocab_size=size,
@@ -129,8 +139,10 @@ def _pair(run: Run, model: Any, other: Any, size: int) -> tuple[LocalTeacher | B
         tile_vocab=run.tile_vocab,
         tokens_per_batch=run.tokens_per_micro_batch,
     )
-    teacher = LocalTeacher(other, **shape) if other is not None else BaseAsTeacher(model, **shape)
     optimizer = Optimizer(model, run.optimizer, run.steps * run.optimizer.num_updates)
+    if served is not None:
+        return served.teacher, ModelLearner(model, optimizer, **shape)
+    teacher = LocalTeacher(other, **shape) if other is not None else BaseAsTeacher(model, **shape)
     return teacher, ModelLearner(model, optimizer, teacher=teacher.forward, **shape)
 
 
@@ -169,9 +181,9 @@ def _without_dropout(model: Any) -> list[str]:
     ]
 
 
-def _shortest(learner: ModelLearner, teacher: LocalTeacher | BaseAsTeacher) -> int | None:
+def _shortest(learner: ModelLearner, teacher: RunTeacher) -> int | None:
     """The longest text that student and teacher can both read."""
-    known = [c for c in (learner.forward.context, teacher.forward.context) if c is not None]
+    known = [c for c in (learner.forward.context, teacher.context) if c is not None]
     return min(known, default=None)
 
 
@@ -206,15 +218,21 @@ def _held_out(
     return loaded.prompts, [f"{run.evaluation.data.path}: {loaded.report}"]
 
 
-def _writer(run: Run, other: Any, student: Any, size: int, directory: Path, origins: dict[str, str]) -> Engine | None:
-    """Whoever writes the teacher's texts, if the method asks for any."""
+def _writer(
+    run: Run,
+    other: Any,
+    student: Any,
+    size: int,
+    served: Served | None,
+    prompts: tuple[PreTrainedTokenizerBase, PromptStream | LazyPromptStream],
+) -> tuple[Engine | None, list[str]]:
+    """Whoever writes the teacher's texts, if the method asks for any, and what to know about it."""
     if not run.method.rollout.needs_teacher_text:
-        return None
+        return None, []
+    if served is not None:
+        return serve_writer(run.teacher, served, *prompts)
     own = TransformersEngine(other if other is not None else student, vocab_size=size, max_batch=run.rollout.max_batch)
-    engine: Engine = TeacherEngine(own) if other is not None else TeacherEngine(own, lambda: without_adapter(student))
-    if not run.teacher.text_cache:
-        return engine
-    return CachedTexts(engine, directory / "teacher_texts.sqlite", origins.get("teacher") or origins["student"])
+    return TeacherEngine(own) if other is not None else TeacherEngine(own, lambda: without_adapter(student)), []
 
 
 def _cautions(run: Run, ends: tuple[int, ...]) -> list[str]:

@@ -12,6 +12,7 @@ from tropd.errors import ConfigError
 from tropd.evaluation.results import EvalConfig
 from tropd.methods import AnyMethod, TrOPD
 from tropd.probes.alarms import AlarmConfig
+from tropd.servers.settings import ServerConfig
 from tropd.types import Sampling
 
 
@@ -60,6 +61,12 @@ class TeacherConfig(ModelConfig):
     """A folder, a hub id, or "base": the student without its adapter (LoRA only)."""
     text_cache: bool = True
     """Keep the texts it writes on disk, in the run's folder."""
+    score_cache: bool = False
+    """Keep what servers say on disk as well: texts that come again are not scored again."""
+    servers: tuple[str, ...] = ()
+    """Addresses that serve it, such as http://127.0.0.1:8000; of `path` only the tokenizer and config are read then."""
+    server: ServerConfig = field(default_factory=ServerConfig)
+    """How they are spoken to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +171,13 @@ class Run:
                 f"optimizer.num_updates = {self.optimizer.num_updates} shares of "
                 f"{self.rollout.num_prompts * self.rollout.num_rollouts} rollouts would leave some without any."
             )
+        if self.teacher.path == "base" and self.teacher.servers:
+            raise ConfigError(
+                "teacher.servers names servers, but teacher.path does not say what they serve. Set it to the folder or "
+                "hub id of that model: its tokenizer is compared, its weights are not read."
+            )
+        if self.teacher.score_cache and not self.teacher.servers:
+            raise ConfigError("teacher.score_cache keeps what servers say, but teacher.servers is empty. Leave it out.")
         if self.teacher.path == "base" and self.student.lora is None:
             raise ConfigError(
                 'teacher.path is "base", the student without its adapter, but the student has no adapter: it would '

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,13 @@ class Refusal(Exception):
         self.status = status
 
 
+@cache
+def load(folder: Path) -> tuple[Any, Any]:
+    """Model and tokenizer; nobody changes them."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
 class MiniServer:
     """Serves until the block ends."""
 
@@ -38,8 +46,7 @@ class MiniServer:
         key: str | None = None,
         temperature: float = 1.0,
     ) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model, self.tokenizer = load(folder)
         self.folder, self.name, self.key = folder, name, key
         self.max_logprobs, self.max_model_len = max_logprobs, max_model_len
         self.temperature = temperature
@@ -150,7 +157,7 @@ class MiniServer:
             own = [[None if t == 0 else float(rows_TV[t, i]), i, None] for t, i in enumerate(ids)]
             tops = [rows_TV[t].topk(body["top_logprobs_num"]) for t in range(len(ids))]
             top = [list(zip(x.values.tolist(), x.indices.tolist(), [None] * len(x.indices), strict=True)) for x in tops]
-            meta = {"id": body["rid"][len(answers)], "prompt_tokens": len(ids), "input_token_logprobs": own}
+            meta = {"prompt_tokens": len(ids), "input_token_logprobs": own}
             meta["input_top_logprobs"] = [None, *top[1:]]
             answers.append({"text": "", "meta_info": meta})
         return answers

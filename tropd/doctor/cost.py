@@ -63,7 +63,7 @@ def need_of(subject: Subject) -> Need:
     width = choose_dtype(run.student.dtype, device).itemsize
     trained = [p.numel() for p in student.parameters() if p.requires_grad]
     teacher = 0
-    if subject.teacher is not None:
+    if subject.teacher is not None and not run.teacher.servers:
         numel = sum(p.numel() for p in _without_storage(run.teacher).parameters())
         teacher = numel * choose_dtype(run.teacher.dtype, device).itemsize
     config = subject.student.config

@@ -116,8 +116,9 @@ def _diagnose(
 ) -> tuple[dict[str, float], tuple[list[float], float], tuple[float, float]]:
     """Everything that both models say of these answers, as probes."""
     top_k = min(parts.run.method.objective.teacher_top_k or _TOP_K, parts.vocab_size)
+    offers = parts.teacher.capabilities
     tokens = make_tokens(rollouts, parts.run.seed, parts.learner.device, parts.vocab_size)
-    tokens = add_scores(tokens, rollouts, parts.teacher.score(rollouts, _EVIDENCE, top_k=top_k))
+    tokens = add_scores(tokens, rollouts, parts.teacher.score(rollouts, _EVIDENCE & offers, top_k=top_k))
     sampler_N = tokens.peek("student_logprobs_N")
     own = _measure(parts, rollouts, tokens.teacher_topk_ids_NK, top_k)
     tokens = tokens.with_(

@@ -17,6 +17,7 @@ from tropd.objective.evidence import Needs
 from tropd.student.head import causal_lm_of
 from tropd.student.models import load_tokenizer
 from tropd.teachers.local import BaseAsTeacher, LocalTeacher
+from tropd.teachers.server import CAPABILITIES as SERVED
 from tropd.types import Prompt
 
 if TYPE_CHECKING:
@@ -75,7 +76,9 @@ def subject_of(parts: Parts) -> Subject:
         generation=inside.generation_config,
     )
     teacher = None
-    if isinstance(parts.teacher, LocalTeacher):
+    if run.teacher.servers:
+        teacher = _read_side(run.teacher, "teacher")
+    elif isinstance(parts.teacher, LocalTeacher):
         inside = causal_lm_of(parts.teacher.forward.model)
         teacher = Side(
             whose="teacher",
@@ -129,12 +132,18 @@ def read_subject(run: Run) -> tuple[Subject | None, list[Check]]:
         run=run,
         student=student,
         teacher=teacher,
-        capabilities=(BaseAsTeacher if own_base else LocalTeacher).capabilities,
+        capabilities=_capabilities(run),
         prompts=prompts or (),
         held_out=held_out or (),
         grader=grader,
         eval_grader=eval_grader,
     ), checks
+
+
+def _capabilities(run: Run) -> Needs:
+    if run.teacher.servers:
+        return SERVED[run.teacher.server.kind]
+    return (BaseAsTeacher if run.teacher.path == "base" else LocalTeacher).capabilities
 
 
 def _read_side(config: ModelConfig, whose: str) -> Side:

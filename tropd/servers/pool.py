@@ -37,12 +37,13 @@ class Job(Generic[T]):
 
     name: str
     path: str
-    body: Mapping[str, Any]
     read: Callable[[bytes, str], T]
     """(answer, request id) -> value; raises ServerGarbled if it cannot be right."""
-    num_tokens: int
+    body: Mapping[str, Any] | None = None
+    """Without one it is a GET."""
+    num_tokens: int = 1
     """What it weighs: tokens read and tokens that may be written."""
-    limit_bytes: int
+    limit_bytes: int = 2**20
 
 
 @dataclass(eq=False, slots=True)
@@ -52,6 +53,8 @@ class _Server:
     requests: int = 0
     failures: int = 0
     """In a row."""
+    garbled: int = 0
+    """Likewise."""
     rests_until: float = 0.0
     why: str = ""
 
@@ -103,11 +106,8 @@ class Pool:
         try:
             for thread in threads:
                 thread.start()
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(1.0)  # in slices, so that signals are heard
-                    if failures:
-                        break
+            while not failures and (alive := [thread for thread in threads if thread.is_alive()]):
+                alive[0].join(0.2)  # in slices, so that signals and failures of others are heard
         finally:
             stop.set()
             with self._changed:
@@ -122,10 +122,10 @@ class Pool:
 
     def _carry_out(self, job: Job[T], stop: threading.Event) -> T:
         until: float | None = None
-        last: _Server | None = None
+        avoided: list[_Server] = []
         garbled = 0
         while True:
-            last = server = self._lease(job, until, last, stop)
+            server = self._lease(job, until, avoided, stop)
             request_id = f"tropd-{uuid.uuid4().hex[:20]}"
             failure: Exception | None = None
             try:
@@ -137,6 +137,7 @@ class Pool:
             except ServerGarbled as error:
                 failure = error
                 garbled += 1
+                avoided.append(server)
                 log.warning("%s: %s", job.name, error)
                 if garbled >= GARBLED:
                     raise ServerGarbled(
@@ -145,17 +146,19 @@ class Pool:
             finally:
                 self._release(server, job, failure)
 
-    def _lease(self, job: Job, until: float | None, last: _Server | None, stop: threading.Event) -> _Server:
-        """The least busy server with room for the job; waits while there is none."""
+    def _lease(self, job: Job, until: float | None, avoided: list[_Server], stop: threading.Event) -> _Server:
+        """The least busy server with room for the job; waits while there is none.  Where others are up, no server is
+        asked twice for what it garbled."""
         with self._changed:
             while True:
                 if stop.is_set():
                     raise ServerUnavailable(f"{job.name}: given up, because another request failed.")
                 now = time.monotonic()
-                free = [server for server in self._servers if self._has_room(server, job, now)]
+                others = [server for server in self._servers if server not in avoided]
+                asked = others if any(not server.failures for server in others) else self._servers
+                free = [server for server in asked if self._has_room(server, job, now)]
                 if free:
-                    others = [server for server in free if server is not last or not server.failures] or free
-                    server = min(others, key=lambda s: (s.tokens, s.requests))
+                    server = min(free, key=lambda s: (s.garbled, s.tokens, s.requests))
                     server.tokens += job.num_tokens
                     server.requests += 1
                     return server
@@ -190,6 +193,7 @@ class Pool:
                 if server.failures:
                     log.warning("%s answers again.", server.client.url)
                 server.failures, server.why = 0, ""
+                server.garbled = 0 if failure is None else server.garbled + 1
                 self.tally.garbled += failure is not None
             if failure is None:
                 self.tally.answers += 1
@@ -205,7 +209,7 @@ class Pool:
         server.failures += 1
         server.why = str(failure)
         rest = min(_LONGEST_REST, _FIRST_REST * 2 ** (server.failures - 1)) * random.uniform(0.75, 1.25)
-        server.rests_until = now + (failure.seconds if failure.seconds is not None else rest)
+        server.rests_until = now + (rest if failure.seconds is None else failure.seconds)
         if server.failures == 1:
             left = sum(not other.failures for other in self._servers)
             log.warning("%s %d of %d servers are left; asking it again.", failure, left, len(self._servers))

@@ -152,7 +152,7 @@ def text_limit(request: Request) -> int:
 def read_text(answer: bytes, *, model: str, request: Request, request_id: str) -> Completion:
     """Behaviour log-probabilities are () unless they were asked for."""
     (choice,) = _in_order(_parsed(_WRITTEN, answer), model, 1, request_id)
-    _check_echo(choice["prompt_token_ids"], request.token_ids)
+    check_echo(choice["prompt_token_ids"], request.token_ids)
     ids = tuple(choice["token_ids"])
     ends = [place for place, token in enumerate(ids) if token in request.stop_ids]
     finish = {"stop": Finish.STOP, "length": Finish.LENGTH}.get(choice["finish_reason"])
@@ -194,7 +194,7 @@ def _in_order(found: Any, model: str, number: int, request_id: str) -> list[Any]
     return choices
 
 
-def _check_echo(echo: Sequence[int], asked: Sequence[int]) -> None:
+def check_echo(echo: Sequence[int], asked: Sequence[int]) -> None:
     if list(echo) == list(asked):
         return
     at = next((n for n, (a, b) in enumerate(zip(echo, asked, strict=False)) if a != b), min(len(echo), len(asked)))
@@ -204,7 +204,7 @@ def _check_echo(echo: Sequence[int], asked: Sequence[int]) -> None:
 
 
 def _scored(choice: _ScoredChoice, sequence: Sequence[int], first: int, top_k: int) -> Scored:
-    _check_echo(choice["prompt_token_ids"], sequence)
+    check_echo(choice["prompt_token_ids"], sequence)
     rows = choice["prompt_logprobs"]
     if len(rows) != len(sequence) or (rows and rows[0] is not None):
         raise ServerGarbled(f"{len(sequence)} tokens came back with {len(rows)} rows of log-probabilities.")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, arange, cat, nn
+from torch import Tensor, arange, cat, float32, float64, nn
 
 from tropd.errors import ConfigError, EvidenceError, TeacherError, TrainingDiverged, VocabularyError
 from tropd.objective.evidence import OF_TEACHER, Needs
@@ -41,6 +41,14 @@ class LocalTeacher:
         self.forward = Forward(
             model.eval().requires_grad_(False), vocab_size=vocab_size, tile_tokens=tile_tokens, tile_vocab=tile_vocab
         )
+
+    @property
+    def context(self) -> int | None:
+        return self.forward.context
+
+    @property
+    def noise(self) -> float:
+        return _noise(self.forward)
 
     def score(
         self,
@@ -80,6 +88,14 @@ class BaseAsTeacher:
             within=lambda: without_adapter(student),
         )
 
+    @property
+    def context(self) -> int | None:
+        return self.forward.context
+
+    @property
+    def noise(self) -> float:
+        return _noise(self.forward)
+
     def score(
         self,
         rollouts: Sequence[Rollout],
@@ -91,6 +107,11 @@ class BaseAsTeacher:
     ) -> list[TeacherScores]:
         """One TeacherScores per rollout, in order; a `top_k` beyond the vocabulary gives the whole vocabulary."""
         return _score(self, rollouts, needs, top_k, student_topk_ids_TJ, top_k_rows)
+
+
+def _noise(forward: Forward) -> float:
+    """Rounding between batches of other shapes; half precision has much of it."""
+    return {float32: 1e-3, float64: 1e-6}.get(next(forward.model.parameters()).dtype, 0.1)
 
 
 def same_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any) -> None:

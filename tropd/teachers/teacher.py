@@ -35,3 +35,17 @@ class Teacher(Protocol):
         leave out the top-k of rows that `top_k_rows` does not want, with NOTHING as their log-probabilities.
         """
         ...
+
+
+class RunTeacher(Teacher, Protocol):
+    """A teacher as a run needs it: what is known of it beside its scores."""
+
+    @property
+    def context(self) -> int | None:
+        """The longest text that it scores; None where that is not known."""
+        ...
+
+    @property
+    def noise(self) -> float:
+        """By how many nats it may differ from itself."""
+        ...

@@ -1,0 +1,77 @@
+"""Our teachers and engines keep the promises of `tropd.testing`, and a broken promise is noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.runs import save_model
+from tests.servers.mini import MiniServer
+from tests.tiny import VOCAB, tiny_model
+from tropd.rollout.transformers import TransformersEngine
+from tropd.servers.settings import ServerConfig
+from tropd.teachers.cached import Cached
+from tropd.teachers.local import LocalTeacher
+from tropd.teachers.meeting import canary_of
+from tropd.teachers.routed import Routed
+from tropd.teachers.server import ServerTeacher
+from tropd.testing import check_engine, check_teacher
+from tropd.types import Completion, Request, TeacherScores
+
+
+def test_a_local_teacher_and_its_wrappers_keep_their_promises(tmp_path: Path) -> None:
+    teacher = LocalTeacher(tiny_model(sharp=4.0))
+    check_teacher(teacher, vocab_size=VOCAB)
+    check_teacher(Routed({"default": teacher}), vocab_size=VOCAB)
+    check_teacher(Cached(teacher, tmp_path / "scores.sqlite", "tiny"), vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_a_teacher_on_a_server_keeps_its_promises(tmp_path: Path, kind: Any) -> None:
+    folder = save_model(tmp_path / "teacher", tiny_model(sharp=4.0))
+    with MiniServer(folder) as server:
+        settings = ServerConfig(kind=kind, deadline_seconds=5.0)
+        teacher = ServerTeacher([server.url], settings, vocab_size=VOCAB, canary=canary_of([], VOCAB))
+        check_teacher(teacher, vocab_size=VOCAB)
+
+
+def test_the_engine_of_transformers_keeps_its_promises() -> None:
+    check_engine(TransformersEngine(tiny_model(sharp=4.0), max_batch=3), vocab_size=VOCAB)
+
+
+class Shifted(LocalTeacher):
+    """Scores the token before."""
+
+    def score(self, *args: Any, **options: Any) -> list[TeacherScores]:
+        return [replace(s, logprobs_T=s.logprobs_T.roll(1)) for s in super().score(*args, **options)]
+
+
+class Sorted(LocalTeacher):
+    """Answers in the order of lengths."""
+
+    def score(self, *args: Any, **options: Any) -> list[TeacherScores]:
+        return sorted(super().score(*args, **options), key=lambda s: len(s.logprobs_T))
+
+
+@pytest.mark.parametrize(
+    ("kind", "promise"), [(Shifted, "same log-probability there|likelier than"), (Sorted, "one log-probability per")]
+)
+def test_a_teacher_that_breaks_a_promise_is_told_which(kind: type[LocalTeacher], promise: str) -> None:
+    with pytest.raises(AssertionError, match=promise):
+        check_teacher(kind(tiny_model(sharp=4.0)), vocab_size=VOCAB, top_k=VOCAB)
+
+
+class Seedless(TransformersEngine):
+    """Draws by a text's place in the batch."""
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        return super().generate([replace(request, seed=n) for n, request in enumerate(requests)])
+
+
+def test_an_engine_whose_texts_depend_on_their_neighbours_is_told_so() -> None:
+    with pytest.raises(AssertionError, match="not on the order"):
+        check_engine(Seedless(tiny_model(sharp=4.0)), vocab_size=VOCAB)

@@ -1,0 +1,150 @@
+"""What SGLang's own route is asked, and how its answers are checked.
+
+It echoes every token beside its log-probability and gives the k likeliest at each position.  It scores given ids as
+well, but the same ones at every position, so it cannot answer for the student's top-k.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from tropd.errors import ServerGarbled
+from tropd.servers.vllm import Logprob, Scored, TokenId, check_echo
+from tropd.types import Completion, Finish, Request
+
+SCORE = TEXT = "/generate"
+_ROUNDING = 1e-3
+_STRICT = ConfigDict(strict=False, extra="ignore")
+_Own = tuple[Logprob | None, TokenId, Any]
+_Top = tuple[Logprob, TokenId, Any]
+
+
+class _Scores(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    input_token_logprobs: Annotated[list[_Own], Field(min_length=1)]
+    input_top_logprobs: list[list[_Top] | None] | None
+
+
+class _ScoredAnswer(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    meta_info: _Scores
+
+
+class _End(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    type: str
+
+
+class _Written(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    finish_reason: _End
+    prompt_tokens: int
+
+
+class _WrittenAnswer(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    output_ids: list[TokenId]
+    meta_info: _Written
+
+
+_SCORED = TypeAdapter(list[_ScoredAnswer])
+_WRITTEN = TypeAdapter(_WrittenAnswer)
+
+
+def score_body(model: str, sequences: Sequence[Sequence[int]], top_k: int) -> dict[str, Any]:
+    return {
+        "input_ids": [list(sequence) for sequence in sequences],
+        "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+        "top_logprobs_num": top_k,
+        "return_text_in_logprobs": False,
+    }
+
+
+def read_scores(
+    answer: bytes, *, model: str, sequences: Sequence[Sequence[int]], firsts: Sequence[int], top_k: int, request_id: str
+) -> list[Scored]:
+    """For each sequence the positions from `firsts` on.  The answer names neither model nor request: the echo and the
+    canary stand for both."""
+    found = _parsed(_SCORED, answer)
+    if len(found) != len(sequences):
+        raise ServerGarbled(f"{len(sequences)} texts were asked about, and {len(found)} answered.")
+    return [_scored(f["meta_info"], ids, at, top_k) for f, ids, at in zip(found, sequences, firsts, strict=True)]
+
+
+def text_body(model: str, request: Request, *, logprobs: bool = False) -> dict[str, Any]:
+    sampling = request.sampling
+    return {
+        "input_ids": list(request.token_ids),
+        "sampling_params": {
+            "max_new_tokens": request.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "min_p": sampling.min_p,
+            "stop_token_ids": list(request.stop_ids),
+            "ignore_eos": True,
+            "sampling_seed": request.seed & (2**31 - 1),
+            "skip_special_tokens": False,
+        },
+    }
+
+
+def read_text(answer: bytes, *, model: str, request: Request, request_id: str) -> Completion:
+    found = _parsed(_WRITTEN, answer)
+    ids, reason = tuple(found["output_ids"]), found["meta_info"]["finish_reason"]["type"]
+    if found["meta_info"]["prompt_tokens"] != len(request.token_ids):
+        raise ServerGarbled("the text continues another prompt than the one that was sent.")
+    ends = [place for place, token in enumerate(ids) if token in request.stop_ids]
+    stopped, cut = reason == "stop" and ends == [len(ids) - 1], reason == "length" and not ends
+    if not ids or not (stopped or (cut and len(ids) == request.max_new_tokens)):
+        raise ServerGarbled(f"a text of {len(ids)} tokens with stop tokens at {ends} ended for the reason {reason!r}.")
+    finish = Finish.STOP if stopped else Finish.LENGTH
+    return Completion(token_ids=ids, behavior_logprobs=(), model_logprobs=(), finish=finish)
+
+
+def _parsed(adapter: TypeAdapter[Any], answer: bytes) -> Any:
+    try:
+        return adapter.validate_json(answer)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the answer"
+        raise ServerGarbled(f"{len(answer)} bytes are not the answer asked for: {where}: {first['msg']}.") from None
+
+
+def _scored(meta: _Scores, sequence: Sequence[int], first: int, top_k: int) -> Scored:
+    own = meta["input_token_logprobs"]
+    check_echo([token for _, token, _ in own], sequence)
+    tops = meta["input_top_logprobs"] if top_k else [None] * len(own)
+    if tops is None or len(tops) != len(own):
+        raise ServerGarbled(f"{len(own)} tokens came back with {len(tops or [])} rows of top-{top_k}.")
+    logprobs, ids_TK, logprobs_TK = [], [], []
+    for place in range(max(first, 1), len(sequence)):
+        value = own[place][0]
+        if value is None:
+            raise ServerGarbled(f"position {place} has no log-probability.")
+        top = sorted(tops[place] or [], key=lambda entry: -entry[0])
+        _check_row(place, value, sequence[place], top, top_k)
+        logprobs.append(min(value, 0.0))
+        ids_TK.append([token for _, token, _ in top])
+        logprobs_TK.append([min(x, 0.0) for x, _, _ in top])
+    return Scored(logprobs=logprobs, topk_ids_TK=ids_TK, topk_logprobs_TK=logprobs_TK)
+
+
+def _check_row(place: int, value: float, written: int, top: list[_Top], top_k: int) -> None:
+    found = {token: x for x, token, _ in top}
+    if len(top) != top_k or len(found) != top_k:
+        raise ServerGarbled(f"position {place}: the top-{top_k} was asked for, and {len(found)} came.")
+    beside = math.exp(value) if written not in found else 0.0
+    same = abs(found.get(written, value) - value) <= _ROUNDING
+    mass = math.fsum(map(math.exp, found.values())) + beside
+    falls = all(a[0] >= b[0] for a, b in itertools.pairwise(top))
+    if not same or not falls or mass > 1.0 + _ROUNDING or (beside and top and value > top[-1][0] + _ROUNDING):
+        raise ServerGarbled(f"position {place}: the log-probabilities make no distribution.")

@@ -1,0 +1,166 @@
+"""Getting to know a teacher's servers before the first step: who they are, and what a known text is worth to them.
+
+The canary is a short text that comes along with every scoring request from then on.  Its log-probabilities are those of
+the model that was met here, or somebody else is answering.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, TypeVar
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from tropd.errors import ServerGarbled, ServerRefused, TeacherRefused
+from tropd.servers import sglang, vllm
+from tropd.servers.pool import Job, Pool
+from tropd.servers.settings import ServerConfig
+
+CANARY = "The quick brown fox jumps over the lazy dog, and 12 + 30 = 42. Once upon a time there was"
+_LONGEST = 16
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a server says about the model that it serves."""
+
+    id: str
+    root: str | None = None
+    max_model_len: Annotated[int, Field(ge=2)] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cards:
+    data: Annotated[list[Card], Field(min_length=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Canary:
+    """A known text."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...] = ()
+    """Of all tokens but the first; () before anybody was asked."""
+
+    def gap(self, logprobs: Sequence[float]) -> float:
+        """Mean distance in nats."""
+        pairs = list(zip(self.logprobs, logprobs, strict=True))
+        return sum(abs(max(a, -1e4) - max(b, -1e4)) for a, b in pairs) / len(pairs)
+
+    def check(self, logprobs: Sequence[float], nats: float) -> None:
+        gap = self.gap(logprobs)
+        if not gap <= nats:
+            raise ServerGarbled(
+                f"another model answers than at the start: a known text of {len(self.ids)} tokens had the "
+                f"log-probabilities {_shown(self.logprobs)}, and now {_shown(logprobs)}: {gap:.2g} nats apart on "
+                f"average (server.canary_nats = {nats:g})."
+            )
+
+
+def canary_of(ids: Sequence[int], vocab_size: int) -> Canary:
+    """From the tokens of a sentence, or any tokens where a tokenizer makes next to none of it."""
+    own = [index for index in ids if index < vocab_size][:_LONGEST]
+    return Canary(ids=tuple(own) if len(own) >= 4 else tuple(index % vocab_size for index in range(1, 9)))
+
+
+def dialect_of(settings: ServerConfig) -> ModuleType:
+    """The module that speaks a server's API: score_body, read_scores, text_body, read_text."""
+    return {"vllm": vllm, "sglang": sglang}[settings.kind]
+
+
+def card_of(urls: Sequence[str], settings: ServerConfig) -> Card:
+    """The model, the same on every server; the context is that of the shortest."""
+    cards = [_card(url, settings) for url in urls]
+    names = {card.id for card in cards}
+    if len(names) > 1:
+        raise TeacherRefused(
+            f"the servers serve different models: {', '.join(sorted(names))}. Name one in server.model, or give each "
+            "teacher its own servers."
+        )
+    lengths = [card.max_model_len for card in cards if card.max_model_len is not None]
+    return Card(id=cards[0].id, root=cards[0].root, max_model_len=min(lengths, default=None))
+
+
+def _card(url: str, settings: ServerConfig) -> Card:
+    cards = _ask(url, settings, Job(name=f"{url}/v1/models", path="/v1/models", read=_read_cards))
+    chosen = [card for card in cards if settings.model in (None, card.id)]
+    if len(chosen) == 1:
+        return chosen[0]
+    there = ", ".join(card.id for card in cards)
+    if settings.model is None:
+        raise TeacherRefused(f"{url} serves several models: {there}. Name one in server.model.")
+    raise TeacherRefused(f"server.model is {settings.model!r}, but {url} serves {there}.")
+
+
+def _read_cards(answer: bytes, request_id: str) -> list[Card]:
+    try:
+        return TypeAdapter(Cards).validate_json(answer).data
+    except ValidationError as error:
+        raise ServerGarbled(f"that lists no models: {error.errors(include_input=False)[0]['msg']}.") from None
+
+
+def _ask(url: str, settings: ServerConfig, job: Job[T]) -> T:
+    """One question to one server, which may still be starting."""
+    pool = Pool([url], settings)
+    try:
+        return pool.run([job])[0]
+    finally:
+        pool.close()
+
+
+def meet(urls: Sequence[str], settings: ServerConfig, model: str, canary: Canary, top_k: int) -> Canary:
+    """Ask every server about the canary, with as large a top-k as training will; they have to agree."""
+    found = [_sing(url, settings, model, canary, top_k) for url in urls]
+    first = Canary(ids=canary.ids, logprobs=tuple(found[0]))
+    for url, logprobs in zip(urls, found, strict=True):
+        try:
+            (canary if canary.logprobs else first).check(logprobs, settings.canary_nats)
+        except ServerGarbled as gap:
+            raise TeacherRefused(f"{url}: {gap}") from gap
+    return canary if canary.logprobs else first
+
+
+def _sing(url: str, settings: ServerConfig, model: str, canary: Canary, top_k: int) -> list[float]:
+    speech = dialect_of(settings)
+    num_tokens = len(canary.ids) + 1
+    job = Job(
+        name=f"a known text at {url}",
+        path=speech.SCORE,
+        body=speech.score_body(model, [canary.ids], top_k),
+        read=lambda answer, request_id: speech.read_scores(
+            answer, model=model, sequences=[canary.ids], firsts=[1], top_k=top_k, request_id=request_id
+        ),
+        num_tokens=num_tokens,
+        limit_bytes=vllm.score_limit(num_tokens, top_k),
+    )
+    try:
+        return _ask(url, settings, job)[0].logprobs
+    except ServerRefused as refusal:
+        cure = (
+            f" Start the server with --max-logprobs {top_k}, or lower method.top_k."
+            if "logprobs" in str(refusal)
+            else ""
+        )
+        raise TeacherRefused(f"the top-{top_k} of a known text was asked for, but {refusal}{cure}") from refusal
+
+
+def keep(canary: Canary, path: Path) -> None:
+    """So that a resumed run notices that its teacher was changed."""
+    path.write_text(json.dumps(asdict(canary)))
+
+
+def recall(path: Path, ids: tuple[int, ...]) -> Canary | None:
+    try:
+        kept = TypeAdapter(Canary).validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+    return kept if kept.ids == ids else None
+
+
+def _shown(logprobs: Sequence[float]) -> str:
+    return "(" + ", ".join(f"{x:.2f}" for x in list(logprobs)[:4]) + ", ...)"

@@ -1,0 +1,146 @@
+"""The teacher of a run whose configuration names servers: met, checked, and ready to score and to write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tropd.config import Run, TeacherConfig
+from tropd.data.stream import LazyPromptStream, PromptStream
+from tropd.errors import ConfigError, ServerGarbled, ServerRefused, TeacherRefused, VocabularyError
+from tropd.rollout.engine import Engine
+from tropd.servers.client import Client
+from tropd.servers.pool import Pool
+from tropd.servers.settings import check_addresses
+from tropd.teachers.cached import Cached
+from tropd.teachers.meeting import CANARY, canary_of, keep, recall
+from tropd.teachers.server import ServerTeacher
+from tropd.teachers.teacher import RunTeacher
+from tropd.teachers.writer import ChatWriter, ServerWriter
+from tropd.types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPELLING = CANARY + " \n\tΩ 汉字 🙂 x_1=0.5;  def f(n):\n    return n**2  # ünïcode"
+"""A text that tokenizers tend to cut differently."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    teacher: RunTeacher
+    model: str
+    """The name it is served under."""
+    vocab_size: int
+    """Tokens that the student shares with it."""
+    identity: str
+    """Names the model that was met."""
+    notes: tuple[str, ...]
+
+
+def meet_teacher(run: Run, vocab_size: int, tokenizer: PreTrainedTokenizerBase, directory: Path) -> Served:
+    """Connect, and compare with what a resumed run met at its start.  `tokenizer` is the teacher's, `vocab_size` the
+    student's."""
+    config = run.teacher
+    num_rows = _num_rows(config)
+    vocab_size = min(vocab_size, num_rows or vocab_size, max(tokenizer.get_vocab().values()) + 1)
+    notes = list(check_addresses(config.servers, config.server))
+    path = directory / "teacher_canary.json"
+    canary = canary_of(tokenizer.encode(CANARY, add_special_tokens=False), vocab_size)
+    before = recall(path, canary.ids) if (directory / "run.toml").exists() else None
+    teacher = ServerTeacher(
+        config.servers,
+        config.server,
+        vocab_size=vocab_size,
+        num_rows=num_rows,
+        canary=before or canary,
+        top_k=run.method.objective.teacher_top_k,
+    )
+    notes += compare_tokenizers(teacher.pool.clients, teacher.card.id, tokenizer)
+    if teacher.canary.logprobs and before is None:
+        keep(teacher.canary, path)
+    card = teacher.card
+    identity = f"{config.server.kind} {card.id}" + (f" ({card.root})" if card.root not in (None, card.id) else "")
+    asked: RunTeacher = teacher
+    if config.score_cache:
+        # A name says little of weights: the known text's numbers, to a tenth of a nat, say more.
+        weights = [round(x, 1) for x in teacher.canary.logprobs]
+        asked = Cached(teacher, directory / "teacher_scores.sqlite", f"{identity} {weights}")
+    return Served(teacher=asked, model=card.id, vocab_size=vocab_size, identity=identity, notes=tuple(notes))
+
+
+def _num_rows(config: TeacherConfig) -> int | None:
+    """Tokens that the served model knows, padding included."""
+    from transformers import AutoConfig
+
+    options: dict[str, Any] = {"revision": config.revision} if config.revision else {}
+    try:
+        found = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code, **options)
+    except (OSError, ValueError, KeyError):  # a folder with a tokenizer alone will do
+        return None
+    return getattr(found.get_text_config(), "vocab_size", None)
+
+
+def compare_tokenizers(clients: list[Client], model: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Refuse servers that cut a text otherwise than the configured tokenizer; notes on those that do not say."""
+    own, notes = [*tokenizer.encode(SPELLING, add_special_tokens=False)], []
+    for client in clients:
+        body = {"model": model, "prompt": SPELLING, "add_special_tokens": False}
+        try:
+            found = json.loads(client.ask("/tokenize", body))["tokens"]
+        except ServerRefused as refusal:
+            if refusal.status not in (404, 405):
+                raise TeacherRefused(f"the tokenizer of {client.url} was asked for, but {refusal}") from refusal
+            notes.append(f"{client.url} does not say how it cuts texts, so its tokenizer could not be compared.")
+            continue
+        except (ValueError, KeyError, TypeError, ServerGarbled) as error:
+            raise TeacherRefused(
+                f"{client.url}/tokenize answered with something else than tokens: {error!r}"
+            ) from error
+        if found != own:
+            at = next(
+                (n for n, (a, b) in enumerate(zip(own, found, strict=False)) if a != b), min(len(own), len(found))
+            )
+            raise VocabularyError(
+                f"{client.url} cuts a text otherwise than the tokenizer of teacher.path: from token {at} on "
+                f"{found[at : at + 4]} instead of {own[at : at + 4]}. Set teacher.path (or teacher.tokenizer) to the "
+                "model that is served."
+            )
+    return notes
+
+
+def serve_writer(
+    config: TeacherConfig,
+    served: Served,
+    tokenizer: PreTrainedTokenizerBase,
+    stream: PromptStream | LazyPromptStream,
+) -> tuple[Engine, list[str]]:
+    """Whoever writes the teacher's texts, and what to know about it.  `tokenizer` is the student's."""
+    pool = Pool(config.servers, config.server)
+    if config.server.text == "chat":
+        return ChatWriter(pool, served.model, tokenizer, conversations(stream)), [
+            "the teacher's texts come from a chat endpoint and are tokenised again: their tokens may be cut otherwise "
+            "than the teacher wrote them, and its own template is used."
+        ]
+    if config.server.kind == "openai":
+        raise ConfigError(
+            "the method asks for the teacher's texts as token ids, which an OpenAI-compatible server does not give. "
+            'Set teacher.server.text = "chat", or serve the teacher with vLLM or SGLang.'
+        )
+    return ServerWriter(pool, served.model), []
+
+
+def conversations(stream: PromptStream | LazyPromptStream) -> Mapping[tuple[int, ...], tuple[Message, ...]]:
+    """The messages behind the token ids of every prompt."""
+    if not isinstance(stream, PromptStream):
+        raise ConfigError(
+            'teacher.server.text = "chat" needs to know every prompt\'s messages, and data.streaming reads them later. '
+            "Set data.streaming = false."
+        )
+    before = stream.state_dict()
+    prompts: list[Any] = [prompt for prompt, _ in stream.next(len(stream))]
+    stream.load_state_dict(before)
+    return {prompt.token_ids: prompt.messages for prompt in prompts}
