@@ -32,6 +32,8 @@ from tropd.types import Completion, Prompt, Request
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from tropd.rollout.vllm import VllmEngine
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
@@ -112,7 +114,7 @@ def load_parts(run: Run, directory: Path) -> Parts:
     if writer is not None and run.teacher.text_cache:
         writer = CachedTexts(writer, directory / "teacher_texts.sqlite", origins.get("teacher") or origins["student"])
     held_out, eval_notes = _held_out(run, tokenizer, learner.forward.context)
-    engine = TransformersEngine(model, vocab_size=size, max_batch=run.rollout.max_batch)
+    engine = _engine(run, model, tokenizer, size, directory)
     return Parts(
         run=run,
         tokenizer=tokenizer,
@@ -129,6 +131,15 @@ def load_parts(run: Run, directory: Path) -> Parts:
         notes=(*cautions, *_cautions(run, ends), *engine.notes, *notes, *remarks, *eval_notes),
         origins=origins,
     )
+
+
+def _engine(run: Run, model: Any, tokenizer: Any, size: int, directory: Path) -> TransformersEngine | VllmEngine:
+    """Whoever writes the rollouts."""
+    if not run.rollout.servers:
+        return TransformersEngine(model, vocab_size=size, max_batch=run.rollout.max_batch)
+    from tropd.rollout.vllm import open_engine
+
+    return open_engine(run, model, tokenizer, size, directory / "rollout_weights")
 
 
 def _pair(run: Run, model: Any, other: Any, size: int, served: Served | None) -> tuple[RunTeacher, ModelLearner]:

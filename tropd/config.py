@@ -82,6 +82,13 @@ class RolloutConfig:
     """How the teacher's texts are drawn."""
     max_batch: int = 64
     """Rollouts that are written at the same time."""
+    servers: tuple[str, ...] = ()
+    """Addresses of vLLM servers that write the rollouts; without any this process does."""
+    server: ServerConfig = field(default_factory=ServerConfig)
+    """How they are spoken to."""
+    sync_nats: float | None = None
+    """By how much, on average, the log-probabilities of a known text may differ between a server and this process once
+    it was given the weights.  By default 0.002, in half precision 0.1."""
     save_every: int = 10
     """Keep the rollouts of every n-th step as parquet; 0 keeps none."""
 

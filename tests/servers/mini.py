@@ -45,11 +45,17 @@ class MiniServer:
         max_model_len: int = 256,
         key: str | None = None,
         temperature: float = 1.0,
+        keeps_tied_head: bool = False,
+        ignores_reload: bool = False,
     ) -> None:
+        """`keeps_tied_head` loads new weights as vLLM does from a tied export: all but the head."""
         self.model, self.tokenizer = load(folder)
         self.folder, self.name, self.key = folder, name, key
         self.max_logprobs, self.max_model_len = max_logprobs, max_model_len
         self.temperature = temperature
+        self.keeps_tied_head, self.ignores_reload = keeps_tied_head, ignores_reload
+        self.adapters: dict[str, Any] = {}
+        self.asked = self.model
         self.requests: list[dict[str, Any]] = []
         self.lock = threading.Lock()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -76,6 +82,14 @@ class MiniServer:
                 return {"object": "list", "data": [card]}
             if body is None:
                 raise Refusal(404, "Not Found")
+            if path == "/collective_rpc":
+                return self.reload(body)
+            if path == "/reset_prefix_cache":
+                return {"success": True}
+            if path == "/v1/load_lora_adapter":
+                return self.load_adapter(body["lora_name"], body["lora_path"])
+            if path == "/v1/unload_lora_adapter":
+                return self.adapters.pop(body["lora_name"]) and {}
             if path == "/tokenize":
                 ids = self.tokenizer.encode(body["prompt"], add_special_tokens=False)
                 return {"count": len(ids), "max_model_len": self.max_model_len, "tokens": ids}
@@ -87,14 +101,33 @@ class MiniServer:
                 return self.generate(body)
             raise Refusal(404, "Not Found")
 
+    def reload(self, body: dict[str, Any]) -> dict[str, Any]:
+        assert body["method"] == "reload_weights"
+        if not self.ignores_reload:
+            head = self.model.get_output_embeddings().weight.detach()
+            self.model = AutoModelForCausalLM.from_pretrained(body["kwargs"]["weights_path"], dtype=torch.float32)
+            if self.model.config.tie_word_embeddings and self.keeps_tied_head:
+                self.model.get_output_embeddings().weight = torch.nn.Parameter(head)
+        return {"results": [None]}
+
+    def load_adapter(self, name: str, folder: str) -> dict[str, Any]:
+        from peft import PeftModel
+
+        if name in self.adapters:
+            raise Refusal(400, f"The lora adapter '{name}' has already been loaded.")
+        base = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        self.adapters[name] = PeftModel.from_pretrained(base, folder).merge_and_unload().eval()
+        return {}
+
     def logprobs(self, ids: list[int]) -> torch.Tensor:
         """Row t describes token t; row 0 is of no use."""
         with torch.no_grad():
-            logits_TV = self.model(torch.tensor([ids])).logits[0].float() / self.temperature
+            logits_TV = self.asked(torch.tensor([ids])).logits[0].float() / self.temperature
         return torch.cat([torch.zeros_like(logits_TV[:1]), logits_TV.log_softmax(-1)[:-1]])
 
     def completions(self, body: dict[str, Any], request_id: str) -> dict[str, Any]:
-        if body["model"] != self.name:
+        self.asked = self.adapters.get(body["model"], self.model)
+        if body["model"] not in (self.name, *self.adapters):
             raise Refusal(404, f"The model `{body['model']}` does not exist.")
         prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
         top_k = body.get("prompt_logprobs")
@@ -107,10 +140,10 @@ class MiniServer:
             if len(ids) + body["max_tokens"] > self.max_model_len:
                 raise Refusal(400, f"This model's maximum context length is {self.max_model_len} tokens.")
         choices = [self._choice(index, ids, body, top_k) for index, ids in enumerate(prompts)]
-        return {"id": f"cmpl-{request_id}", "object": "text_completion", "model": self.name, "choices": choices}
+        return {"id": f"cmpl-{request_id}", "object": "text_completion", "model": body["model"], "choices": choices}
 
     def _choice(self, index: int, ids: list[int], body: dict[str, Any], top_k: int | None) -> dict[str, Any]:
-        written = self._write(ids, body) if body["max_tokens"] > 1 else None
+        written = self._write(ids, body) if top_k is None else None
         choice: dict[str, Any] = {
             "index": index,
             "text": "",
@@ -138,7 +171,7 @@ class MiniServer:
             sampling=Sampling(temperature=body["temperature"], top_p=body["top_p"], top_k=body["top_k"]),
             stop_ids=tuple(body.get("stop_token_ids") or ()),
         )
-        return TransformersEngine(self.model).generate([request])[0]
+        return TransformersEngine(self.asked).generate([request])[0]
 
     def chat(self, body: dict[str, Any], request_id: str) -> dict[str, Any]:
         ids = self.tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, return_dict=False)

@@ -127,7 +127,7 @@ def text_body(model: str, request: Request, *, logprobs: bool = False) -> dict[s
         "model": model,
         "prompt": list(request.token_ids),
         "max_tokens": request.max_new_tokens,
-        "seed": request.seed,
+        "seed": request.seed if request.seed != -1 else 2**63 - 1,  # -1 would be no seed at all
         "stop_token_ids": list(request.stop_ids),
         "ignore_eos": True,
         "return_token_ids": True,

@@ -27,6 +27,32 @@ def export(model: Any, tokenizer: Any, run: Run, folder: Path, *, step: int, res
     return folder
 
 
+def export_untied(model: Any, tokenizer: Any, folder: Path) -> Path:
+    """The student for a server that will be given other weights: its head is a tensor of its own.
+
+    A server with tied embeddings may load new weights into the embedding and keep the old head.
+    """
+    heads = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+    state = dict(model.state_dict())
+    state |= {f"{name}.weight": state[f"{name}.weight"].clone() for name in heads}
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary, state_dict=state, safe_serialization=True)
+        tokenizer.save_pretrained(temporary)
+        path = temporary / "config.json"
+        config = json.loads(path.read_text())
+        for part in (config, *(x for x in config.values() if isinstance(x, dict) and "tie_word_embeddings" in x)):
+            part["tie_word_embeddings"] = False
+        path.write_text(json.dumps(config, indent=2))
+    return folder
+
+
+def export_adapter(model: Any, tokenizer: Any, folder: Path) -> Path:
+    """The adapter alone, for a server that holds the base."""
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary, safe_serialization=True)
+    return folder
+
+
 def merge(adapter: Path, folder: Path, *, device: torch.device) -> Path:
     """An adapter and its base as one plain model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,0 +1,114 @@
+"""Real vLLM writes the rollouts: weights arrive whole, a tied head that stays behind is caught, a run goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.integration.runs import prepare, run_in, save_model
+from tests.server.conftest import WIDTH
+from tests.server.vllm import Server
+from tests.servers.test_rollouts import export_tied, nudge
+from tests.tiny import VOCAB, byte_tokenizer, tiny_model
+from tropd.config import LoraConfig
+from tropd.errors import EngineOutOfSync
+from tropd.loop import train
+from tropd.report.records import read_records
+from tropd.rollout.vllm import VllmEngine
+from tropd.servers.settings import ServerConfig
+from tropd.student.export import export_untied
+from tropd.student.models import add_adapter
+from tropd.testing import check_engine
+from tropd.types import Finish, Request
+
+pytestmark = pytest.mark.server
+DEV = {"VLLM_SERVER_DEV_MODE": "1"}
+REQUESTS = [Request(token_ids=(72, 101, 108 + n), max_new_tokens=3 + 4 * n, seed=n - 2) for n in range(4)]
+
+
+def tiny_student() -> Any:
+    return tiny_model(seed=3, sharp=4.0, tied=True, width=WIDTH)
+
+
+@pytest.fixture(scope="module")
+def untied_server(vllm_server: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory) -> Server:
+    folder = export_untied(tiny_student(), byte_tokenizer(), tmp_path_factory.mktemp("student") / "untied")
+    return vllm_server(folder, environment=DEV)
+
+
+def engine_of(model: Any, folder: Path, server: Server, **options: Any) -> VllmEngine:
+    options |= {"model": model, "tokenizer": byte_tokenizer(), "folder": folder / "weights", "vocab_size": VOCAB}
+    return VllmEngine([server.url], ServerConfig(), **options)
+
+
+def logprobs_here(model: Any, request: Request, token_ids: tuple[int, ...]) -> torch.Tensor:
+    ids = [*request.token_ids, *token_ids]
+    with torch.no_grad():
+        rows_TV = model(torch.tensor([ids])).logits[0].log_softmax(-1)[len(request.token_ids) - 1 : -1]
+    return rows_TV.gather(1, torch.tensor(token_ids)[:, None])[:, 0]
+
+
+def check_texts(engine: VllmEngine, model: Any, version: int) -> None:
+    texts = engine.generate(REQUESTS)
+    for request, text in zip(REQUESTS, texts, strict=True):
+        assert (len(text.token_ids), text.finish) == (request.max_new_tokens, Finish.LENGTH)
+        assert text.policy_version == (version, version)
+        expected_T = logprobs_here(model, request, text.token_ids)
+        torch.testing.assert_close(torch.tensor(text.behavior_logprobs), expected_T, rtol=0, atol=1e-4)
+    again = engine.generate(REQUESTS[::-1])[::-1]
+    assert [t.token_ids for t in again] == [t.token_ids for t in texts]
+
+
+def test_an_untied_student_is_on_the_server_after_every_update(untied_server: Server, tmp_path: Path) -> None:
+    model = tiny_student()
+    engine = engine_of(model, tmp_path, untied_server)
+    for version in range(3):
+        nudge(model, 0.02)
+        engine.sync(None, version)
+        check_texts(engine, model, version)
+    check_engine(engine, vocab_size=VOCAB)
+
+
+def test_a_tied_head_that_stays_behind_is_caught_and_an_untied_export_has_none(
+    vllm_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    model = tiny_student()
+    server = vllm_server(save_model(tmp_path / "tied", model), environment=DEV)
+    nudge(model, 0.05)
+    with pytest.raises(EngineOutOfSync, match=r"trainer -\d.*\n  server  -\d.*\n.*nats apart"):
+        engine_of(model, tmp_path, server, export=export_tied).sync(None, 1)
+    engine = engine_of(model, tmp_path, server)
+    engine.sync(None, 1)
+    check_texts(engine, model, 1)
+
+
+def test_an_adapter_is_on_the_server_after_every_update(vllm_server: Callable[..., Server], tmp_path: Path) -> None:
+    base = tiny_student()
+    folder = save_model(tmp_path / "base", base)
+    model = add_adapter(base, LoraConfig(rank=8), seed=0)
+    server = vllm_server(
+        folder,
+        flags=("--enable-lora", "--max-lora-rank", "8", "--max-loras", "2"),
+        environment={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
+    )
+    engine = engine_of(model, tmp_path, server)
+    for version in range(2):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter += 0.05 * torch.randn_like(parameter)
+        engine.sync(None, version)
+        check_texts(engine, model, version)
+
+
+def test_a_run_goes_through_with_its_student_on_the_server(untied_server: Server, tmp_path: Path) -> None:
+    prepare(tmp_path)
+    save_model(tmp_path / "student", tiny_student())
+    directory = train(run_in(tmp_path, rollout={"servers": [untied_server.url]}, optimizer={"learning_rate": 1e-2}))
+    records = read_records(directory / "records.jsonl").steps
+    assert [record.step for record in records] == [0, 1, 2]
+    assert all(record.tokens["student"] > 0 and record.gradient_norm > 0 for record in records)
