@@ -87,6 +87,8 @@ def main(argv: list[str] | None = None, commands: Mapping[str, tuple[Command, st
     """Run a command; the number is the exit code."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["help"]
     errors = Console(stderr=True, highlight=False)
+    if not errors.is_terminal:  # read by transformers too: its bars are noise in a log
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with _one_line_warnings(errors):
         try:
             if name in ("help", "-h", "--help"):

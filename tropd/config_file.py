@@ -94,7 +94,10 @@ def load(path: Path, flags: Sequence[str] = ()) -> Run:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not TOML: {error}.") from None
+    named, flags = _method_flag(flags)
     run = build(values, str(path))
+    if named not in (None, run.method.name):
+        run = build({**values, "method": {"name": named}}, f"--method {named}")
     if not flags:
         return run
     try:
@@ -103,6 +106,23 @@ def load(path: Path, flags: Sequence[str] = ()) -> Run:
         if stop.code:
             raise ConfigError("the flags above are not understood. See `tropd train RUN.toml --help`.") from None
         raise
+
+
+def _method_flag(flags: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The method that `--method NAME` or `--method.name NAME` asks for, and the other flags.
+
+    Another method than the file's begins with its own defaults: the file's knobs belong to the file's method.
+    """
+    named, rest, left = None, [], list(flags)
+    while left:
+        flag, equals, value = left.pop(0).partition("=")
+        if flag not in ("--method", "--method.name"):
+            rest.append(flag + equals + value)
+        elif equals or left:
+            named = value if equals else left.pop(0)
+        else:
+            raise ConfigError(f"{flag} wants the name of a method: {', '.join(METHODS)}.")
+    return named, rest
 
 
 def explain_error(error: Any, root: type) -> str:

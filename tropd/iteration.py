@@ -42,7 +42,7 @@ def clock(seconds: dict[str, float], phase: str) -> Iterator[None]:
 def iterate(parts: Parts, directory: Path, step: int, alarms: Alarms) -> tuple[StepRecord, ScoredBatch, list[Alarm]]:
     """Everything that happens at a step, and what was seen."""
     run = parts.run
-    seconds: dict[str, float] = {"rollout": 0.0, "score": 0.0, "train": 0.0, "sync": 0.0}
+    seconds: dict[str, float] = {"rollout": 0.0, "score": 0.0, "train": 0.0, "sync": 0.0, "record": 0.0}
     progress = step / run.steps
     context = Context(progress=progress)
     with clock(seconds, "rollout"):
@@ -55,15 +55,15 @@ def iterate(parts: Parts, directory: Path, step: int, alarms: Alarms) -> tuple[S
         sums = _train(parts, directory, step, batch, context, watched)
     with clock(seconds, "sync"):
         parts.engine.sync(None, step + 1)
-        with writing(directory):
-            write_rollouts(
-                directory / "rollouts",
-                step,
-                batch.rollouts,
-                decode=lambda ids: str(parts.tokenizer.decode(list(ids))),
-                every=run.rollout.save_every,
-                **watched.evidence(batch),
-            )
+    with clock(seconds, "record"), writing(directory):
+        write_rollouts(
+            directory / "rollouts",
+            step,
+            batch.rollouts,
+            decode=lambda ids: str(parts.tokenizer.decode(list(ids))),
+            every=run.rollout.save_every,
+            **watched.evidence(batch),
+        )
     record = _record(parts, step, progress, sums, watched.sums.result(), batch, seconds)
     raised = alarms.check(
         record.probes,

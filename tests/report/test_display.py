@@ -54,6 +54,16 @@ def test_alarms_and_notes_arrive_whole_even_with_square_brackets() -> None:
             assert said in text_of(console)
 
 
+def test_an_alarm_is_explained_once_and_counted_after_that() -> None:
+    console = pipe()
+    with make_display(10, console=console) as display:
+        for step in range(3):
+            display.update(step_record(step, alarms=("mismatch: a long story",)))
+    alarms = [line for line in text_of(console).splitlines() if line.startswith("ALARM")]
+    assert alarms[0].endswith("mismatch: a long story")
+    assert [line.split(": ")[1] for line in alarms[1:]] == ["mismatch again (2 so far)", "mismatch again (3 so far)"]
+
+
 def test_the_panel_keeps_the_last_evaluation_and_counts_alarms_that_it_no_longer_shows() -> None:
     console = terminal()
     with make_display(10, console=console) as display:

@@ -280,7 +280,10 @@ def _find_warnings(reader: PromptReader) -> Iterator[str]:
             f"To read the other, set data.prompt_column = '{config.messages_column}'."
         )
     if not tokenizer.chat_template and config.apply_chat_template:
-        yield "the tokenizer has no chat template: prompts that are text are encoded as they are."
+        yield (
+            "the tokenizer has no chat template: prompts that are text are encoded as they are. "
+            "If that is meant, say so: data.apply_chat_template = false."
+        )
     if reader.uses_template:
         if not chat.adds_generation_prompt(tokenizer, config.chat_template_kwargs):
             yield "the chat template adds no generation prompt: the student has to open the assistant's turn itself."

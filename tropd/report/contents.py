@@ -160,7 +160,7 @@ CHARTS = (
         title="Seconds of each phase",
         about="Where the time of a step goes.",
         kind="stacked",
-        lines=every("seconds/", ("rollout", "score", "plan", "train", "sync", "evaluate")),
+        lines=every("seconds/", ("rollout", "score", "plan", "train", "sync", "record", "evaluate")),
         format="seconds",
     ),
     Chart(

@@ -7,7 +7,7 @@ never read as markup, so `pip install tropd[data]` in a note arrives whole.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Self
@@ -20,7 +20,14 @@ from rich.text import Text
 
 from tropd.types import StepRecord
 
-PHASES = {"rollout": "cyan", "score": "magenta", "plan": "yellow", "train": "green", "sync": "blue"}
+PHASES = {
+    "rollout": "cyan",
+    "score": "magenta",
+    "plan": "yellow",
+    "train": "green",
+    "sync": "blue",
+    "record": "bright_black",
+}
 OTHER_PHASE = "white"
 LAST_ALARMS = 3
 
@@ -72,6 +79,7 @@ class PlainDisplay(Display):
         self.total_steps = total_steps
         self._console = console
         self._pace = Pace(total_steps)
+        self._alarms: Counter[str] = Counter()
 
     def start(self, facts: Mapping[str, str]) -> None:
         for name, value in facts.items():
@@ -82,7 +90,10 @@ class PlainDisplay(Display):
         said.append(f"{whole(record.seconds):.3g} s ({phase_text(record.seconds)})")
         self.note("  ".join([f"step {record.step} of {self.total_steps}", *said, f"left {self._pace.left(record)}"]))
         for alarm in record.alarms:
-            self.note(f"ALARM at step {record.step}: {alarm}")
+            name = alarm.partition(":")[0]
+            self._alarms[name] += 1
+            times = self._alarms[name]
+            self.note(f"ALARM at step {record.step}: " + (alarm if times == 1 else f"{name} again ({times} so far)"))
 
     def note(self, text: str) -> None:
         # soft_wrap: a line of a log stays one line, however narrow rich thinks that a file is.
