@@ -212,7 +212,7 @@ function layoutOf(chart, traces) {
     uirevision: "kept",
     dragmode: "zoom",
     xaxis: { ...axis, showgrid: false, ticks: "outside", ticklen: 4, tickcolor: Theme.colour("line"), title: { text: scored ? "steps trained" : "step", font: { size: 11.5, color: Theme.colour("muted") }, standoff: 6 }, hoverformat: ",.0f" },
-    yaxis: { ...axis, nticks: 6, rangemode: chart.zero && !chart.log ? "tozero" : "normal" },
+    yaxis: { ...axis, nticks: 6, exponentformat: "e", rangemode: chart.zero && !chart.log ? "tozero" : "normal" },
   };
   if (chart.log) Object.assign(layout.yaxis, { type: "log", dtick: null, exponentformat: "power", minor: { showgrid: false } });
   if (chart.format === "share") layout.yaxis.tickformat = ".0%";
