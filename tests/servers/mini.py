@@ -7,6 +7,7 @@ with MiniServer(folder) as server:
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,6 +32,16 @@ def load(folder: Path) -> tuple[Any, Any]:
     """Model and tokenizer; nobody changes them."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(folder)
+
+
+class QuietServer(ThreadingHTTPServer):
+    """Whoever asked may go away in the middle of an answer."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class MiniServer:
@@ -58,8 +69,7 @@ class MiniServer:
         self.asked = self.model
         self.requests: list[dict[str, Any]] = []
         self.lock = threading.Lock()
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self.http.daemon_threads = True
+        self.http = QuietServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
         self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from tests.integration.runs import prepare, run_in
 from tests.servers.mini import MiniServer
-from tests.servers.proxy import Proxy, corrupt, cut, first, garbage, status, truncated
+from tests.servers.proxy import Fault, Proxy, Reply, corrupt, cut, first, garbage, status, truncated
 from tests.tiny import tiny_model
 from tropd.errors import ConfigError, EvidenceError, TeacherError, TropdError
 from tropd.loop import resume, train
@@ -33,6 +34,18 @@ def served(world: Path, url: str, output: Path, **changes: Any) -> Any:
     changes = {"steps": 2, **changes}
     teacher = {"servers": [url], "server": QUICK, **changes.pop("teacher", {})}
     return run_in(world, output=str(output), teacher=teacher, **changes)
+
+
+def in_steps(fault: Fault) -> Fault:
+    """The fault for what steps ask, numbered from 1; a run's start is left alone."""
+    numbers = itertools.count(1)
+
+    def chosen(number: int, request: bytes, reply: Reply) -> Reply:
+        body = json.loads(request)
+        asks = body.get("max_tokens", 0) > 1 or len(body["prompt"]) == 2
+        return fault(next(numbers), request, reply) if asks else reply
+
+    return chosen
 
 
 def test_a_run_on_a_server_is_the_local_run(world: Path, tmp_path: Path) -> None:
@@ -63,12 +76,12 @@ def test_no_step_is_trained_on_spoiled_answers(world: Path, tmp_path: Path) -> N
     kinds = (cut, truncated, corrupt, garbage)
 
     def spoil(number: int, request: bytes, reply: Any) -> Any:
-        spoiled = number in (4, 7, 9, 12) or number > 24
+        spoiled = number in (2, 5, 7, 10) or number > 22
         return kinds[number % 4](number, request, reply) if spoiled else reply
 
     with MiniServer(world / "teacher") as server, Proxy(server.url) as proxy:
         clean = train(served(world, server.url, tmp_path / "clean", steps=4))
-        proxy.fault = spoil
+        proxy.fault = in_steps(spoil)
         with pytest.raises(TeacherError):
             train(served(world, proxy.url, tmp_path / "spoiled", steps=4))
         done = len(records(tmp_path / "spoiled"))
@@ -85,10 +98,10 @@ def test_another_model_stops_the_run_and_its_resumption(world: Path, tmp_path: P
     with MiniServer(world / "teacher") as server, MiniServer(other) as impostor, Proxy(server.url) as proxy:
 
         def swap(number: int, request: bytes, reply: Any) -> Any:
-            proxy.upstream = impostor.url if number > 12 else server.url
+            proxy.upstream = impostor.url if number > 10 else server.url
             return reply
 
-        proxy.fault = swap
+        proxy.fault = in_steps(swap)
         with pytest.raises(TeacherError, match="another model answers than at the start"):
             train(served(world, proxy.url, tmp_path / "run", steps=3))
         done = len(records(tmp_path / "run"))
@@ -104,7 +117,8 @@ def test_a_server_that_is_away_for_a_while_is_waited_for(
     world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with MiniServer(world / "teacher") as server, Proxy(server.url) as proxy:
-        proxy.fault = lambda number, request, reply: status(503)(number, request, reply) if 5 <= number < 8 else reply
+        away = status(503)
+        proxy.fault = in_steps(lambda n, request, reply: away(n, request, reply) if 3 <= n < 6 else reply)
         with caplog.at_level(logging.WARNING, "tropd.servers"):
             patient = {"server": {**QUICK, "deadline_seconds": 30.0}}
             train(served(world, proxy.url, tmp_path / "run", steps=1, teacher=patient))

@@ -19,6 +19,7 @@ from tropd.doctor.method import (
     check_support,
 )
 from tropd.doctor.prompts import check_graders, check_lengths, check_prompts
+from tropd.doctor.servers import check_essentials, check_servers
 from tropd.doctor.subject import Subject, read_subject, subject_of
 from tropd.doctor.texts import check_generation, check_stops, check_templates, check_tokenizers
 from tropd.errors import ConfigError, TropdError
@@ -48,9 +49,9 @@ READ: tuple[Look, ...] = (*QUICK, check_generation, check_needs, check_objection
 
 
 def quick_checks(parts: Parts) -> list[str]:
-    """The checks that need no rollouts: errors are raised, warnings returned."""
+    """The checks that need no rollouts, and what changes a server's scores: errors are raised, warnings returned."""
     subject = subject_of(parts)
-    checks = [check for look in QUICK for check in look(subject)]
+    checks = [check for look in (*QUICK, check_essentials) for check in look(subject)]
     refusals = [check for check in checks if check.level == "error"]
     if refusals:
         more = f" `tropd doctor` shows {len(refusals) - 1} more." if len(refusals) > 1 else ""
@@ -67,6 +68,7 @@ def examine(run: Run, *, num_prompts: int = 8, max_new_tokens: int = 64) -> list
     if subject is None:
         return checks
     checks += [check for look in READ for check in look(subject)]
+    checks += check_servers(subject, weights=num_prompts > 0)
     if num_prompts == 0 or any(check.level == "error" for check in checks):
         return checks
     return checks + _measure(run, num_prompts, max_new_tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from tropd.doctor.check import Check, error, ok, warning
@@ -24,7 +24,7 @@ def check_teacher(parts: Parts, sample: Sample) -> Iterator[Check]:
     probes, uniform = sample.probes, math.log(parts.vocab_size)
     said = (
         f"mean log-probability of the student's tokens {probes['teacher/mean_logprob']:.2f}, entropy "
-        f"{probes.get('entropy/teacher', math.nan):.2f} (a teacher that knows nothing: {-uniform:.2f} and "
+        f"{_shown(probes, 'entropy/teacher')} (a teacher that knows nothing: {-uniform:.2f} and "
         f"{uniform:.2f})"
     )
     alarm = _alarm(parts, sample, "uniform_teacher")
@@ -47,7 +47,7 @@ def check_agreement(parts: Parts, sample: Sample) -> Iterator[Check]:
         f"total variation {p['trust/tv']:.1%} (the share of outliers), top-k overlap {p['overlap/top_k']:.1%}, "
         f"log pi_T - log pi_S {p['ratio/mean']:.3f} on average, from {p.get('ratio/min', math.nan):.2f} to "
         f"{p.get('ratio/max', math.nan):.2f}; entropy of student {p['entropy/student']:.2f}, teacher "
-        f"{p.get('entropy/teacher', math.nan):.2f}, mean difference {p.get('entropy/gap', math.nan):.2f}"
+        f"{_shown(p, 'entropy/teacher')}, mean difference {_shown(p, 'entropy/gap')}"
     )
     if p.get("ratio/min") == 0.0 == p.get("ratio/max") and not p.get("ratio/infinite"):
         own = isinstance(parts.teacher, BaseAsTeacher)
@@ -175,3 +175,9 @@ def _alarm(parts: Parts, sample: Sample, name: str) -> str | None:
         max_new_tokens=parts.run.rollout.max_new_tokens,
     )
     return next((alarm.message.removeprefix("step 0: ") for alarm in raised if alarm.name == name), None)
+
+
+def _shown(probes: Mapping[str, float], name: str) -> str:
+    """Servers do not tell entropies."""
+    value = probes.get(name, math.nan)
+    return "unknown" if math.isnan(value) else f"{value:.2f}"

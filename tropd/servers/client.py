@@ -8,8 +8,10 @@ ServerRefused       the server says no                   asking again would not 
 from __future__ import annotations
 
 import json
+import ssl
 import time
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from tropd.errors import ServerGarbled, ServerRefused, ServerUnavailable
@@ -40,6 +42,7 @@ class Client:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=settings.max_requests),
             follow_redirects=False,  # the key is for this server alone
             trust_env=not is_loopback(self.url),
+            verify=_certificates(),
         )
 
     def ask(
@@ -107,6 +110,14 @@ class Client:
             text = text.replace(self._key, "(key)")
         text = "".join(c if c.isprintable() else " " for c in text).strip()[:_EXCERPT].rstrip(". ")
         return f": {text}" if text else ""
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    """Those that are trusted: read once, because that takes longer than most requests."""
+    import httpx
+
+    return httpx.create_ssl_context()
 
 
 def _seconds(retry_after: str | None) -> float | None:
