@@ -21,7 +21,7 @@ IN_FLOAT32 = {"gemma2": 1e-6, "cohere": 1e-6}
 """Families whose own norms or attention are taken in float32 in a float64 model: all that can be asked of them."""
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("layout", ["padded", "packed", "best"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logprobs_are_the_models_own(family: str, tied: bool, layout: Any) -> None:
@@ -39,7 +39,7 @@ def test_logprobs_are_the_models_own(family: str, tied: bool, layout: Any) -> No
         torch.testing.assert_close(viewed_N, measured_N, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("layout", ["padded", "packed", "best"])
 def test_sequences_do_not_see_each_other_in_sliding_windows(layout: Any) -> None:
     config = tiny_config("gemma2")
     config.sliding_window = 4
@@ -55,7 +55,7 @@ def test_sequences_do_not_see_each_other_in_sliding_windows(layout: Any) -> None
     assert not torch.allclose(measured_N, blind_N, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("layout", ["padded", "packed", "best"])
 def test_everything_measured_is_the_same_in_any_batch_and_tile(layout: Any) -> None:
     model = tiny_model("llama").double()
     rollouts = rollouts_of()
@@ -83,7 +83,7 @@ def weighted_sum(weights: list[Tensor], values: list[Tensor]) -> Tensor:
     return torch.stack([(weight * value).sum() for weight, value in zip(weights, values, strict=True)]).sum()
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("layout", ["padded", "packed", "best"])
 @pytest.mark.parametrize(
     ("family", "tied"), [("qwen3", True), ("gpt2", False), ("gemma2", True), ("cohere", False), ("granite", False)]
 )
@@ -167,7 +167,7 @@ def test_no_tokens_are_zero_rows() -> None:
         assert forward.reverse_kl(rollouts, forward).shape == (0,)
 
 
-@pytest.mark.parametrize("arrangement", ["padded", "packed"])
+@pytest.mark.parametrize("arrangement", ["padded", "packed", "best"])
 def test_a_response_token_is_predicted_one_place_before_its_own(arrangement: Any) -> None:
     layout = lay_out([[10, 11, 12], [20, 21]], [1, 1], arrangement)
     before = layout.input_ids_BT.flatten()[layout.predicted_at_N]

@@ -19,9 +19,12 @@ from tropd.errors import ConfigError, DataError, TrainingDiverged, VocabularyErr
 from tropd.objective.evidence import ABSENT, Needs, StudentView, Tokens, at_least_float32
 from tropd.student.head import Head, at_rest, causal_lm_of, differ, tiles
 from tropd.student.one_pass import TopRows, can_fuse, read_rows
+from tropd.student.spans import attends_by_span, recomputes, spans, worth_it
 from tropd.types import Rollout
 
 Arrangement = Literal["padded", "packed"]
+PROBE = (5, 8)
+"""Lengths of the two sequences that packing is tried with."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,20 +104,24 @@ class Forward:
         vocab_size: int | None = None,
         tile_tokens: int = 512,
         tile_vocab: int | None = None,
-        layout: Arrangement = "padded",
+        layout: Arrangement | Literal["best"] = "best",
         within: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         if tile_tokens < 1:
             raise ConfigError(f"tile_tokens = {tile_tokens} was asked for; a tile holds at least 1 token.")
-        if layout not in ("padded", "packed"):
-            raise ConfigError(f"layout = {layout!r} was asked for; there are 'padded' and 'packed'.")
+        if layout not in ("padded", "packed", "best"):
+            raise ConfigError(f"layout = {layout!r} was asked for; there are 'padded', 'packed' and 'best'.")
         self.model, self.tile_tokens, self.tile_vocab, self.within = model, tile_tokens, tile_vocab, within
-        self.layout: Arrangement = layout
+        self.layout: Arrangement = "packed" if layout == "packed" else "padded"
         with self._at_rest():
             self.head = Head.of(model, vocab_size)
             self.backbone: nn.Module = causal_lm_of(model).get_decoder()
-            if layout == "packed":
-                self._check_packing()
+            if layout == "packed" and not self._packs():
+                raise ConfigError(
+                    f"layout = 'packed' was asked for, but in {type(model).__name__} packed sequences change each "
+                    "other's hidden states. Use layout = 'padded'."
+                )
+            self.by_span = layout == "best" and attends_by_span(self.backbone, lambda: self._packs(PROBE))
         config = causal_lm_of(model).config.get_text_config()
         self.context: int | None = getattr(config, "max_position_embeddings", None)
 
@@ -129,7 +136,11 @@ class Forward:
             weight_VH = self.head.weight_VH
             return weight_VH.new_zeros((0, weight_VH.shape[-1]))
         num_prompts = [len(r.prompt.token_ids) for r in rollouts]
-        return self._hidden(lay_out([r.token_ids for r in rollouts], num_prompts, self.layout))
+        sequences = [r.token_ids for r in rollouts]
+        lengths = [len(sequence) for sequence in sequences]
+        if self.by_span and worth_it(lengths) and not recomputes(self.backbone):
+            return self._hidden(lay_out(sequences, num_prompts, "packed"), lengths)
+        return self._hidden(lay_out(sequences, num_prompts, self.layout))
 
     def view(self, rollouts: Sequence[Rollout], tokens: Tokens, needs: Needs) -> StudentView:
         """The student's view of these tokens, with gradient, in whatever mode (dropout) the model is."""
@@ -219,12 +230,14 @@ class Forward:
             found.append(torch.where(share_NV > 0, share_NV * gap_NV, 0.0).sum(-1))  # 0 * inf is 0 here
         return torch.cat(found)
 
-    def _hidden(self, layout: Layout) -> Tensor:
+    def _hidden(self, layout: Layout, lengths: Sequence[int] | None = None) -> Tensor:
+        """`lengths`: attend within spans of these lengths."""
         device = self.head.weight_VH.device
         inputs: dict[str, Any] = {"input_ids": layout.input_ids_BT.to(device), "use_cache": False}
         if layout.position_ids_BT is not None:
             inputs["position_ids"] = layout.position_ids_BT.to(device)
-        hidden_BTH = self.backbone(**inputs)[0]
+        with nullcontext() if lengths is None else spans(self.backbone, lengths):
+            hidden_BTH = self.backbone(**inputs)[0]
         return hidden_BTH.flatten(0, 1)[layout.predicted_at_N.to(hidden_BTH.device)]
 
     def _response_ids(self, rollouts: Sequence[Rollout]) -> Tensor:
@@ -263,17 +276,12 @@ class Forward:
                 )
 
     @torch.no_grad()
-    def _check_packing(self) -> None:
-        """Refuse a model in which packed sequences see each other (recurrent ones, some attention kernels)."""
-        ids = [i % self.vocab_size for i in range(13)]
-        sequences, num_prompts = [ids[:5], ids[5:]], [1, 1]
-        if differ(
-            self._hidden(lay_out(sequences, num_prompts, "packed")), self._hidden(lay_out(sequences, num_prompts))
-        ):
-            raise ConfigError(
-                f"layout = 'packed' was asked for, but in {type(self.model).__name__} packed sequences change each "
-                "other's hidden states. Use layout = 'padded'."
-            )
+    def _packs(self, lengths: Sequence[int] | None = None) -> bool:
+        """Whether packed sequences leave each other alone: not in recurrent models or in some attention kernels."""
+        ids = [i % self.vocab_size for i in range(sum(PROBE))]
+        sequences, num_prompts = [ids[: PROBE[0]], ids[PROBE[0] :]], [1, 1]
+        packed = self._hidden(lay_out(sequences, num_prompts, "packed"), lengths)
+        return not differ(packed, self._hidden(lay_out(sequences, num_prompts)))
 
     @contextmanager
     def _at_rest(self) -> Iterator[None]:
