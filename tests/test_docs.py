@@ -87,8 +87,7 @@ def test_commands_and_links_of_every_page_exist():
         for command in re.findall(r"(?:^    |^|`)tropd ([a-z]\w+)(?=[ `\n])", text, re.MULTILINE):
             assert command in COMMANDS, f"{page.name}: tropd {command}"
         for link in re.findall(r"\]\(((?!http|#)[^)#]+)", text):
-            made_later = page.name == "results.md" and link.startswith("figures/")  # `tropd compare --into` draws them
-            assert made_later or (page.parent / link).exists(), f"{page.name}: {link}"
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 def test_the_exact_result_has_a_mean_for_each_method_rate_and_divergence():
