@@ -154,14 +154,19 @@ class Running:
         return self.wait().code == -signal.SIGKILL
 
 
-def start(order: Order) -> Running:
+def processes() -> Any:
+    """Makes processes from the one server that all tests share: whoever starts it says what it imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
+    return context
+
+
+def start(order: Order) -> Running:
     logs = order.logs or order.directory.parent
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{order.directory.name}.{time.monotonic_ns()}.log"
     log.touch()
-    process = context.Process(target=_carry_out, args=(order, log))
+    process = processes().Process(target=_carry_out, args=(order, log))
     process.start()
     return Running(process, log)
 

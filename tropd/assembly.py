@@ -23,6 +23,7 @@ from tropd.step import check_evidence
 from tropd.student.learner import ModelLearner
 from tropd.student.models import choose_device, load_model, load_tokenizer, model_fingerprint, wrap_student
 from tropd.student.optimizer import Optimizer
+from tropd.student.parallel import ALONE, Ranks
 from tropd.teachers.local import BaseAsTeacher, LocalTeacher, same_vocabulary, shared_vocab_size, without_adapter
 from tropd.teachers.served import Served, meet_teacher, serve_writer
 from tropd.teachers.teacher import RunTeacher
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from tropd.rollout.vllm import VllmEngine
+    from tropd.student.sharding import Shards
+
+
+TEXTS = "teacher_texts.sqlite"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +60,7 @@ class Parts:
     """What the user should know before it starts."""
     origins: dict[str, str]
     """Names the weights that the run reads but does not train: no checkpoint holds them."""
+    world: Ranks = ALONE
 
     @property
     def vocab_size(self) -> int:
@@ -81,7 +87,7 @@ class TeacherEngine:
         self.engine.close()
 
 
-def load_parts(run: Run, directory: Path) -> Parts:
+def load_parts(run: Run, directory: Path, world: Ranks = ALONE) -> Parts:
     """Load everything.  `directory` is where the teacher's texts are kept."""
     device = choose_device(run.device)
     _check_columns(run.data)
@@ -93,8 +99,7 @@ def load_parts(run: Run, directory: Path) -> Parts:
         teacher_tokenizer = load_tokenizer(run.teacher, "teacher")
         same_vocabulary(tokenizer, teacher_tokenizer)
     loaded = load_model(run.student, "student", device)
-    local = not base_teacher and not run.teacher.servers
-    other = load_model(run.teacher, "teacher", device) if local else None
+    other = None if base_teacher or run.teacher.servers else load_model(run.teacher, "teacher", device)
     origins = {} if run.student.lora is None else {"student": model_fingerprint(loaded)}
     origins |= {} if other is None else {"teacher": model_fingerprint(other)}
     ends = stop_ids(tokenizer, loaded.generation_config)
@@ -102,17 +107,17 @@ def load_parts(run: Run, directory: Path) -> Parts:
     model = wrap_student(loaded, run.student, run.seed)
     own_size = shared_vocab_size(model, tokenizer, model, tokenizer)
     size = own_size if other is None else shared_vocab_size(model, tokenizer, other, teacher_tokenizer)
-    served = meet_teacher(run, own_size, teacher_tokenizer, directory) if run.teacher.servers else None
+    served = meet_teacher(run, own_size, teacher_tokenizer, directory, world) if run.teacher.servers else None
     if served is not None:
         size, origins["teacher"] = served.vocab_size, served.identity
         cautions += served.notes
-    teacher, learner = _pair(run, model, other, size, served)
+    teacher, learner = _pair(run, model, other, size, served, world)
     check_evidence(run.method.objective, teacher, run.method.name, grader is not None)
     data = _limit_prompts(run.data, _shortest(learner, teacher), run.rollout.max_new_tokens)
     stream, notes = _open_stream(data, tokenizer, run.seed)
     writer, remarks = _writer(run, other, model, size, served, (tokenizer, stream))
     if writer is not None and run.teacher.text_cache:
-        writer = CachedTexts(writer, directory / "teacher_texts.sqlite", origins.get("teacher") or origins["student"])
+        writer = CachedTexts(writer, directory / world.own_name(TEXTS), origins.get("teacher") or origins["student"])
     held_out, eval_notes = _held_out(run, tokenizer, learner.forward.context)
     engine = _engine(run, model, tokenizer, size, directory)
     return Parts(
@@ -130,6 +135,7 @@ def load_parts(run: Run, directory: Path) -> Parts:
         eval_grader=eval_grader,
         notes=(*cautions, *_cautions(run, ends), *engine.notes, *notes, *remarks, *eval_notes),
         origins=origins,
+        world=world,
     )
 
 
@@ -142,7 +148,9 @@ def _engine(run: Run, model: Any, tokenizer: Any, size: int, directory: Path) ->
     return open_engine(run, model, tokenizer, size, directory / "rollout_weights")
 
 
-def _pair(run: Run, model: Any, other: Any, size: int, served: Served | None) -> tuple[RunTeacher, ModelLearner]:
+def _pair(
+    run: Run, model: Any, other: Any, size: int, served: Served | None, world: Ranks
+) -> tuple[RunTeacher, ModelLearner]:
     """Teacher and student, both cut to the shared vocabulary and read in the same tiles."""
     shape: dict[str, Any] = dict(
         vocab_size=size,
@@ -150,11 +158,30 @@ def _pair(run: Run, model: Any, other: Any, size: int, served: Served | None) ->
         tile_vocab=run.tile_vocab,
         tokens_per_batch=run.tokens_per_micro_batch,
     )
-    optimizer = Optimizer(model, run.optimizer, run.steps * run.optimizer.num_updates)
+    shards = _shards(run, model, world)
+    total, add = run.steps * run.optimizer.num_updates, world.add_ if world.size > 1 else None
+    if shards is not None:
+        optimizer = Optimizer(shards.cut, run.optimizer, total)
+    else:
+        optimizer = Optimizer(model, run.optimizer, total, add)
     if served is not None:
-        return served.teacher, ModelLearner(model, optimizer, **shape)
+        return served.teacher, ModelLearner(model, optimizer, shards=shards, **shape)
     teacher = LocalTeacher(other, **shape) if other is not None else BaseAsTeacher(model, **shape)
-    return teacher, ModelLearner(model, optimizer, teacher=teacher.forward, **shape)
+    return teacher, ModelLearner(model, optimizer, teacher=teacher.forward, shards=shards, **shape)
+
+
+def shards_student(run: Run, world: Ranks) -> bool:
+    return world.size > 1 and run.parallel.student != "replicated" and run.student.lora is None
+
+
+def _shards(run: Run, model: Any, world: Ranks) -> Shards | None:
+    """The student in parts, where there are several processes and an adapter does not make the whole cheap."""
+    if not shards_student(run, world):
+        return None
+    from tropd.student.sharding import Shards, check_torch
+
+    check_torch()
+    return Shards(model, world)
 
 
 def _eval_grader(run: Run) -> Grader | None:

@@ -83,26 +83,43 @@ COMMANDS: dict[str, tuple[Command, str]] = {
 }
 
 
+SHARED = ("train", "resume")
+"""What several processes (torchrun) do together; of other commands the first process does everything."""
+
+
 def main(argv: list[str] | None = None, commands: Mapping[str, tuple[Command, str]] = COMMANDS) -> int:
     """Run a command; the number is the exit code."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["help"]
     errors = Console(stderr=True, highlight=False)
     if not errors.is_terminal:  # read by transformers too: its bars are noise in a log
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    with _one_line_warnings(errors):
+    follows = os.environ.get("RANK", "0") not in ("", "0")  # of several processes, the first speaks for all
+    if follows and name not in SHARED:
+        return 0
+    with _one_line_warnings(Console(stderr=True, quiet=True) if follows else errors):
         try:
             if name in ("help", "-h", "--help"):
                 make_console().print(_overview(commands))
                 return 0
             return _find("version" if name == "--version" else name, commands)(rest)
         except TropdError as error:
-            _say(errors, "error: ", "bold red", _paragraph(error))
+            if _speaks():
+                _say(errors, "error: ", "bold red", _paragraph(error))
             return 2
         except KeyboardInterrupt:
             _say(errors, "", "", "interrupted")
             return 130
         except SystemExit as stop:  # tyro and argparse leave this way after --help and after a wrong flag
             return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+
+
+def _speaks() -> bool:
+    """Whether this process tells the user why it ends: what all refuse is told once."""
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
+        return True
+    from tropd.student.launch import speaks_first
+
+    return speaks_first()
 
 
 def _find(name: str, commands: Mapping[str, tuple[Command, str]]) -> Callable[[list[str]], int]:

@@ -142,6 +142,22 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """What several processes (torchrun) share; a single process reads none of it."""
+
+    student: Literal["auto", "sharded", "replicated"] = "auto"
+    """sharded: each holds a part of weights and optimiser (FSDP2); replicated: all.  auto: sharded, but not LoRA."""
+    teacher: Literal["replicated", "sharded"] = "replicated"
+    """sharded: each holds a part of the teacher and gathers it layer by layer."""
+    timeout_minutes: float = 30.0
+    """How long a process waits for the others before the run ends."""
+
+    def __post_init__(self) -> None:
+        if not self.timeout_minutes > 0:
+            raise ConfigError(f"parallel.timeout_minutes is {self.timeout_minutes}; give a positive number.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """Everything that a run is made of."""
 
@@ -154,6 +170,7 @@ class Run:
     evaluation: RunEvalConfig = field(default_factory=RunEvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     alarms: AlarmConfig = field(default_factory=AlarmConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     grader: str | None = None
     """Judges training rollouts: exact, numeric, multiple_choice, math, chain, or "package.module:function"."""
     steps: int = 200
@@ -185,6 +202,21 @@ class Run:
             )
         if self.teacher.score_cache and not self.teacher.servers:
             raise ConfigError("teacher.score_cache keeps what servers say, but teacher.servers is empty. Leave it out.")
+        if self.parallel.student == "sharded" and self.student.lora is not None:
+            raise ConfigError(
+                'parallel.student is "sharded", but the student has an adapter, which is small: only whole students '
+                'are sharded. Set parallel.student = "replicated".'
+            )
+        if self.parallel.teacher == "sharded" and self.teacher.path == "base":
+            raise ConfigError(
+                'parallel.teacher is "sharded", but teacher.path is "base": that teacher is the student, which every '
+                'process holds. Set parallel.teacher = "replicated".'
+            )
+        if self.parallel.teacher == "sharded" and self.teacher.servers:
+            raise ConfigError(
+                'parallel.teacher is "sharded", but teacher.servers hold the teacher: no process here has a part of '
+                "it. Leave parallel.teacher out."
+            )
         if self.teacher.path == "base" and self.student.lora is None:
             raise ConfigError(
                 'teacher.path is "base", the student without its adapter, but the student has no adapter: it would '

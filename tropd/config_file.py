@@ -181,6 +181,6 @@ def dump(run: Run) -> str:
 def fingerprint(run: Run) -> str:
     """Twelve characters that differ when anything that shapes the result does."""
     values = to_dict(run)
-    for name in ("output", "trackers"):
+    for name in ("output", "trackers", "parallel"):
         values.pop(name, None)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]

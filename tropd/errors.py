@@ -12,6 +12,7 @@
       ServerError(RuntimeError)        an inference server; teachers and engines say it in their own errors
         ServerUnavailable, ServerGarbled, ServerRefused
       CheckpointError(RuntimeError)    saving, loading, exporting
+      ProcessLost(RuntimeError)        another process of the run has ended
       TrainingDiverged(RuntimeError)   a non-finite loss or gradient, or an alarm that stops the run
 
 A message has three parts: what was asked, what there is, what to do.  The command line prints the message alone and
@@ -92,6 +93,10 @@ class ServerRefused(ServerError):
 
 class CheckpointError(TropdError, RuntimeError):
     """A checkpoint cannot be written, read or exported."""
+
+
+class ProcessLost(TropdError, RuntimeError):
+    """Another process of the run has ended."""
 
 
 class TrainingDiverged(TropdError, RuntimeError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from tropd.report.rollouts import write_rollouts
 from tropd.rollout.stage import RolloutJob, roll_out
 from tropd.step import StepSums, recall_needed, score, train_step
 from tropd.student.checkpoint import writing
-from tropd.types import Author, Rollout, StepRecord, key_of
+from tropd.student.parallel import Ranks
+from tropd.types import Author, Rollout, StepRecord, TermStats, key_of
 
 
 @contextmanager
@@ -44,8 +45,8 @@ def iterate(parts: Parts, directory: Path, step: int, alarms: Alarms) -> tuple[S
     run = parts.run
     seconds: dict[str, float] = {"rollout": 0.0, "score": 0.0, "train": 0.0, "sync": 0.0, "record": 0.0}
     progress = step / run.steps
-    context = Context(progress=progress)
-    with clock(seconds, "rollout"):
+    context = Context(progress=progress, world=parts.world)
+    with clock(seconds, "rollout"), _writing(parts):
         rollouts = roll_out(run.method.rollout, _job(parts, progress), parts.engine, parts.writer)
         rollouts = _graded(parts, rollouts)
     with clock(seconds, "score"):
@@ -54,6 +55,7 @@ def iterate(parts: Parts, directory: Path, step: int, alarms: Alarms) -> tuple[S
     with clock(seconds, "train"):
         sums = _train(parts, directory, step, batch, context, watched)
     with clock(seconds, "sync"):
+        parts.learner.sync()
         parts.engine.sync(None, step + 1)
     with clock(seconds, "record"), writing(directory):
         write_rollouts(
@@ -62,9 +64,10 @@ def iterate(parts: Parts, directory: Path, step: int, alarms: Alarms) -> tuple[S
             batch.rollouts,
             decode=lambda ids: str(parts.tokenizer.decode(list(ids))),
             every=run.rollout.save_every,
+            world=parts.world,
             **watched.evidence(batch),
         )
-    record = _record(parts, step, progress, sums, watched.sums.result(), batch, seconds)
+    record = _record(parts, step, progress, sums, watched.sums.gather(parts.world).result(), batch, seconds)
     raised = alarms.check(
         record.probes,
         step=step,
@@ -80,10 +83,11 @@ def iterate(parts: Parts, directory: Path, step: int, alarms: Alarms) -> tuple[S
 def _train(
     parts: Parts, directory: Path, step: int, batch: ScoredBatch, context: Context, watched: _Watched
 ) -> StepSums:
-    run = parts.run
-    torch.manual_seed(key_of(run.seed, "train", step))  # dropout, wherever the model has some
+    run, world = parts.run, parts.world
+    who = [world.rank] if world.rank else []
+    torch.manual_seed(key_of(run.seed, "train", step, *who))  # dropout, wherever the model has some
     try:
-        return train_step(
+        sums = train_step(
             batch,
             run.method.objective,
             parts.learner,
@@ -91,9 +95,21 @@ def _train(
             tokens_per_micro_batch=run.tokens_per_micro_batch,
             num_updates=run.optimizer.num_updates,
             watch=watched,
+            places=[p * run.rollout.num_rollouts + i for p in _own(parts) for i in range(run.rollout.num_rollouts)],
         )
     except TrainingDiverged as error:
-        raise TrainingDiverged(_keep(directory, step, batch, error)) from error
+        raise TrainingDiverged(_keep(parts, directory, step, batch, error)) from error
+    return _over_ranks(sums, world)
+
+
+def _over_ranks(sums: StepSums, world: Ranks) -> StepSums:
+    """Losses and terms of all ranks; norms and rates are the same on each."""
+    if world.size == 1:
+        return sums
+    whole = StepSums(gradient_norms=sums.gradient_norms, learning_rate=sums.learning_rate)
+    for loss, terms in world.gather_json([sums.loss, {n: dataclasses.asdict(t) for n, t in sums.terms.items()}]):
+        whole.add(loss, {name: TermStats(**values) for name, values in terms.items()}, 1.0)
+    return whole
 
 
 def _scored(parts: Parts, directory: Path, step: int, rollouts: list[Rollout], context: Context) -> ScoredBatch:
@@ -105,10 +121,11 @@ def _scored(parts: Parts, directory: Path, step: int, rollouts: list[Rollout], c
     except (TeacherError, TrainingDiverged) as error:  # kept without what could not be had
         tokens = make_tokens(rollouts, run.seed, learner.device, learner.vocab_size)
         batch = ScoredBatch(rollouts=tuple(rollouts), tokens=tokens)
-        raise type(error)(_keep(directory, step, batch, error)) from error
+        raise type(error)(_keep(parts, directory, step, batch, error)) from error
 
 
-def _keep(directory: Path, step: int, batch: ScoredBatch, error: Exception) -> str:
+def _keep(parts: Parts, directory: Path, step: int, batch: ScoredBatch, error: Exception) -> str:
+    directory = parts.world.own_folder(directory)
     kept = save_batch(directory, step, batch)
     return (
         f"step {step}: {error} The batch is in {kept}: look at it with `tropd inspect {directory} --step {step}`. "
@@ -153,10 +170,23 @@ class _Watched:
         }
 
 
+def _writing(parts: Parts) -> AbstractContextManager[Any]:
+    """A sharded teacher that writes is whole for a while: ranks ask it different numbers of times."""
+    shards = getattr(parts.teacher, "shards", None)
+    return shards.gathered() if shards is not None and parts.writer is not None else nullcontext()
+
+
+def _own(parts: Parts) -> list[int]:
+    """Which of the step's prompts are this rank's."""
+    return parts.world.share(range(parts.run.rollout.num_prompts))
+
+
 def _job(parts: Parts, progress: float) -> RolloutJob:
     run = parts.run
+    prompts = parts.stream.next(run.rollout.num_prompts)
     return RolloutJob(
-        prompts=parts.stream.next(run.rollout.num_prompts),
+        prompts=[prompts[p] for p in _own(parts)],
+        batch=prompts,
         num_rollouts=run.rollout.num_rollouts,
         max_new_tokens=run.rollout.max_new_tokens,
         sampling=run.sampling,
@@ -183,11 +213,18 @@ def _record(
     batch: ScoredBatch,
     seconds: dict[str, float],
 ) -> StepRecord:
-    authors_N = batch.tokens.authors_N
+    world, authors_N = parts.world, batch.tokens.authors_N
     limit = parts.run.optimizer.max_gradient_norm
     probes["gradient/clipped"] = sum(n > limit for n in sums.gradient_norms) / len(sums.gradient_norms)
     if parts.grader is not None:
-        probes["reward/mean"] = sum(r.reward or 0.0 for r in batch.rollouts) / len(batch.rollouts)
+        rewards = [reward for part in world.gather_json([r.reward or 0.0 for r in batch.rollouts]) for reward in part]
+        probes["reward/mean"] = sum(rewards) / len(rewards)
+    tokens = {
+        "prompt": sum(len(r.prompt.token_ids) for r in batch.rollouts),
+        "student": int((authors_N == Author.STUDENT).sum()),
+        "teacher": int((authors_N == Author.TEACHER).sum()),
+    }
+    told = world.gather_json(tokens)
     return StepRecord(
         step=step,
         progress=progress,
@@ -197,10 +234,6 @@ def _record(
         probes=probes,
         gradient_norm=max(sums.gradient_norms),
         learning_rate=sums.learning_rate,
-        tokens={
-            "prompt": sum(len(r.prompt.token_ids) for r in batch.rollouts),
-            "student": int((authors_N == Author.STUDENT).sum()),
-            "teacher": int((authors_N == Author.TEACHER).sum()),
-        },
+        tokens={name: sum(part[name] for part in told) for name in tokens},
         seconds=seconds,
     )

@@ -12,10 +12,8 @@ prompt cursor and the seed: nothing else is remembered, so a resumed run repeats
 from __future__ import annotations
 
 import dataclasses
-import signal
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +21,48 @@ import torch
 
 import tropd
 from tropd import config_file
-from tropd.assembly import Parts
+from tropd.assembly import Parts, shards_student
 from tropd.config import Run
 from tropd.data.stream import PromptStream
 from tropd.errors import CheckpointError, ConfigError, TrainingDiverged
-from tropd.evaluation.runner import evaluate
+from tropd.evaluation.shared import evaluate_together
 from tropd.iteration import clock, iterate
 from tropd.probes.alarms import Alarm, Alarms
 from tropd.replay import save_batch
-from tropd.report.display import Display, make_display
+from tropd.report.display import Display, Silent, make_display
+from tropd.report.ranks import NoRecords
 from tropd.report.records import RecordWriter, require
 from tropd.report.scores import write_scores
 from tropd.report.trackers import Tracker, make_trackers, numbers_of
+from tropd.signals import stop_on_signals
 from tropd.startup import assemble
+from tropd.state import State, restore, save
 from tropd.student import checkpoint as checkpoints
 from tropd.student.export import export
+from tropd.student.launch import together
+from tropd.student.parallel import Ranks
 from tropd.types import StepRecord
 
 
 def train(run: Run, *, display: Display | None = None) -> Path:
-    """Train from the start, in a new folder, and return it."""
+    """Train from the start, in a new folder, and return it.  Under torchrun, with all of its processes."""
     directory = Path(run.output)
+    with together(run, directory) as world:
+        return _train(run, directory, display, world)
+
+
+def _train(run: Run, directory: Path, display: Display | None, world: Ranks) -> Path:
+    with _begun(run, directory) if world.leads else nullcontext():
+        world.wait()  # the folder is this run's
+        parts = assemble(run, directory, world)
+        world.wait()  # nobody has been refused
+    with checkpoints.alone(directory) if world.leads else nullcontext():
+        return _run(parts, directory, None, display)
+
+
+@contextmanager
+def _begun(run: Run, directory: Path) -> Iterator[None]:
+    """A new folder for a run, which becomes one unless the block fails."""
     if (directory / "run.toml").exists():
         raise ConfigError(f"{directory} holds a run already. Go on with `tropd resume {directory}`, or set output.")
     begun = directory / "run.toml.tmp"
@@ -51,47 +70,33 @@ def train(run: Run, *, display: Display | None = None) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         begun.write_text(config_file.dump(run))
     try:
-        parts = assemble(run, directory)
+        yield
     except BaseException:
         begun.unlink(missing_ok=True)
         raise
     with checkpoints.writing(directory):
         begun.replace(directory / "run.toml")
-    with checkpoints.alone(directory):
-        return _run(parts, directory, None, display)
 
 
 def resume(directory: Path, *, step: int | None = None, display: Display | None = None) -> Path:
     """Go on from the newest checkpoint, or from that of `step`; then what came after it is dropped and made again."""
     if not (directory / "run.toml").exists():
         raise ConfigError(f"{directory} holds no run.toml, so there is nothing to resume. Name the folder of a run.")
-    with checkpoints.alone(directory):
-        return _resume(directory, step, display)
-
-
-def _resume(directory: Path, step: int | None, display: Display | None) -> Path:
-    found = checkpoints.find(directory, step)
-    saved = checkpoints.load(found) if found else None
     run = config_file.load(directory / "run.toml")
+    with together(run, directory) as world, checkpoints.alone(directory) if world.leads else nullcontext():
+        return _resume(run, directory, step, display, world)
+
+
+def _resume(run: Run, directory: Path, step: int | None, display: Display | None, world: Ranks) -> Path:
+    newest = checkpoints.find(directory, step) if world.leads else None
+    found = world.first(str(newest or ""))
+    saved = checkpoints.load(Path(found), tensors=not shards_student(run, world)) if found else None
     if saved is not None and saved.state["fingerprint"] != config_file.fingerprint(run):
         raise CheckpointError(
             f"{saved.path} was made by another run than {directory / 'run.toml'} describes. To go on with it, put "
             f"back the configuration in {saved.path / 'run.toml'}; to change a run, start a new one."
         )
-    return _run(assemble(run, directory), directory, saved, display)
-
-
-@dataclass
-class State:
-    """What changes while a run goes on, beside the weights."""
-
-    step: int = 0
-    best: dict[str, float] = field(default_factory=dict)
-    """The best evaluated step and its score."""
-    before: dict[str, float] = field(default_factory=dict)
-    """Evaluation of the student as it came."""
-    latest: dict[str, float] = field(default_factory=dict)
-    stop: bool = False
+    return _run(assemble(run, directory, world), directory, saved, display)
 
 
 def _run(parts: Parts, directory: Path, saved: checkpoints.Checkpoint | None, display: Display | None) -> Path:
@@ -99,33 +104,35 @@ def _run(parts: Parts, directory: Path, saved: checkpoints.Checkpoint | None, di
     if run.rollout.save_every:
         require("pyarrow", "data", "saving rollouts (rollout.save_every)")
     if saved is not None:
-        _restore(parts, state, alarms, saved)
+        restore(parts, state, alarms, saved)
     if state.step >= run.steps and (directory / "model").exists():
         raise ConfigError(f"{directory} is finished: {state.step} of {run.steps} steps.")
-    with display or make_display(run.steps) as shown, _stop_on_signals(state, shown):
+    world = parts.world
+    told = display or (make_display(run.steps) if world.leads else Silent())
+    with told as shown, stop_on_signals(state, shown, world):
         shown.start(_facts(parts, directory))
         for note in parts.notes:
             shown.note(note)
         if saved is None:
             state.before = state.latest = _evaluate(parts, directory, 0)[0]
-        if dropped := checkpoints.drop_after(directory, state.step):
+        if world.leads and (dropped := checkpoints.drop_after(directory, state.step)):
             shown.note(f"back to step {state.step}: dropped the checkpoints of {', '.join(map(str, dropped))}")
         with ExitStack() as stack:  # closes everything, even where closing fails
             for end in (parts.engine, *([parts.writer] if parts.writer else [])):
                 stack.callback(end.close)
             records = stack.enter_context(_recording(directory, state, saved, parts))
-            trackers = make_trackers(
-                run.trackers, directory.name, config_file.to_dict(run), directory=directory.parent, step=state.step
-            )
+            facts = config_file.to_dict(run)
+            asked = run.trackers if world.leads else ()
+            trackers = make_trackers(asked, directory.name, facts, directory=directory.parent, step=state.step)
             for tracker in trackers:
                 stack.callback(tracker.close)
             _steps(parts, directory, state, alarms, records, trackers, shown)
-        if state.step == run.steps:
+        if state.step == run.steps and world.leads:
             folder = export(
                 parts.model, parts.tokenizer, run, directory / "model", step=state.step, results=state.latest
             )
             shown.note(f"the student is in {folder}")
-        else:
+        elif state.step < run.steps:
             shown.note(f"stopped after step {state.step} of {run.steps}. Go on with: tropd resume {directory}")
     return directory
 
@@ -135,11 +142,11 @@ def _steps(
     directory: Path,
     state: State,
     alarms: Alarms,
-    records: RecordWriter,
+    records: RecordWriter | NoRecords,
     trackers: list[Tracker],
     shown: Display,
 ) -> None:
-    run = parts.run
+    run, state.stop = parts.run, parts.world.any(state.asked)
     while state.step < run.steps and not state.stop:
         record, batch, raised = iterate(parts, directory, state.step, alarms)
         state.step += 1
@@ -150,10 +157,11 @@ def _steps(
         for tracker in trackers:
             tracker.log(record.step, numbers_of(record))
         shown.update(record)
-        _stop_if_asked(raised, directory, record.step, batch)
+        _stop_if_asked(raised, directory, record.step, batch, parts.world)
+        state.stop = parts.world.any(state.asked)
         due = state.step % run.checkpoint.every == 0 or state.best.get("step") == state.step
         if due or state.step == run.steps or state.stop:
-            _save(parts, directory, state, alarms)
+            save(parts, directory, state, alarms)
 
 
 def _evaluated(parts: Parts, directory: Path, state: State, record: StepRecord) -> StepRecord:
@@ -172,7 +180,8 @@ def _evaluate(parts: Parts, directory: Path, version: int) -> tuple[dict[str, fl
         return {}, 0.0
     seconds: dict[str, float] = {}
     with clock(seconds, "evaluate"):
-        result = evaluate(
+        result = evaluate_together(
+            parts.world,
             parts.engine,
             parts.held_out,
             parts.eval_grader,
@@ -181,15 +190,17 @@ def _evaluate(parts: Parts, directory: Path, version: int) -> tuple[dict[str, fl
             stop_ids=parts.stop_ids,
             version=version,
         )
-    with checkpoints.writing(directory):
-        write_scores(directory / "evaluations", version, result.items)
+    if parts.world.leads:
+        with checkpoints.writing(directory):
+            write_scores(directory / "evaluations", version, result.items)
     return result.summary(), seconds["evaluate"]
 
 
-def _stop_if_asked(raised: list[Alarm], directory: Path, step: int, batch: Any) -> None:
+def _stop_if_asked(raised: list[Alarm], directory: Path, step: int, batch: Any, world: Ranks) -> None:
     stopping = next((alarm for alarm in raised if alarm.action == "stop"), None)
     if stopping is None:
         return
+    directory = world.own_folder(directory)
     kept = save_batch(directory, step, batch)
     raise TrainingDiverged(
         f"{stopping.message} The batch is in {kept}: look at it with `tropd inspect {directory} --step {step}`. "
@@ -197,53 +208,12 @@ def _stop_if_asked(raised: list[Alarm], directory: Path, step: int, batch: Any) 
     )
 
 
-def _save(parts: Parts, directory: Path, state: State, alarms: Alarms) -> None:
-    checkpoints.save(
-        directory,
-        state.step,
-        weights=checkpoints.trained_tensors(parts.model),
-        optimizer=parts.learner.optimizer.state_tensors(),
-        run=config_file.dump(parts.run),
-        state={
-            "fingerprint": config_file.fingerprint(parts.run),
-            "optimizer_steps": parts.learner.optimizer.num_steps,
-            "stream": parts.stream.state_dict(),
-            "alarms": alarms.state_dict(),
-            "origins": parts.origins,
-            "best": state.best,
-            "before": state.before,
-            "latest": state.latest,
-            "versions": {"tropd": tropd.__version__, "torch": torch.__version__},
-        },
-    )
-    best = state.best.get("step")
-    checkpoints.prune(directory, parts.run.checkpoint.keep, int(best) if best is not None else None)
-
-
-def _restore(parts: Parts, state: State, alarms: Alarms, saved: checkpoints.Checkpoint) -> None:
-    held = saved.state
-    for whose, weights in parts.origins.items():
-        if held["origins"][whose] != weights:
-            path = getattr(parts.run, whose).path
-            raise CheckpointError(
-                f"{saved.path} was trained with other weights of the {whose}, or in another precision, than {path} "
-                "gives now. Put the old ones back, or start a new run."
-            )
-    checkpoints.load_trained(parts.model, saved.weights, saved.path)
-    parts.learner.optimizer.load_state_tensors(saved.optimizer, held["optimizer_steps"])
-    parts.stream.load_state_dict(held["stream"])
-    alarms.load_state_dict(held["alarms"])
-    parts.engine.sync(None, saved.step)
-    state.step, state.best = saved.step, held["best"]
-    state.before, state.latest = held["before"], held["latest"]
-
-
 @contextmanager
 def _recording(
     directory: Path, state: State, saved: checkpoints.Checkpoint | None, parts: Parts
-) -> Iterator[RecordWriter]:
+) -> Iterator[RecordWriter | NoRecords]:
     with checkpoints.writing(directory):
-        records = _open_records(directory, state, saved, parts)
+        records = _open_records(directory, state, saved, parts) if parts.world.leads else NoRecords()
     try:
         yield records
     finally:
@@ -270,27 +240,11 @@ def _facts(parts: Parts, directory: Path) -> dict[str, str]:
         "data": run.data.path + (f" ({len(parts.stream)} prompts)" if isinstance(parts.stream, PromptStream) else ""),
         "batch": f"{run.rollout.num_prompts} prompts x {run.rollout.num_rollouts} rollouts",
         "device": f"{parts.learner.device}, {torch.get_num_threads()} threads",
+        **({"processes": _processes(parts)} if parts.world.size > 1 else {}),
         "versions": f"tropd {tropd.__version__}, torch {torch.__version__}",
     }
 
 
-@contextmanager
-def _stop_on_signals(state: State, shown: Display) -> Iterator[None]:
-    """The first SIGINT or SIGTERM lets the step finish and saves; a second SIGINT stops at once."""
-
-    def ask(number: int, frame: Any) -> None:
-        state.stop = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        with suppress(RuntimeError):  # the signal came while a line was being written, and that one cannot be broken
-            shown.note("stopping after this step; interrupt again to stop at once")
-
-    try:
-        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: whoever runs the thread stops it
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _processes(parts: Parts) -> str:
+    student = "sharded" if parts.learner.shards is not None else "replicated"
+    return f"{parts.world.size}, student {student}, teacher {parts.run.parallel.teacher}"

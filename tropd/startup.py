@@ -8,9 +8,14 @@ from pathlib import Path
 from tropd.assembly import Parts, load_parts
 from tropd.config import Run
 from tropd.doctor import quick_checks
+from tropd.student.parallel import ALONE, Ranks
+from tropd.teachers.local import LocalTeacher
 
 
-def assemble(run: Run, directory: Path) -> Parts:
+def assemble(run: Run, directory: Path, world: Ranks = ALONE) -> Parts:
     """Everything that can be refused is refused here; what is merely odd is among the notes."""
-    parts = load_parts(run, directory)
-    return dataclasses.replace(parts, notes=(*parts.notes, *quick_checks(parts)))
+    parts = load_parts(run, directory, world)
+    parts = dataclasses.replace(parts, notes=(*parts.notes, *quick_checks(parts)))
+    if world.size > 1 and run.parallel.teacher == "sharded" and isinstance(parts.teacher, LocalTeacher):
+        parts.teacher.shard(world)  # after the checks, which read whole weights
+    return parts

@@ -27,7 +27,7 @@ from tropd.judge import Judge, Seen, add_terms
 from tropd.objective.evidence import OF_TEACHER, Needs, Tokens
 from tropd.objective.objective import Objective
 from tropd.objective.plan import Counts, Plan, count
-from tropd.objective.terms import Context, Reach
+from tropd.objective.terms import Context, Reach, World
 from tropd.probes.sample import sampled_rows
 from tropd.student.forward import similar_lengths
 from tropd.teachers.teacher import Teacher, TopKRows
@@ -54,6 +54,10 @@ class Learner(Protocol):
 
     def reverse_kl(self, rollouts: Sequence[Rollout], teacher: Teacher) -> Tensor:
         """KL(student || teacher) at every response token."""
+        ...
+
+    def keep_step(self, num_passes: int, world: World) -> None:
+        """Take part in what other ranks with more passes do together; every rank calls it once per update."""
         ...
 
     def update(self) -> tuple[float, float]:
@@ -112,7 +116,10 @@ def score(
     context: Context | None = None,
 ) -> ScoredBatch:
     """Join everything known about the rollouts.  `recall`: plan from the student as it is now, not as it will be."""
+    context = context or Context()
     tokens = make_tokens(rollouts, seed, learner.device, learner.vocab_size)
+    if context.world.size > 1:  # groups are numbered on each rank, and no group is on two
+        tokens = tokens.with_(groups_S=tokens.groups_S * context.world.size + context.world.rank)
     needs = objective.needs
     own: dict[str, Tensor] = {}
     if recall or needs & PASS_NEEDS:
@@ -125,7 +132,7 @@ def score(
         needs = (needs & ~Needs.FULL) | Needs.HIDDEN  # whole distributions are made tile by tile, where they are read
     if needs & OF_TEACHER:
         known = tokens.with_(**own)
-        wanted = top_k_rows(objective, known, context or Context(), 0.0 if own else learner.margin)
+        wanted = top_k_rows(objective, known, context, 0.0 if own else learner.margin)
         scores = teacher.score(
             rollouts, needs, top_k=objective.teacher_top_k, student_topk_ids_TJ=asked, top_k_rows=wanted
         )
@@ -167,15 +174,18 @@ def train_step(
     tokens_per_micro_batch: int,
     num_updates: int = 1,
     watch: Watch | None = None,
+    places: Sequence[int] | None = None,
 ) -> StepSums:
     """Gradient and optimiser step(s) on a scored batch.
 
     With several updates each is planned on its own share of the rollouts; importance ratios correct for the drift.
+    `places` says where the rollouts stand in the batch of all ranks, so that shares do not depend on their number.
     """
     sums = StepSums()
-    order = range(len(batch.rollouts))
+    places = range(len(batch.rollouts)) if places is None else places
     for u in range(num_updates):
-        part = batch if num_updates == 1 else batch.alone(list(order[u::num_updates]))
+        chosen = [i for i, place in enumerate(places) if place % num_updates == u]
+        part = batch if num_updates == 1 else batch.alone(chosen)
         _accumulate(part, objective, learner, context, tokens_per_micro_batch, sums, 1.0 / num_updates, watch)
         norm, sums.learning_rate = learner.update()
         sums.gradient_norms.append(norm)
@@ -201,7 +211,8 @@ def _accumulate(
     if objective.reach > Reach.TOKEN:
         whole = objective.plan(batch.tokens, context)
     counts: Counts = whole.counts if whole else count(batch.tokens, context)
-    for chosen in similar_lengths([len(r.token_ids) for r in batch.rollouts], max_tokens):
+    groups = similar_lengths([len(r.token_ids) for r in batch.rollouts], max_tokens)
+    for chosen in groups:
         part = batch.take(chosen)
         plan = whole.rows(batch.rows_of(chosen)) if whole else None
         judge = Judge(part, objective, context, counts, plan)
@@ -209,3 +220,5 @@ def _accumulate(
         sums.add(judge.loss, judge.terms, share)
         if watch is not None:
             watch(judge.seen())
+    if context.world.size > 1:
+        learner.keep_step(len(groups), context.world)

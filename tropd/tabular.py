@@ -17,6 +17,7 @@ from tropd.judge import Judge
 from tropd.objective.borrow import student_view, teacher_evidence
 from tropd.objective.draws import uniform
 from tropd.objective.evidence import OF_TEACHER, Needs, StudentView, Tokens
+from tropd.objective.terms import World
 from tropd.teachers.teacher import Teacher, TopKRows
 from tropd.types import Completion, Finish, Prompt, Request, Rollout, TeacherScores
 
@@ -160,6 +161,9 @@ class TabularLM:
         assert isinstance(teacher, TabularLM)
         own, other = self.full_logprobs(rollouts), teacher.full_logprobs(rollouts)
         return (own.exp() * (own - other)).sum(-1)
+
+    def keep_step(self, num_passes: int, world: World) -> None:
+        """Nothing here is shared."""
 
     def update(self) -> tuple[float, float]:
         norm = float(torch.nn.utils.clip_grad_norm_([self.logits], self.max_gradient_norm))

@@ -52,7 +52,7 @@ class ProgressFile:
             try:
                 row = json.loads(line)
                 if keys.get(row["id"]) == row["key"]:
-                    items[row["id"]] = _item_of(row)
+                    items[row["id"]] = item_of(row)
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(
                     f"line {number} of {self.path} is no evaluated prompt ({type(error).__name__}: {error}). "
@@ -62,7 +62,7 @@ class ProgressFile:
 
     def append(self, items: Sequence[EvalItem], keys: Mapping[str, str]) -> None:
         """Returns when the lines are on the disk."""
-        lines = [json.dumps(_row_of(item, keys[item.id]), ensure_ascii=False, allow_nan=False) for item in items]
+        lines = [json.dumps(row_of(item, keys[item.id]), ensure_ascii=False, allow_nan=False) for item in items]
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(line + "\n" for line in lines))
             file.flush()
@@ -88,7 +88,7 @@ class ProgressFile:
             )
 
 
-def _row_of(item: EvalItem, key: str) -> dict[str, Any]:
+def row_of(item: EvalItem, key: str) -> dict[str, Any]:
     return {
         "id": item.id,
         "texts": [answer.text for answer in item.samples],
@@ -104,7 +104,7 @@ def _row_of_answer(answer: EvalAnswer) -> dict[str, Any]:
     return {"text": answer.text, "score": answer.score, "num_tokens": answer.num_tokens, "finish": answer.finish}
 
 
-def _item_of(row: dict[str, Any]) -> EvalItem:
+def item_of(row: dict[str, Any]) -> EvalItem:
     columns = zip(row["texts"], row["scores"], row["num_tokens"], row["finishes"], strict=True)
     samples = [EvalAnswer(text=t, score=s, num_tokens=n, finish=Finish(f)) for t, s, n, f in columns]
     greedy = row["greedy"]

@@ -35,7 +35,10 @@ class Reach(IntEnum):
 
 
 class World(Protocol):
-    """The other ranks, as a plan sees them."""
+    """The ranks, as a plan sees them: who this one is, how many there are, and what the others say."""
+
+    rank: int
+    size: int
 
     def gather(self, x: Tensor) -> Tensor:
         """The tensors of all ranks, concatenated along the first axis in rank order; lengths may differ."""
@@ -44,6 +47,8 @@ class World(Protocol):
 
 class Alone:
     """One process."""
+
+    rank, size = 0, 1
 
     def gather(self, x: Tensor) -> Tensor:
         return x

@@ -58,6 +58,22 @@ class Display(ABC):
         self.close()
 
 
+class Silent(Display):
+    """Shows nothing: of several processes one speaks."""
+
+    def start(self, facts: Mapping[str, str]) -> None:
+        pass
+
+    def update(self, record: StepRecord) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class Pace:
     """How long the rest will take, from the mean of the last 20 steps."""
 

@@ -14,7 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from tropd.objective.support import NOTHING
+from tropd.report.ranks import gathered
 from tropd.report.records import require, temporary
+from tropd.student.parallel import ALONE, Ranks
 from tropd.types import Author, Rollout
 
 Decode = Callable[[Sequence[int]], str]
@@ -37,10 +39,11 @@ def write_rollouts(
     teacher_topk_logprobs_NK: Tensor | None = None,
     weights: Mapping[str, Tensor] | None = None,
     every: int = 1,
+    world: Ranks = ALONE,
 ) -> Path | None:
     """Saves the rollouts of every `every`-th step (0: never), and returns where.
 
-    The rows N of a batch run over the responses, one rollout after another.
+    The rows N of a batch run over the responses, one rollout after another.  Rank 0 writes those of all ranks.
     """
     if every <= 0 or step % every:
         return None
@@ -57,8 +60,11 @@ def write_rollouts(
     if teacher_topk_ids_NK is not None and teacher_topk_logprobs_NK is not None:
         columns |= _alternatives(teacher_topk_ids_NK, teacher_topk_logprobs_NK, rollouts, decode)
     path = directory / f"step_{step:06d}.parquet"
+    table = gathered(pa.table(columns), world)
+    if not world.leads:
+        return path
     directory.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns), temporary(path), compression="zstd")
+    pq.write_table(table, temporary(path), compression="zstd")
     temporary(path).replace(path)
     return path
 

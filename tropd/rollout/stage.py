@@ -17,6 +17,8 @@ class RolloutJob:
 
     prompts: Sequence[tuple[Prompt, int]]
     """Prompts with the number of the epoch they are visited in."""
+    batch: Sequence[tuple[Prompt, int]] = ()
+    """All prompts of the step, where `prompts` are one rank's."""
     num_rollouts: int
     max_new_tokens: int
     sampling: Sampling
@@ -67,7 +69,8 @@ def _draft(
     if isinstance(policy, TeacherText | Mixture):
         share = policy.student_share if isinstance(policy, Mixture) else 0.0
         coin = policy.coin if isinstance(policy, Mixture) else "rollout"
-        batch_name = "/".join(id for id, _, _ in names)
+        whole = job.batch or job.prompts
+        batch_name = "/".join(f"{visit}/{p.id}/{i}" for p, visit in whole for i in range(job.num_rollouts))
         by_student = [_unit(job.seed, "mixture", batch_name if coin == "batch" else id) < share for id, _, _ in names]
         texts = iter(_teacher_texts([n for n, own in zip(names, by_student, strict=True) if not own], job, writer))
         drafts = []

@@ -5,6 +5,7 @@
         weights.safetensors     trained parameters (and buffers)
         optimizer.safetensors   moments, float32 masters
         state.json              step, prompt cursor, alarms, size and hash of the files above, and its own hash
+        shard-*.safetensors     instead of the two others, where several processes hold a part each
 
 A checkpoint is written to step_000120.tmp, flushed to the disk and renamed, so a process killed at any moment leaves
 the previous ones as they were.  Everything is checked on loading.  No pickle.
@@ -31,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tropd.errors import CheckpointError, TrainingDiverged
+from tropd.student.optimizer import KINDS
 
 SCHEMA = 1
 _HASHED = 1 << 25  # 32 MiB from each end: enough to notice a torn or swapped file, fast for any size
@@ -76,22 +78,35 @@ def save(
     directory: Path, step: int, *, weights: dict[str, Tensor], optimizer: dict[str, Tensor], run: str, state: dict
 ) -> Path:
     """Write checkpoints/step_N under the run's folder and return it.  Broken weights never replace what is there."""
-    for name, tensor in weights.items():
-        if not tensor.isfinite().all():
-            raise TrainingDiverged(
-                f"{name!r} is not finite after {step} steps, so these weights were not saved and the checkpoints "
-                f"before them are untouched: {_listed(directory)}. Lower the learning rate."
-            )
+    refuse_broken(directory, step, first_broken(weights))
     final = place_of(directory, step)
     with atomic_folder(final) as folder:
         (folder / "run.toml").write_text(run)
         for name, tensors in (("weights", weights), ("optimizer", optimizer)):
             save_file({k: x.detach().cpu().contiguous() for k, x in tensors.items()}, folder / f"{name}.safetensors")
-        files = {p.name: describe_file(p) for p in sorted(folder.iterdir())}
-        values = {"kind": "tropd checkpoint", "schema": SCHEMA, "step": step, "files": files, **state}
-        values = json.loads(json.dumps(values))  # as they will be read
-        (folder / "state.json").write_text(json.dumps({"sha256": _digest_of(values), **values}))
+        seal(folder, step, state)
     return final
+
+
+def first_broken(weights: Mapping[str, Tensor]) -> str | None:
+    """The name of a tensor that is not finite."""
+    return next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
+
+
+def refuse_broken(directory: Path, step: int, name: str | None) -> None:
+    if name is not None:
+        raise TrainingDiverged(
+            f"{name!r} is not finite after {step} steps, so these weights were not saved and the checkpoints "
+            f"before them are untouched: {_listed(directory)}. Lower the learning rate."
+        )
+
+
+def seal(folder: Path, step: int, state: dict) -> None:
+    """Write state.json, which describes the files that are there."""
+    files = {p.name: describe_file(p) for p in sorted(folder.iterdir())}
+    values = {"kind": "tropd checkpoint", "schema": SCHEMA, "step": step, "files": files, **state}
+    values = json.loads(json.dumps(values))  # as they will be read
+    (folder / "state.json").write_text(json.dumps({"sha256": _digest_of(values), **values}))
 
 
 def _digest_of(values: Mapping[str, Any]) -> str:
@@ -194,8 +209,11 @@ def find(directory: Path, step: int | None = None) -> Path | None:
     return place_of(directory, step)
 
 
-def load(path: Path) -> Checkpoint:
-    """Read a checkpoint; one that was cut short, changed, or that something else wrote, is refused in words."""
+def load(path: Path, *, tensors: bool = True) -> Checkpoint:
+    """Read a checkpoint; one that was cut short, changed, or that something else wrote, is refused in words.
+
+    Without `tensors` it is only checked: ranks read their parts of them.
+    """
     state = _read_state(path)
     for name, expected in state["files"].items():
         file = path / name
@@ -205,11 +223,23 @@ def load(path: Path) -> Checkpoint:
                 f"{file} is damaged: it has {size} bytes, {expected['bytes']} were written, or its content differs. "
                 f"{_others(path)}"
             )
+    weights, optimizer = _read_tensors(path, set(state["files"])) if tensors else ({}, {})
+    return Checkpoint(path=path, step=state["step"], state=state, weights=weights, optimizer=optimizer)
+
+
+def _read_tensors(path: Path, files: set[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights and optimiser, whole, whoever wrote them."""
+    if "weights.safetensors" not in files:
+        from tropd.student import shard_files
+
+        found = shard_files.read(path)
+        optimizer = {name: x for name, x in found.items() if name.split(".")[0] in ("master", *KINDS)}
+        return {name: x for name, x in found.items() if name not in optimizer}, optimizer
     try:
         weights, optimizer = (load_file(path / f"{name}.safetensors") for name in ("weights", "optimizer"))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. {_others(path)}") from error
-    return Checkpoint(path=path, step=state["step"], state=state, weights=weights, optimizer=optimizer)
+    return weights, optimizer
 
 
 def _read_state(path: Path) -> dict[str, Any]:

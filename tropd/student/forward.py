@@ -116,6 +116,7 @@ class Forward:
         with self._at_rest():
             self.head = Head.of(model, vocab_size)
             self.backbone: nn.Module = causal_lm_of(model).get_decoder()
+            self.states: Callable[..., Any] = self.backbone
             if layout == "packed" and not self._packs():
                 raise ConfigError(
                     f"layout = 'packed' was asked for, but in {type(model).__name__} packed sequences change each "
@@ -237,7 +238,7 @@ class Forward:
         if layout.position_ids_BT is not None:
             inputs["position_ids"] = layout.position_ids_BT.to(device)
         with nullcontext() if lengths is None else spans(self.backbone, lengths):
-            hidden_BTH = self.backbone(**inputs)[0]
+            hidden_BTH = self.states(**inputs)[0]
         return hidden_BTH.flatten(0, 1)[layout.predicted_at_N.to(hidden_BTH.device)]
 
     def _response_ids(self, rollouts: Sequence[Rollout]) -> Tensor:

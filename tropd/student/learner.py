@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tropd.judge import Judge
 from tropd.objective.evidence import Needs
+from tropd.objective.terms import World
 from tropd.student.dense import can_tile, dense_loss
 from tropd.student.forward import Forward, similar_lengths
 from tropd.student.one_pass import can_fuse, fused_loss, wanted
 from tropd.student.optimizer import Optimizer
 from tropd.teachers.teacher import Teacher
 from tropd.types import Rollout
+
+if TYPE_CHECKING:
+    from tropd.student.sharding import Shards
 
 
 class ModelLearner:
@@ -31,11 +35,17 @@ class ModelLearner:
         tokens_per_batch: int,
         tile_vocab: int | None = None,
         teacher: Forward | None = None,
+        shards: Shards | None = None,
     ) -> None:
-        """`teacher` is the forward pass of a teacher in this process: its head makes whole distributions here."""
+        """`teacher` is the forward pass of a teacher in this process: its head makes whole distributions here.
+
+        With `shards`, `model` is their whole: it is measured, and the cut is trained.
+        """
         self.teacher = teacher
         self.model, self.optimizer, self.tokens_per_batch = model, optimizer, tokens_per_batch
         self.forward = Forward(model, vocab_size=vocab_size, tile_tokens=tile_tokens, tile_vocab=tile_vocab)
+        self.shards = shards
+        self.trained = self.forward if shards is None else shards.forward(self.forward)
         self.vocab_size: int | None = vocab_size
         self.device = next(model.parameters()).device
         exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
@@ -43,8 +53,10 @@ class ModelLearner:
         self.expands = teacher is not None and can_tile(self.forward.head)
 
     def learn(self, rollouts: Sequence[Rollout], judge: Judge, needs: Needs) -> None:
-        self.model.train()
-        forward, tokens = self.forward, judge.tokens
+        forward, tokens = self.trained, judge.tokens
+        forward.model.train()
+        if self.shards is not None:
+            self.shards.empty()
         whole = Needs.FULL in needs
         if not can_tile(forward.head) or (whole and tokens.peek("teacher_hidden_NH") is None):
             view = forward.view(rollouts, judge.part.tokens, needs)
@@ -90,15 +102,36 @@ class ModelLearner:
 
     def reverse_kl(self, rollouts: Sequence[Rollout], teacher: Teacher) -> Tensor:
         other: Any = teacher  # REVERSE_KL is offered only by teachers in this process, which have a forward pass
-        return self._in_parts(rollouts, lambda part: {"x": self.forward.reverse_kl(part, other.forward)})["x"]
+
+        def ask(part: list[Rollout]) -> dict[str, Tensor]:
+            return {"x": self.forward.reverse_kl(part, other.forward)}
+
+        return self._in_parts(rollouts, ask, other.more_passes)["x"]
+
+    def keep_step(self, num_passes: int, world: World) -> None:
+        """Take part in the passes that other ranks have more of."""
+        if self.shards is not None:
+            self.shards.empty()
+            for _ in range(max(world.gather(torch.tensor([num_passes])).tolist()) - num_passes):
+                self.shards.idle()
 
     def update(self) -> tuple[float, float]:
         return self.optimizer.step()
 
-    def _in_parts(self, rollouts: Sequence[Rollout], ask: Any) -> dict[str, Tensor]:
+    def sync(self) -> None:
+        """What measures and writes has the trained weights from here on."""
+        if self.shards is not None:
+            self.shards.fill()
+
+    def _in_parts(
+        self, rollouts: Sequence[Rollout], ask: Any, more_passes: Callable[[int], int] = lambda number: 0
+    ) -> dict[str, Tensor]:
         """Ask under the token budget, similar lengths together; rows come back in the order of the rollouts."""
         pieces: list[dict[str, Tensor]] = [{} for _ in rollouts]
-        for group in similar_lengths([len(r.token_ids) for r in rollouts], self.tokens_per_batch):
+        groups = similar_lengths([len(r.token_ids) for r in rollouts], self.tokens_per_batch)
+        for _ in range(more_passes(len(groups))):
+            ask([rollouts[groups[0][0]]])
+        for group in groups:
             found = ask([rollouts[i] for i in group])
             lengths = [len(rollouts[i].response_ids) for i in group]
             for name, x in found.items():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from tropd.errors import CheckpointError
 if TYPE_CHECKING:
     from tropd.config import OptimizerConfig
 
-_KINDS = ("step", "exp_avg", "exp_avg_sq")
+KINDS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Optimizer:
@@ -23,7 +24,15 @@ class Optimizer:
     1/256 of a weight would be rounded away and the run would learn nothing.
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, total_steps: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        total_steps: int,
+        add_over_ranks: Callable[[list[Tensor]], None] | None = None,
+    ) -> None:
+        """`add_over_ranks` adds up the gradients of ranks that each hold the whole model."""
+        self.add_over_ranks = add_over_ranks
         self.config, self.total_steps, self.num_steps = config, total_steps, 0
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters = {
@@ -46,7 +55,9 @@ class Optimizer:
                 parameter.grad = torch.zeros_like(parameter)
             if master is not parameter:
                 master.grad = parameter.grad.float()
-        norm = float(nn.utils.clip_grad_norm_(list(self.masters.values()), self.config.max_gradient_norm))
+        if self.add_over_ranks is not None:
+            self.add_over_ranks([master.grad for master in self.masters.values() if master.grad is not None])
+        norm = _number(nn.utils.clip_grad_norm_(list(self.masters.values()), self.config.max_gradient_norm))
         rate = learning_rate(self.config, self.num_steps, self.total_steps)
         if math.isfinite(norm):  # a broken gradient is reported by the loop; the weights stay as they were
             for group in self.adamw.param_groups:
@@ -69,7 +80,7 @@ class Optimizer:
         tensors = {}
         for name, master in self.masters.items():
             state = self.adamw.state.get(master, {})
-            tensors |= {f"{kind}.{name}": state[kind] for kind in _KINDS if kind in state}
+            tensors |= {f"{kind}.{name}": state[kind] for kind in KINDS if kind in state}
             if master is not self.parameters[name]:
                 tensors[f"master.{name}"] = master
         return tensors
@@ -77,7 +88,7 @@ class Optimizer:
     def load_state_tensors(self, tensors: dict[str, Tensor], num_steps: int) -> None:
         wanted = {f"master.{name}" for name, master in self.masters.items() if master is not self.parameters[name]}
         if tensors.keys() != wanted:  # before the first update there are no moments
-            wanted |= {f"{kind}.{name}" for kind in _KINDS for name in self.masters}
+            wanted |= {f"{kind}.{name}" for kind in KINDS for name in self.masters}
         if odd := sorted(tensors.keys() ^ wanted):
             raise CheckpointError(
                 f"the saved optimiser holds {len(tensors)} tensors, this one has {len(wanted)}; they differ in "
@@ -90,9 +101,14 @@ class Optimizer:
                 with torch.no_grad():
                     master.copy_(tensors[f"master.{name}"])
             if f"step.{name}" in tensors:
-                moments = {kind: tensors[f"{kind}.{name}"].to(master.device) for kind in _KINDS[1:]}
+                moments = {kind: tensors[f"{kind}.{name}"].to(master.device) for kind in KINDS[1:]}
                 # How often the moments moved, which a skipped update leaves behind num_steps; torch keeps it on the CPU
                 self.adamw.state[master] = {"step": tensors[f"step.{name}"].clone(), **moments}
+
+
+def _number(norm: Any) -> float:
+    """The norm of all parameters; of sharded ones each rank knows a part."""
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:

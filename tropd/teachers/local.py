@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, arange, cat, float32, float64, nn
 
@@ -19,13 +19,34 @@ from tropd.student.head import causal_lm_of
 from tropd.teachers.teacher import TopKRows
 from tropd.types import Rollout, TeacherScores
 
+if TYPE_CHECKING:
+    from tropd.student.parallel import Ranks
+    from tropd.student.sharding import ShardedTeacher
+
 _CAPABILITIES = OF_TEACHER & ~Needs.REFERENCE
+
+
+def _no_more(number: int) -> int:
+    return 0
 
 
 class LocalTeacher:
     """A model of its own.  It is frozen: evaluation mode, no gradients."""
 
     capabilities = _CAPABILITIES
+    shards: ShardedTeacher | None = None
+
+    def shard(self, world: Ranks) -> None:
+        """Let each rank hold a part of it."""
+        from tropd.student.sharding import ShardedTeacher
+
+        self.shards = ShardedTeacher(self.forward.model, world)
+        self.forward = self.shards.forward(self.forward)
+
+    @property
+    def more_passes(self) -> Callable[[int], int]:
+        """How many passes to add to a number of them, so that every rank runs as many."""
+        return _no_more if self.shards is None else self.shards.more_passes
 
     def __init__(
         self,
@@ -67,6 +88,7 @@ class BaseAsTeacher:
     """The student without its adapter, a teacher that takes no memory.  Adapter and modes are as before afterwards."""
 
     capabilities = _CAPABILITIES
+    more_passes = staticmethod(_no_more)
 
     def __init__(
         self,
@@ -169,7 +191,10 @@ def _score(
     _check_request(teacher, rollouts, needs, top_k, at_ids)
     scores: dict[int, TeacherScores] = {}
     rows_of = list(arange(sum(lengths := [len(r.response_ids) for r in rollouts])).split(lengths))
-    for batch in similar_lengths([len(rollout.token_ids) for rollout in rollouts], teacher.tokens_per_batch):
+    batches = similar_lengths([len(rollout.token_ids) for rollout in rollouts], teacher.tokens_per_batch)
+    for _ in range(teacher.more_passes(len(batches))):
+        teacher.forward.measure([rollouts[batches[0][0]]], Needs.SAMPLED)
+    for batch in batches:
         members = [rollouts[index] for index in batch]
         rows_N = cat([rows_of[index] for index in batch])
         try:

@@ -15,6 +15,7 @@ from tropd.rollout.engine import Engine
 from tropd.servers.client import Client
 from tropd.servers.pool import Pool
 from tropd.servers.settings import check_addresses
+from tropd.student.parallel import ALONE, Ranks
 from tropd.teachers.cached import Cached
 from tropd.teachers.meeting import CANARY, canary_of, keep, recall
 from tropd.teachers.server import ServerTeacher
@@ -41,7 +42,9 @@ class Served:
     notes: tuple[str, ...]
 
 
-def meet_teacher(run: Run, vocab_size: int, tokenizer: PreTrainedTokenizerBase, directory: Path) -> Served:
+def meet_teacher(
+    run: Run, vocab_size: int, tokenizer: PreTrainedTokenizerBase, directory: Path, world: Ranks = ALONE
+) -> Served:
     """Connect, and compare with what a resumed run met at its start.  `tokenizer` is the teacher's, `vocab_size` the
     student's."""
     config = run.teacher
@@ -60,7 +63,7 @@ def meet_teacher(run: Run, vocab_size: int, tokenizer: PreTrainedTokenizerBase, 
         top_k=run.method.objective.teacher_top_k,
     )
     notes += compare_tokenizers(teacher.pool.clients, teacher.card.id, tokenizer)
-    if teacher.canary.logprobs and before is None:
+    if teacher.canary.logprobs and before is None and world.leads:
         keep(teacher.canary, path)
     card = teacher.card
     identity = f"{config.server.kind} {card.id}" + (f" ({card.root})" if card.root not in (None, card.id) else "")
@@ -68,7 +71,7 @@ def meet_teacher(run: Run, vocab_size: int, tokenizer: PreTrainedTokenizerBase, 
     if config.score_cache:
         # A name says little of weights: the known text's numbers, to a tenth of a nat, say more.
         weights = [round(x, 1) for x in teacher.canary.logprobs]
-        asked = Cached(teacher, directory / "teacher_scores.sqlite", f"{identity} {weights}")
+        asked = Cached(teacher, directory / world.own_name("teacher_scores.sqlite"), f"{identity} {weights}")
     return Served(teacher=asked, model=card.id, vocab_size=vocab_size, identity=identity, notes=tuple(notes))
 
 

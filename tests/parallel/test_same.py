@@ -1,0 +1,110 @@
+"""Two and four processes train the student that one trains.
+
+Sampled tokens and trust draws are equal exactly.  Weights are equal up to the rounding of float32 in another order of
+addition: a relative error of 1e-5 of each tensor's norm after three steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests import run_case
+from tests.parallel import launch
+from tests.parallel.conftest import Alone
+from tests.parallel.launch import distance, rollouts_of, weights_of, write_run
+from tropd.report.records import read_records
+
+TOLERANCE = 1e-5
+CASES: dict[str, dict[str, Any]] = {
+    "tropd": {},
+    "entropy_opd": {"method": {"name": "entropy_opd"}},
+    "tip": {"method": {"name": "tip"}, "tile_tokens": 3},
+    "two updates": {"optimizer": {"num_updates": 2}},
+    "groups": {"method": {"name": "topd"}},
+    "batch coin": {"method": {"name": "gkd"}},
+    "untied": {"student": {"path": "untied"}, "method": {"name": "opd"}},
+}
+
+
+def here(models: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """Names of models as paths."""
+    path = changes.get("student", {}).get("path")
+    return run_case.merged(changes, {"student": {"path": str(models / path)}}) if path else changes
+
+
+def assert_same_run(one: Path, other: Path, tolerance: float = TOLERANCE) -> None:
+    mine, theirs = rollouts_of(one), rollouts_of(other)
+    assert mine.keys() == theirs.keys() and mine
+    for name, row in mine.items():
+        assert row["token_ids"] == theirs[name]["token_ids"]
+        assert row["authors"] == theirs[name]["authors"]
+        for column in [c for c in row if c.startswith("weight_")]:
+            a, b = ([w or 0.0 for w in rows] for rows in (row[column], theirs[name][column]))
+            assert [w > 0 for w in a] == [w > 0 for w in b], column
+            assert a == pytest.approx(b, rel=1e-4)
+    assert distance(one, other) < tolerance
+    for a, b in zip(*(read_records(d / "records.jsonl").steps for d in (one, other)), strict=True):
+        assert (a.tokens, a.learning_rate, a.evaluation) == (b.tokens, b.learning_rate, b.evaluation)
+        assert (a.loss, a.gradient_norm) == pytest.approx((b.loss, b.gradient_norm), rel=1e-4)
+        assert a.probes == pytest.approx(b.probes, rel=1e-3, abs=1e-4)
+        for term, stats in a.terms.items():
+            assert dataclasses.asdict(b.terms[term]) == pytest.approx(dataclasses.asdict(stats), rel=1e-4, abs=1e-6)
+
+
+def compare(models: Path, alone: Alone, directory: Path, size: int, parallel: dict[str, Any], **changes: Any) -> Path:
+    changes = here(models, changes)
+    path = write_run(models, directory, parallel=parallel, **changes)
+    launch.run(size, train=path, directory=directory)
+    assert_same_run(alone(**changes), directory)
+    return directory
+
+
+LORA = {"student": {"lora": {"rank": 4, "alpha": 8}}, "teacher": {"path": "base"}, "method": {"name": "opd"}}
+RARE = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "case", [c if c in ("tropd", "entropy_opd", "tip") else pytest.param(c, marks=RARE) for c in CASES]
+)
+def test_two_processes_train_the_student_of_one(case: str, models: Path, alone: Alone, tmp_path: Path) -> None:
+    directory = compare(models, alone, tmp_path / "run", 2, {}, **CASES[case])
+    assert any((directory / "checkpoints" / "step_000003").glob("shard-00002*"))
+
+
+@pytest.mark.parametrize("case", ["tropd", pytest.param("entropy_opd", marks=RARE), pytest.param("tip", marks=RARE)])
+def test_four_processes_train_the_student_of_one(case: str, models: Path, alone: Alone, tmp_path: Path) -> None:
+    compare(models, alone, tmp_path / "run", 4, {}, **CASES[case])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["tropd", "tip"])
+def test_a_sharded_teacher_teaches_the_same(case: str, models: Path, alone: Alone, tmp_path: Path) -> None:
+    """It writes prefixes for tropd, and gives tip whole distributions."""
+    compare(models, alone, tmp_path / "run", 2, {"teacher": "sharded"}, **CASES[case])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [CASES["tropd"], LORA], ids=["full", "lora"])
+def test_a_replicated_student_learns_the_same(
+    changes: dict[str, Any], models: Path, alone: Alone, tmp_path: Path
+) -> None:
+    kind = {} if changes is LORA else {"student": "replicated"}
+    directory = compare(models, alone, tmp_path / "run", 2, kind, **changes)
+    assert (directory / "checkpoints" / "step_000003" / "weights.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_activation_checkpointing_changes_nothing(models: Path, alone: Alone, tmp_path: Path) -> None:
+    path = write_run(models, tmp_path / "run", student={"gradient_checkpointing": True})
+    launch.run(2, train=path, directory=tmp_path / "run")
+    assert_same_run(alone(), tmp_path / "run")
+
+
+def test_the_weights_move_so_that_equality_means_something(models: Path, alone: Alone) -> None:
+    before, after = load_file(models / "student" / "model.safetensors"), weights_of(alone())
+    assert max(float((before[name] - x).norm() / x.norm()) for name, x in after.items()) > 100 * TOLERANCE

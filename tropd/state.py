@@ -1,0 +1,86 @@
+"""What a run remembers beside its weights, and how all of it is saved and restored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tropd
+from tropd import config_file
+from tropd.assembly import Parts
+from tropd.errors import CheckpointError
+from tropd.probes.alarms import Alarms
+from tropd.student import checkpoint as checkpoints
+
+
+@dataclass
+class State:
+    """What changes while a run goes on, beside the weights."""
+
+    step: int = 0
+    best: dict[str, float] = field(default_factory=dict)
+    """The best evaluated step and its score."""
+    before: dict[str, float] = field(default_factory=dict)
+    """Evaluation of the student as it came."""
+    latest: dict[str, float] = field(default_factory=dict)
+    asked: bool = False
+    """A signal came to this process."""
+    stop: bool = False
+    """The processes have agreed to stop."""
+
+
+def save(parts: Parts, directory: Path, state: State, alarms: Alarms) -> None:
+    """Write a checkpoint; of a sharded student each rank writes its part, else rank 0 writes everything."""
+    optimizer, shards, world = parts.learner.optimizer, parts.learner.shards, parts.world
+    said: dict[str, Any] = {"run": config_file.dump(parts.run), "state": _facts(parts, state, alarms)}
+    if shards is not None:
+        from tropd.student import sharded_checkpoint
+
+        sharded_checkpoint.save(directory, state.step, shards=shards, optimizer=optimizer, world=world, **said)
+    elif world.leads:
+        weights = checkpoints.trained_tensors(parts.model)
+        checkpoints.save(directory, state.step, weights=weights, optimizer=optimizer.state_tensors(), **said)
+    if world.leads:
+        best = state.best.get("step")
+        checkpoints.prune(directory, parts.run.checkpoint.keep, int(best) if best is not None else None)
+
+
+def _facts(parts: Parts, state: State, alarms: Alarms) -> dict[str, Any]:
+    return {
+        "fingerprint": config_file.fingerprint(parts.run),
+        "optimizer_steps": parts.learner.optimizer.num_steps,
+        "stream": parts.stream.state_dict(),
+        "alarms": alarms.state_dict(),
+        "origins": parts.origins,
+        "best": state.best,
+        "before": state.before,
+        "latest": state.latest,
+        "versions": {"tropd": tropd.__version__, "torch": torch.__version__},
+    }
+
+
+def restore(parts: Parts, state: State, alarms: Alarms, saved: checkpoints.Checkpoint) -> None:
+    held = saved.state
+    for whose, weights in parts.origins.items():
+        if held["origins"][whose] != weights:
+            path = getattr(parts.run, whose).path
+            raise CheckpointError(
+                f"{saved.path} was trained with other weights of the {whose}, or in another precision, than {path} "
+                "gives now. Put the old ones back, or start a new run."
+            )
+    optimizer, shards = parts.learner.optimizer, parts.learner.shards
+    if shards is not None:
+        from tropd.student import sharded_checkpoint
+
+        sharded_checkpoint.restore(saved.path, shards, optimizer, held["optimizer_steps"])
+    else:
+        checkpoints.load_trained(parts.model, saved.weights, saved.path)
+        optimizer.load_state_tensors(saved.optimizer, held["optimizer_steps"])
+    parts.stream.load_state_dict(held["stream"])
+    alarms.load_state_dict(held["alarms"])
+    parts.engine.sync(None, saved.step)
+    state.step, state.best = saved.step, held["best"]
+    state.before, state.latest = held["before"], held["latest"]
