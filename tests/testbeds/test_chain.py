@@ -39,7 +39,7 @@ def test_every_honest_text_is_graded_right_and_every_answer_grades_itself(style:
     assert grader([""] * 50, answers, answer=answers) == [1.0] * 50
     for text, problem, answer in zip(texts, problems, answers, strict=True):
         numbers = "".join(problem.question[:-1])
-        assert CHAIN.verify(text, answer) and answer == f"#{eval(numbers) % 5}"
+        assert text.endswith(answer) and answer == f"#{eval(numbers) % 5}"
 
 
 def test_a_wrong_or_missing_ending_is_graded_wrong() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from tropd.testbeds.chain import Chain, ChainStyle
-from tropd.testbeds.task import Shape, Testbed, Training
+from tropd.testbeds.dialects import Dialects, DialectStyle
+from tropd.testbeds.task import Lesson, Shape, Testbed, Training
 
 _VERBOSE = ChainStyle(corrupt=0.08)
 _NOISY, _TERSE = ChainStyle(noise=0.3), ChainStyle(terse=True)
@@ -44,4 +45,38 @@ MAIN_HARD = dataclasses.replace(
     MAIN_MILD, name="main-hard", student_training=(Training(steps=150, learning_rate=1e-3, mix=_HARD),)
 )
 
-TESTBEDS: dict[str, Testbed] = {bed.name: bed for bed in (NANO_MILD, NANO_HARD, MAIN_MILD, MAIN_HARD)}
+_FLUENT = ((1.0, DialectStyle()),)
+_FOREIGN = (
+    (0.3, DialectStyle(terse=True, foreign=0.5)),
+    (0.7, DialectStyle(foreign=0.5, mixed=0.3)),
+)
+
+
+def _lessons(short: int, long: int) -> tuple[Training, ...]:
+    """From problems of a step or two to those of twenty: none is learnt that begins with the longest."""
+    return (
+        Lesson(task=Dialects(steps=(1, 3)), steps=short, learning_rate=8e-3, mix=_FLUENT),
+        Lesson(task=Dialects(steps=(2, 10)), steps=120, learning_rate=6e-3, mix=_FLUENT, batch=32),
+        Lesson(task=Dialects(steps=(12, 22)), steps=120, learning_rate=5e-3, mix=_FLUENT, batch=12),
+        Training(steps=long, learning_rate=5e-3, mix=_FLUENT, batch=12),
+    )
+
+
+LONG = Testbed(
+    name="long",
+    task=Dialects(),
+    teacher_training=_lessons(450, 200),
+    teacher_accuracy=0.8,
+    student=Shape(width=48, hidden=96),
+    student_training=(
+        *_lessons(500, 350),
+        Training(steps=60, learning_rate=1e-3, mix=_FOREIGN, batch=12, warmup=10),
+    ),
+    max_new_tokens=256,
+    num_held_out=128,
+    num_prompts=16,
+    steps=60,
+    learning_rate=1e-3,
+)
+
+TESTBEDS: dict[str, Testbed] = {bed.name: bed for bed in (NANO_MILD, NANO_HARD, MAIN_MILD, MAIN_HARD, LONG)}

@@ -24,6 +24,8 @@ class Problem:
     """A right text ends in these words, and no wrong one does."""
     givens: Any = None
     """What the task writes solutions from."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """What the grader needs beside the answer."""
 
 
 class Task(Protocol):
@@ -44,13 +46,15 @@ class Task(Protocol):
         """The name of the grader, see tropd.data.graders."""
         ...
 
+    def parts(self, word: str) -> tuple[str, ...]:
+        """What a word is made of: words that share a part are alike to an untrained model.  () for a whole."""
+        ...
+
     def problem(self, rng: random.Random) -> Problem: ...
 
     def write(self, rng: random.Random, problem: Problem, style: Any) -> list[Word]:
         """A solution in a style of this task, right or wrong as the style says."""
         ...
-
-    def verify(self, text: str, answer: str) -> bool: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +79,13 @@ class Training:
     batch: int = 64
     warmup: int = 50
     weight_decay: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson(Training):
+    """Training on other problems than the testbed's own, with the same words: shorter ones, for instance."""
+
+    task: Task
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tropd.testbeds.task import Shape, Task, Training
+from tropd.testbeds.task import Lesson, Shape, Task, Training
 from tropd.testbeds.tokenizer import BOS, EOS, PAD, num_rows, vocabulary_of
 from tropd.types import key_of
 
 IGNORED = -100
+_KINSHIP = 0.4
+"""Much larger than other embeddings at the start, so that training keeps it."""
 
 
 def make_model(task: Task, shape: Shape, max_length: int, seed: int) -> Any:
@@ -44,13 +46,28 @@ def make_model(task: Task, shape: Shape, max_length: int, seed: int) -> Any:
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 spread /= math.sqrt(2 * shape.layers)
             weight.normal_(0.0, spread, generator=generator)
+        for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+            assert isinstance(embeddings, nn.Embedding | nn.Linear)
+            _relate(embeddings.weight, task, generator)
     return model
+
+
+def _relate(weight_VH: Tensor, task: Task, generator: torch.Generator) -> None:
+    """A word that is made of parts begins as the sum of their vectors: what is learnt of one serves its kin."""
+    vectors: dict[str, Tensor] = {}
+    for word in task.words:
+        for part in task.parts(word):
+            if part not in vectors:
+                vectors[part] = torch.randn(weight_VH.shape[1], generator=generator)
+    for word, row in vocabulary_of(task).items():
+        if word in task.words and (parts := task.parts(word)):
+            weight_VH[row] = _KINSHIP * torch.stack([vectors[part] for part in parts]).sum(0)
 
 
 def fine_tune(model: nn.Module, task: Task, training: Training, seed: int) -> None:
     """Train in place on fresh texts; only answers are learnt."""
     rng = random.Random(seed)
-    texts = _Texts(task, training)
+    texts = _Texts(training.task if isinstance(training, Lesson) else task, training)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=training.learning_rate, betas=(0.9, 0.98), weight_decay=training.weight_decay
     )
