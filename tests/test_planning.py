@@ -48,6 +48,16 @@ def test_what_does_not_fit_is_said_with_an_exit_code(run, tmp_path, capsys, monk
     assert "too small" in capsys.readouterr().out
 
 
+def test_sharding_divides_training_state_and_makes_devices_wait_for_their_layers(run):
+    one, four = (make_plan(run, DEVICES["h100"], n) for n in (1, 4))
+    assert one.sharded == one.need and one.gather_bytes == 0
+    assert four.sharded.moments == pytest.approx(four.need.moments / 4, abs=1)
+    assert four.sharded.student == four.need.student
+    assert four.gather_bytes == pytest.approx(3 * four.need.student * 3 / 4)  # one micro-batch each
+    slow = Device(name="slow link", memory=1e12, operations=1e30, bandwidth=1e30, link=1.0)
+    assert make_plan(run, slow, 4).seconds["train"] == pytest.approx(four.gather_bytes)
+
+
 @pytest.mark.parametrize("text", ["8xh99", "0xh100", "h100x8", ""])
 def test_an_unknown_cluster_is_refused_with_what_is_known(text):
     with pytest.raises(ConfigError, match="h100"):

@@ -32,7 +32,7 @@ OPENING = (
     "prompts, and writes its own answers to them."
 )
 LIMITS = (
-    "What this does not show: a better end. After 120 steps OPD has caught up (.94 against .92 on five such pairs), and "
+    "What this does not show: a better end. After 120 steps OPD has caught up (.94 against .92 on five such pairs) and "
     "plain imitation of the teacher's texts is ahead of both (.96); on a milder mismatch OPD is as good from the start "
     "(docs/results.md). With the paper's own beta of 0.001 TrOPD is slower than OPD at this budget. A vocabulary of 22 "
     "and answers of 20 tokens are no test of what the paper claims for large models."

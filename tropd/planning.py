@@ -7,15 +7,21 @@ peak that real kernels reach:
     training           6 P_S tokens; 8 with gradient checkpointing
     writing            2 P_S tokens, or P_S bytes and the cache read once per token of the longest answer
 
-The shares in REACHED are assumptions, good to a factor of two, not measurements of tropd on these devices.
+P are the parameters that a token meets: those of the layers always, the head's where a token is written, and those of
+the input embedding, which is looked up, never.
+
+Training on several devices also waits for its weights: gathered in every forward and backward pass, and the gradient
+sent once (FSDP2), 3 P_S numbers a micro-batch.  The shares in REACHED are assumptions, not measurements of tropd on
+these devices; docs/performance.md compares predictions with measured steps.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
+from typing import Any
 
 import torch
 
@@ -38,15 +44,17 @@ class Device:
     """Per second, dense, in bfloat16 (float32 on a CPU)."""
     bandwidth: float
     """Bytes of memory per second."""
+    link: float = float("inf")
+    """Bytes per second and direction to the other devices of its machine."""
 
 
 # From the makers' data sheets: SXM modules, without sparsity.
 DEVICES = {
-    "a100": Device(name="a100", memory=80e9, operations=312e12, bandwidth=2.0e12),
-    "h100": Device(name="h100", memory=80e9, operations=989e12, bandwidth=3.35e12),
-    "h200": Device(name="h200", memory=141e9, operations=989e12, bandwidth=4.8e12),
-    "l40s": Device(name="l40s", memory=48e9, operations=362e12, bandwidth=0.864e12),
-    "rtx4090": Device(name="rtx4090", memory=24e9, operations=165e12, bandwidth=1.008e12),
+    "a100": Device(name="a100", memory=80e9, operations=312e12, bandwidth=2.0e12, link=300e9),
+    "h100": Device(name="h100", memory=80e9, operations=989e12, bandwidth=3.35e12, link=450e9),
+    "h200": Device(name="h200", memory=141e9, operations=989e12, bandwidth=4.8e12, link=450e9),
+    "l40s": Device(name="l40s", memory=48e9, operations=362e12, bandwidth=0.864e12, link=32e9),
+    "rtx4090": Device(name="rtx4090", memory=24e9, operations=165e12, bandwidth=1.008e12, link=32e9),
 }
 
 
@@ -58,12 +66,16 @@ class Plan:
     num_devices: int
     need: Need
     """Bytes on one device, with nothing sharded."""
+    sharded: Need
+    """Bytes on each device when training state is sharded over all."""
     tokens: dict[str, float]
     """Per step: prompt, written by the student, trained on."""
     seconds: dict[str, float]
     steps: int
     score_bytes: float
     """Sent by a teacher server in a step."""
+    gather_bytes: float
+    """Received by each device in a step, to have whole layers."""
 
     @property
     def step_seconds(self) -> float:
@@ -84,7 +96,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.need.peak <= self.device.memory
+        return min(self.need.peak, self.sharded.peak) <= self.device.memory
 
 
 def make_plan(run: Run, device: Device, num_devices: int = 1) -> Plan:
@@ -102,16 +114,20 @@ def make_plan(run: Run, device: Device, num_devices: int = 1) -> Plan:
         "written": float(run.rollout.max_new_tokens * num_rollouts),
         "read": (prompt + run.rollout.max_new_tokens) * num_rollouts,
     }
-    size = {"student": need.student / width, "teacher": (need.teacher or need.student) / width}
-    factor = 8 if run.student.gradient_checkpointing else 6
+    student = teacher = _met(subject.student.config, need.student / width)
+    if subject.teacher is not None and need.teacher:
+        width_T = choose_dtype(run.teacher.dtype, choose_device(run.device)).itemsize
+        teacher = _met(subject.teacher.config, need.teacher / width_T)
+    factor = (8 if run.student.gradient_checkpointing else 6) * run.optimizer.num_updates
     operations = {
-        "write": 2 * size["student"] * tokens["read"],
-        "score": 2 * size["teacher"] * tokens["read"],
-        "train": factor * size["student"] * tokens["read"] * run.optimizer.num_updates,
+        phase: factor * (layers * tokens["read"] + head * tokens["written"])
+        for phase, factor, (layers, head) in (("write", 2, student), ("score", 2, teacher), ("train", factor, student))
     }
     passes = ceil(num_rollouts / run.rollout.max_batch / num_devices)
+    micro_batches = ceil(tokens["read"] / num_devices / run.tokens_per_micro_batch) * run.optimizer.num_updates
+    gathered = 3.0 * need.student * micro_batches * (1 - 1 / num_devices)
     traffic = {
-        "write": passes * run.rollout.max_new_tokens * (need.student + need.keys_and_values / 2),
+        "write": passes * run.rollout.max_new_tokens * (sum(student) * width + need.keys_and_values / 2),
         "score": float(need.teacher or need.student),
         "train": float(3 * need.student + 2 * need.moments),
     }
@@ -120,16 +136,32 @@ def make_plan(run: Run, device: Device, num_devices: int = 1) -> Plan:
         / REACHED[phase]
         for phase in operations
     }
+    seconds["train"] = max(seconds["train"], gathered / device.link)
     per_token = 8 + 12 * getattr(run.method, "top_k", 0)  # a log-probability, and ids with theirs
     return Plan(
         device=device,
         num_devices=num_devices,
         need=need,
+        sharded=shard(need, num_devices),
         tokens=tokens,
         seconds=seconds,
         steps=run.steps,
         score_bytes=tokens["written"] * per_token,
+        gather_bytes=gathered,
     )
+
+
+def _met(config: Any, num_parameters: float) -> tuple[float, float]:
+    """Parameters that a token meets in the layers, and in the output head."""
+    config = config.get_text_config()
+    head = float(config.vocab_size * config.hidden_size)
+    return num_parameters - head * (1 if config.tie_word_embeddings else 2), head
+
+
+def shard(need: Need, num_devices: int) -> Need:
+    """What each device holds; whoever writes rollouts in process gathers the whole student, so its weights stay."""
+    parts = ("gradients", "moments", "masters")
+    return replace(need, **{name: ceil(getattr(need, name) / num_devices) for name in parts})
 
 
 def read_cluster(text: str) -> tuple[Device, int]:

@@ -10,6 +10,7 @@ from tropd.cli import make_console
 from tropd.commands import Arguments, read_run
 
 if TYPE_CHECKING:
+    from tropd.doctor.cost import Need
     from tropd.planning import Plan
 
 
@@ -37,15 +38,16 @@ def _show(plan: Plan, dollars: float | None) -> None:
 
     console, need = make_console(), plan.need
     table = Table(title=f"{plan.num_devices} x {plan.device.name}", title_justify="left", show_header=False)
-    parts = {"student": need.student, "teacher": need.teacher, "gradients": need.gradients}
-    parts |= {"AdamW": need.moments + need.masters, "logits": need.logits, "activations": need.activations}
-    parts |= {"keys and values": need.keys_and_values, "at the peak": need.peak}
-    for name, num_bytes in parts.items():
-        table.add_row("memory", name, gib(num_bytes))
+    each = _parts(plan.sharded)
+    for name, num_bytes in _parts(need).items():
+        sharded = f", {gib(each[name])} on each of {plan.num_devices}" if each[name] != num_bytes else ""
+        table.add_row("memory", name, gib(num_bytes) + sharded)
     for phase, seconds in plan.seconds.items():
         table.add_row("seconds per step", phase, f"{seconds:.3g}")
     table.add_row("tokens per step", "written, at most", f"{plan.tokens['written']:,.0f}")
     table.add_row("network per step", "a teacher server's answers", gib(int(plan.score_bytes)))
+    if plan.num_devices > 1:
+        table.add_row("", "layers gathered, for each device", gib(int(plan.gather_bytes)))
     table.add_row("servers of this device", "teachers that keep the trainer busy", str(plan.teacher_devices))
     table.add_row("", "engines that keep the trainer busy", str(plan.writing_devices))
     table.add_row("the whole run", f"{plan.steps} steps", f"{plan.run_seconds / 3600:.3g} h")
@@ -53,11 +55,19 @@ def _show(plan: Plan, dollars: float | None) -> None:
         table.add_row("", "cost", f"${plan.run_seconds / 3600 * plan.num_devices * dollars:,.2f}")
     console.print(table)
     if not plan.fits:
-        short = f"{gib(need.peak)} of {gib(int(plan.device.memory))}"
-        console.print(f"[bold red]One {plan.device.name} is too small for this unsharded: it needs {short}.[/]")
+        short = f"{gib(plan.sharded.peak)} of {gib(int(plan.device.memory))}"
+        console.print(f"[bold red]{plan.device.name} is too small for this, sharded too: each needs {short}.[/]")
+    elif need.peak > plan.device.memory:
+        console.print(f"It fits sharded only: torchrun --nproc-per-node {plan.num_devices} (docs/parallel.md).")
     shares = ", ".join(f"{phase} {share:.0%}" for phase, share in REACHED.items())
     console.print(
         f"Every answer is taken to be as long as allowed, and devices to reach these shares of their peak: {shares}. "
         "Good to about a factor of two; start-up, evaluation, checkpoints and Python are not in it.",
         soft_wrap=True,
     )
+
+
+def _parts(need: Need) -> dict[str, int]:
+    parts = {"student": need.student, "teacher": need.teacher, "gradients": need.gradients}
+    parts |= {"AdamW": need.moments + need.masters, "logits": need.logits, "activations": need.activations}
+    return parts | {"keys and values": need.keys_and_values, "at the peak": need.peak}
