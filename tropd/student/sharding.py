@@ -97,7 +97,7 @@ class ShardedTeacher:
     """A frozen teacher cut in place: layers are gathered one by one, the rest stays gathered after its first use."""
 
     def __init__(self, model: nn.Module, world: Ranks) -> None:
-        self.model, self.world = model, world
+        self.model, self.world, self.begun = model, world, False
         _cut(model, mesh_of(model, world), MixedPrecisionPolicy(), None)
 
     def forward(self, plain: Forward) -> Forward:
@@ -109,7 +109,9 @@ class ShardedTeacher:
         Also lets FSDP forget the passes before: it keeps them for a backward that a teacher never sees.
         """
         root: Any = self.model
-        root.reset_iter_state()
+        if self.begun:
+            root.reset_iter_state()
+        self.begun = True
         return self.world.most(number) - number
 
     @contextmanager
