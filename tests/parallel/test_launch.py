@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,33 @@ def test_an_odd_launch_is_refused_with_the_command_that_works(change: dict[str, 
 )
 def test_a_launch_says_how_many_there_are(change: dict[str, str], size: int) -> None:
     assert launched({**GOOD, **change}) == size
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"parallel": {"timeout_minutes": 0.0}}, "parallel.timeout_minutes is 0.0; give a positive number"),
+        (
+            {"parallel": {"student": "sharded"}, "student": {"lora": {"rank": 2, "alpha": 4}}},
+            'parallel.student is "sharded", but the student has an adapter',
+        ),
+        (
+            {
+                "parallel": {"teacher": "sharded"},
+                "student": {"lora": {"rank": 2, "alpha": 4}},
+                "teacher": {"path": "base"},
+            },
+            'parallel.teacher is "sharded", but teacher.path is "base"',
+        ),
+        (
+            {"parallel": {"teacher": "sharded"}, "teacher": {"servers": ["http://127.0.0.1:1"]}},
+            'parallel.teacher is "sharded", but teacher.servers hold the teacher',
+        ),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        run_case.write_run(tmp_path, tmp_path / "run", **changes)
 
 
 def said_by(rank: int) -> list[torch.Tensor]:

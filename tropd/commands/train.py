@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 from tropd.commands import Arguments, read_run
@@ -20,7 +21,7 @@ def main(argv: list[str]) -> int:
     from tropd.loop import train
 
     directory = train(run)
-    if asked.push_to_hub:
+    if asked.push_to_hub and os.environ.get("RANK", "0") in ("", "0"):  # of several processes one pushes
         from tropd.student.export import push
 
         if not (directory / "model").is_dir():
