@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.integration.runs import save_model
 from tests.server.vllm import PYTHON, Server, serve
-from tests.tiny import tiny_model
+from tests.tiny import byte_tokenizer, tiny_model
+from tropd.student.export import export_untied
 
 WIDTH = 128  # vLLM's attention on CPUs wants heads of at least 32
+DEV = {"VLLM_SERVER_DEV_MODE": "1"}
+"""Opens the routes that take weights."""
+
+
+def tiny_student() -> Any:
+    return tiny_model(seed=3, sharp=4.0, tied=True, width=WIDTH)
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +49,10 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def teacher_server(vllm_server: Callable[..., Server], teacher_folder: Path) -> Server:
     return vllm_server(teacher_folder, flags=("--max-logprobs", "64"))
+
+
+@pytest.fixture(scope="session")
+def untied_server(vllm_server: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory) -> Server:
+    """Ready to be given the tiny student's weights."""
+    folder = export_untied(tiny_student(), byte_tokenizer(), tmp_path_factory.mktemp("student") / "untied")
+    return vllm_server(folder, environment=DEV)

@@ -10,34 +10,22 @@ import pytest
 import torch
 
 from tests.integration.runs import prepare, run_in, save_model
-from tests.server.conftest import WIDTH
+from tests.server.conftest import DEV, tiny_student
 from tests.server.vllm import Server
 from tests.servers.test_rollouts import export_tied, nudge
-from tests.tiny import VOCAB, byte_tokenizer, tiny_model
+from tests.tiny import VOCAB, byte_tokenizer
 from tropd.config import LoraConfig
 from tropd.errors import EngineOutOfSync
 from tropd.loop import train
 from tropd.report.records import read_records
 from tropd.rollout.vllm import VllmEngine
 from tropd.servers.settings import ServerConfig
-from tropd.student.export import export_untied
 from tropd.student.models import add_adapter
 from tropd.testing import check_engine
 from tropd.types import Finish, Request
 
 pytestmark = pytest.mark.server
-DEV = {"VLLM_SERVER_DEV_MODE": "1"}
 REQUESTS = [Request(token_ids=(72, 101, 108 + n), max_new_tokens=3 + 4 * n, seed=n - 2) for n in range(4)]
-
-
-def tiny_student() -> Any:
-    return tiny_model(seed=3, sharp=4.0, tied=True, width=WIDTH)
-
-
-@pytest.fixture(scope="module")
-def untied_server(vllm_server: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory) -> Server:
-    folder = export_untied(tiny_student(), byte_tokenizer(), tmp_path_factory.mktemp("student") / "untied")
-    return vllm_server(folder, environment=DEV)
 
 
 def engine_of(model: Any, folder: Path, server: Server, **options: Any) -> VllmEngine:
