@@ -7,6 +7,7 @@ the model that was met here, or somebody else is answering.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -151,7 +152,9 @@ def _sing(url: str, settings: ServerConfig, model: str, canary: Canary, top_k: i
 
 def keep(canary: Canary, path: Path) -> None:
     """So that a resumed run notices that its teacher was changed."""
-    path.write_text(json.dumps(asdict(canary)))
+    whole = path.with_name(f".{path.name}.{os.getpid()}")
+    whole.write_text(json.dumps(asdict(canary)))
+    whole.replace(path)  # several processes may do this at once
 
 
 def recall(path: Path, ids: tuple[int, ...]) -> Canary | None:
