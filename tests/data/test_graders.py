@@ -13,6 +13,7 @@ from tropd.data.graders import GRADERS, Grader, Math, Numeric, check_answers, ex
 from tropd.errors import DataError
 from tropd.types import Author, Prompt, Rollout
 
+COMPARING = [name for name in GRADERS if name != "gym"]  # which asks the generator's entry
 numeric, math, multiple_choice = GRADERS["numeric"], GRADERS["math"], GRADERS["multiple_choice"]
 
 
@@ -144,7 +145,7 @@ def test_math_answers_every_thread_its_own_question() -> None:
     assert scores == {thread: [1.0 - thread % 2] * num_questions for thread in range(8)}
 
 
-@pytest.mark.parametrize("name", list(GRADERS))
+@pytest.mark.parametrize("name", COMPARING)
 def test_every_grader_reads_conversations(name: str) -> None:
     conversation = [
         {"role": "user", "content": "no"},
@@ -153,7 +154,7 @@ def test_every_grader_reads_conversations(name: str) -> None:
     assert one(GRADERS[name], conversation, "B" if "choice" in name else "4") == 1
 
 
-@pytest.mark.parametrize("name", list(GRADERS))
+@pytest.mark.parametrize("name", COMPARING)
 def test_no_answer_is_an_error_that_names_the_grader(name: str) -> None:
     for columns in ({}, {"answer": [None]}, {"answer": [""]}):
         with pytest.raises(DataError, match=f"grader '{name}' .*data.answer_column"):

@@ -26,6 +26,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol, cast
 
 from tropd.data.answers import final_text, last_boxed, normalize, read_choice, read_number
 from tropd.data.chat import parse_messages
+from tropd.data.gym import gym
 from tropd.data.rows import nearest
 from tropd.errors import DataError
 from tropd.types import Prompt, Rollout
@@ -188,6 +189,7 @@ GRADERS: dict[str, Grader] = {
     "multiple_choice": multiple_choice,
     "math": math,
     "chain": chain,
+    "gym": gym,
 }
 
 

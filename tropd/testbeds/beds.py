@@ -6,6 +6,7 @@ import dataclasses
 
 from tropd.testbeds.chain import Chain, ChainStyle
 from tropd.testbeds.dialects import Dialects, DialectStyle
+from tropd.testbeds.gym import Gym, GymStyle
 from tropd.testbeds.task import Lesson, Shape, Testbed, Training
 
 _VERBOSE = ChainStyle(corrupt=0.08)
@@ -79,4 +80,25 @@ LONG = Testbed(
     learning_rate=1e-3,
 )
 
-TESTBEDS: dict[str, Testbed] = {bed.name: bed for bed in (NANO_MILD, NANO_HARD, MAIN_MILD, MAIN_HARD, LONG)}
+_WORKED = ((1.0, GymStyle()),)
+GYM = Testbed(
+    name="gym",
+    task=Gym(),
+    teacher_training=(
+        Training(steps=400, learning_rate=4e-3, mix=_WORKED),
+        Training(steps=400, learning_rate=4e-3, mix=_WORKED),
+        Training(steps=400, learning_rate=3e-3, mix=_WORKED),
+        Training(steps=400, learning_rate=3e-3, mix=_WORKED),
+    ),
+    teacher_accuracy=0.85,
+    student_training=(
+        Training(
+            steps=80,
+            learning_rate=1e-3,
+            mix=((0.9, GymStyle(terse=True, noise=0.3)), (0.1, GymStyle(noise=0.3))),
+        ),
+    ),
+    max_new_tokens=48,
+)
+
+TESTBEDS: dict[str, Testbed] = {bed.name: bed for bed in (NANO_MILD, NANO_HARD, MAIN_MILD, MAIN_HARD, LONG, GYM)}

@@ -1,10 +1,15 @@
-"""A recurrence in 24 dialects: answers of more than 200 tokens, a vocabulary of more than 1,000.
+"""A recurrence in 24 dialects: answers of 230 tokens, a vocabulary of 1,100.
 
     x(k+1) = x(k) +- x(k-1) + c   modulo m
 
 question  d3 d5 d+ d+2 d(21) d?                     x(0), x(1), sign, c and how many steps, every word in dialect d
 verbose   d(1) d: d5 d+ d3 d= d1 d+2 d= d3 d; ...   modulo 7; it ends in # 4, which is the same in every dialect
 terse     d(1) d3 d; ...
+
+The testbed "long", seed 0: the teacher solves 89 % at temperature 1 and 100 % greedily, and knows one dialect per
+text. The student is smaller, solves 68 % greedily, and mixes dialects: 10 % at temperature 1. Of its tokens 29 % have
+a log-ratio below -5. Where words are mixed the teacher gets 5 % of the sums wrong (0 % elsewhere); going on from 60
+tokens of its own it is right in 47 of 48 texts, from 60 tokens of the student in 8 of 40.
 """
 
 from __future__ import annotations

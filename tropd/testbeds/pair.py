@@ -174,7 +174,8 @@ def _new_problem(draw: Callable[[random.Random], Problem], rng: random.Random, s
 
 
 def _row(task: Task, problem: Problem) -> dict[str, str]:
-    return {"prompt": task.space.join(problem.question), "answer": task.space.join(problem.answer)}
+    said = {"prompt": task.space.join(problem.question), "answer": task.space.join(problem.answer)}
+    return {**said, **problem.columns}
 
 
 def save(model: Any, task: Task, folder: Path, dtype: torch.dtype = torch.float32) -> None:

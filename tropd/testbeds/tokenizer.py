@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from tropd.testbeds.task import Task
@@ -31,7 +32,8 @@ def make_tokenizer(task: Task) -> PreTrainedTokenizerFast:
     if task.space:
         core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
     else:
-        core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")  # type: ignore[assignment]
+        whole = [re.escape(word) for word in task.words if len(word) > 1]
+        core.pre_tokenizer = pre_tokenizers.Split(Regex("|".join((*whole, "."))), "isolated")  # type: ignore[assignment]
         core.decoder = decoders.Fuse()  # type: ignore[assignment]
     core.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
         single=f"{BOS} $A", special_tokens=[(BOS, vocabulary[BOS])]
