@@ -94,6 +94,7 @@ Step = Callable[[], int]
 
 
 def tropd_side(side: str, folder: Path, s: Settings) -> Step:
+    from tropd.ahead import Source
     from tropd.config_file import build
     from tropd.iteration import iterate
     from tropd.probes.alarms import Alarms
@@ -120,9 +121,10 @@ def tropd_side(side: str, folder: Path, s: Settings) -> Step:
     directory = folder / side
     directory.mkdir()
     parts, alarms, steps = assemble(run, directory), Alarms(run.alarms), iter(range(run.steps))
+    source = Source(parts)
 
     def step() -> int:
-        record, _, _ = iterate(parts, directory, next(steps), alarms)
+        record, _, _ = iterate(parts, source, directory, next(steps), alarms)
         assert record.tokens["prompt"] == NUM_PROMPTS * PROMPT_TOKENS
         return record.tokens["student"]
 

@@ -89,6 +89,8 @@ class RolloutConfig:
     sync_nats: float | None = None
     """By how much, on average, the log-probabilities of a known text may differ between a server and this process once
     it was given the weights.  By default 0.002, in half precision 0.1."""
+    staleness: int = 0
+    """1: the servers write the next step's rollouts while this one trains, one step behind; 0: they wait for it."""
     save_every: int = 10
     """Keep the rollouts of every n-th step as parquet; 0 keeps none."""
 
@@ -96,6 +98,16 @@ class RolloutConfig:
         for name in ("num_prompts", "num_rollouts", "max_new_tokens", "max_batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"rollout.{name} is {getattr(self, name)}; give at least 1.")
+        if self.staleness not in (0, 1):
+            raise ConfigError(
+                f"rollout.staleness is {self.staleness}. Give 1, one batch written ahead, or 0: weights reach the "
+                "servers between batches only, so batches further ahead would be older and no earlier."
+            )
+        if self.staleness and not self.servers:
+            raise ConfigError(
+                "rollout.staleness = 1 has the next batch written while this one trains, but rollout.servers is empty "
+                "and this process cannot do both at once. Name servers, or leave it at 0."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tropd.ahead import Source, add_staleness, own_prompts
 from tropd.assembly import Parts
 from tropd.batches import ScoredBatch, make_tokens
 from tropd.data.graders import grade
@@ -23,11 +24,10 @@ from tropd.probes.alarms import Alarm, Alarms
 from tropd.probes.probes import Sums, probe_batch
 from tropd.replay import save_batch
 from tropd.report.rollouts import write_rollouts
-from tropd.rollout.stage import RolloutJob, roll_out
 from tropd.step import StepSums, recall_needed, score, train_step
 from tropd.student.checkpoint import writing
 from tropd.student.parallel import Ranks
-from tropd.types import Author, Rollout, StepRecord, TermStats, key_of
+from tropd.types import Author, Rollout, StepRecord, TeacherScores, TermStats, key_of
 
 
 @contextmanager
@@ -40,20 +40,25 @@ def clock(seconds: dict[str, float], phase: str) -> Iterator[None]:
         seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-def iterate(parts: Parts, directory: Path, step: int, alarms: Alarms) -> tuple[StepRecord, ScoredBatch, list[Alarm]]:
+def iterate(
+    parts: Parts, source: Source, directory: Path, step: int, alarms: Alarms
+) -> tuple[StepRecord, ScoredBatch, list[Alarm]]:
     """Everything that happens at a step, and what was seen."""
     run = parts.run
     seconds: dict[str, float] = {"rollout": 0.0, "score": 0.0, "train": 0.0, "sync": 0.0, "record": 0.0}
     progress = step / run.steps
     context = Context(progress=progress, world=parts.world)
     with clock(seconds, "rollout"), _writing(parts):
-        rollouts = roll_out(run.method.rollout, _job(parts, progress), parts.engine, parts.writer)
-        rollouts = _graded(parts, rollouts)
+        written = source.take(step)
+        source.begin(step + 1)
+        rollouts = _graded(parts, written.rollouts)
     with clock(seconds, "score"):
-        batch = _scored(parts, directory, step, rollouts, context)
+        batch = _scored(parts, directory, step, rollouts, context, written.scores)
     watched = _Watched(parts, batch)
     with clock(seconds, "train"):
         sums = _train(parts, directory, step, batch, context, watched)
+    with clock(seconds, "rollout"):
+        source.wait()
     with clock(seconds, "sync"):
         parts.learner.sync()
         parts.engine.sync(None, step + 1)
@@ -95,7 +100,9 @@ def _train(
             tokens_per_micro_batch=run.tokens_per_micro_batch,
             num_updates=run.optimizer.num_updates,
             watch=watched,
-            places=[p * run.rollout.num_rollouts + i for p in _own(parts) for i in range(run.rollout.num_rollouts)],
+            places=[
+                p * run.rollout.num_rollouts + i for p in own_prompts(parts) for i in range(run.rollout.num_rollouts)
+            ],
         )
     except TrainingDiverged as error:
         raise TrainingDiverged(_keep(parts, directory, step, batch, error)) from error
@@ -112,12 +119,20 @@ def _over_ranks(sums: StepSums, world: Ranks) -> StepSums:
     return whole
 
 
-def _scored(parts: Parts, directory: Path, step: int, rollouts: list[Rollout], context: Context) -> ScoredBatch:
+def _scored(
+    parts: Parts,
+    directory: Path,
+    step: int,
+    rollouts: list[Rollout],
+    context: Context,
+    scores: list[TeacherScores] | None,
+) -> ScoredBatch:
     run, learner = parts.run, parts.learner
     objective = run.method.objective
     recall = recall_needed(objective, run.optimizer.num_updates)
     try:
-        return score(rollouts, objective, parts.teacher, learner, seed=run.seed, recall=recall, context=context)
+        how: dict[str, Any] = {"seed": run.seed, "recall": recall, "context": context, "scores": scores}
+        return score(rollouts, objective, parts.teacher, learner, **how)
     except (TeacherError, TrainingDiverged) as error:  # kept without what could not be had
         tokens = make_tokens(rollouts, run.seed, learner.device, learner.vocab_size)
         batch = ScoredBatch(rollouts=tuple(rollouts), tokens=tokens)
@@ -176,27 +191,6 @@ def _writing(parts: Parts) -> AbstractContextManager[Any]:
     return shards.gathered() if shards is not None and parts.writer is not None else nullcontext()
 
 
-def _own(parts: Parts) -> list[int]:
-    """Which of the step's prompts are this rank's."""
-    return parts.world.share(range(parts.run.rollout.num_prompts))
-
-
-def _job(parts: Parts, progress: float) -> RolloutJob:
-    run = parts.run
-    prompts = parts.stream.next(run.rollout.num_prompts)
-    return RolloutJob(
-        prompts=[prompts[p] for p in _own(parts)],
-        batch=prompts,
-        num_rollouts=run.rollout.num_rollouts,
-        max_new_tokens=run.rollout.max_new_tokens,
-        sampling=run.sampling,
-        stop_ids=parts.stop_ids,
-        seed=run.seed,
-        progress=progress,
-        teacher_sampling=run.rollout.teacher_sampling,
-    )
-
-
 def _graded(parts: Parts, rollouts: list[Rollout]) -> list[Rollout]:
     if parts.grader is None:
         return rollouts
@@ -216,6 +210,8 @@ def _record(
     world, authors_N = parts.world, batch.tokens.authors_N
     limit = parts.run.optimizer.max_gradient_norm
     probes["gradient/clipped"] = sum(n > limit for n in sums.gradient_norms) / len(sums.gradient_norms)
+    if parts.run.rollout.staleness:
+        add_staleness(probes, step, batch.rollouts)
     if parts.grader is not None:
         rewards = [reward for part in world.gather_json([r.reward or 0.0 for r in batch.rollouts]) for reward in part]
         probes["reward/mean"] = sum(rewards) / len(rewards)

@@ -21,6 +21,7 @@ import torch
 
 import tropd
 from tropd import config_file
+from tropd.ahead import Source
 from tropd.assembly import Parts, shards_student
 from tropd.config import Run
 from tropd.data.stream import PromptStream
@@ -100,7 +101,7 @@ def _resume(run: Run, directory: Path, step: int | None, display: Display | None
 
 
 def _run(parts: Parts, directory: Path, saved: checkpoints.Checkpoint | None, display: Display | None) -> Path:
-    run, state, alarms = parts.run, State(), Alarms(parts.run.alarms)
+    run, state, alarms = parts.run, State(Source(parts)), Alarms(parts.run.alarms)
     if run.rollout.save_every:
         require("pyarrow", "data", "saving rollouts (rollout.save_every)")
     if saved is not None:
@@ -148,7 +149,7 @@ def _steps(
 ) -> None:
     run, state.stop = parts.run, parts.world.any(state.asked)
     while state.step < run.steps and not state.stop:
-        record, batch, raised = iterate(parts, directory, state.step, alarms)
+        record, batch, raised = iterate(parts, state.source, directory, state.step, alarms)
         state.step += 1
         if state.step % run.evaluation.every == 0 or state.step == run.steps:
             record = _evaluated(parts, directory, state, record)

@@ -10,6 +10,7 @@ import torch
 
 import tropd
 from tropd import config_file
+from tropd.ahead import Source
 from tropd.assembly import Parts
 from tropd.errors import CheckpointError
 from tropd.probes.alarms import Alarms
@@ -20,6 +21,7 @@ from tropd.student import checkpoint as checkpoints
 class State:
     """What changes while a run goes on, beside the weights."""
 
+    source: Source
     step: int = 0
     best: dict[str, float] = field(default_factory=dict)
     """The best evaluated step and its score."""
@@ -52,7 +54,7 @@ def _facts(parts: Parts, state: State, alarms: Alarms) -> dict[str, Any]:
     return {
         "fingerprint": config_file.fingerprint(parts.run),
         "optimizer_steps": parts.learner.optimizer.num_steps,
-        "stream": parts.stream.state_dict(),
+        "stream": state.source.state_dict(),
         "alarms": alarms.state_dict(),
         "origins": parts.origins,
         "best": state.best,
@@ -79,7 +81,7 @@ def restore(parts: Parts, state: State, alarms: Alarms, saved: checkpoints.Check
     else:
         checkpoints.load_trained(parts.model, saved.weights, saved.path)
         optimizer.load_state_tensors(saved.optimizer, held["optimizer_steps"])
-    parts.stream.load_state_dict(held["stream"])
+    state.source.load_state_dict(held["stream"])
     alarms.load_state_dict(held["alarms"])
     parts.engine.sync(None, saved.step)
     state.step, state.best = saved.step, held["best"]

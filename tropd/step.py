@@ -31,7 +31,7 @@ from tropd.objective.terms import Context, Reach, World
 from tropd.probes.sample import sampled_rows
 from tropd.student.forward import similar_lengths
 from tropd.teachers.teacher import Teacher, TopKRows
-from tropd.types import Author, Rollout, TermStats
+from tropd.types import Author, Rollout, TeacherScores, TermStats
 
 
 class Learner(Protocol):
@@ -114,8 +114,10 @@ def score(
     seed: int,
     recall: bool,
     context: Context | None = None,
+    scores: Sequence[TeacherScores] | None = None,
 ) -> ScoredBatch:
-    """Join everything known about the rollouts.  `recall`: plan from the student as it is now, not as it will be."""
+    """Join everything known about the rollouts.  `recall`: plan from the student as it is now, not as it will be.
+    `scores` are the teacher's, where it has been asked already."""
     context = context or Context()
     tokens = make_tokens(rollouts, seed, learner.device, learner.vocab_size)
     if context.world.size > 1:  # groups are numbered on each rank, and no group is on two
@@ -130,12 +132,13 @@ def score(
         asked = list(ids.split([len(r.response_ids) for r in rollouts]))
     if Needs.FULL in needs and Needs.HIDDEN in teacher.capabilities and learner.expands:
         needs = (needs & ~Needs.FULL) | Needs.HIDDEN  # whole distributions are made tile by tile, where they are read
-    if needs & OF_TEACHER:
+    if needs & OF_TEACHER and scores is None:
         known = tokens.with_(**own)
         wanted = top_k_rows(objective, known, context, 0.0 if own else learner.margin)
         scores = teacher.score(
             rollouts, needs, top_k=objective.teacher_top_k, student_topk_ids_TJ=asked, top_k_rows=wanted
         )
+    if scores is not None:
         tokens = add_scores(tokens, rollouts, scores)
     if Needs.REVERSE_KL in needs:
         own["reverse_kl_N"] = learner.reverse_kl(rollouts, teacher)

@@ -8,18 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from pyarrow import parquet
+from safetensors.torch import load_file
 
-from tests.integration.runs import prepare, run_in, save_model
+from tests.integration.runs import prepare, run_in, save_model, step_of, write
 from tests.server.conftest import DEV, tiny_student
 from tests.server.vllm import Server
 from tests.servers.test_rollouts import export_tied, nudge
 from tests.tiny import VOCAB, byte_tokenizer
-from tropd.config import LoraConfig
+from tropd.config import LoraConfig, Run
 from tropd.errors import EngineOutOfSync
 from tropd.loop import train
 from tropd.report.records import read_records
 from tropd.rollout.vllm import VllmEngine
 from tropd.servers.settings import ServerConfig
+from tropd.startup import assemble
 from tropd.student.models import add_adapter
 from tropd.testing import check_engine
 from tropd.types import Finish, Request
@@ -93,10 +96,39 @@ def test_an_adapter_is_on_the_server_after_every_update(vllm_server: Callable[..
         check_texts(engine, model, version)
 
 
-def test_a_run_goes_through_with_its_student_on_the_server(untied_server: Server, tmp_path: Path) -> None:
-    prepare(tmp_path)
-    save_model(tmp_path / "student", tiny_student())
-    directory = train(run_in(tmp_path, rollout={"servers": [untied_server.url]}, optimizer={"learning_rate": 1e-2}))
-    records = read_records(directory / "records.jsonl").steps
+def test_a_run_has_teacher_and_rollouts_on_two_servers(
+    untied_server: Server, teacher_server: Server, teacher_folder: Path, tmp_path: Path
+) -> None:
+    """Every step's rollouts have the log-probabilities of the weights that are trained in it."""
+    here = run_on(tmp_path, untied_server, teacher_folder)
+    run = run_on(tmp_path, untied_server, teacher_folder, teacher={"servers": [teacher_server.url]})
+    records = read_records(train(run) / "records.jsonl").steps
     assert [record.step for record in records] == [0, 1, 2]
-    assert all(record.tokens["student"] > 0 and record.gradient_norm > 0 for record in records)
+    for record in records:
+        assert record.tokens["student"] > 0 and record.tokens["teacher"] > 0 and record.gradient_norm > 0
+        assert record.probes["mismatch/behavior_max"] < 1e-3
+        assert versions_of(tmp_path / "run", record.step) == {(record.step, record.step)}
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("student", "run/model"))
+    assert max(float((before[name] - after[name]).abs().max()) for name in before) > 0.01, "a sync left out would show"
+
+    near, far = assemble(here, tmp_path), assemble(run, tmp_path)
+    rollouts = write(far)
+    expected, found = step_of(near, rollouts), step_of(far, rollouts)
+    assert found.sums.loss == pytest.approx(expected.sums.loss, abs=1e-4)
+    for name, gradient in expected.gradients.items():
+        torch.testing.assert_close(found.gradients[name], gradient, rtol=1e-3, atol=1e-4)
+
+
+def versions_of(directory: Path, step: int) -> set[tuple[int, ...]]:
+    """Of the weights that wrote the rollouts of a step, where the student wrote any of them."""
+    rows = parquet.read_table(directory / "rollouts" / f"step_{step:06d}.parquet").to_pylist()
+    return {tuple(row["policy_version"]) for row in rows if "student" in row["authors"]}
+
+
+def run_on(folder: Path, student: Server, teacher_folder: Path, **changes: Any) -> Run:
+    """A TrOPD run whose student is on a server; without changes its teacher is in this process."""
+    prepare(folder)
+    save_model(folder / "student", tiny_student())
+    changes["teacher"] = {"path": str(teacher_folder), **changes.pop("teacher", {})}
+    changes["rollout"] = {"servers": [student.url], **changes.pop("rollout", {})}
+    return run_in(folder, optimizer={"learning_rate": 1e-2}, **changes)

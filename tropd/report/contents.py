@@ -180,6 +180,15 @@ CHARTS = (
         format="nats",
     ),
     Chart(
+        id="staleness",
+        section="Machine",
+        title="Drift of what was written ahead",
+        about="By how much the student has moved since its rollouts were written: mean absolute difference between "
+        "the log-probabilities with which their tokens were drawn and those of training.",
+        lines=probes(staleness__drift="mean difference"),
+        format="nats",
+    ),
+    Chart(
         id="rate",
         section="Machine",
         title="Learning rate",

@@ -29,7 +29,7 @@ class RolloutJob:
 
 
 @dataclass(frozen=True, slots=True)
-class _Draft:
+class Draft:
     """A rollout before the student writes: its name, its prompt and what the teacher has written of it."""
 
     id: str
@@ -42,8 +42,21 @@ class _Draft:
 
 def roll_out(policy: RolloutPolicy, job: RolloutJob, student: Engine, writer: Engine | None) -> list[Rollout]:
     """Carry out a policy.  `writer` is the teacher's engine, asked only where the teacher writes."""
-    names = [(f"{visit}/{p.id}/{i}", p, i) for p, visit in job.prompts for i in range(job.num_rollouts)]
-    drafts = _draft(policy, job, names, writer)
+    return carry_on(begin(policy, job, writer), job, student)
+
+
+def names_of(prompts: Sequence[tuple[Prompt, int]], num_rollouts: int) -> list[tuple[str, Prompt, int]]:
+    """The rollouts of prompts and their visits: id, prompt and number among those of the prompt."""
+    return [(f"{visit}/{p.id}/{i}", p, i) for p, visit in prompts for i in range(num_rollouts)]
+
+
+def begin(policy: RolloutPolicy, job: RolloutJob, writer: Engine | None) -> list[Draft]:
+    """All that stands before what the student writes."""
+    return _draft(policy, job, names_of(job.prompts, job.num_rollouts), writer)
+
+
+def carry_on(drafts: Sequence[Draft], job: RolloutJob, student: Engine) -> list[Rollout]:
+    """What the student writes after that."""
     open_drafts = [d for d in drafts if not d.whole]
     requests = [
         Request(
@@ -61,9 +74,9 @@ def roll_out(policy: RolloutPolicy, job: RolloutJob, student: Engine, writer: En
 
 def _draft(
     policy: RolloutPolicy, job: RolloutJob, names: list[tuple[str, Prompt, int]], writer: Engine | None
-) -> list[_Draft]:
+) -> list[Draft]:
     if isinstance(policy, OnPolicy):
-        return [_Draft(id, prompt, ()) for id, prompt, _ in names]
+        return [Draft(id, prompt, ()) for id, prompt, _ in names]
     if isinstance(policy, TeacherPrefix):
         return _prefixed(policy, job, names, writer)
     if isinstance(policy, TeacherText | Mixture):
@@ -76,17 +89,17 @@ def _draft(
         drafts = []
         for (id, prompt, _), own in zip(names, by_student, strict=True):
             if own:
-                drafts.append(_Draft(id, prompt, ()))
+                drafts.append(Draft(id, prompt, ()))
             else:
                 ids, finish = next(texts)
-                drafts.append(_Draft(id, prompt, ids, whole=True, finish=finish))
+                drafts.append(Draft(id, prompt, ids, whole=True, finish=finish))
         return drafts
     raise ConfigError(f"the rollout stage does not know the policy {type(policy).__name__}.")
 
 
 def _prefixed(
     policy: TeacherPrefix, job: RolloutJob, names: list[tuple[str, Prompt, int]], writer: Engine | None
-) -> list[_Draft]:
+) -> list[Draft]:
     longest = int(policy.length(job.progress) * job.max_new_tokens)
     wanted = [longest > 0 and _unit(job.seed, "prefix?", id) < policy.share for id, _, _ in names]
     shared = policy.texts == "shared"
@@ -96,7 +109,7 @@ def _prefixed(
     drafts = []
     for (id, prompt, _), yes in zip(names, wanted, strict=True):
         if not yes:
-            drafts.append(_Draft(id, prompt, ()))
+            drafts.append(Draft(id, prompt, ()))
             continue
         ids, finish = texts[_text_name(id) if shared else id]
         limit = longest
@@ -106,7 +119,7 @@ def _prefixed(
         whole = limit >= len(ids) and policy.keep == 0 and finish == Finish.STOP
         room = len(ids) if policy.keep == 0 else max(len(ids) - policy.keep, 0)
         prefix = ids[: min(limit, room, job.max_new_tokens - (0 if whole else 1))]
-        drafts.append(_Draft(id, prompt, prefix, whole=whole and len(prefix) == len(ids), finish=finish))
+        drafts.append(Draft(id, prompt, prefix, whole=whole and len(prefix) == len(ids), finish=finish))
     return drafts
 
 
@@ -158,7 +171,7 @@ def _unit(seed: int, *parts: object) -> float:
     return (key_of(seed, *parts) & (2**53 - 1)) / 2**53
 
 
-def _finished(draft: _Draft) -> Rollout:
+def _finished(draft: Draft) -> Rollout:
     prompt, n = draft.prompt, len(draft.prefix)
     return Rollout(
         id=draft.id,
@@ -170,7 +183,7 @@ def _finished(draft: _Draft) -> Rollout:
     )
 
 
-def _continued(draft: _Draft, completion: Completion) -> Rollout:
+def _continued(draft: Draft, completion: Completion) -> Rollout:
     prompt, given, new = draft.prompt, len(draft.prefix), len(completion.token_ids)
     silent = (0.0,) * (len(prompt.token_ids) + given)
     return Rollout(

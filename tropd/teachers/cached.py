@@ -35,7 +35,8 @@ class Cached:
         self.capabilities = teacher.capabilities & _KEPT
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.db = sqlite3.connect(path)
+            # One thread at a time, which need not be this one: batches may be written ahead.
+            self.db = sqlite3.connect(path, check_same_thread=False)
             self.db.execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, score BLOB NOT NULL)")
             self.db.commit()
         except (sqlite3.Error, OSError) as error:

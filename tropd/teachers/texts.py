@@ -26,7 +26,8 @@ class CachedTexts:
         self.engine, self.teacher, self.path = engine, teacher, path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.db = sqlite3.connect(path)
+            # One thread at a time, which need not be this one: batches may be written ahead.
+            self.db = sqlite3.connect(path, check_same_thread=False)
             self.db.execute("CREATE TABLE IF NOT EXISTS texts (key TEXT PRIMARY KEY, completion TEXT NOT NULL)")
             self.db.commit()
         except (sqlite3.Error, OSError) as error:

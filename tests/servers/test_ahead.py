@@ -1,0 +1,169 @@
+"""Rollouts that are written ahead: one step old and never older, known as such, and the same after an interruption."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow import parquet
+
+from tests import run_case
+from tests.integration.runs import TROPD, prepare, run_in
+from tests.run_case import Order
+from tests.servers.mini import MiniServer
+from tests.servers.proxy import Proxy, Reply, status
+from tropd.errors import ConfigError, EngineTimeout, TeacherError
+from tropd.loop import resume, train
+from tropd.report.records import read_records
+
+OPD = {"name": "opd"}
+BATCH = 6
+QUICK = {"deadline_seconds": 0.5}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_case.write_models(tmp_path_factory.mktemp("models"))
+
+
+def rows_of(directory: Path, step: int) -> list[dict[str, Any]]:
+    return parquet.read_table(directory / "rollouts" / f"step_{step:06d}.parquet").to_pylist()
+
+
+def versions(directory: Path, num_steps: int) -> list[set[int]]:
+    """The weights that wrote the rollouts of each step."""
+    return [{v for row in rows_of(directory, step) for v in row["policy_version"]} for step in range(num_steps)]
+
+
+class Counted:
+    """Knows when the first rollout of the second batch is asked for; `broken` spoils all further ones."""
+
+    def __init__(self) -> None:
+        self.texts, self.second, self.broken = 0, threading.Event(), False
+
+    def __call__(self, number: int, request: bytes, reply: Reply) -> Reply:
+        if json.loads(request).get("max_tokens", 1) == 1:  # a known text, or no text at all
+            return reply
+        self.texts += 1
+        if self.texts > BATCH:
+            self.second.set()
+            return status(503)(number, request, reply) if self.broken else reply
+        return reply
+
+
+asked = Counted()
+
+
+def grade_late(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+    """Grades the first batch only when the second one is being written; before it, answers of the data are tried."""
+    if asked.texts:
+        assert asked.second.wait(30.0), "the step waits for its grades, and nobody writes the next batch"
+    return [0.0] * len(completions)
+
+
+def test_a_batch_is_written_while_the_one_before_it_is_trained(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(__name__ + ".asked", Counted())
+    with MiniServer(world / "student") as server, Proxy(server.url, asked) as proxy:
+        rollout = {"servers": [proxy.url], "staleness": 1}
+        grader = f"{__name__}:grade_late"
+        directory = train(run_in(world, OPD, output=str(tmp_path / "run"), rollout=rollout, grader=grader, steps=4))
+    assert versions(directory, 4) == [{0}, {0}, {1}, {2}]
+    first, *later = read_records(directory / "records.jsonl").steps
+    assert first.probes["staleness/max"] == 0 and "staleness/drift" not in first.probes
+    for record in later:
+        assert record.probes["staleness/mean"] == record.probes["staleness/max"] == 1
+        assert record.probes["staleness/drift"] > 1e-5, "ratios are made with other weights than those of the step"
+        assert "mismatch/behavior" not in record.probes
+
+
+def test_without_staleness_nothing_is_written_ahead(world: Path, tmp_path: Path) -> None:
+    with MiniServer(world / "student") as server:
+        rollout = {"servers": [server.url], "staleness": 0}
+        directory = train(run_in(world, OPD, output=str(tmp_path / "run"), rollout=rollout))
+    assert versions(directory, 3) == [{0}, {1}, {2}]
+    for record in read_records(directory / "records.jsonl").steps:
+        assert not any(name.startswith("staleness") for name in record.probes)
+        assert record.probes["mismatch/behavior_max"] < 1e-4
+
+
+@pytest.mark.parametrize("case", ["tropd", pytest.param("streaming", marks=pytest.mark.slow)])
+def test_a_run_that_is_interrupted_and_killed_ends_like_one_left_alone(case: str, models: Path, tmp_path: Path) -> None:
+    """With a teacher here, and with one on a server that writes and scores ahead as well."""
+    with MiniServer(models / "student") as student, MiniServer(models / "teacher") as teacher:
+        changes: dict[str, Any] = {"steps": 6, "rollout": {"servers": [student.url], "staleness": 1, "save_every": 1}}
+        if case == "tropd":
+            changes["teacher"] = {"servers": [teacher.url], "score_cache": True}
+        straight, broken = tmp_path / "straight", tmp_path / "broken"
+        ended = run_case.train(run_case.write_run(models, straight, case, **changes), straight)
+        assert ended.code == 0, ended.said
+        ended = run_case.train(run_case.write_run(models, broken, case, **changes), broken, stop_after=2)
+        assert ended.code == 0, ended.said
+        killed = run_case.start(Order(directory=broken)).kill_when(lambda: run_case.num_recorded(broken) >= 4, 0.02)
+        ended = run_case.resume(broken)
+        assert killed and ended.code == 0, ended.said
+    assert [r.probes["staleness/max"] for r in read_records(broken / "records.jsonl").steps] == [0.0] + [1.0] * 5
+    assert run_case.trace(broken) == run_case.trace(straight)
+
+
+def test_a_batch_that_could_not_be_written_costs_no_trained_step_and_no_prompt(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(__name__ + ".asked", Counted())
+    with MiniServer(world / "student") as server, Proxy(server.url, asked) as proxy:
+        rollout = {"servers": [proxy.url], "staleness": 1, "server": QUICK}
+        whole, broken = (
+            run_in(world, OPD, output=str(tmp_path / name), rollout=rollout, steps=4) for name in ("whole", "broken")
+        )
+        train(whole)
+        asked.texts, asked.broken = 0, True
+        with pytest.raises(EngineTimeout, match="503"):
+            train(broken)
+        directory = tmp_path / "broken"
+        assert len(read_records(directory / "records.jsonl").steps) == 1
+        asked.broken = False
+        resume(directory)
+    assert versions(directory, 4) == [{0}, {1}, {1}, {2}], "what was not written is written with the weights at hand"
+    for step in range(4):
+        assert [r["id"] for r in rows_of(directory, step)] == [r["id"] for r in rows_of(tmp_path / "whole", step)]
+
+
+def test_a_teacher_that_fails_ahead_is_asked_again_in_its_own_step(world: Path, tmp_path: Path) -> None:
+    failures = iter([False] * 14 + [True] * 200)  # six texts, six prefixes, and the known ones
+
+    def spoil(number: int, request: bytes, reply: Reply) -> Reply:
+        scores = json.loads(request).get("prompt_logprobs") is not None
+        return status(503)(number, request, reply) if scores and next(failures, False) else reply
+
+    with (
+        MiniServer(world / "student") as student,
+        MiniServer(world / "teacher") as teacher,
+        Proxy(teacher.url, spoil) as proxy,
+    ):
+        rollout = {"servers": [student.url], "staleness": 1}
+        served = {"servers": [proxy.url], "server": QUICK}
+        run = run_in(world, TROPD, output=str(tmp_path / "run"), rollout=rollout, teacher=served)
+        with pytest.raises(TeacherError, match=r"step \d: .*503.*The batch is in"):
+            train(run)
+        done = len(read_records(tmp_path / "run" / "records.jsonl").steps)
+        assert 0 < done < 3
+        proxy.fault = lambda number, request, reply: reply
+        resume(tmp_path / "run")
+    assert len(read_records(tmp_path / "run" / "records.jsonl").steps) == 3
+
+
+def test_what_cannot_be_written_ahead_is_refused(world: Path) -> None:
+    with pytest.raises(ConfigError, match="rollout.servers is empty"):
+        run_in(world, rollout={"staleness": 1})
+    with pytest.raises(ConfigError, match="older and no earlier"):
+        run_in(world, rollout={"staleness": 2, "servers": ["http://127.0.0.1:1"]})
