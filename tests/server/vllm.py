@@ -20,7 +20,8 @@ from pathlib import Path
 
 import httpx
 
-PYTHON = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
+VENV = Path(__file__).parents[2] / ".venv-vllm"
+PYTHON = VENV / "bin" / "python"
 START_SECONDS = 240
 
 
