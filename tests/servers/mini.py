@@ -192,18 +192,32 @@ class MiniServer:
         message = {"role": "assistant", "content": text}
         return {"id": request_id, "model": self.name, "choices": [{"message": message, "finish_reason": reason}]}
 
-    def generate(self, body: dict[str, Any]) -> list[dict[str, Any]]:
-        """SGLang's own route, for scoring."""
-        answers = []
-        for ids in body["input_ids"]:
-            rows_TV = self.logprobs(ids)
-            own = [[None if t == 0 else float(rows_TV[t, i]), i, None] for t, i in enumerate(ids)]
-            tops = [rows_TV[t].topk(body["top_logprobs_num"]) for t in range(len(ids))]
-            top = [list(zip(x.values.tolist(), x.indices.tolist(), [None] * len(x.indices), strict=True)) for x in tops]
-            meta = {"prompt_tokens": len(ids), "input_token_logprobs": own}
-            meta["input_top_logprobs"] = [None, *top[1:]]
-            answers.append({"text": "", "meta_info": meta})
-        return answers
+    def generate(self, body: dict[str, Any]) -> Any:
+        """SGLang's own route: a list of texts is scored, one text is continued."""
+        if not isinstance(body["input_ids"][0], list):
+            return self._continue(body)
+        pairs = zip(body["input_ids"], body["rid"], strict=True)
+        return [self._score(ids, rid, body["top_logprobs_num"]) for ids, rid in pairs]
+
+    def _score(self, ids: list[int], rid: str, top_k: int) -> dict[str, Any]:
+        rows_TV = self.logprobs(ids)
+        own = [[None if t == 0 else float(rows_TV[t, i]), i, None] for t, i in enumerate(ids)]
+        tops = [rows_TV[t].topk(top_k) for t in range(1, len(ids))]
+        top = [list(zip(x.values.tolist(), x.indices.tolist(), [None] * top_k, strict=True)) for x in tops]
+        meta = {"id": rid, "prompt_tokens": len(ids), "input_token_logprobs": own, "input_top_logprobs": [None, *top]}
+        return {"text": "", "meta_info": meta}
+
+    def _continue(self, body: dict[str, Any]) -> dict[str, Any]:
+        asked = body["sampling_params"]
+        values = {
+            "max_tokens": asked["max_new_tokens"],
+            "seed": asked["sampling_seed"],
+            "top_k": max(asked["top_k"], 0),
+        }
+        written = self._write(body["input_ids"], {**asked, **values})
+        end = {"type": "length" if written.finish is Finish.LENGTH else "stop"}
+        meta = {"id": body["rid"], "finish_reason": end, "prompt_tokens": len(body["input_ids"])}
+        return {"text": "", "output_ids": list(written.token_ids), "meta_info": meta}
 
 
 def _row(logprobs_V: torch.Tensor, written: int, top_k: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from tests.integration.runs import save_model
 from tests.servers.mini import MiniServer, load
-from tests.servers.proxy import Proxy, Reply, Swapped, corrupt, cut, first, garbage, huge, status, truncated
+from tests.servers.proxy import Proxy, Reply, Swapped, corrupt, cut, first, garbage, huge, status, truncated, untouched
 from tests.tiny import VOCAB, byte_tokenizer, tiny_model
 from tropd.errors import DataError, EvidenceError, TeacherRefused, TeacherUnavailable, VocabularyError
 from tropd.objective.evidence import Needs
@@ -201,12 +202,30 @@ def test_tokenizers_are_compared_with_the_servers(folder: Path) -> None:
             compare_tokenizers(clients, "tiny", other)
 
 
-def test_a_server_writes_texts_from_token_ids(folder: Path) -> None:
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_a_server_writes_texts_from_token_ids_whatever_happens_on_the_way(folder: Path, kind: Any) -> None:
     requests = [Request(token_ids=(5, 6, 7 + n), max_new_tokens=9, seed=n, stop_ids=(n,)) for n in range(4)]
-    with MiniServer(folder) as server:
-        texts = ServerWriter(Pool([server.url], QUICK), "tiny").generate(requests)
-    expected = TransformersEngine(load(folder)[0]).generate(requests)
-    assert [(t.token_ids, t.finish) for t in texts] == [(t.token_ids, t.finish) for t in expected]
+    expected = [(t.token_ids, t.finish) for t in TransformersEngine(load(folder)[0]).generate(requests)]
+    settings = dataclasses.replace(QUICK, kind=kind)
+    with MiniServer(folder) as server, Proxy(server.url) as proxy:
+        writer = ServerWriter(Pool([proxy.url], settings), "tiny")
+        for fault in (untouched, Swapped(), cut, truncated, garbage, huge, status(503)):
+            proxy.fault = first(proxy.posts + 1, fault)
+            assert [(t.token_ids, t.finish) for t in writer.generate(requests)] == expected
+        proxy.fault = Swapped()
+        with pytest.raises(TeacherRefused, match="the answer to another request"):
+            writer.generate(requests)
+
+
+def test_answers_to_others_are_noticed_on_sglang_as_well(folder: Path) -> None:
+    with MiniServer(folder) as server, Proxy(server.url) as proxy:
+        settings = dataclasses.replace(QUICK, kind="sglang")
+        teacher = ServerTeacher([proxy.url], settings, vocab_size=VOCAB, canary=CANARY, top_k=4)
+        rollouts = some_rollouts(VOCAB)
+        same(teacher.score(rollouts, BOTH, top_k=4), local(folder).score(rollouts, BOTH, top_k=4))
+        proxy.fault = Swapped()
+        with pytest.raises(TeacherRefused, match="the answer to another request"):
+            teacher.score(rollouts, BOTH, top_k=4)
 
 
 def test_a_chat_endpoint_writes_texts_that_are_tokenised_again(folder: Path) -> None:

@@ -52,6 +52,7 @@ class Ward:
                 name=f"text {number}",
                 path=speech.SCORE,
                 body={**speech.score_body(self.card.id, [ids], top_k), **changes},
+                named=speech.named,
                 read=read,
                 num_tokens=len(ids) + 1,
                 limit_bytes=score_limit(len(ids) + 1, top_k),

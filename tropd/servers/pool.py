@@ -41,6 +41,8 @@ class Job(Generic[T]):
     """(answer, request id) -> value; raises ServerGarbled if it cannot be right."""
     body: Mapping[str, Any] | None = None
     """Without one it is a GET."""
+    named: Callable[[Mapping[str, Any], str], Mapping[str, Any]] | None = None
+    """The body with the request's id in it, for servers that do not read headers."""
     num_tokens: int = 1
     """What it weighs: tokens read and tokens that may be written."""
     limit_bytes: int = 2**20
@@ -129,7 +131,8 @@ class Pool:
             request_id = f"tropd-{uuid.uuid4().hex[:20]}"
             failure: Exception | None = None
             try:
-                answer = server.client.ask(job.path, job.body, limit_bytes=job.limit_bytes, request_id=request_id)
+                body = job.body if job.named is None or job.body is None else job.named(job.body, request_id)
+                answer = server.client.ask(job.path, body, limit_bytes=job.limit_bytes, request_id=request_id)
                 return job.read(answer, request_id)
             except ServerUnavailable as error:
                 failure = error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -27,6 +27,7 @@ _Top = tuple[Logprob, TokenId, Any]
 
 class _Scores(TypedDict):
     __pydantic_config__ = _STRICT  # type: ignore[misc]
+    id: str
     input_token_logprobs: Annotated[list[_Own], Field(min_length=1)]
     input_top_logprobs: list[list[_Top] | None] | None
 
@@ -43,6 +44,7 @@ class _End(TypedDict):
 
 class _Written(TypedDict):
     __pydantic_config__ = _STRICT  # type: ignore[misc]
+    id: str
     finish_reason: _End
     prompt_tokens: int
 
@@ -68,14 +70,22 @@ def score_body(model: str, sequences: Sequence[Sequence[int]], top_k: int) -> di
     }
 
 
+def named(body: Mapping[str, Any], request_id: str) -> Mapping[str, Any]:
+    """With an id for each text, which comes back with its answer."""
+    ids = body["input_ids"]
+    several = isinstance(ids[0], list)
+    return {**body, "rid": [f"{request_id}-{n}" for n in range(len(ids))] if several else request_id}
+
+
 def read_scores(
     answer: bytes, *, model: str, sequences: Sequence[Sequence[int]], firsts: Sequence[int], top_k: int, request_id: str
 ) -> list[Scored]:
-    """For each sequence the positions from `firsts` on.  The answer names neither model nor request: the echo and the
-    canary stand for both."""
+    """For each sequence the positions from `firsts` on.  The answer does not name its model: the canary stands for it."""
     found = _parsed(_SCORED, answer)
     if len(found) != len(sequences):
         raise ServerGarbled(f"{len(sequences)} texts were asked about, and {len(found)} answered.")
+    for n, part in enumerate(found):
+        _check_id(part["meta_info"]["id"], f"{request_id}-{n}")
     return [_scored(f["meta_info"], ids, at, top_k) for f, ids, at in zip(found, sequences, firsts, strict=True)]
 
 
@@ -100,6 +110,7 @@ def text_body(model: str, request: Request, *, logprobs: bool = False) -> dict[s
 def read_text(answer: bytes, *, model: str, request: Request, request_id: str) -> Completion:
     found = _parsed(_WRITTEN, answer)
     ids, reason = tuple(found["output_ids"]), found["meta_info"]["finish_reason"]["type"]
+    _check_id(found["meta_info"]["id"], request_id)
     if found["meta_info"]["prompt_tokens"] != len(request.token_ids):
         raise ServerGarbled("the text continues another prompt than the one that was sent.")
     ends = [place for place, token in enumerate(ids) if token in request.stop_ids]
@@ -117,6 +128,11 @@ def _parsed(adapter: TypeAdapter[Any], answer: bytes) -> Any:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "the answer"
         raise ServerGarbled(f"{len(answer)} bytes are not the answer asked for: {where}: {first['msg']}.") from None
+
+
+def _check_id(found: str, asked: str) -> None:
+    if found != asked:
+        raise ServerGarbled(f"the answer to another request came back ({found!r}).")
 
 
 def _scored(meta: _Scores, sequence: Sequence[int], first: int, top_k: int) -> Scored:

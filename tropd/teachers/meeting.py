@@ -70,7 +70,7 @@ def canary_of(ids: Sequence[int], vocab_size: int) -> Canary:
 
 
 def dialect_of(settings: ServerConfig) -> ModuleType:
-    """The module that speaks a server's API: score_body, read_scores, text_body, read_text."""
+    """The module that speaks a server's API: score_body, read_scores, text_body, read_text, named."""
     return {"vllm": vllm, "sglang": sglang}[settings.kind]
 
 
@@ -133,6 +133,7 @@ def _sing(url: str, settings: ServerConfig, model: str, canary: Canary, top_k: i
         name=f"a known text at {url}",
         path=speech.SCORE,
         body=speech.score_body(model, [canary.ids], top_k),
+        named=speech.named,
         read=lambda answer, request_id: speech.read_scores(
             answer, model=model, sequences=[canary.ids], firsts=[1], top_k=top_k, request_id=request_id
         ),

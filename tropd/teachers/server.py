@@ -145,6 +145,7 @@ class ServerTeacher:
             name=f"rollout {rollout.id}",
             path=speech.SCORE,
             body=speech.score_body(self.card.id, sequences, top_k),
+            named=speech.named,
             read=read,
             num_tokens=num_tokens,
             limit_bytes=score_limit(num_tokens, top_k),

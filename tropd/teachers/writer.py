@@ -45,6 +45,7 @@ class ServerWriter:
             name=f"text {number}",
             path=speech.TEXT,
             body=speech.text_body(self.model, request),
+            named=speech.named,
             read=lambda answer, request_id: speech.read_text(
                 answer, model=self.model, request=request, request_id=request_id
             ),
