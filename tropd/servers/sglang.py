@@ -80,7 +80,7 @@ def named(body: Mapping[str, Any], request_id: str) -> Mapping[str, Any]:
 def read_scores(
     answer: bytes, *, model: str, sequences: Sequence[Sequence[int]], firsts: Sequence[int], top_k: int, request_id: str
 ) -> list[Scored]:
-    """For each sequence the positions from `firsts` on.  The answer does not name its model: the canary stands for it."""
+    """For each sequence the positions from `firsts` on.  No model is named: the canary stands for it."""
     found = _parsed(_SCORED, answer)
     if len(found) != len(sequences):
         raise ServerGarbled(f"{len(sequences)} texts were asked about, and {len(found)} answered.")
