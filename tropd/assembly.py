@@ -17,6 +17,7 @@ from tropd.data.graders import Grader, resolve_grader
 from tropd.data.prompts import DataConfig, load_prompts
 from tropd.data.stream import LazyPromptStream, PromptStream
 from tropd.errors import ConfigError, EngineError, TeacherError
+from tropd.objective.losses import SampledForwardKL, SampledReverseKL
 from tropd.rollout.engine import Engine
 from tropd.rollout.transformers import TransformersEngine
 from tropd.step import check_evidence
@@ -279,4 +280,10 @@ def _cautions(run: Run, ends: tuple[int, ...]) -> list[str]:
         notes.append("no stop token was found: every rollout will run to max_new_tokens.")
     if run.optimizer.num_updates > 1 and not torch.are_deterministic_algorithms_enabled():
         notes.append(f"{run.optimizer.num_updates} updates per batch: from the second on, rollouts are off-policy.")
+    terms = run.method.objective.terms
+    if run.rollout.staleness and any(isinstance(t.loss, SampledReverseKL | SampledForwardKL) for t in terms):
+        notes.append(
+            "rollout.staleness = 1, but this method's estimator has no importance ratio: its gradient takes tokens of "
+            "the older student for the student's own. Use estimator = 'policy_gradient'."
+        )
     return notes

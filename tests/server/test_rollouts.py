@@ -111,6 +111,12 @@ def test_a_run_has_teacher_and_rollouts_on_two_servers(
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("student", "run/model"))
     assert max(float((before[name] - after[name]).abs().max()) for name in before) > 0.01, "a sync left out would show"
 
+    ahead = {"rollout": {"staleness": 1}, "output": str(tmp_path / "ahead")}
+    run_ahead = run_on(tmp_path, untied_server, teacher_folder, teacher={"servers": [teacher_server.url]}, **ahead)
+    records = read_records(train(run_ahead) / "records.jsonl").steps
+    assert [versions_of(tmp_path / "ahead", step) for step in range(3)] == [{(0, 0)}, {(0, 0)}, {(1, 1)}]
+    assert [record.probes["staleness/max"] for record in records] == [0, 1, 1]
+
     near, far = assemble(here, tmp_path), assemble(run, tmp_path)
     rollouts = write(far)
     expected, found = step_of(near, rollouts), step_of(far, rollouts)

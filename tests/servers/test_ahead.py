@@ -9,15 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pyarrow import parquet
 
 from tests import run_case
-from tests.integration.runs import TROPD, prepare, run_in
+from tests.integration.runs import TROPD, judge, parts_of, prepare, run_in, step_of
 from tests.run_case import Order
 from tests.servers.mini import MiniServer
 from tests.servers.proxy import Proxy, Reply, status
+from tests.servers.test_rollouts import nudge
+from tropd.ahead import Source
 from tropd.errors import ConfigError, EngineTimeout, TeacherError
 from tropd.loop import resume, train
+from tropd.objective.evidence import Needs
+from tropd.objective.support import NOTHING
 from tropd.report.records import read_records
 
 OPD = {"name": "opd"}
@@ -85,6 +90,33 @@ def test_a_batch_is_written_while_the_one_before_it_is_trained(
         assert record.probes["staleness/mean"] == record.probes["staleness/max"] == 1
         assert record.probes["staleness/drift"] > 1e-5, "ratios are made with other weights than those of the step"
         assert "mismatch/behavior" not in record.probes
+
+
+def test_ratios_and_the_teachers_top_k_are_those_of_the_student_that_trains(world: Path, tmp_path: Path) -> None:
+    """The loss of a batch that another student wrote is -rho (log pi_T - log pi_S), rho = pi_S / pi_behavior."""
+    with MiniServer(world / "student") as server:
+        rollout = {"servers": [server.url], "staleness": 1}
+        parts = parts_of(world, OPD, output=str(tmp_path), rollout=rollout)
+        source = Source(parts)
+        source.take(0)
+        source.begin(1)
+        source.wait()
+        nudge(parts.model, 0.05)
+        rollouts = source.take(1).rollouts
+    expected = []
+    for rollout, score in zip(rollouts, parts.teacher.score(rollouts, Needs.SAMPLED), strict=True):
+        start = len(rollout.prompt.token_ids)
+        with torch.no_grad():
+            rows_TV = parts.model(torch.tensor([rollout.token_ids])).logits[0].log_softmax(-1)[start - 1 : -1]
+        own_T = rows_TV.gather(1, torch.tensor(rollout.response_ids)[:, None])[:, 0]
+        rho_T = (own_T - torch.tensor(rollout.behavior_logprobs[start:])).exp()
+        assert float((rho_T - 1).abs().max()) > 0.01
+        expected.append(-rho_T * (score.logprobs_T - own_T))
+    assert step_of(parts, rollouts).sums.loss == pytest.approx(float(torch.cat(expected).mean()), abs=1e-5)
+
+    parts = parts_of(world, TROPD, output=str(tmp_path))
+    top_NK = judge(parts, rollouts).tokens.teacher_topk_logprobs_NK
+    assert bool((top_NK > NOTHING).all()), "which tokens are outliers is not known before the student is asked"
 
 
 def test_without_staleness_nothing_is_written_ahead(world: Path, tmp_path: Path) -> None:
@@ -164,7 +196,12 @@ def test_a_teacher_that_fails_ahead_is_asked_again_in_its_own_step(world: Path, 
     assert len(read_records(tmp_path / "run" / "records.jsonl").steps) == 3
 
 
-def test_what_cannot_be_written_ahead_is_refused(world: Path) -> None:
+def test_what_cannot_be_written_ahead_is_refused_and_what_is_biased_then_is_said(world: Path, tmp_path: Path) -> None:
+    with MiniServer(world / "student") as server:
+        for estimator, biased in (("k2", True), ("policy_gradient", False)):
+            rollout = {"servers": [server.url], "staleness": 1}
+            parts = parts_of(world, {**OPD, "estimator": estimator}, output=str(tmp_path), rollout=rollout)
+            assert any("no importance ratio" in note for note in parts.notes) == biased
     with pytest.raises(ConfigError, match="rollout.servers is empty"):
         run_in(world, rollout={"staleness": 1})
     with pytest.raises(ConfigError, match="older and no earlier"):
