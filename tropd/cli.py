@@ -71,6 +71,10 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "plan": ("tropd.commands.plan", "memory, time and servers that a run will need elsewhere"),
     "train": ("tropd.commands.train", "train from a run file"),
     "resume": ("tropd.commands.resume", "go on from the newest checkpoint of a run"),
+    "launch": (
+        "tropd.commands.launch",
+        "a run as several processes: on a Ray cluster, or lines for torchrun and SLURM",
+    ),
     "evaluate": ("tropd.commands.evaluate", "draw answers, grade them, say how sure the score is"),
     "score": ("tropd.commands.score", "what student and teacher say of rollouts in a file"),
     "report": ("tropd.commands.report", "one HTML file about one run or several: verdict, charts, tokens"),

@@ -58,6 +58,7 @@ class MiniServer:
         temperature: float = 1.0,
         keeps_tied_head: bool = False,
         ignores_reload: bool = False,
+        port: int = 0,
     ) -> None:
         """`keeps_tied_head` loads new weights as vLLM does from a tied export: all but the head."""
         self.model, self.tokenizer = load(folder)
@@ -69,7 +70,7 @@ class MiniServer:
         self.asked = self.model
         self.requests: list[dict[str, Any]] = []
         self.lock = threading.Lock()
-        self.http = QuietServer(("127.0.0.1", 0), _handler(self))
+        self.http = QuietServer(("127.0.0.1", port), _handler(self))
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
         self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
 

@@ -1,0 +1,91 @@
+"""How the processes of a run are started: lines for torchrun and SLURM, and the servers that its file names.
+
+`tropd.ray_cluster` starts the same commands on a Ray cluster.  No process knows who started it.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from tropd.config import ModelConfig, Run
+from tropd.errors import ConfigError
+from tropd.servers.settings import ServerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """A run as so many processes."""
+
+    run: Run
+    command: tuple[str, ...]
+    """What tropd is asked: train RUN.toml, or resume FOLDER."""
+    processes: int = 1
+    nodes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.processes < 1 or self.nodes < 1 or self.processes % self.nodes:
+            raise ConfigError(
+                f"{self.processes} processes on {self.nodes} machines were asked for; give at least 1 of each, and as "
+                "many processes on every machine."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """A server that the run file names."""
+
+    url: str
+    command: tuple[str, ...]
+    environment: dict[str, str]
+    """A value $NAME stands for the variable of that name."""
+
+    def line(self) -> str:
+        return " ".join([*(f'{name}="{value}"' for name, value in self.environment.items()), shlex.join(self.command)])
+
+
+def servers_of(run: Run) -> list[Server]:
+    """Commands that serve what the run asks for.  Servers of another kind are started by whoever knows how."""
+    top_k = run.method.objective.teacher_top_k
+    scoring = ["--max-logprobs", str(top_k)] if top_k and run.teacher.server.kind == "vllm" else []
+    taking, variables = [], {"VLLM_SERVER_DEV_MODE": "1"}
+    if run.student.lora is not None:
+        taking = ["--enable-lora", "--max-loras", "2", "--max-lora-rank", str(run.student.lora.rank)]
+        variables = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    teachers = [_server(url, run.teacher.server, run.teacher, scoring, {}) for url in run.teacher.servers]
+    writers = [_server(url, run.rollout.server, run.student, taking, variables) for url in run.rollout.servers]
+    return [server for server in teachers + writers if server is not None]
+
+
+def _server(
+    url: str, settings: ServerConfig, model: ModelConfig, more: list[str], variables: dict[str, str]
+) -> Server | None:
+    program = {"vllm": ["vllm", "serve"], "sglang": ["python", "-m", "sglang.launch_server", "--model-path"]}
+    if settings.kind not in program:
+        return None
+    flags = {"served-model-name": settings.model, "revision": model.revision}
+    flags["dtype"] = None if model.dtype == "auto" else model.dtype
+    command = [*program[settings.kind], model.path, "--host", "0.0.0.0", "--port", str(urlsplit(url).port or 80)]
+    command += [word for name, value in flags.items() if value for word in (f"--{name}", value)]
+    key = {"VLLM_API_KEY": f"${settings.api_key_env}"} if settings.api_key_env else {}
+    return Server(url=url, command=(*command, *more), environment={**variables, **key})
+
+
+def lines(launch: Launch) -> str:
+    """Commands for a shell, for SLURM at once, and for SLURM's queue."""
+    each, asked = launch.processes // launch.nodes, shlex.join(["-m", "tropd", *launch.command])
+    meet = "$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1):29500"
+    many = f"torchrun --nnodes {launch.nodes} --nproc-per-node {each} --rdzv-backend c10d --rdzv-endpoint"
+    local = f"torchrun --nproc-per-node {each} {asked}" if launch.nodes == 1 else f"{many} FIRST_MACHINE:29500 {asked}"
+    inner = shlex.quote(f"{many} {meet} {asked}")
+    place = [f"--nodes={launch.nodes}", "--ntasks-per-node=1"]
+    place += [] if launch.run.device == "cpu" else [f"--gpus-per-node={each}"]
+    script = ["#!/bin/bash", *(f"#SBATCH {option}" for option in place), f"srun bash -c {inner}"]
+    parts = {
+        "servers, each on the machine of its address": [server.line() for server in servers_of(launch.run)],
+        "torchrun" + (", on every machine" if launch.nodes > 1 else ""): [local],
+        "SLURM, now": [f"srun {' '.join(place)} bash -c {inner}"],
+        "SLURM, in the queue: save as run.sbatch, then `sbatch run.sbatch`": script,
+    }
+    return "\n\n".join("\n".join([f"# {title}", *commands]) for title, commands in parts.items() if commands) + "\n"
