@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +121,7 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE) -> Parts:
     if writer is not None and run.teacher.text_cache:
         writer = CachedTexts(writer, directory / world.own_name(TEXTS), origins.get("teacher") or origins["student"])
     held_out, eval_notes = _held_out(run, tokenizer, learner.forward.context)
-    engine = _engine(run, model, tokenizer, size, directory)
+    engine = _engine(run, model, tokenizer, size, directory, world)
     return Parts(
         run=run,
         tokenizer=tokenizer,
@@ -140,13 +141,20 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE) -> Parts:
     )
 
 
-def _engine(run: Run, model: Any, tokenizer: Any, size: int, directory: Path) -> TransformersEngine | VllmEngine:
+def _engine(
+    run: Run, model: Any, tokenizer: Any, size: int, directory: Path, world: Ranks
+) -> TransformersEngine | VllmEngine:
     """Whoever writes the rollouts."""
     if not run.rollout.servers:
         return TransformersEngine(model, vocab_size=size, max_batch=run.rollout.max_batch)
     from tropd.rollout.vllm import open_engine
 
-    return open_engine(run, model, tokenizer, size, directory / "rollout_weights")
+    if world.size == 1:
+        return open_engine(run, model, tokenizer, size, directory / "rollout_weights")
+    from tropd.rollout.shared import SharedVllmEngine
+
+    kind = partial(SharedVllmEngine, world)
+    return open_engine(run, model, tokenizer, size, directory / "rollout_weights", kind)
 
 
 def _pair(

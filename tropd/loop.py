@@ -115,6 +115,8 @@ def _run(parts: Parts, directory: Path, saved: checkpoints.Checkpoint | None, di
         for note in parts.notes:
             shown.note(note)
         if saved is None:
+            if world.size > 1:
+                parts.engine.sync(None, 0)  # all ranks give servers their weights together
             state.before = state.latest = _evaluate(parts, directory, 0)[0]
         if world.leads and (dropped := checkpoints.drop_after(directory, state.step)):
             shown.note(f"back to step {state.step}: dropped the checkpoints of {', '.join(map(str, dropped))}")

@@ -17,6 +17,7 @@ from tests import run_case
 from tests.parallel import launch
 from tests.parallel.conftest import Alone
 from tests.parallel.launch import distance, rollouts_of, weights_of, write_run
+from tests.servers.mini import MiniServer
 from tropd.report.records import read_records
 
 TOLERANCE = 1e-5
@@ -96,6 +97,19 @@ def test_a_replicated_student_learns_the_same(
     kind = {} if changes is LORA else {"student": "replicated"}
     directory = compare(models, alone, tmp_path / "run", 2, kind, **changes)
     assert (directory / "checkpoints" / "step_000003" / "weights.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_processes_share_the_servers_that_write(models: Path, alone: Alone, tmp_path: Path) -> None:
+    """Rank 0 gives the weights, which every rank then finds there; the server's draws are the engine's own."""
+    with MiniServer(models / "student") as server:
+        path = write_run(models, tmp_path / "run", rollout={"servers": [server.url]}, method={"name": "opd"})
+        launch.run(2, train=path, directory=tmp_path / "run")
+        reloads = [body for body in server.requests if body.get("method") == "reload_weights"]
+    assert len(reloads) == 4, "at the start and after each of three steps, by one process"
+    mine, theirs = rollouts_of(alone(method={"name": "opd"})), rollouts_of(tmp_path / "run")
+    assert {name: row["token_ids"] for name, row in mine.items()} == {n: r["token_ids"] for n, r in theirs.items()}
+    assert distance(alone(method={"name": "opd"}), tmp_path / "run") < 1e-4, "the server scores with other batches"
 
 
 @pytest.mark.slow

@@ -237,7 +237,9 @@ class VllmEngine:
         return chosen[0]
 
 
-def open_engine(run: Run, model: Any, tokenizer: Any, vocab_size: int, folder: Path) -> VllmEngine:
+def open_engine(
+    run: Run, model: Any, tokenizer: Any, vocab_size: int, folder: Path, kind: Callable[..., VllmEngine] = VllmEngine
+) -> VllmEngine:
     """The engine of a run, refused where training would need log-probabilities that servers do not tell."""
     if run.sampling != Sampling():
         raise ConfigError(
@@ -245,7 +247,7 @@ def open_engine(run: Run, model: Any, tokenizer: Any, vocab_size: int, folder: P
             "hold at temperature 1 without truncation. Set rollout.sampling so, or leave rollout.servers out."
         )
     notes = check_addresses(run.rollout.servers, run.rollout.server)
-    return VllmEngine(
+    return kind(
         run.rollout.servers,
         run.rollout.server,
         model=model,

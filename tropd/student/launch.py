@@ -98,11 +98,6 @@ def _join(run: Run, rank: int, size: int) -> Ranks:
             f"{size} processes share {run.rollout.num_prompts} prompts a step, which leaves some without any. Raise "
             f"rollout.num_prompts to {size} or more, or start fewer processes."
         )
-    if run.rollout.servers:
-        raise ConfigError(
-            f"rollout.servers asks for rollouts from servers, but {size} processes train, and only one may give them "
-            "weights. Leave rollout.servers out (each process writes its share), or start one process."
-        )
     on_gpu = run.device == "cuda" or (run.device == "auto" and torch.cuda.is_available())
     if on_gpu:
         _take_device(rank)

@@ -1,0 +1,37 @@
+"""Rollouts from servers for several processes: the first gives the weights, all ask for their texts and check them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tropd.rollout import canary
+from tropd.rollout.vllm import VllmEngine
+from tropd.student.parallel import Ranks
+
+
+class SharedVllmEngine(VllmEngine):
+    """A VllmEngine on every rank; all sync together."""
+
+    def __init__(self, world: Ranks, *where: Any, **how: Any) -> None:
+        super().__init__(*where, **how)
+        self.world = world
+        if not world.leads:
+            self.export = _exported
+
+    def sync(self, weights: Any, version: int) -> None:
+        if self.world.leads:
+            super().sync(weights, version)
+        self.world.wait()  # the servers have them
+        if not self.world.leads:
+            super().sync(weights, version)
+
+    def _push(self, expected: canary.Expected | None = None) -> None:
+        if self.world.leads or expected is None:  # None: a server has lost them, whoever notices
+            super()._push(expected)
+        else:
+            self._verify(expected)
+
+
+def _exported(model: Any, tokenizer: Any, folder: Path) -> Path:
+    return folder
