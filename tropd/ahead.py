@@ -46,13 +46,18 @@ class Source:
         self._next: Future[Written] | None = None
         self._cursor: dict[str, Any] = {}
         """Of the prompts, before those of `_next`."""
+        self._taken: tuple[dict[str, Any], Written | None] = ({}, None)
+        """The cursor before the step taken last, and what of it had been written ahead."""
 
     def take(self, step: int) -> Written:
         """The rollouts of a step."""
         parts, run = self.parts, self.parts.run
         if self._next is None:
+            self._taken = (parts.stream.state_dict(), None)
             return Written(rollouts=roll_out(run.method.rollout, self._job(step), parts.engine, parts.writer))
+        self._taken = (self._cursor, None)
         written, self._next = self._next.result(), None
+        self._taken = (self._cursor, written)
         assert max(lags(step, written.rollouts), default=0) <= run.rollout.staleness, "staleness is bounded"
         return written
 
@@ -82,6 +87,11 @@ class Source:
         if self._next.exception() is not None:
             return self._cursor
         return {**self._cursor, "ahead": [_pack(rollout) for rollout in self._next.result().rollouts]}
+
+    def state_before(self) -> dict[str, Any]:
+        """As `state_dict` was before the step taken last, which came to nothing."""
+        cursor, written = self._taken
+        return cursor if written is None else {**cursor, "ahead": [_pack(rollout) for rollout in written.rollouts]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         stream, wanted = self.parts.stream, self.parts.run.rollout

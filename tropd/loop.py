@@ -25,7 +25,7 @@ from tropd.ahead import Source
 from tropd.assembly import Parts, shards_student
 from tropd.config import Run
 from tropd.data.stream import PromptStream
-from tropd.errors import CheckpointError, ConfigError, TrainingDiverged
+from tropd.errors import CheckpointError, ConfigError, EngineError, TeacherError, TrainingDiverged
 from tropd.evaluation.shared import evaluate_together
 from tropd.iteration import clock, iterate
 from tropd.probes.alarms import Alarm, Alarms
@@ -151,7 +151,13 @@ def _steps(
 ) -> None:
     run, state.stop = parts.run, parts.world.any(state.asked)
     while state.step < run.steps and not state.stop:
-        record, batch, raised = iterate(parts, state.source, directory, state.step, alarms)
+        done = parts.learner.optimizer.num_steps
+        try:
+            record, batch, raised = iterate(parts, state.source, directory, state.step, alarms)
+        except (TeacherError, EngineError) as error:
+            if parts.learner.optimizer.num_steps > done or parts.world.size > 1 or state.step == 0:
+                raise  # other weights than those of the step before, or other processes that have not failed
+            raise _keep_steps(parts, directory, state, alarms, error) from error
         state.step += 1
         if state.step % run.evaluation.every == 0 or state.step == run.steps:
             record = _evaluated(parts, directory, state, record)
@@ -165,6 +171,13 @@ def _steps(
         due = state.step % run.checkpoint.every == 0 or state.best.get("step") == state.step
         if due or state.step == run.steps or state.stop:
             save(parts, directory, state, alarms)
+
+
+def _keep_steps(parts: Parts, directory: Path, state: State, alarms: Alarms, error: Any) -> Exception:
+    """Save what was trained before somebody else failed, and say so."""
+    if not checkpoints.place_of(directory, state.step).exists():
+        save(parts, directory, state, alarms, undone=True)
+    return type(error)(f"{error} The {state.step} steps before are kept. Go on with: tropd resume {directory}")
 
 
 def _evaluated(parts: Parts, directory: Path, state: State, record: StepRecord) -> StepRecord:

@@ -34,10 +34,11 @@ class State:
     """The processes have agreed to stop."""
 
 
-def save(parts: Parts, directory: Path, state: State, alarms: Alarms) -> None:
-    """Write a checkpoint; of a sharded student each rank writes its part, else rank 0 writes everything."""
+def save(parts: Parts, directory: Path, state: State, alarms: Alarms, *, undone: bool = False) -> None:
+    """Write a checkpoint; of a sharded student each rank writes its part, else rank 0 writes everything.  `undone`: the
+    step taken last failed before any weight changed, and comes again."""
     optimizer, shards, world = parts.learner.optimizer, parts.learner.shards, parts.world
-    said: dict[str, Any] = {"run": config_file.dump(parts.run), "state": _facts(parts, state, alarms)}
+    said: dict[str, Any] = {"run": config_file.dump(parts.run), "state": _facts(parts, state, alarms, undone)}
     if shards is not None:
         from tropd.student import sharded_checkpoint
 
@@ -50,11 +51,11 @@ def save(parts: Parts, directory: Path, state: State, alarms: Alarms) -> None:
         checkpoints.prune(directory, parts.run.checkpoint.keep, int(best) if best is not None else None)
 
 
-def _facts(parts: Parts, state: State, alarms: Alarms) -> dict[str, Any]:
+def _facts(parts: Parts, state: State, alarms: Alarms, undone: bool) -> dict[str, Any]:
     return {
         "fingerprint": config_file.fingerprint(parts.run),
         "optimizer_steps": parts.learner.optimizer.num_steps,
-        "stream": state.source.state_dict(),
+        "stream": state.source.state_before() if undone else state.source.state_dict(),
         "alarms": alarms.state_dict(),
         "origins": parts.origins,
         "best": state.best,

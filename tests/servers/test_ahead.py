@@ -175,6 +175,8 @@ def test_a_batch_that_could_not_be_written_costs_no_trained_step_and_no_prompt(
 
 
 def test_a_teacher_that_fails_ahead_is_asked_again_in_its_own_step(world: Path, tmp_path: Path) -> None:
+    """What was trained is kept, and so is the batch that was written ahead: it is not drawn again."""
+
     def spoil(number: int, request: bytes, reply: Reply) -> Reply:
         scores = json.loads(request).get("prompt_logprobs") is not None
         failing = scores and run_case.num_recorded(tmp_path / "run") >= 1  # step 1 is scored already, step 2 is not
@@ -187,13 +189,18 @@ def test_a_teacher_that_fails_ahead_is_asked_again_in_its_own_step(world: Path, 
     ):
         rollout = {"servers": [student.url], "staleness": 1}
         served = {"servers": [proxy.url], "server": QUICK}
-        run = run_in(world, TROPD, output=str(tmp_path / "run"), rollout=rollout, teacher=served)
+        seldom: dict[str, Any] = {"rollout": rollout, "checkpoint": {"every": 50}}
+        whole = {"servers": [teacher.url]}
+        train(run_in(world, TROPD, output=str(tmp_path / "whole"), teacher=whole, **seldom))
+        run = run_in(world, TROPD, output=str(tmp_path / "run"), teacher=served, **seldom)
         with pytest.raises(TeacherError, match=r"step \d: .*503.*The batch is in"):
             train(run)
         assert run_case.num_recorded(tmp_path / "run") == 2
         proxy.fault = lambda number, request, reply: reply
         resume(tmp_path / "run")
     assert len(read_records(tmp_path / "run" / "records.jsonl").steps) == 3
+    a, b = (rows_of(tmp_path / name, 2) for name in ("whole", "run"))
+    assert [row["token_ids"] for row in a] == [row["token_ids"] for row in b]
 
 
 def test_what_cannot_be_written_ahead_is_refused_and_what_is_biased_then_is_said(world: Path, tmp_path: Path) -> None:

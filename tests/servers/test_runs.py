@@ -82,11 +82,11 @@ def test_no_step_is_trained_on_spoiled_answers(world: Path, tmp_path: Path) -> N
     with MiniServer(world / "teacher") as server, Proxy(server.url) as proxy:
         clean = train(served(world, server.url, tmp_path / "clean", steps=4))
         proxy.fault = in_steps(spoil)
-        with pytest.raises(TeacherError):
-            train(served(world, proxy.url, tmp_path / "spoiled", steps=4))
+        with pytest.raises(TeacherError, match=r"The \d steps before are kept. Go on with: tropd resume"):
+            train(served(world, proxy.url, tmp_path / "spoiled", steps=4, checkpoint={"every": 50}))
         done = len(records(tmp_path / "spoiled"))
-        assert len(list((tmp_path / "spoiled" / "checkpoints").iterdir())) == done
-        assert 0 < done < 4
+        kept = [folder.name for folder in (tmp_path / "spoiled" / "checkpoints").iterdir()]
+        assert 0 < done < 4 and kept == [f"step_{done:06d}"]
         proxy.fault = first(0, cut)
         resume(tmp_path / "spoiled")
         for a, b in zip(records(clean), records(tmp_path / "spoiled"), strict=True):
