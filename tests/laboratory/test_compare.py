@@ -66,6 +66,21 @@ def test_a_method_may_be_added_and_a_setting_may_not_be_changed(tmp_path, bed):
         compare(changed, tell=str)
 
 
+def test_an_option_that_is_new_since_an_outcome_does_not_orphan_it(tmp_path, bed):
+    """As an older tropd would have left it: a run.toml without the option, and a fingerprint of fewer options."""
+    asked = lab_in(tmp_path / "a", bed, seeds=(0,))
+    first = compare(asked, tell=str)
+    for path in (tmp_path / "a" / "trials").glob("*/run.toml"):
+        path.write_text("\n".join(line for line in path.read_text().split("\n") if not line.startswith("staleness")))
+    results = tmp_path / "a" / "results.jsonl"
+    for outcome in first:
+        results.write_text(results.read_text().replace(outcome.fingerprint, "0123456789ab"))
+    assert [o.scores for o in compare(asked, tell=str)] == [o.scores for o in first]
+    changed = lab_in(tmp_path / "a", bed, seeds=(0,), methods={"OPD": OPD(), "Full FKL": FullFKL(top_k=5)})
+    with pytest.raises(ConfigError, match="Full FKL.*other settings"):
+        compare(changed, tell=str)
+
+
 def test_a_killed_comparison_goes_on(tmp_path, bed):
     whole = compare(lab_in(tmp_path / "whole", bed), tell=str)
     lab = tmp_path / "lab.toml"

@@ -17,6 +17,7 @@ from typing import IO, TypeVar
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from tropd import config_file
 from tropd.errors import ConfigError, MethodWarning
 from tropd.laboratory.lab import Lab, Trial, trials
 from tropd.laboratory.trial import Outcome, fingerprint_of, pair_of, run_of, run_trial
@@ -115,11 +116,21 @@ def _check(lab: Lab, known: dict[str, Outcome]) -> None:
         if outcome is None:
             continue
         asked = fingerprint_of(run_of(lab, trial, pair_of(lab, trial.testbed, trial.seed)))
-        if outcome.fingerprint != asked:
+        if asked not in (outcome.fingerprint, _written_down(lab, trial)):
             raise ConfigError(
                 f"{lab.output} holds an outcome of '{trial.key}' with other settings than are asked for now. Set "
                 "another output, or put the settings back. New methods, seeds and learning rates may be added freely."
             )
+
+
+def _written_down(lab: Lab, trial: Trial) -> str:
+    """The fingerprint of the run that the trial's folder holds: an option that tropd has had only since then is at its
+    default there, and changes nothing."""
+    path = Path(lab.output) / "trials" / trial.folder / "run.toml"
+    try:
+        return fingerprint_of(config_file.load(path))
+    except ConfigError:  # no such file, or an option that is gone
+        return ""
 
 
 def _make_pairs(lab: Lab, known: dict[str, Outcome], workers: int, tell: Callable[[str], None]) -> None:
