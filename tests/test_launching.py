@@ -91,6 +91,14 @@ def test_servers_get_commands(models: Path, tmp_path: Path, capsys: pytest.Captu
     assert student == f'VLLM_SERVER_DEV_MODE="1" vllm serve {models}/student --host 0.0.0.0 --port 8002'
 
 
+def test_a_server_of_this_machine_alone_is_not_opened_to_others(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_run(models, tmp_path / "run", teacher={"servers": ["http://127.0.0.1:8001"]})
+    (teacher,), *_ = printed(capsys, str(path)).values()
+    assert "--host 127.0.0.1 --port 8001" in teacher
+
+
 def test_a_launch_that_cannot_be_is_refused(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(write_run(models, tmp_path / "run"))
     assert "needs --cluster ray, or --print" in refused(capsys, path)

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from tropd.config import ModelConfig, Run
 from tropd.errors import ConfigError
-from tropd.servers.settings import ServerConfig
+from tropd.servers.settings import ServerConfig, is_loopback
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,9 @@ def _server(
         return None
     flags = {"served-model-name": settings.model, "revision": model.revision}
     flags["dtype"] = None if model.dtype == "auto" else model.dtype
-    command = [*program[settings.kind], model.path, "--host", "0.0.0.0", "--port", str(urlsplit(url).port or 80)]
+    place = urlsplit(url)
+    host = place.hostname if is_loopback(url) else "0.0.0.0"  # open to others only where others are meant
+    command = [*program[settings.kind], model.path, "--host", str(host), "--port", str(place.port or 80)]
     command += [word for name, value in flags.items() if value for word in (f"--{name}", value)]
     key = {"VLLM_API_KEY": f"${settings.api_key_env}"} if settings.api_key_env else {}
     return Server(url=url, command=(*command, *more), environment={**variables, **key})
