@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from tropd import config_file
+from tropd.config import ModelConfig
 from tropd.errors import ConfigError
+from tropd.student.models import load_tokenizer
 
 RUN = """
 [student]
@@ -52,3 +54,11 @@ def test_a_method_that_is_not_known_is_refused_with_a_suggestion(run_toml: Path)
         config_file.load(run_toml, ["--method", "topdd"])
     with pytest.raises(ConfigError, match="wants the name of a method"):
         config_file.load(run_toml, ["--method"])
+
+
+def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`models/student` could be a hub id, but not where there is a folder `models`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    with pytest.raises(ConfigError, match=r"student\.path is models/student, but there is no such folder"):
+        load_tokenizer(ModelConfig(path="models/student"), "student")

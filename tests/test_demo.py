@@ -13,7 +13,7 @@ def test_the_demonstration_runs_and_tells(tmp_path, capsys):
     flags = ["demo", "--seeds", "1", "--steps", "2", "--workers", "1", "--output", str(output)]
     assert main(flags) == 0
     said = capsys.readouterr().out
-    for method in ("OPD", "TrOPD", "TrOPD, beta .001"):
+    for method in ("OPD", "TrOPD", "TrOPD (paper)"):
         assert re.search(rf"^{re.escape(method)}: accuracy 0\.20 → 0\.\d\d \[0\.\d\d, 0\.\d\d\]", said, re.MULTILINE)
     assert "does not show" in said
     assert (output / "report.html").stat().st_size > 100_000 and "report.html" in said

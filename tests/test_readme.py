@@ -101,6 +101,6 @@ def test_the_result_names_what_the_demonstration_compares():
 def test_the_result_comes_out_again(tmp_path):
     lab = lab_of(tmp_path / "demo", 3)
     found = {arm.method: sum(o.score for o in arm.best) / 3 for arm in arms_of(lab, compare(lab, workers=2), TESTBED)}
-    names = {"TrOPD, beta 1, prefixes from 0.5": "TrOPD", "TrOPD, the paper's beta of 0.001": "TrOPD, beta .001"}
+    names = {"TrOPD, beta 1, prefixes from 0.5": "TrOPD", "TrOPD, the paper's settings": "TrOPD (paper)"}
     for shown, score in results().items():
         assert found[names.get(shown, shown)] == pytest.approx(score, abs=0.03)

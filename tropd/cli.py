@@ -110,6 +110,9 @@ def main(argv: list[str] | None = None, commands: Mapping[str, tuple[Command, st
             if _speaks():
                 _say(errors, "error: ", "bold red", _paragraph(error))
             return 2
+        except BrokenPipeError:  # `tropd ... | head`: whoever read has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
         except KeyboardInterrupt:
             _say(errors, "", "", "interrupted")
             return 130

@@ -184,7 +184,7 @@ class Run:
     alarms: AlarmConfig = field(default_factory=AlarmConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     grader: str | None = None
-    """Judges training rollouts: exact, numeric, multiple_choice, math, chain, or "package.module:function"."""
+    """Judges training rollouts: exact, numeric, multiple_choice, math, chain, gym, or "package.module:function"."""
     steps: int = 200
     """(TrOPD: 200)"""
     seed: int = 0

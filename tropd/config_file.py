@@ -104,7 +104,9 @@ def load(path: Path, flags: Sequence[str] = ()) -> Run:
         return tyro.cli(tyro.conf.AvoidSubcommands[Run], default=run, args=list(flags), prog="tropd train RUN.toml")
     except SystemExit as stop:
         if stop.code:
-            raise ConfigError("the flags above are not understood. See `tropd train RUN.toml --help`.") from None
+            raise ConfigError(
+                "the flags above are not understood. `tropd train RUN.toml --help` lists those there are."
+            ) from None
         raise
 
 

@@ -34,8 +34,8 @@ OPENING = (
 LIMITS = (
     "What this does not show: a better end. After 120 steps OPD has caught up (.94 against .92 on five such pairs) and "
     "plain imitation of the teacher's texts is ahead of both (.96); on a milder mismatch OPD is as good from the start "
-    "(docs/results.md). With the paper's own beta of 0.001 TrOPD is slower than OPD at this budget. A vocabulary of 22 "
-    "and answers of 20 tokens are no test of what the paper claims for large models."
+    "(docs/results.md). With the paper's own settings (beta .001, prefixes from 1) TrOPD is slower than OPD at this "
+    "budget. A vocabulary of 22 and answers of 20 tokens are no test of what the paper claims for large models."
 )
 
 
@@ -45,7 +45,7 @@ def lab_of(output: Path, num_seeds: int, steps: int | None = None) -> Lab:
     return Lab(
         output=str(output),
         testbeds=(TESTBED,),
-        methods={"OPD": OPD(), "TrOPD": TrOPD(top_k=4, beta=1.0, prefix=start), "TrOPD, beta .001": TrOPD(top_k=4)},
+        methods={"OPD": OPD(), "TrOPD": TrOPD(top_k=4, beta=1.0, prefix=start), "TrOPD (paper)": TrOPD(top_k=4)},
         seeds=tuple(range(num_seeds)),
         steps=steps,
         num_evaluations=4,

@@ -33,9 +33,14 @@ def main(argv: list[str]) -> int:
     asked, rest = parser.parse_known_args(argv)
     if rest in (["-h"], ["--help"]):
         print(
-            "--strict: exit with 1 when there are warnings    --json: the checks as JSON\n"
-            "--sample-prompts N (8), 0 loads no weights    --sample-tokens N (64) per answer\n"
+            "tropd doctor RUN.toml [--strict] [--json] [--sample-prompts N] [--sample-tokens N] [--any.key value]\n\n"
+            "--strict            exit with 1 when there are warnings\n"
+            "--json              the checks as JSON\n"
+            "--sample-prompts N  answers drawn and trained on (8); 0 loads no weights\n"
+            "--sample-tokens N   tokens of each (64)\n\n"
+            "Any other flag changes the run: `tropd train RUN.toml --help` lists them."
         )
+        return 0
     if asked.sample_prompts < 0 or asked.sample_tokens < 1:
         raise ConfigError("--sample-prompts is at least 0 and --sample-tokens at least 1.")
     checks = _examine(rest, asked.sample_prompts, asked.sample_tokens)

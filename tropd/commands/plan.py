@@ -21,9 +21,12 @@ def main(argv: list[str]) -> int:
     asked, rest = parser.parse_known_args(argv)
     if rest in (["-h"], ["--help"]):
         print(
-            "--cluster 8xh100: devices that train and write; `here` (the default) measures this machine\n"
-            "--dollars-per-hour X: of one device, for the cost of the run\n"
+            "tropd plan RUN.toml [--cluster 8xh100] [--dollars-per-hour X] [--any.key value]\n\n"
+            "--cluster 8xh100      devices that train and write; `here` (the default) measures this machine\n"
+            "--dollars-per-hour X  of one device, for the cost of the run\n\n"
+            "Any other flag changes the run: `tropd train RUN.toml --help` lists them."
         )
+        return 0
     run = read_run(rest, "tropd plan")
     from tropd.planning import make_plan, read_cluster
 

@@ -150,11 +150,12 @@ def policy_in_words(policy: RolloutPolicy) -> str:
     if isinstance(policy, Mixture):
         return f"Each {policy.coin} is the student's with probability {policy.student_share:g}, else the teacher's."
     assert isinstance(policy, TeacherPrefix), f"{type(policy).__name__} has no words"
-    length = "as long as allowed" if policy.draw == "longest" else "of a length drawn uniformly up to that"
+    length = "each is as long" if policy.draw == "longest" else "each is of a length drawn uniformly up to that"
     texts = "one text for all rollouts of a prompt" if policy.texts == "shared" else "one text for each rollout"
     return (
-        f"The teacher writes the beginning of {policy.share:.0%} of the responses, at most {policy.length} of the "
-        f"response budget over training, {length}, {texts}; the student goes on from there."
+        f"{policy.share:.0%} of the responses begin with a prefix that the teacher wrote, and the student goes on from "
+        f"there. The longest prefix, as a share of the response budget: {policy.length} over training; {length}, "
+        f"{texts}."
     )
 
 

@@ -23,7 +23,7 @@ TERMS = ("term", "where", "loss", "weight", "divided by")
 EVIDENCE = ("evidence", "what it is", "which server can give it")
 KNOBS = ("knob", "default", "choices", "meaning and source")
 METHODS_COLUMNS = ("method", "paper", "needs", "what it does")
-AT_TEACHER = "A student that equals its teacher gets"
+AT_TEACHER = "From its terms, a student that equals its teacher gets"
 
 Rows = list[tuple[str, ...]]
 

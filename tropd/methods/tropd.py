@@ -70,7 +70,7 @@ class TrOPD(Method):
         "Rows 'TrOPD Mask' and 'TrOPD Clip' of Table 5 use a static threshold: trust = 'threshold', "
         "trust_threshold = exp(floor), outlier = 'mask' or 'clip'.",
         "With the paper's beta and Adam, training begins with almost pure prefixes whose tiny gradients Adam rescales; "
-        "at short budgets prefer a larger beta or a smaller prefix.start.",
+        "at short budgets take beta = 1.",
     )
 
     def __post_init__(self) -> None:

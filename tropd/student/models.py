@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from tropd.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger("tropd.models")
 
 
 def choose_device(asked: str) -> torch.device:
@@ -103,9 +106,12 @@ def _options(config: ModelConfig) -> dict[str, Any]:
 
 def _check_path(path: str, field: str) -> None:
     """A path that looks like a folder but is none would be taken for a hub id, and end in a confusing error."""
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if looks_local and not Path(path).expanduser().is_dir():
+    place = Path(path).expanduser()
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or place.parent.is_dir()
+    if looks_local and not place.is_dir():
         raise ConfigError(f"{field} is {path}, but there is no such folder.")
+    if not place.is_dir():
+        log.warning("%s: there is no folder %s here; asking the Hugging Face hub for it.", field, path)
 
 
 def _first_line(error: BaseException) -> str:
