@@ -27,6 +27,7 @@ PHASES = {"write": "rollout", "score": "score", "train": "train"}
 
 
 def compare(vocabulary: int, steps: int = 5) -> dict[str, dict[str, float]]:
+    from tropd.ahead import Source
     from tropd.config_file import build
     from tropd.iteration import iterate
     from tropd.planning import make_plan, measure_here
@@ -50,8 +51,9 @@ def compare(vocabulary: int, steps: int = 5) -> dict[str, dict[str, float]]:
         )
         plan = make_plan(run, measure_here(seconds=2.0))
         parts, alarms, measured = assemble(run, Path(folder)), Alarms(run.alarms), []
+        source = Source(parts)
         for step in range(steps):
-            record, _, _ = iterate(parts, Path(folder), step, alarms)
+            record, _, _ = iterate(parts, source, Path(folder), step, alarms)
             measured.append(record.seconds)
     found = {}
     for ours, theirs in PHASES.items():

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any
 
@@ -32,7 +33,9 @@ from tropd.errors import ConfigError
 from tropd.student.models import choose_device, choose_dtype
 
 REACHED = {"score": 0.5, "train": 0.35, "write": 0.5}
-"""Share of a device's peak that each phase is taken to reach."""
+"""Share of a GPU's peak that each phase is taken to reach."""
+REACHED_HERE = {"score": 0.7, "train": 0.65, "write": 1.0}
+"""Of what products and copies reach on a CPU: measured by benchmarks/plan.py with one thread."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,7 @@ class Device:
     """Bytes of memory per second."""
     link: float = float("inf")
     """Bytes per second and direction to the other devices of its machine."""
+    reached: Mapping[str, float] = field(default_factory=lambda: REACHED)
 
 
 # From the makers' data sheets: SXM modules, without sparsity.
@@ -133,7 +137,7 @@ def make_plan(run: Run, device: Device, num_devices: int = 1) -> Plan:
     }
     seconds = {
         phase: max(operations[phase] / device.operations / num_devices, traffic[phase] / device.bandwidth)
-        / REACHED[phase]
+        / device.reached[phase]
         for phase in operations
     }
     seconds["train"] = max(seconds["train"], gathered / device.link)
@@ -192,6 +196,7 @@ def measure_here(seconds: float = 0.3) -> Device:
         memory=float(free_memory(where) or 0),
         operations=products * 2 * 1024**3,
         bandwidth=copies * 2 * large.numel(),
+        reached=REACHED_HERE if where.type == "cpu" else REACHED,
     )
 
 

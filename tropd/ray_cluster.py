@@ -29,7 +29,7 @@ class Held:
 
     def place(self) -> tuple[str, int]:
         """This machine's address as others reach it, and a port that is free there."""
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
 
         with socket.socket() as probe:
             probe.bind(("", 0))
@@ -83,7 +83,7 @@ def run_on_ray(launch: Launch, address: str | None = None) -> int:
 @contextmanager
 def _cluster(address: str | None, size: int) -> Iterator[Any]:
     """The one that there is, or one of this machine."""
-    import ray
+    import ray  # pyright: ignore[reportMissingImports]
 
     how: dict[str, Any] = {"address": address} if address else {}
     if not address and not os.environ.get("RAY_ADDRESS"):

@@ -37,7 +37,6 @@ def main(argv: list[str]) -> int:
 
 def _show(plan: Plan, dollars: float | None) -> None:
     from tropd.doctor.cost import gib
-    from tropd.planning import REACHED
 
     console, need = make_console(), plan.need
     table = Table(title=f"{plan.num_devices} x {plan.device.name}", title_justify="left", show_header=False)
@@ -62,10 +61,11 @@ def _show(plan: Plan, dollars: float | None) -> None:
         console.print(f"[bold red]{plan.device.name} is too small for this, sharded too: each needs {short}.[/]")
     elif need.peak > plan.device.memory:
         console.print(f"It fits sharded only: torchrun --nproc-per-node {plan.num_devices} (docs/parallel.md).")
-    shares = ", ".join(f"{phase} {share:.0%}" for phase, share in REACHED.items())
+    shares = ", ".join(f"{phase} {share:.0%}" for phase, share in plan.device.reached.items())
     console.print(
         f"Every answer is taken to be as long as allowed, and devices to reach these shares of their peak: {shares}. "
-        "Good to about a factor of two; start-up, evaluation, checkpoints and Python are not in it.",
+        "Good to about a factor of two (docs/performance.md); start-up, evaluation, checkpoints and Python are not in "
+        "it.",
         soft_wrap=True,
     )
 

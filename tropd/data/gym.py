@@ -47,7 +47,7 @@ def _read(said: Any) -> Mapping[str, Any]:
 
 def _extract(text: str) -> str | None:
     try:
-        from reasoning_gym.utils import extract_answer
+        from reasoning_gym.utils import extract_answer  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise DataError(_MISSING) from None
     return extract_answer(text)
@@ -56,7 +56,7 @@ def _extract(text: str) -> str | None:
 @functools.cache
 def _verifier(name: str) -> Callable[..., float]:
     try:
-        from reasoning_gym import get_score_answer_fn
+        from reasoning_gym import get_score_answer_fn  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise DataError(_MISSING) from None
     try:

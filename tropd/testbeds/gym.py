@@ -107,7 +107,7 @@ def _blind(rng: random.Random, letter: str, noise: float) -> str:
 @functools.cache
 def _dataset(name: str, **settings: int) -> Any:
     try:
-        from reasoning_gym import create_dataset
+        from reasoning_gym import create_dataset  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ConfigError("testbed 'gym' needs reasoning-gym. Run: pip install 'tropd[gym]'") from None
     return create_dataset(name, seed=0, size=_MANY, **settings)
