@@ -85,7 +85,13 @@ def test_only_its_own_answers_are_given_and_nothing_may_be_kept_or_framed(tmp_pa
 
 def test_the_command_says_where_it_serves_and_ends_on_an_interrupt(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tropd", "watch", str(tmp_path / "later")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in what a shell runs with `&`
+    )
     assert process.stdout is not None
     said = [process.stdout.readline(), process.stdout.readline()]
     assert "does not exist yet" in said[0]
