@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any
@@ -70,8 +70,6 @@ class Plan:
     num_devices: int
     need: Need
     """Bytes on one device, with nothing sharded."""
-    sharded: Need
-    """Bytes on each device when training state is sharded over all."""
     tokens: dict[str, float]
     """Per step: prompt, written by the student, trained on."""
     seconds: dict[str, float]
@@ -80,6 +78,13 @@ class Plan:
     """Sent by a teacher server in a step."""
     gather_bytes: float
     """Received by each device in a step, to have whole layers."""
+
+    @property
+    def sharded(self) -> Need:
+        """Bytes on each device when training state is sharded over all of them.  Whoever writes rollouts in process
+        gathers the whole student, so its weights stay."""
+        parts = ("gradients", "moments", "masters")
+        return replace(self.need, **{name: ceil(getattr(self.need, name) / self.num_devices) for name in parts})
 
     @property
     def step_seconds(self) -> float:
@@ -100,7 +105,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return min(self.need.peak, self.sharded.peak) <= self.device.memory
+        return self.sharded.peak <= self.device.memory
 
 
 def make_plan(run: Run, device: Device, num_devices: int = 1) -> Plan:
@@ -146,7 +151,6 @@ def make_plan(run: Run, device: Device, num_devices: int = 1) -> Plan:
         device=device,
         num_devices=num_devices,
         need=need,
-        sharded=shard(need, num_devices),
         tokens=tokens,
         seconds=seconds,
         steps=run.steps,
@@ -160,12 +164,6 @@ def _met(config: Any, num_parameters: float) -> tuple[float, float]:
     config = config.get_text_config()
     head = float(config.vocab_size * config.hidden_size)
     return num_parameters - head * (1 if config.tie_word_embeddings else 2), head
-
-
-def shard(need: Need, num_devices: int) -> Need:
-    """What each device holds; whoever writes rollouts in process gathers the whole student, so its weights stay."""
-    parts = ("gradients", "moments", "masters")
-    return replace(need, **{name: ceil(getattr(need, name) / num_devices) for name in parts})
 
 
 def read_cluster(text: str) -> tuple[Device, int]:
@@ -200,9 +198,8 @@ def measure_here(seconds: float = 0.3) -> Device:
     )
 
 
-def _rate(work: object, seconds: float, device: torch.device) -> float:
+def _rate(work: Callable[[], object], seconds: float, device: torch.device) -> float:
     """How often per second."""
-    assert callable(work)
     work()
     count, started = 0, time.perf_counter()
     while (passed := time.perf_counter() - started) < seconds or count < 3:

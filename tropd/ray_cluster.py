@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 from tropd.errors import ConfigError, EngineError, ProcessLost
 from tropd.launching import Launch, Server, servers_of
 from tropd.report.records import require
+from tropd.servers.settings import is_loopback
 
-_HERE = ("127.0.0.1", "localhost", "::1")
 _LAST_SECONDS = 30.0
 """What a process that is told to end may take for it."""
 
@@ -104,8 +104,7 @@ def _serve(ray: Any, servers: Sequence[Server], each: dict[str, int], held: list
     """Start servers, each on the machine of its address, and wait until they answer."""
     nodes, ends = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}, {}
     for server in servers:
-        host = urlsplit(server.url).hostname
-        host = ray.util.get_node_ip_address() if host in _HERE else host
+        host = ray.util.get_node_ip_address() if is_loopback(server.url) else urlsplit(server.url).hostname
         if host not in nodes:
             raise ConfigError(
                 f"{server.url} does not answer, and cannot be started there: the Ray cluster has {', '.join(nodes)}. "

@@ -10,14 +10,9 @@ import pytest
 
 pytest.importorskip("reasoning_gym", reason="the extra 'gym' is not installed: pip install 'tropd[gym]'")
 
-from tests.testbeds.test_pair import hurried
-from tropd.config import RolloutConfig, Run, RunEvalConfig, StudentConfig, TeacherConfig
+from tests.testbeds.test_pair import first_step, hurried
 from tropd.data.graders import resolve_grader
-from tropd.data.prompts import DataConfig
 from tropd.errors import DataError
-from tropd.loop import train
-from tropd.methods import OPD
-from tropd.report.records import read_records
 from tropd.testbeds import make_pair
 from tropd.testbeds.gym import Gym, GymStyle
 from tropd.testbeds.task import Problem
@@ -75,17 +70,5 @@ def test_questions_and_texts_survive_the_tokenizer() -> None:
 
 def test_a_run_reads_the_pair(tmp_path: Path) -> None:
     pair = make_pair(hurried("gym"), 0, tmp_path / "pair")
-    run = Run(
-        student=StudentConfig(path=str(pair.student)),
-        teacher=TeacherConfig(path=str(pair.teacher)),
-        data=DataConfig(path=str(pair.prompts)),
-        method=OPD(),
-        rollout=RolloutConfig(num_prompts=4, num_rollouts=1, max_new_tokens=pair.max_new_tokens),
-        evaluation=RunEvalConfig(data=DataConfig(path=str(pair.held_out)), num_samples=1, max_new_tokens=8),
-        grader=pair.grader,
-        steps=1,
-        device="cpu",
-        output=str(tmp_path / "run"),
-    )
-    (record,) = read_records(train(run) / "records.jsonl").steps
+    record = first_step(pair, tmp_path / "run")
     assert record.gradient_norm > 0 and record.evaluation is not None

@@ -15,8 +15,9 @@ from tropd.errors import ConfigError, TeacherError
 from tropd.loop import train
 from tropd.methods import OPD
 from tropd.report.records import read_records
-from tropd.testbeds import TESTBEDS, Testbed, make_pair
+from tropd.testbeds import TESTBEDS, Pair, Testbed, make_pair
 from tropd.testbeds.task import Shape
+from tropd.types import StepRecord
 
 
 def hurried(name: str = "nano-hard", **changes: object) -> Testbed:
@@ -31,6 +32,24 @@ def hurried(name: str = "nano-hard", **changes: object) -> Testbed:
         "num_held_out": 20,
     }
     return dataclasses.replace(bed, **{**short, **changes})
+
+
+def first_step(pair: Pair, folder: Path) -> StepRecord:
+    """Of a run that reads nothing but the pair."""
+    run = Run(
+        student=StudentConfig(path=str(pair.student)),
+        teacher=TeacherConfig(path=str(pair.teacher)),
+        data=DataConfig(path=str(pair.prompts)),
+        method=OPD(),
+        rollout=RolloutConfig(num_prompts=4, num_rollouts=1, max_new_tokens=pair.max_new_tokens),
+        evaluation=RunEvalConfig(data=DataConfig(path=str(pair.held_out)), num_samples=1, max_new_tokens=8),
+        grader=pair.grader,
+        steps=1,
+        device="cpu",
+        output=str(folder),
+    )
+    (record,) = read_records(train(run) / "records.jsonl").steps
+    return record
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -95,18 +114,6 @@ def test_no_prompt_stands_twice_and_too_many_are_refused(tmp_path: Path) -> None
 
 def test_a_pair_is_what_a_run_reads(tmp_path: Path) -> None:
     pair = make_pair(hurried(), 0, tmp_path / "pair")
-    run = Run(
-        student=StudentConfig(path=str(pair.student)),
-        teacher=TeacherConfig(path=str(pair.teacher)),
-        data=DataConfig(path=str(pair.prompts)),
-        method=OPD(),
-        rollout=RolloutConfig(num_prompts=4, num_rollouts=1, max_new_tokens=pair.max_new_tokens),
-        evaluation=RunEvalConfig(data=DataConfig(path=str(pair.held_out)), num_samples=1, max_new_tokens=8),
-        grader=pair.grader,
-        steps=1,
-        device="cpu",
-        output=str(tmp_path / "run"),
-    )
-    (record,) = read_records(train(run) / "records.jsonl").steps
+    record = first_step(pair, tmp_path / "run")
     assert record.gradient_norm > 0 and math.isfinite(record.loss)
     assert record.evaluation is not None and record.evaluation["num_prompts"] == 20

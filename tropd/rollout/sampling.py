@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tropd.errors import ConfigError
+from tropd.errors import ConfigError, DataError
 from tropd.objective.draws import uniform
-from tropd.types import Sampling
+from tropd.types import Request, Sampling
 
 STREAM = 1
 """The stream of `tropd.objective.draws` that token sampling uses."""
@@ -54,6 +54,15 @@ def check_sampling(sampling: Sampling) -> None:
     for name, (fits, meaning) in ranges.items():
         if not fits:
             raise ConfigError(f"sampling.{name} is {getattr(sampling, name)}, but it must be {meaning}.")
+
+
+def check_request(request: Request, index: int) -> None:
+    """Refuse what no engine can write."""
+    check_sampling(request.sampling)
+    if not request.token_ids:
+        raise DataError(f"request {index} has no tokens to continue.  Give it at least a begin-of-text token.")
+    if request.max_new_tokens < 1:
+        raise DataError(f"request {index} asks for max_new_tokens = {request.max_new_tokens}; it must be at least 1.")
 
 
 def draw(logits_BV: Tensor, uniforms: list[float], sampling: Sampling) -> Tensor:

@@ -24,7 +24,7 @@ from tropd.errors import ConfigError, DataError
 from tropd.rollout.cache import RowCache
 from tropd.rollout.decoding import Stepper, obstacle
 from tropd.rollout.rows import Batch
-from tropd.rollout.sampling import check_sampling
+from tropd.rollout.sampling import check_request
 from tropd.types import Completion, Request
 
 
@@ -96,12 +96,8 @@ class TransformersEngine:
         return self.last_logits(last_ids_B1, cache.mask(), cache.positions(), cache)
 
     def _check(self, request: Request, index: int) -> None:
-        check_sampling(request.sampling)
+        check_request(request, index)
         num_prompt, num_new = len(request.token_ids), request.max_new_tokens
-        if num_prompt == 0:
-            raise DataError(f"request {index} has no tokens to continue.  Give it at least a begin-of-text token.")
-        if num_new < 1:
-            raise DataError(f"request {index} asks for max_new_tokens = {num_new}; it must be at least 1.")
         if self.context is not None and num_prompt + num_new > self.context:
             raise DataError(
                 f"request {index} asks for {num_new} new tokens after a prompt of {num_prompt}, {num_prompt + num_new} "

@@ -30,7 +30,7 @@ from tropd.errors import (
     ServerUnavailable,
 )
 from tropd.rollout import canary
-from tropd.rollout.sampling import check_sampling
+from tropd.rollout.sampling import check_request
 from tropd.servers import updates, vllm
 from tropd.servers.pool import Job, Pool
 from tropd.servers.settings import ServerConfig, check_addresses
@@ -287,12 +287,8 @@ def _advice(adapter: bool, folder: Path) -> str:
 
 
 def _check(request: Request, index: int, context: int | None) -> None:
-    check_sampling(request.sampling)
+    check_request(request, index)
     num_prompt, num_new = len(request.token_ids), request.max_new_tokens
-    if num_prompt == 0:
-        raise DataError(f"request {index} has no tokens to continue.  Give it at least a begin-of-text token.")
-    if num_new < 1:
-        raise DataError(f"request {index} asks for max_new_tokens = {num_new}; it must be at least 1.")
     if context is not None and num_prompt + num_new > context:
         raise DataError(
             f"request {index} asks for {num_new} new tokens after a prompt of {num_prompt}, but the servers hold "

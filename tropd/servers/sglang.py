@@ -11,10 +11,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from tropd.errors import ServerGarbled
+from tropd.servers.answers import parsed
 from tropd.servers.vllm import Logprob, Scored, TokenId, check_echo
 from tropd.types import Completion, Finish, Request
 
@@ -81,7 +82,7 @@ def read_scores(
     answer: bytes, *, model: str, sequences: Sequence[Sequence[int]], firsts: Sequence[int], top_k: int, request_id: str
 ) -> list[Scored]:
     """For each sequence the positions from `firsts` on.  No model is named: the canary stands for it."""
-    found = _parsed(_SCORED, answer)
+    found = parsed(_SCORED, answer)
     if len(found) != len(sequences):
         raise ServerGarbled(f"{len(sequences)} texts were asked about, and {len(found)} answered.")
     for n, part in enumerate(found):
@@ -108,7 +109,7 @@ def text_body(model: str, request: Request, *, logprobs: bool = False) -> dict[s
 
 
 def read_text(answer: bytes, *, model: str, request: Request, request_id: str) -> Completion:
-    found = _parsed(_WRITTEN, answer)
+    found = parsed(_WRITTEN, answer)
     ids, reason = tuple(found["output_ids"]), found["meta_info"]["finish_reason"]["type"]
     _check_id(found["meta_info"]["id"], request_id)
     if found["meta_info"]["prompt_tokens"] != len(request.token_ids):
@@ -119,15 +120,6 @@ def read_text(answer: bytes, *, model: str, request: Request, request_id: str) -
         raise ServerGarbled(f"a text of {len(ids)} tokens with stop tokens at {ends} ended for the reason {reason!r}.")
     finish = Finish.STOP if stopped else Finish.LENGTH
     return Completion(token_ids=ids, behavior_logprobs=(), model_logprobs=(), finish=finish)
-
-
-def _parsed(adapter: TypeAdapter[Any], answer: bytes) -> Any:
-    try:
-        return adapter.validate_json(answer)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the answer"
-        raise ServerGarbled(f"{len(answer)} bytes are not the answer asked for: {where}: {first['msg']}.") from None
 
 
 def _check_id(found: str, asked: str) -> None:

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
-from tropd.errors import ServerGarbled, ServerUnavailable
+from tropd.errors import ServerUnavailable
+from tropd.servers.answers import parsed
 from tropd.servers.pool import Job
 
-T = TypeVar("T")
 DEV_MODE = "VLLM_SERVER_DEV_MODE=1"
 LORA_MODE = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
 
@@ -52,7 +52,7 @@ def reset_prefix_cache() -> Job[None]:
     """What was computed with the old weights must not be continued with the new ones."""
 
     def read(answer: bytes, request_id: str) -> None:
-        if answer.strip() and not _parsed(TypeAdapter(_Reset), answer).success:
+        if answer.strip() and not parsed(TypeAdapter(_Reset), answer).success:
             raise ServerUnavailable("the prefix cache is still in use. Does somebody else ask this server?")
 
     return Job(
@@ -70,16 +70,8 @@ def unload_adapter(name: str) -> Job[None]:
 
 def read_models(answer: bytes) -> list[Served]:
     """What GET /v1/models lists."""
-    return _parsed(TypeAdapter(_Listed), answer).data
+    return parsed(TypeAdapter(_Listed), answer).data
 
 
 def _job(path: str, body: dict[str, object]) -> Job[None]:
     return Job(name=path, path=path, body=body, read=lambda answer, id: None, num_tokens=1, limit_bytes=2**20)
-
-
-def _parsed(adapter: TypeAdapter[T], answer: bytes) -> T:
-    try:
-        return adapter.validate_json(answer)
-    except ValidationError as error:
-        said = error.errors(include_url=False, include_input=False)[0]["msg"]
-        raise ServerGarbled(f"{len(answer)} bytes are not the answer asked for: {said}.") from None

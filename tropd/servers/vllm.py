@@ -13,12 +13,13 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from tropd.errors import ServerGarbled
+from tropd.servers.answers import parsed
 from tropd.types import Completion, Finish, Request
 
 SCORE = TEXT = "/v1/completions"
@@ -117,7 +118,7 @@ def read_scores(
     answer: bytes, *, model: str, sequences: Sequence[Sequence[int]], firsts: Sequence[int], top_k: int, request_id: str
 ) -> list[Scored]:
     """For each sequence the positions from `firsts` on.  Anything missing, odd or about other tokens is refused."""
-    found = _parsed(_SCORED, answer)
+    found = parsed(_SCORED, answer)
     choices = _in_order(found, model, len(sequences), request_id)
     return [
         _scored(choice, sequence, first, top_k)
@@ -156,7 +157,7 @@ def text_limit(request: Request) -> int:
 
 def read_text(answer: bytes, *, model: str, request: Request, request_id: str) -> Completion:
     """Behaviour log-probabilities are () unless they were asked for."""
-    (choice,) = _in_order(_parsed(_WRITTEN, answer), model, 1, request_id)
+    (choice,) = _in_order(parsed(_WRITTEN, answer), model, 1, request_id)
     check_echo(choice["prompt_token_ids"], request.token_ids)
     ids = tuple(choice["token_ids"])
     ends = [place for place, token in enumerate(ids) if token in request.stop_ids]
@@ -174,18 +175,6 @@ def read_text(answer: bytes, *, model: str, request: Request, request_id: str) -
         raise ServerGarbled("the log-probabilities of a text are those of other tokens.")
     logprobs = tuple(_logprob(x) for x in sampled["token_logprobs"])
     return Completion(token_ids=ids, behavior_logprobs=logprobs, model_logprobs=(), finish=finish)
-
-
-Answer = TypeVar("Answer")
-
-
-def _parsed(adapter: TypeAdapter[Answer], answer: bytes) -> Answer:
-    try:
-        return adapter.validate_json(answer)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the answer"
-        raise ServerGarbled(f"{len(answer)} bytes are not the answer asked for: {where}: {first['msg']}.") from None
 
 
 def _in_order(found: Any, model: str, number: int, request_id: str) -> list[Any]:

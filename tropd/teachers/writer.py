@@ -71,7 +71,7 @@ class _Answer(TypedDict):
 _ANSWER = TypeAdapter(_Answer)
 
 
-class ChatWriter:
+class ChatWriter(ServerWriter):
     """An engine that asks a chat endpoint.  `messages` are the conversations behind the prompts' token ids; a prompt
     without any is sent as one message of the user."""
 
@@ -83,21 +83,14 @@ class ChatWriter:
         messages: Mapping[tuple[int, ...], tuple[Message, ...]],
         name: str = "default",
     ) -> None:
-        self.pool, self.model, self.tokenizer = pool, model, tokenizer
-        self.messages, self.name = messages, name
+        super().__init__(pool, model, name)
+        self.tokenizer, self.messages = tokenizer, messages
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         for request in requests:
             if request.token_ids not in self.messages:
                 raise TeacherError("a chat endpoint answers prompts of the data set alone; this is none of them.")
-        with said_by(self.name):
-            return self.pool.run([self._job(number, request) for number, request in enumerate(requests)])
-
-    def sync(self, weights: Any, version: int) -> None:
-        """A teacher does not change."""
-
-    def close(self) -> None:
-        self.pool.close()
+        return super().generate(requests)
 
     def _job(self, number: int, request: Request) -> Job[Completion]:
         known = self.messages[request.token_ids]
