@@ -151,10 +151,10 @@ def _engine(
 
     if world.size == 1:
         return open_engine(run, model, tokenizer, size, directory / "rollout_weights")
-    from tropd.rollout.shared import SharedVllmEngine
+    from tropd.rollout.shared import SharedDelivery
 
-    kind = partial(SharedVllmEngine, world)
-    return open_engine(run, model, tokenizer, size, directory / "rollout_weights", kind)
+    delivery = partial(SharedDelivery, world)
+    return open_engine(run, model, tokenizer, size, directory / "rollout_weights", delivery)
 
 
 def _pair(

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from tropd.rollout import canary
-from tropd.rollout.vllm import VllmEngine
+from tropd.rollout.delivery import Delivery
 from tropd.student.parallel import Ranks
 
 
-class SharedVllmEngine(VllmEngine):
-    """A VllmEngine on every rank; all sync together."""
+class SharedDelivery(Delivery):
+    """A Delivery on every rank; all give together."""
 
     def __init__(self, world: Ranks, *where: Any, **how: Any) -> None:
         super().__init__(*where, **how)
@@ -19,15 +19,15 @@ class SharedVllmEngine(VllmEngine):
         if not world.leads:
             self.export = _exported
 
-    def sync(self, weights: Any, version: int) -> None:
+    def give(self, weights: Any, version: int) -> None:
         if self.world.leads:
-            super().sync(weights, version)
+            super().give(weights, version)
         self.world.wait()  # the servers have them
         if not self.world.leads:
-            super().sync(weights, version)
+            super().give(weights, version)
 
-    def _push(self, expected: canary.Expected | None = None) -> None:
-        if self.world.leads or expected is None:  # None: a server has lost them, whoever notices
+    def _push(self, expected: canary.Expected) -> None:
+        if self.world.leads or self.given:  # given: a server has lost them, whoever notices
             super()._push(expected)
         else:
             self._verify(expected)

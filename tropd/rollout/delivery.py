@@ -1,0 +1,150 @@
+"""The way of the student's weights to the servers that write for it.
+
+    give      export --> every server: reload, reset the prefix cache --> canary == the trainer's own numbers
+    check     canary again: nobody restarted in between
+
+A LoRA student sends its adapter alone, under a new name each time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tropd.errors import EngineError, EngineOutOfSync, ServerRefused
+from tropd.rollout import canary
+from tropd.rollout.jobs import sing
+from tropd.servers import updates
+from tropd.servers.pool import Pool
+from tropd.student.export import export_adapter, export_untied
+
+log = logging.getLogger("tropd.rollout")
+NOT_FOUND = 404
+_NATS = {torch.float32: 2e-3, torch.float64: 2e-3}
+_NATS_OF_HALF_PRECISION = 0.1
+
+
+class Delivery:
+    """Gives servers the weights of `model`, and knows of which version they are; `folder` is where both sides see
+    them, `text` is known to all."""
+
+    def __init__(
+        self,
+        pools: Mapping[str, Pool],
+        name: str,
+        text: tuple[int, ...],
+        *,
+        model: Any,
+        tokenizer: Any,
+        folder: Path,
+        vocab_size: int,
+        sync_nats: float | None = None,
+        version: int = 0,
+        export: Callable[[Any, Any, Path], Path] | None = None,
+    ) -> None:
+        """`pools` has one server each, which serves the student, or its base, under `name`."""
+        self.pools, self.name, self.text = pools, name, text
+        self.model, self.tokenizer, self.folder = model, tokenizer, folder
+        self.vocab_size, self.version = vocab_size, version
+        dtype = next(model.parameters()).dtype
+        self.sync_nats = sync_nats if sync_nats is not None else _NATS.get(dtype, _NATS_OF_HALF_PRECISION)
+        self.adapter = bool(getattr(model, "peft_config", None))
+        self.export = export or (export_adapter if self.adapter else export_untied)
+        self._expected: canary.Expected | None = None  # until the servers have been given weights
+        self._found: dict[str, canary.Found] = {}
+        self._loaded: set[str] = set()  # names of adapters
+
+    @property
+    def asked(self) -> str:
+        """The model that requests name: the adapter of a version, where there is one."""
+        return f"tropd-{self.version}" if self.adapter else self.name
+
+    @property
+    def given(self) -> bool:
+        """Whether the servers have the weights of `version`."""
+        return self._expected is not None
+
+    def give(self, weights: Any, version: int) -> None:
+        """Give every server these weights (None: the trainer's own) and make sure that it computes with them."""
+        model = self.model if weights is None else weights
+        before, old = (self._expected, dict(self._found)), self.asked
+        self._expected, self.version = None, version
+        expected = canary.expect(model, self.text, self.vocab_size)
+        self.export(model, self.tokenizer, self.folder)
+        self._push(expected)
+        for url, found in self._found.items():
+            if before[0] is not None and url in before[1]:
+                canary.compare_moves(url, (before[0], before[1][url]), (expected, found))
+        self._expected = expected
+        if self.adapter and old in self._loaded and old != self.asked:
+            self._unload(old)
+
+    def repeat(self) -> None:
+        """Give every server the weights of `version` again: one of them has lost them."""
+        assert self._expected is not None, "weights are given again after they were given"
+        self._push(self._expected)
+
+    def check(self) -> None:
+        """Make sure that every server still computes with the weights that it was given."""
+        assert self._expected is not None, "weights are compared after they were given"
+        self._verify(self._expected)
+
+    def _push(self, expected: canary.Expected) -> None:
+        for url, pool in self.pools.items():
+            try:
+                if self.adapter:
+                    self._load_adapter(pool)
+                else:
+                    pool.run([updates.reload_weights(self.folder)])
+                    pool.run([updates.reset_prefix_cache()])
+            except ServerRefused as error:
+                raise EngineError(f"{error} {self._cure(url, error)}") from error
+        self._verify(expected)
+
+    def _load_adapter(self, pool: Pool) -> None:
+        try:
+            pool.run([updates.load_adapter(self.asked, self.folder)])
+        except ServerRefused as error:
+            if "already been loaded" not in str(error):
+                raise
+            # Of an earlier attempt, or of another run: nobody knows what is in it.
+            pool.run([updates.unload_adapter(self.asked)])
+            pool.run([updates.load_adapter(self.asked, self.folder)])
+        self._loaded.add(self.asked)
+
+    def _unload(self, name: str) -> None:
+        self._loaded.discard(name)
+        for url, pool in self.pools.items():
+            try:
+                pool.run([updates.unload_adapter(name)])
+            except ServerRefused as error:  # a server that restarted does not have it
+                log.info("%s: %s", url, error)
+
+    def _verify(self, expected: canary.Expected) -> None:
+        for url, pool in self.pools.items():
+            found = sing(pool, self.text, model=self.asked, version=self.version, vocab_size=self.vocab_size)
+            try:
+                canary.compare(url, expected, found, self.sync_nats)
+            except EngineOutOfSync as error:
+                raise EngineOutOfSync(f"{error}{self._advice()}") from error
+            self._found[url] = found
+
+    def _cure(self, url: str, error: ServerRefused) -> str:
+        mode = f"--enable-lora and {updates.LORA_MODE}" if self.adapter else updates.DEV_MODE
+        if error.status == NOT_FOUND:
+            return f"Start vLLM with {mode} in its environment, so that it takes weights."
+        return f"{url} has to see {self.folder} and serve a model of the same shape (its log says more)."
+
+    def _advice(self) -> str:
+        if self.adapter:
+            return (
+                f"Does the server hold the student's own base model, in the same precision? The adapter: {self.folder}."
+            )
+        return (
+            f"Is its --dtype the student's? The weights that it was given are in {self.folder}: start it with --model "
+            "on that folder, or raise rollout.sync_nats if its precision is lower."
+        )
