@@ -150,11 +150,11 @@ def _engine(
     from tropd.rollout.vllm import open_engine
 
     if world.size == 1:
-        return open_engine(run, model, tokenizer, size, directory / "rollout_weights")
+        return open_engine(run, model, tokenizer, size, directory)
     from tropd.rollout.shared import SharedDelivery
 
     delivery = partial(SharedDelivery, world)
-    return open_engine(run, model, tokenizer, size, directory / "rollout_weights", delivery)
+    return open_engine(run, model, tokenizer, size, directory, delivery)
 
 
 def _pair(

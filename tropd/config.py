@@ -86,6 +86,9 @@ class RolloutConfig:
     """Addresses of vLLM servers that write the rollouts; without any this process does."""
     server: ServerConfig = field(default_factory=ServerConfig)
     """How they are spoken to."""
+    weights_folder: str | None = None
+    """Where they read the weights from, by default in the run's folder.  A folder under /dev/shm is memory.  The run
+    makes a folder of its own in it, and removes that at its end."""
     sync_nats: float | None = None
     """By how much, on average, the log-probabilities of a known text may differ between a server and this process once
     it was given the weights.  By default 0.002, in half precision 0.1."""
@@ -102,6 +105,11 @@ class RolloutConfig:
             raise ConfigError(
                 f"rollout.staleness is {self.staleness}. Give 1, one batch written ahead, or 0: weights reach the "
                 "servers between batches only, so batches further ahead would be older and no earlier."
+            )
+        if self.weights_folder is not None and not self.servers:
+            raise ConfigError(
+                f'rollout.weights_folder is "{self.weights_folder}", where servers would read the weights, but '
+                "rollout.servers is empty. Leave it out."
             )
         if self.staleness and not self.servers:
             raise ConfigError(

@@ -57,7 +57,7 @@ def _train(run: Run, directory: Path, display: Display | None, world: Ranks) -> 
         world.wait()  # the folder is this run's
         parts = assemble(run, directory, world)
         world.wait()  # nobody has been refused
-    with checkpoints.alone(directory) if world.leads else nullcontext():
+    with checkpoints.alone(directory) if world.leads else nullcontext(), _closing(parts):
         return _run(parts, directory, None, display)
 
 
@@ -97,7 +97,18 @@ def _resume(run: Run, directory: Path, step: int | None, display: Display | None
             f"{saved.path} was made by another run than {directory / 'run.toml'} describes. To go on with it, put "
             f"back the configuration in {saved.path / 'run.toml'}; to change a run, start a new one."
         )
-    return _run(assemble(run, directory, world), directory, saved, display)
+    parts = assemble(run, directory, world)
+    with _closing(parts):
+        return _run(parts, directory, saved, display)
+
+
+@contextmanager
+def _closing(parts: Parts) -> Iterator[None]:
+    """Engines are closed, however the run ends and even where closing one fails."""
+    with ExitStack() as stack:
+        for end in (parts.engine, *([parts.writer] if parts.writer else [])):
+            stack.callback(end.close)
+        yield
 
 
 def _run(parts: Parts, directory: Path, saved: checkpoints.Checkpoint | None, display: Display | None) -> Path:
@@ -121,8 +132,6 @@ def _run(parts: Parts, directory: Path, saved: checkpoints.Checkpoint | None, di
         if world.leads and (dropped := checkpoints.drop_after(directory, state.step)):
             shown.note(f"back to step {state.step}: dropped the checkpoints of {', '.join(map(str, dropped))}")
         with ExitStack() as stack:  # closes everything, even where closing fails
-            for end in (parts.engine, *([parts.writer] if parts.writer else [])):
-                stack.callback(end.close)
             records = stack.enter_context(_recording(directory, state, saved, parts))
             facts = config_file.to_dict(run)
             asked = run.trackers if world.leads else ()

@@ -103,10 +103,12 @@ def test_a_replicated_student_learns_the_same(
 def test_processes_share_the_servers_that_write(models: Path, alone: Alone, tmp_path: Path) -> None:
     """Rank 0 gives the weights, which every rank then finds there; the server's draws are the engine's own."""
     with MiniServer(models / "student") as server:
-        path = write_run(models, tmp_path / "run", rollout={"servers": [server.url]}, method={"name": "opd"})
+        rollout = {"servers": [server.url], "weights_folder": str(tmp_path / "memory")}
+        path = write_run(models, tmp_path / "run", rollout=rollout, method={"name": "opd"})
         launch.run(2, train=path, directory=tmp_path / "run")
         reloads = [body for body in server.requests if body.get("method") == "reload_weights"]
     assert len(reloads) == 4, "at the start and after each of three steps, by one process"
+    assert list((tmp_path / "memory").iterdir()) == [], "what was put there is removed at the end"
     mine, theirs = rollouts_of(alone(method={"name": "opd"})), rollouts_of(tmp_path / "run")
     assert {name: row["token_ids"] for name, row in mine.items()} == {n: r["token_ids"] for n, r in theirs.items()}
     assert distance(alone(method={"name": "opd"}), tmp_path / "run") < 1e-4, "the server scores with other batches"

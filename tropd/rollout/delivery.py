@@ -8,13 +8,16 @@ A LoRA student sends its adapter alone, under a new name each time.
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tropd.config import Run
 from tropd.errors import EngineError, EngineOutOfSync, ServerRefused
 from tropd.rollout import canary
 from tropd.rollout.jobs import sing
@@ -43,12 +46,14 @@ class Delivery:
         folder: Path,
         vocab_size: int,
         sync_nats: float | None = None,
+        kept: bool = True,
         version: int = 0,
         export: Callable[[Any, Any, Path], Path] | None = None,
     ) -> None:
-        """`pools` has one server each, which serves the student, or its base, under `name`."""
+        """`pools` has one server each, which serves the student, or its base, under `name`.  `kept`: the folder stays
+        when this is closed."""
         self.pools, self.name, self.text = pools, name, text
-        self.model, self.tokenizer, self.folder = model, tokenizer, folder
+        self.model, self.tokenizer, self.folder, self.kept = model, tokenizer, folder, kept
         self.vocab_size, self.version = vocab_size, version
         dtype = next(model.parameters()).dtype
         self.sync_nats = sync_nats if sync_nats is not None else _NATS.get(dtype, _NATS_OF_HALF_PRECISION)
@@ -92,6 +97,10 @@ class Delivery:
         """Make sure that every server still computes with the weights that it was given."""
         assert self._expected is not None, "weights are compared after they were given"
         self._verify(self._expected)
+
+    def close(self) -> None:
+        if not self.kept:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _push(self, expected: canary.Expected) -> None:
         for url, pool in self.pools.items():
@@ -140,11 +149,22 @@ class Delivery:
         return f"{url} has to see {self.folder} and serve a model of the same shape (its log says more)."
 
     def _advice(self) -> str:
+        removed = "" if self.kept else ", until this run ends (rollout.weights_folder)"
         if self.adapter:
             return (
-                f"Does the server hold the student's own base model, in the same precision? The adapter: {self.folder}."
+                "Does the server hold the student's own base model, in the same precision? The adapter: "
+                f"{self.folder}{removed}."
             )
         return (
-            f"Is its --dtype the student's? The weights that it was given are in {self.folder}: start it with --model "
-            "on that folder, or raise rollout.sync_nats if its precision is lower."
+            f"Is its --dtype the student's? The weights that it was given are in {self.folder}{removed}: start it with "
+            "--model on that folder, or raise rollout.sync_nats if its precision is lower."
         )
+
+
+def weights_folder(run: Run, directory: Path) -> Path:
+    """Where the run in `directory` puts weights for its servers.  Runs that name the same place have a folder each."""
+    if run.rollout.weights_folder is None:
+        return directory / "rollout_weights"
+    whose = directory.resolve()
+    number = hashlib.sha256(str(whose).encode()).hexdigest()[:8]
+    return Path(run.rollout.weights_folder).expanduser() / f"tropd-{whose.name}-{number}"

@@ -26,6 +26,10 @@ class SharedDelivery(Delivery):
         if not self.world.leads:
             super().give(weights, version)
 
+    def close(self) -> None:
+        if self.world.leads:
+            super().close()
+
     def _push(self, expected: canary.Expected) -> None:
         if self.world.leads or self.given:  # given: a server has lost them, whoever notices
             super()._push(expected)

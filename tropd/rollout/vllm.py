@@ -24,7 +24,7 @@ from tropd.errors import (
     ServerUnavailable,
 )
 from tropd.rollout import canary
-from tropd.rollout.delivery import NOT_FOUND, Delivery
+from tropd.rollout.delivery import NOT_FOUND, Delivery, weights_folder
 from tropd.rollout.jobs import text_job
 from tropd.rollout.sampling import check_request
 from tropd.servers import updates
@@ -97,6 +97,7 @@ class VllmEngine:
             self.weights.give(weights, version)
 
     def close(self) -> None:
+        self.weights.close()
         for pool in (self.pool, *self.each.values()):
             pool.close()
 
@@ -118,9 +119,10 @@ class VllmEngine:
 
 
 def open_engine(
-    run: Run, model: Any, tokenizer: Any, vocab_size: int, folder: Path, delivery: Callable[..., Delivery] = Delivery
+    run: Run, model: Any, tokenizer: Any, vocab_size: int, directory: Path, delivery: Callable[..., Delivery] = Delivery
 ) -> VllmEngine:
-    """The engine of a run, refused where training would need log-probabilities that servers do not tell."""
+    """The engine of the run in `directory`, refused where training would need log-probabilities that servers do not
+    tell."""
     if run.sampling != Sampling():
         raise ConfigError(
             f"rollouts are asked from servers and drawn with {run.sampling}, but servers tell log-probabilities that "
@@ -132,7 +134,8 @@ def open_engine(
         run.rollout.server,
         model=model,
         tokenizer=tokenizer,
-        folder=folder,
+        folder=weights_folder(run, directory),
+        kept=run.rollout.weights_folder is None,
         vocab_size=vocab_size,
         sync_nats=run.rollout.sync_nats,
         notes=tuple(notes),
