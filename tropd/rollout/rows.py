@@ -10,23 +10,36 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
-from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
 
 from tropd.errors import EngineError
 from tropd.rollout.cache import RowCache
+from tropd.rollout.decoding import Stepper
 from tropd.rollout.sampling import draw, draw_uniform_rows
 from tropd.types import Completion, Finish, Request, Sampling
-
-if TYPE_CHECKING:
-    from tropd.rollout.transformers import TransformersEngine
 
 PREFILL_TOKENS = 16384
 """Most prompt tokens, padding included, of one forward pass: bounds the memory of activations."""
 _UNIFORMS_AT_ONCE = 64
+
+
+class Reader(Protocol):
+    """What the loop asks of an engine: the logits after a text, and how many rows may live."""
+
+    model: nn.Module
+    stepper: Stepper
+    vocab_size: int
+    max_batch: int
+    pad_id: int
+    version: int
+
+    def last_logits(
+        self, input_ids_BT: Tensor, mask_BT: Tensor | None, positions_BT: Tensor, cache: Cache
+    ) -> Tensor: ...
 
 
 @dataclass(slots=True)
@@ -54,7 +67,7 @@ class Row:
 class Batch:
     """The live rows of one call, those that wait, and those that are done."""
 
-    def __init__(self, engine: TransformersEngine, requests: Sequence[Request]) -> None:
+    def __init__(self, engine: Reader, requests: Sequence[Request]) -> None:
         # Longest prompt first: a later row never needs more columns than there are.  Equal prompts come together.
         order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].token_ids), requests[i].token_ids))
         self.waiting = deque(Row(i, requests[i]) for i in order)
