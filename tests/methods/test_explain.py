@@ -44,6 +44,15 @@ def test_everything_that_defines_a_method_is_shown(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_a_definition_fits_a_terminal_of_80_columns(name):
+    """76: the frame that `tropd train RUN.toml --help` draws takes four."""
+    definition = describe(name).definition.splitlines()
+    assert max(map(len, definition)) <= 76
+    lines = [line.strip() for line in shown(explain(name), width=80).splitlines()]
+    assert [line.strip() for line in definition] == lines[2 : 2 + len(definition)]
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_the_evidence_shown_is_the_evidence_needed(name):
     assert {e.name for e in describe(name).evidence} == {n.name for n in METHODS[name]().needs}
 

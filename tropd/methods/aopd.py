@@ -15,10 +15,13 @@ from tropd.objective.terms import Over, Term
 
 @dataclass(frozen=True, kw_only=True)
 class AOPD(Method):
-    r"""Asymmetric on-policy distillation, mean over tokens of a sequence, then over sequences.
+    r"""Asymmetric on-policy distillation, mean over tokens of a sequence, then
+    over sequences.
 
-        pi_T(x) - pi_S(x) > tau    - sg[log pi_T - log pi_S] log pi_S(x)                 reward
-        otherwise                  sum_{v in top-k(pi_T)} pi_T(v) log(pi_T(v) / pi_S(v)) guidance
+        pi_T(x) - pi_S(x) > tau  -sg[log pi_T - log pi_S] log pi_S(x)
+                                 reward
+        otherwise                sum_{top-k(pi_T)} pi_T log(pi_T / pi_S)
+                                 guidance
 
     tau = -1 is OPD, tau = 1 is guidance everywhere.
     """

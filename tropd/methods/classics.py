@@ -17,9 +17,10 @@ from tropd.types import Sampling
 
 @dataclass(frozen=True, kw_only=True)
 class GKD(Method):
-    r"""Generalised knowledge distillation: full-vocabulary Jensen-Shannon on a mix of texts.
+    r"""Generalised knowledge distillation: full-vocabulary Jensen-Shannon on a
+    mix of texts.
 
-    beta KL(T || M) + (1 - beta) KL(S || M),    M = beta T + (1 - beta) S
+        beta KL(T || M) + (1 - beta) KL(S || M),    M = beta T + (1 - beta) S
     """
 
     name: Literal["gkd"] = "gkd"
@@ -59,10 +60,12 @@ class GKD(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class MiniLLM(Method):
-    r"""MiniLLM: sequence-level reverse KL, split into the token's own part (exact) and the rest (policy gradient).
+    r"""MiniLLM: sequence-level reverse KL, split into the token's own part
+    (exact) and the rest (policy gradient).
 
-    long    PPO-clipped, a_t = mean_{i > t} discount^(i - t) (log pi_T - log pi_S)_i, standardised over the batch
-    single  KL(student || teacher) over the whole vocabulary
+        long    PPO-clipped, standardised over the batch:
+                a_t = mean_{i > t} discount^(i - t) (log pi_T - log pi_S)_i
+        single  KL(student || teacher) over the whole vocabulary
     """
 
     name: Literal["minillm"] = "minillm"
@@ -97,7 +100,9 @@ class MiniLLM(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class SeqKD(Method):
-    r"""Sequence-level knowledge distillation: -log pi_S(x) on texts that the teacher (or the dataset) wrote."""
+    r"""Sequence-level knowledge distillation: -log pi_S(x) on texts that the
+    teacher (or the dataset) wrote.
+    """
 
     name: Literal["seqkd"] = "seqkd"
 

@@ -16,7 +16,10 @@ from tropd.objective.terms import Term
 
 @dataclass(frozen=True, kw_only=True)
 class EntropyOPD(Method):
-    r"""OPD on the tokens with the highest student entropy:  1[H(pi_S) in the top 20 %] (log pi_T - log pi_S)."""
+    r"""OPD on the tokens with the highest student entropy.
+
+        1[H(pi_S) in the top 20 %] (log pi_T - log pi_S)
+    """
 
     name: Literal["entropy_opd"] = "entropy_opd"
     fraction: float = 0.2

@@ -18,7 +18,8 @@ class EOPD(Method):
     r"""Entropy-aware on-policy distillation.
 
         all tokens           PPO-clipped reward  log pi_T - log pi_S
-        H(pi_T) > threshold  + weight * sum_{v in top-k(pi_T)} q(v) log(q(v) / pi_S(v)),   q = pi_T renormalised
+        H(pi_T) > threshold  + weight * sum_{top-k(pi_T)} q log(q / pi_S)
+                             q = pi_T renormalised there
 
     The second term is added; it does not replace the first.
     """

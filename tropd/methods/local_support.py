@@ -16,11 +16,14 @@ from tropd.types import Sampling
 
 @dataclass(frozen=True, kw_only=True)
 class LSM(Method):
-    r"""Teacher top-k local support matching: reverse KL, both sides renormalised on the teacher's top-k.
+    r"""Teacher top-k local support matching: reverse KL, both sides renormalised
+    on the teacher's top-k.
 
-        sum_{v in top-k(pi_T)} p(v) log(p(v) / q(v)),    p, q = pi_S, pi_T renormalised there
+        sum_{v in top-k(pi_T)} p(v) log(p(v) / q(v))
+        p, q = pi_S, pi_T renormalised there
 
-    The loss has no force on mass outside the support; rollouts drawn with top_p < 1 are the other half of the method.
+    The loss has no force on mass outside the support; rollouts drawn with
+    top_p < 1 are the other half of the method.
     """
 
     name: Literal["lsm"] = "lsm"
@@ -51,14 +54,17 @@ class LSM(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class ManyFaces(Method):
-    r"""A divergence on a small support, and what is done about the rest (The Many Faces of OPD).
+    r"""A divergence on a small support, and what is done about the rest (The Many
+    Faces of OPD).
 
-    support    teacher_top_k, student_top_k, union, intersection, full
-    outside    ignore           sum_A S log(S/T): biased, fixed point S/T = 1/e
-               stop_gradient    sum_A S (sg[log S] - log T)
-               generalised      sum_A S log(S/T) - S + T: the same gradient, never negative
-               bucket           the rest of the vocabulary as one more token
-               renormalise      both sides sum to 1 on the support: shape right, mass free
+        support  teacher_top_k, student_top_k, union, intersection, full
+        outside  ignore         sum_A S log(S/T): biased, fixed point S/T = 1/e
+                 stop_gradient  sum_A S (sg[log S] - log T)
+                 generalised    sum_A S log(S/T) - S + T: the same gradient,
+                                never negative
+                 bucket         the rest of the vocabulary as one more token
+                 renormalise    both sides sum to 1 on the support: shape right,
+                                mass free
     """
 
     name: Literal["many_faces"] = "many_faces"

@@ -15,10 +15,12 @@ from tropd.objective.terms import Term
 
 @dataclass(frozen=True, kw_only=True)
 class MOPD(Method):
-    r"""Multi-teacher on-policy distillation's objective, mean over tokens of a sequence, then over sequences.
+    r"""Multi-teacher on-policy distillation's objective, mean over tokens of a
+    sequence, then over sequences.
 
-    direct   sum_{v in top-k(pi_T)} S log(S / T) - S + T      never negative, zero at S = T
-    reward   log pi_T - log pi_S into [-limit, limit]
+        direct  sum_{v in top-k(pi_T)} S log(S / T) - S + T
+                never negative, zero at S = T
+        reward  log pi_T - log pi_S into [-limit, limit]
     """
 
     name: Literal["mopd"] = "mopd"

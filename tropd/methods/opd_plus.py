@@ -15,9 +15,12 @@ from tropd.objective.terms import Term
 
 @dataclass(frozen=True, kw_only=True)
 class OPDPlus(Method):
-    r"""Policy gradient of D_f = E_S[f(u)], u = pi_T / pi_S:  advantage  w(u) = -f(u) + u f'(u).
+    r"""Policy gradient of D_f = E_S[f(u)], u = pi_T / pi_S.
 
-    forward_kl  u          reverse_kl  log u - 1          jensen_shannon  log((1 + u) / 2) / 2
+        advantage       w(u) = -f(u) + u f'(u)
+        forward_kl      u
+        reverse_kl      log u - 1
+        jensen_shannon  log((1 + u) / 2) / 2
     """
 
     name: Literal["opd_plus"] = "opd_plus"

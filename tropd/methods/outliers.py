@@ -17,7 +17,10 @@ _FLOOR_READING = ("The paper gives no value for tau; REOPOLD's floor log(.1)/.9 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipOutlier(Method):
-    r"""OPD with the log-ratio floored:  a = max(log pi_T - log pi_S, floor).  TrOPD's tables call it REOPOLD."""
+    r"""OPD with the log-ratio floored.  TrOPD's tables call it REOPOLD.
+
+        reward  max(log pi_T - log pi_S, floor)
+    """
 
     name: Literal["clip_outlier"] = "clip_outlier"
     floor: float = -2.558
@@ -51,7 +54,10 @@ class MaskOutlier(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class FullFKL(Method):
-    r"""Forward KL on the teacher's top-k at every token:  sum_{v in top-k(pi_T)} pi_T(v) log(pi_T(v) / pi_S(v))."""
+    r"""Forward KL on the teacher's top-k at every token.
+
+        sum_{v in top-k(pi_T)} pi_T(v) log(pi_T(v) / pi_S(v))
+    """
 
     name: Literal["full_fkl"] = "full_fkl"
     path: Literal["direct", "reward"] = "direct"

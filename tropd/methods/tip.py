@@ -15,9 +15,12 @@ from tropd.objective.terms import Term
 
 @dataclass(frozen=True, kw_only=True)
 class TIP(Method):
-    r"""Token importance: full-vocabulary reverse KL on the best-scoring tokens, divided by their number.
+    r"""Token importance: full-vocabulary reverse KL on the best-scoring tokens,
+    divided by their number.
 
-    score = h + d - h d,    h, d = student entropy and KL(student || teacher), each brought to [0, 1] over the batch
+        score = h + d - h d
+        h, d = student entropy and KL(student || teacher), each brought to
+        [0, 1] over the batch
     """
 
     name: Literal["tip"] = "tip"

@@ -15,7 +15,10 @@ from tropd.objective.terms import Reward, Term
 
 @dataclass(frozen=True, kw_only=True)
 class TOPD(Method):
-    r"""TOP-D:  reward  log(alpha pi_T(x) / pi_S(x) + 1 - alpha), never below log(1 - alpha).
+    r"""TOP-D: the teacher is replaced by a mixture with the student.
+
+        reward  log(alpha pi_T(x) / pi_S(x) + 1 - alpha)
+                never below log(1 - alpha)
 
     alpha = 1 is OPD.
     """

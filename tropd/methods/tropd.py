@@ -20,14 +20,19 @@ from tropd.types import Sampling
 class TrOPD(Method):
     r"""Trust Region On-Policy Distillation.
 
-    A token x that the student wrote is trusted with probability min(pi_T(x) / pi_S(x), 1).
+    A token x that the student wrote is trusted with probability
+    min(pi_T(x) / pi_S(x), 1).
 
-        trusted    -sg[log pi_T(x) - log pi_S(x)] * log pi_S(x)            a reward: KL(student || teacher)
-        outlier    sum_{v in top-k(pi_T)} pi_T(v) log(pi_T(v) / pi_S(v))   a loss: KL(teacher || student)
-        guidance   -beta log pi_S(x)                                       on prefixes that the teacher wrote
+        trusted   -sg[log pi_T(x) - log pi_S(x)] * log pi_S(x)
+                  a reward: KL(student || teacher)
+        outlier   sum_{v in top-k(pi_T)} pi_T(v) log(pi_T(v) / pi_S(v))
+                  a loss: KL(teacher || student)
+        guidance  -beta log pi_S(x)
+                  on prefixes that the teacher wrote
 
-    The longest prefix shrinks to nothing on a cosine, so training ends fully on-policy.  The expected share of
-    outliers at a position is the total variation between the two models there.
+    The longest prefix shrinks to nothing on a cosine, so training ends fully
+    on-policy.  The expected share of outliers at a position is the total
+    variation between the two models there.
     """
 
     name: Literal["tropd"] = "tropd"

@@ -18,11 +18,14 @@ from tropd.types import Sampling
 
 @dataclass(frozen=True, kw_only=True)
 class TrOPDPlusAOPD(Method):
-    r"""TrOPD plus one term of AOPD (table 6: "adding the AOPD objective for the AOPD positive samples").
+    r"""TrOPD plus one term of AOPD (table 6: "adding the AOPD objective for the
+    AOPD positive samples").
 
-    R1  pi_T > pi_S:   - sg[log pi_T - log pi_S] log pi_S(x)          a second copy of the reward
-    R2  pi_T <= pi_S:  sum_{top-k} pi_T log(pi_T / pi_S)              guidance wherever AOPD's gate is open
-    R3  the two gates joined by OR decide between loss and reward
+        R1  pi_T > pi_S:   -sg[log pi_T - log pi_S] log pi_S(x)
+                           a second copy of the reward
+        R2  pi_T <= pi_S:  sum_{top-k} pi_T log(pi_T / pi_S)
+                           guidance wherever AOPD's gate is open
+        R3  the two gates joined by OR decide between loss and reward
     """
 
     name: Literal["tropd_aopd"] = "tropd_aopd"
