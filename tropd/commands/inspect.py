@@ -86,7 +86,7 @@ def _tokens(kept: Kept, number: int, decode: Decode) -> Text:
     rows = kept.worst(number)
     if rows:
         said.append(
-            "where student and teacher differ most (x = log pi_T - log pi_S; a weight of 1 is a plain mean's)\n"
+            "where student and teacher differ most\nx = log pi_T - log pi_S; a weight of 1 is that of a plain mean\n"
         )
     for n in rows:
         before, token = kept.context(n, decode)
@@ -101,7 +101,7 @@ def _tokens(kept: Kept, number: int, decode: Decode) -> Text:
 
 
 def _number(x: float) -> str:
-    return "unknown" if math.isnan(x) else f"{x:.3f}"
+    return "unknown" if math.isnan(x) else f"{round(x, 3) + 0.0:.3f}"  # + 0: never -0.000
 
 
 def _escaped(text: str) -> str:

@@ -18,7 +18,7 @@ from tropd.objective.terms import Term
 class EntropyOPD(Method):
     r"""OPD on the tokens with the highest student entropy.
 
-        1[H(pi_S) in the top 20 %] (log pi_T - log pi_S)
+    1[H(pi_S) in the top 20 %] (log pi_T - log pi_S)
     """
 
     name: Literal["entropy_opd"] = "entropy_opd"

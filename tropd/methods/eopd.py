@@ -17,11 +17,11 @@ from tropd.objective.terms import Term
 class EOPD(Method):
     r"""Entropy-aware on-policy distillation.
 
+    The second term is added; it does not replace the first.
+
         all tokens           PPO-clipped reward  log pi_T - log pi_S
         H(pi_T) > threshold  + weight * sum_{top-k(pi_T)} q log(q / pi_S)
                              q = pi_T renormalised there
-
-    The second term is added; it does not replace the first.
     """
 
     name: Literal["eopd"] = "eopd"

@@ -18,10 +18,10 @@ from tropd.objective.terms import Term
 class JSD(Method):
     r"""Jensen-Shannon with M = beta pi_T + (1 - beta) pi_S.
 
+    The forward part is a loss, the reverse part a reward.
+
         forward part  beta sum_{v in top-k(pi_T)} pi_T(v) log(pi_T(v) / pi_M(v))
-                      a loss
         reverse part  (1 - beta) log(pi_M(x) / pi_S(x))
-                      a reward
     """
 
     name: Literal["jsd"] = "jsd"

@@ -18,11 +18,11 @@ from tropd.objective.terms import Term
 class OPD(Method):
     r"""On-policy distillation (Thinking Machines).
 
+    The gradient is that of KL(student || teacher) at each visited state.
+
         reward  a_t = log pi_T(x_t) - log pi_S(x_t)
         loss    -rho_t sg[sum_{i >= t} discount^(i - t) a_i]
                 rho = pi_S / (policy that sampled x)
-
-    Gradient: that of KL(student || teacher) at each visited state.
     """
 
     name: Literal["opd"] = "opd"

@@ -15,7 +15,9 @@ from tropd.objective.terms import Term
 
 @dataclass(frozen=True, kw_only=True)
 class OPDPlus(Method):
-    r"""Policy gradient of D_f = E_S[f(u)], u = pi_T / pi_S.
+    r"""Policy gradient of an f-divergence D_f = E_S[f(u)].
+
+    u = pi_T / pi_S at the token that the student drew.
 
         advantage       w(u) = -f(u) + u f'(u)
         forward_kl      u

@@ -19,7 +19,7 @@ _FLOOR_READING = ("The paper gives no value for tau; REOPOLD's floor log(.1)/.9 
 class ClipOutlier(Method):
     r"""OPD with the log-ratio floored.  TrOPD's tables call it REOPOLD.
 
-        reward  max(log pi_T - log pi_S, floor)
+    reward  max(log pi_T - log pi_S, floor)
     """
 
     name: Literal["clip_outlier"] = "clip_outlier"
@@ -56,7 +56,7 @@ class MaskOutlier(Method):
 class FullFKL(Method):
     r"""Forward KL on the teacher's top-k at every token.
 
-        sum_{v in top-k(pi_T)} pi_T(v) log(pi_T(v) / pi_S(v))
+    sum_{v in top-k(pi_T)} pi_T(v) log(pi_T(v) / pi_S(v))
     """
 
     name: Literal["full_fkl"] = "full_fkl"

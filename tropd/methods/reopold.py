@@ -20,14 +20,14 @@ from tropd.objective.terms import Term
 class REOPOLD(Method):
     r"""Relaxed on-policy distillation, divided by the number of selected tokens.
 
+    stages = 1 keeps every token and only floors the reward.
+
         reward       max(log pi_T - log pi_S, floor)
                      floor = log(mixture) / (1 - mixture)
         exploration  progress < switch:
                      only tokens with log pi_T - log pi_S >= floor
         refinement   after that: only the `fraction` of the batch's tokens
                      with the highest student entropy
-
-    stages = 1 keeps every token and only floors the reward.
     """
 
     name: Literal["reopold"] = "reopold"

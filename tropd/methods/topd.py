@@ -17,10 +17,10 @@ from tropd.objective.terms import Reward, Term
 class TOPD(Method):
     r"""TOP-D: the teacher is replaced by a mixture with the student.
 
+    alpha = 1 is OPD.
+
         reward  log(alpha pi_T(x) / pi_S(x) + 1 - alpha)
                 never below log(1 - alpha)
-
-    alpha = 1 is OPD.
     """
 
     name: Literal["topd"] = "topd"
