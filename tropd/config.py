@@ -89,6 +89,8 @@ class RolloutConfig:
     weights_folder: str | None = None
     """Where they read the weights from, by default in the run's folder.  A folder under /dev/shm is memory.  The run
     makes a folder of its own in it, and removes that at its end."""
+    servers_sleep: bool = False
+    """They give their GPU memory back while this process trains, for servers that share a GPU with it."""
     sync_nats: float | None = None
     """By how much, on average, the log-probabilities of a known text may differ between a server and this process once
     it was given the weights.  By default 0.002, in half precision 0.1."""
@@ -110,6 +112,13 @@ class RolloutConfig:
             raise ConfigError(
                 f'rollout.weights_folder is "{self.weights_folder}", where servers would read the weights, but '
                 "rollout.servers is empty. Leave it out."
+            )
+        if self.servers_sleep and not self.servers:
+            raise ConfigError("rollout.servers_sleep is set, but rollout.servers is empty: nobody would sleep.")
+        if self.servers_sleep and self.staleness:
+            raise ConfigError(
+                "rollout.servers_sleep has the servers sleep while this process trains, and rollout.staleness = 1 has "
+                "them write at that time. Choose one: sleep where they share a GPU with the trainer, else staleness."
             )
         if self.staleness and not self.servers:
             raise ConfigError(

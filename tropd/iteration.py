@@ -51,6 +51,9 @@ def iterate(
     with clock(seconds, "rollout"), _writing(parts):
         written = source.take(step)
         source.begin(step + 1)
+    with clock(seconds, "sync"):
+        _rest(parts.engine)
+    with clock(seconds, "rollout"):
         rollouts = _graded(parts, written.rollouts)
     with clock(seconds, "score"):
         batch = _scored(parts, directory, step, rollouts, context, written.scores)
@@ -189,6 +192,12 @@ def _writing(parts: Parts) -> AbstractContextManager[Any]:
     """A sharded teacher that writes is whole for a while: ranks ask it different numbers of times."""
     shards = getattr(parts.teacher, "shards", None)
     return shards.gathered() if shards is not None and parts.writer is not None else nullcontext()
+
+
+def _rest(engine: Any) -> None:
+    """An engine that holds memory until it is given weights again may give it back."""
+    if (rest := getattr(engine, "rest", None)) is not None:
+        rest()
 
 
 def _graded(parts: Parts, rollouts: list[Rollout]) -> list[Rollout]:

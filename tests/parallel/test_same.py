@@ -17,7 +17,7 @@ from tests import run_case
 from tests.parallel import launch
 from tests.parallel.conftest import Alone
 from tests.parallel.launch import distance, rollouts_of, weights_of, write_run
-from tests.servers.mini import MiniServer
+from tests.servers.sleeper import Sleeper
 from tropd.report.records import read_records
 
 TOLERANCE = 1e-5
@@ -100,14 +100,16 @@ def test_a_replicated_student_learns_the_same(
 
 
 @pytest.mark.slow
-def test_processes_share_the_servers_that_write(models: Path, alone: Alone, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sleeps", [False, True], ids=["awake", "asleep"])
+def test_processes_share_the_servers_that_write(sleeps: bool, models: Path, alone: Alone, tmp_path: Path) -> None:
     """Rank 0 gives the weights, which every rank then finds there; the server's draws are the engine's own."""
-    with MiniServer(models / "student") as server:
-        rollout = {"servers": [server.url], "weights_folder": str(tmp_path / "memory")}
+    with Sleeper(models / "student") as server:
+        rollout = {"servers": [server.url], "weights_folder": str(tmp_path / "memory"), "servers_sleep": sleeps}
         path = write_run(models, tmp_path / "run", rollout=rollout, method={"name": "opd"})
         launch.run(2, train=path, directory=tmp_path / "run")
         reloads = [body for body in server.requests if body.get("method") == "reload_weights"]
     assert len(reloads) == 4, "at the start and after each of three steps, by one process"
+    assert server.paths.count("/sleep?level=2") == 4 * sleeps, "once to try it, and after each step's rollouts"
     assert list((tmp_path / "memory").iterdir()) == [], "what was put there is removed at the end"
     mine, theirs = rollouts_of(alone(method={"name": "opd"})), rollouts_of(tmp_path / "run")
     assert {name: row["token_ids"] for name, row in mine.items()} == {n: r["token_ids"] for n, r in theirs.items()}

@@ -2,8 +2,9 @@
 
     give      export --> every server: reload, reset the prefix cache --> canary == the trainer's own numbers
     check     canary again: nobody restarted in between
+    rest      every server sleeps, if the run wants that: it has no weights until they are given again
 
-A LoRA student sends its adapter alone, under a new name each time.
+A LoRA student sends its adapter alone, under a new name each time; its base sleeps in the server's CPU memory.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from tropd.config import Run
 from tropd.errors import EngineError, EngineOutOfSync, ServerRefused
 from tropd.rollout import canary
 from tropd.rollout.jobs import sing
-from tropd.servers import updates
+from tropd.servers import sleeping, updates
 from tropd.servers.pool import Pool
 from tropd.student.export import export_adapter, export_untied
 
@@ -29,6 +31,10 @@ log = logging.getLogger("tropd.rollout")
 NOT_FOUND = 404
 _NATS = {torch.float32: 2e-3, torch.float64: 2e-3}
 _NATS_OF_HALF_PRECISION = 0.1
+_SLEEPLESS = (
+    f"rollout.servers_sleep asks for servers that do: start vLLM with {sleeping.FLAG} and {updates.DEV_MODE} in its "
+    "environment, or leave it out."
+)
 
 
 class Delivery:
@@ -47,6 +53,7 @@ class Delivery:
         vocab_size: int,
         sync_nats: float | None = None,
         kept: bool = True,
+        sleeps: bool = False,
         version: int = 0,
         export: Callable[[Any, Any, Path], Path] | None = None,
     ) -> None:
@@ -59,9 +66,12 @@ class Delivery:
         self.sync_nats = sync_nats if sync_nats is not None else _NATS.get(dtype, _NATS_OF_HALF_PRECISION)
         self.adapter = bool(getattr(model, "peft_config", None))
         self.export = export or (export_adapter if self.adapter else export_untied)
+        self.level = 0 if not sleeps else 1 if self.adapter else 2  # of sleep, as vLLM counts
+        self._resting = False
         self._expected: canary.Expected | None = None  # until the servers have been given weights
         self._found: dict[str, canary.Found] = {}
         self._loaded: set[str] = set()  # names of adapters
+        self.notes = self._meet()
 
     @property
     def asked(self) -> str:
@@ -71,7 +81,7 @@ class Delivery:
     @property
     def given(self) -> bool:
         """Whether the servers have the weights of `version`."""
-        return self._expected is not None
+        return self._expected is not None and not self._resting
 
     def give(self, weights: Any, version: int) -> None:
         """Give every server these weights (None: the trainer's own) and make sure that it computes with them."""
@@ -80,11 +90,13 @@ class Delivery:
         self._expected, self.version = None, version
         expected = canary.expect(model, self.text, self.vocab_size)
         self.export(model, self.tokenizer, self.folder)
+        if self.level:
+            self._make_room()
         self._push(expected)
         for url, found in self._found.items():
             if before[0] is not None and url in before[1]:
                 canary.compare_moves(url, (before[0], before[1][url]), (expected, found))
-        self._expected = expected
+        self._expected, self._resting = expected, False
         if self.adapter and old in self._loaded and old != self.asked:
             self._unload(old)
 
@@ -98,23 +110,55 @@ class Delivery:
         assert self._expected is not None, "weights are compared after they were given"
         self._verify(self._expected)
 
+    def rest(self) -> None:
+        """Have every server sleep, if they are to."""
+        if self.level:
+            self._sleep()
+
     def close(self) -> None:
         if not self.kept:
             shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _meet(self) -> tuple[str, ...]:
+        """Servers that are to sleep do it now, so that one that cannot is found out; one that somebody left asleep is
+        woken.  What to know about them."""
+        if not self.level:
+            for url, pool in self.pools.items():
+                if sleeping.wake_if_asleep(pool):
+                    log.warning("%s was asleep and has been woken up.", url)
+            return ()
+        try:
+            notes = [sleeping.objection(pool) for pool in self.pools.values()]
+            self._sleep()
+        except ServerRefused as error:
+            raise EngineError(f"{error} {_SLEEPLESS}") from error
+        return tuple(note for note in notes if note)
+
+    def _sleep(self) -> None:
+        for pool in self.pools.values():
+            sleeping.sleep(pool, self.level)
+        self._resting = True
+
+    def _make_room(self) -> None:
+        """What torch keeps for later is free for a server on the same GPU."""
+        if next(self.model.parameters()).is_cuda:
+            torch.cuda.empty_cache()
+
     def _push(self, expected: canary.Expected) -> None:
         for url, pool in self.pools.items():
             try:
-                if self.adapter:
-                    self._load_adapter(pool)
-                else:
-                    pool.run([updates.reload_weights(self.folder)])
+                with sleeping.waking(pool, self.level) if self.level else nullcontext():
+                    self._load(pool)
+                if not self.adapter:
                     pool.run([updates.reset_prefix_cache()])
             except ServerRefused as error:
                 raise EngineError(f"{error} {self._cure(url, error)}") from error
         self._verify(expected)
 
-    def _load_adapter(self, pool: Pool) -> None:
+    def _load(self, pool: Pool) -> None:
+        if not self.adapter:
+            pool.run([updates.reload_weights(self.folder)])
+            return
         try:
             pool.run([updates.load_adapter(self.asked, self.folder)])
         except ServerRefused as error:

@@ -14,21 +14,35 @@ class SharedDelivery(Delivery):
     """A Delivery on every rank; all give together."""
 
     def __init__(self, world: Ranks, *where: Any, **how: Any) -> None:
-        super().__init__(*where, **how)
         self.world = world
+        super().__init__(*where, **how)
         if not world.leads:
             self.export = _exported
 
     def give(self, weights: Any, version: int) -> None:
+        if self.level:
+            self._make_room()
+            self.world.wait()  # every rank has
         if self.world.leads:
             super().give(weights, version)
         self.world.wait()  # the servers have them
         if not self.world.leads:
             super().give(weights, version)
 
+    def rest(self) -> None:
+        if self.level:
+            self.world.wait()  # every rank has its texts
+            if self.world.leads:
+                self._sleep()
+            self._resting = True
+            self.world.wait()  # there is room
+
     def close(self) -> None:
         if self.world.leads:
             super().close()
+
+    def _meet(self) -> tuple[str, ...]:
+        return super()._meet() if self.world.leads else ()
 
     def _push(self, expected: canary.Expected) -> None:
         if self.world.leads or self.given:  # given: a server has lost them, whoever notices

@@ -54,7 +54,7 @@ class VllmEngine:
                 f'rollout.server.kind is "{settings.kind}", but weights can be given to vLLM servers only. '
                 "Serve the student with vLLM, or leave rollout.servers out."
             )
-        self.settings, self.vocab_size, self.notes = settings, vocab_size, notes
+        self.settings, self.vocab_size = settings, vocab_size
         self.pool = Pool(urls, settings)
         self.each = {client.url: Pool([client.url], settings) for client in self.pool.clients}
         with _said_by_engine():
@@ -70,7 +70,9 @@ class VllmEngine:
         ]
         self.context = min(limits, default=None)
         text = canary.known_text(vocab_size, self.context or 4096)
-        self.weights = delivery(self.each, served[0].id, text, model=model, vocab_size=vocab_size, **options)
+        with _said_by_engine():
+            self.weights = delivery(self.each, served[0].id, text, model=model, vocab_size=vocab_size, **options)
+        self.notes = (*notes, *self.weights.notes)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion per request, in order; written with the weights of one version, or not returned."""
@@ -95,6 +97,11 @@ class VllmEngine:
         """Give every server these weights (None: the trainer's own) and make sure that it computes with them."""
         with _said_by_engine():
             self.weights.give(weights, version)
+
+    def rest(self) -> None:
+        """Nothing is written until the next weights: servers that are to sleep may."""
+        with _said_by_engine():
+            self.weights.rest()
 
     def close(self) -> None:
         self.weights.close()
@@ -136,6 +143,7 @@ def open_engine(
         tokenizer=tokenizer,
         folder=weights_folder(run, directory),
         kept=run.rollout.weights_folder is None,
+        sleeps=run.rollout.servers_sleep,
         vocab_size=vocab_size,
         sync_nats=run.rollout.sync_nats,
         notes=tuple(notes),
