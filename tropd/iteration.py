@@ -16,7 +16,7 @@ from tropd.ahead import Source, add_staleness, own_prompts
 from tropd.assembly import Parts
 from tropd.batches import ScoredBatch, make_tokens
 from tropd.data.graders import grade
-from tropd.errors import TeacherError, TrainingDiverged
+from tropd.errors import EngineError, TeacherError, TrainingDiverged
 from tropd.judge import Seen
 from tropd.objective.support import NOTHING
 from tropd.objective.terms import Context
@@ -43,7 +43,7 @@ def clock(seconds: dict[str, float], phase: str) -> Iterator[None]:
 def iterate(
     parts: Parts, source: Source, directory: Path, step: int, alarms: Alarms
 ) -> tuple[StepRecord, ScoredBatch, list[Alarm]]:
-    """Everything that happens at a step, and what was seen."""
+    """Everything that happens at a step until the student is another, and what was seen."""
     run = parts.run
     seconds: dict[str, float] = {"rollout": 0.0, "score": 0.0, "train": 0.0, "sync": 0.0, "record": 0.0}
     progress = step / run.steps
@@ -60,11 +60,6 @@ def iterate(
     watched = _Watched(parts, batch)
     with clock(seconds, "train"):
         sums = _train(parts, directory, step, batch, context, watched)
-    with clock(seconds, "rollout"):
-        source.wait()
-    with clock(seconds, "sync"):
-        parts.learner.sync()
-        parts.engine.sync(None, step + 1)
     with clock(seconds, "record"), writing(directory):
         write_rollouts(
             directory / "rollouts",
@@ -86,6 +81,21 @@ def iterate(
     )
     texts = tuple(f"{a.name}: {a.message}" for a in raised)
     return dataclasses.replace(record, alarms=texts), batch, raised
+
+
+def hand_over(parts: Parts, source: Source, record: StepRecord) -> tuple[StepRecord, EngineError | None]:
+    """Give the weights that were trained to whoever writes; the record with the time that it took, and what went wrong
+    in the engine."""
+    seconds, failure = dict(record.seconds), None
+    with clock(seconds, "rollout"):
+        source.wait()
+    with clock(seconds, "sync"):
+        parts.learner.sync()
+        try:
+            parts.engine.sync(None, record.step + 1)
+        except EngineError as error:
+            failure = error
+    return dataclasses.replace(record, seconds=seconds), failure
 
 
 def _train(

@@ -27,7 +27,7 @@ from tropd.config import Run
 from tropd.data.stream import PromptStream
 from tropd.errors import CheckpointError, ConfigError, EngineError, TeacherError, TrainingDiverged
 from tropd.evaluation.shared import evaluate_together
-from tropd.iteration import clock, iterate
+from tropd.iteration import clock, hand_over, iterate
 from tropd.probes.alarms import Alarm, Alarms
 from tropd.replay import save_batch
 from tropd.report.display import Display, Silent, make_display
@@ -167,8 +167,12 @@ def _steps(
             if parts.learner.optimizer.num_steps > done or parts.world.size > 1 or state.step == 0:
                 raise  # other weights than those of the step before, or other processes that have not failed
             raise _keep_steps(parts, directory, state, alarms, error) from error
+        record, failure = hand_over(parts, state.source, record)
         state.step += 1
-        if state.step % run.evaluation.every == 0 or state.step == run.steps:
+        evaluates = state.step % run.evaluation.every == 0 or state.step == run.steps
+        if failure is not None and (parts.world.size > 1 or (evaluates and parts.held_out)):
+            raise failure  # other processes that have not failed, or an evaluation that nobody would make up for
+        if evaluates:
             record = _evaluated(parts, directory, state, record)
         with checkpoints.writing(directory):
             records.write(record)
@@ -176,16 +180,20 @@ def _steps(
             tracker.log(record.step, numbers_of(record))
         shown.update(record)
         _stop_if_asked(raised, directory, record.step, batch, parts.world)
+        if failure is not None:
+            raise _keep_steps(parts, directory, state, alarms, failure, undone=False) from failure
         state.stop = parts.world.any(state.asked)
         due = state.step % run.checkpoint.every == 0 or state.best.get("step") == state.step
         if due or state.step == run.steps or state.stop:
             save(parts, directory, state, alarms)
 
 
-def _keep_steps(parts: Parts, directory: Path, state: State, alarms: Alarms, error: Any) -> Exception:
+def _keep_steps(
+    parts: Parts, directory: Path, state: State, alarms: Alarms, error: Any, *, undone: bool = True
+) -> Exception:
     """Save what was trained before somebody else failed, and say so."""
     if not checkpoints.place_of(directory, state.step).exists():
-        save(parts, directory, state, alarms, undone=True)
+        save(parts, directory, state, alarms, undone=undone)
     return type(error)(f"{error} The {state.step} steps before are kept. Go on with: tropd resume {directory}")
 
 

@@ -1,0 +1,69 @@
+"""A server that goes away when it should take the weights costs no step that was trained."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import run_case
+from tests.integration.runs import prepare, run_in
+from tests.servers.mini import MiniServer
+from tests.servers.proxy import Fault, Proxy, Reply, status, untouched
+from tropd.errors import EngineTimeout
+from tropd.loop import resume, train
+
+OPD = {"name": "opd"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare(tmp_path_factory.mktemp("world"))
+
+
+def gone_from(update: int) -> Fault:
+    """Nobody is there when weights are given for the n-th time, or ever after."""
+    updates, away = itertools.count(1), []
+
+    def fault(number: int, request: bytes, reply: Reply) -> Reply:
+        if json.loads(request).get("method") == "reload_weights" and next(updates) >= update:
+            away.append(number)
+        return status(503)(number, request, reply) if away else reply
+
+    return fault
+
+
+def asked(world: Path, output: Path, url: str, **changes: Any) -> Any:
+    rollout = {"servers": [url], "server": {"deadline_seconds": 0.5}, **changes.pop("rollout", {})}
+    seldom = {"steps": 4, "checkpoint": {"every": 50}}
+    return run_in(world, OPD, output=str(output), rollout=rollout, **seldom, **changes)
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_the_step_that_was_trained_is_kept_and_the_resumed_run_is_the_undisturbed_one(
+    staleness: int, world: Path, tmp_path: Path
+) -> None:
+    rollout, broken = {"staleness": staleness}, tmp_path / "broken"
+    with MiniServer(world / "student") as server, Proxy(server.url) as proxy:
+        train(asked(world, tmp_path / "whole", proxy.url, rollout=rollout))
+        proxy.fault = gone_from(update=3)  # at the start, after step 0, after step 1
+        with pytest.raises(EngineTimeout, match="503.* The 2 steps before are kept. Go on with: tropd resume"):
+            train(asked(world, broken, proxy.url, rollout=rollout))
+        assert run_case.num_recorded(broken) == 2
+        assert [folder.name for folder in (broken / "checkpoints").iterdir()] == ["step_000002"]
+        proxy.fault = untouched
+        resume(broken)
+    assert run_case.trace(broken) == run_case.trace(tmp_path / "whole")
+
+
+def test_a_step_whose_evaluation_is_missing_is_not_kept(world: Path, tmp_path: Path) -> None:
+    """A run that goes on from there would never evaluate it."""
+    held_out = {"data": {"path": str(world / "data.jsonl")}, "every": 2, "limit": 2, "max_new_tokens": 4}
+    fails = pytest.raises(EngineTimeout, match="503")
+    with MiniServer(world / "student") as server, Proxy(server.url, gone_from(3)) as proxy, fails as caught:
+        train(asked(world, tmp_path / "run", proxy.url, evaluation=held_out))
+    assert "kept" not in str(caught.value) and run_case.num_recorded(tmp_path / "run") == 1
+    assert not (tmp_path / "run" / "checkpoints").exists()
