@@ -22,6 +22,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tropd import hub
 from tropd.errors import MethodWarning, TropdError
 
 Command = Callable[[list[str]], int] | str
@@ -97,6 +98,7 @@ def main(argv: list[str] | None = None, commands: Mapping[str, tuple[Command, st
     errors = Console(stderr=True, highlight=False)
     if not errors.is_terminal:  # read by transformers too: its bars are noise in a log
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    hub.say_once()
     follows = os.environ.get("RANK", "0") not in ("", "0")  # of several processes, the first speaks for all
     if follows and name not in SHARED:
         return 0
@@ -169,6 +171,8 @@ def _one_line_warnings(console: Console) -> Iterator[None]:
     with warnings.catch_warnings():
         usual = warnings.showwarning
         warnings.simplefilter("always", MethodWarning)
+        # Said by one library to the authors of another: nothing that whoever types a command could change.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\b")
 
         def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
             text = " ".join(str(message).split())

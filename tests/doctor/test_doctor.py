@@ -131,6 +131,17 @@ def test_a_student_that_is_its_teacher_learns_nothing_and_is_told_so(world: Path
     assert any("same weights" in note for note in notes)
 
 
+def test_a_new_adapter_can_learn_from_texts_beside_its_own_base(world: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{a}+1=", "answer": str(a + 1), "worked": f"1,2,{a + 1}"} for a in range(4)]
+    data = {"path": str(cases.write_rows(tmp_path / "worked.jsonl", rows)), "response_column": "worked"}
+    student = {"path": str(world / "student"), "lora": {"rank": 2}}
+    method = {"name": "tropd", "top_k": 8, "prefix": {"shape": "constant", "start": 1.0}}
+    run = cases.run_of(world, tmp_path / "run", student=student, teacher={"path": "base"}, data=data, method=method)
+    checks = examine(run, max_new_tokens=8)
+    assert one(checks, "agreement").level == "ok" and "texts of the data set" in one(checks, "agreement").found
+    assert one(checks, "one step").level == "ok" and "guidance" in one(checks, "one step").found
+
+
 def test_a_new_adapter_cannot_learn_from_its_own_base(world: Path, tmp_path: Path) -> None:
     student = {"path": str(world / "student"), "lora": {"rank": 2, "dropout": 0.1}}
     checks = examine(cases.run_of(world, tmp_path / "run", student=student, teacher={"path": "base"}), max_new_tokens=8)

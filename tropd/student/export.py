@@ -69,7 +69,10 @@ def merge(adapter: Path, folder: Path, *, device: torch.device) -> Path:
         model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
         merged: Any = PeftModel.from_pretrained(model.to(device), str(adapter))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ConfigError(f"the base {base} of {adapter} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ConfigError(
+            f"the base {base} of {adapter} cannot be loaded: {str(error).splitlines()[0].rstrip('. ')}. It is "
+            "named as in the run file: a path that is not absolute counts from the folder where the run was started."
+        ) from error
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     with atomic_folder(folder) as temporary:
         merged.merge_and_unload().save_pretrained(temporary, safe_serialization=True)
@@ -89,10 +92,11 @@ def push(folder: Path, repository: str) -> str:
         api = HfApi()
         api.create_repo(repository, exist_ok=True)
         return str(api.upload_folder(repo_id=repository, folder_path=str(folder)))
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+    # The bases: whatever the hub's library sends requests with raises its own error where nobody answers.
+    except (*HfHubHTTPError.__bases__, OfflineModeIsEnabled, ValueError) as error:
         raise CheckpointError(
-            f"{folder} could not be pushed to {repository}: {str(error).splitlines()[0]} "
-            "The folder itself is complete; log in with `hf auth login` and push again."
+            f"{folder} could not be pushed to {repository}: {str(error).splitlines()[0].rstrip('. ')}. "
+            f"The folder itself is complete: log in with `hf auth login`, then `hf upload {repository} {folder} .`"
         ) from error
 
 

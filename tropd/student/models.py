@@ -46,7 +46,11 @@ def load_tokenizer(config: ModelConfig, whose: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"the {whose}'s tokenizer cannot be read from {source}: {_first_line(error)} "
-            f"Set {whose}.tokenizer to a folder that has one."
+            + (
+                f"Set {whose}.tokenizer to a folder that has one."
+                if Path(source).expanduser().is_dir()
+                else f"Check the name and the network, or set {whose}.path to a folder that holds the model."
+            )
         ) from error
 
 
