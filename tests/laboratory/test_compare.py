@@ -168,6 +168,25 @@ def test_a_wrong_comparison_is_refused_in_words(text, said, tmp_path, capsys):
     assert said in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_run_file_that_evaluates_nothing_is_refused_before_it_is_trained(tmp_path):
+    folder = prepare(tmp_path)
+    (folder / "run.toml").write_text(config_file.dump(run_in(folder, steps=1)))
+    with pytest.raises(ConfigError, match=r"\[evaluation.data\], and a grader"):
+        lab_in(tmp_path / "out", str(folder / "run.toml"))
+
+
+def test_learning_curves_are_drawn_of_testbeds_whose_names_are_no_file_names(tmp_path, capsys):
+    lab = tmp_path / "mine.toml"
+    lab.write_text(
+        f'output = "{tmp_path}"\ntestbeds = ["embedded/nano-hard"]\nseeds = [0]\n[methods.OPD]\nname = "opd"\n'
+    )
+    found = dataclasses.replace(outcome("OPD", 3e-4, 0, 0.5), testbed="embedded/nano-hard")
+    (tmp_path / "results.jsonl").write_text(json.dumps(dataclasses.asdict(found)) + "\n")
+    assert main(["compare", str(lab), "--tables"]) == 0
+    drawn = tmp_path / "curves-embedded_nano-hard.svg"
+    assert "</svg>" in drawn.read_text() and drawn.name in "".join(capsys.readouterr().out.split())
+
+
 def test_a_foreign_line_in_the_results_is_named(tmp_path):
     (tmp_path / "results.jsonl").write_text(json.dumps({"testbed": "x"}) + "\n")
     with pytest.raises(ConfigError, match="line 1"):

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from tropd.laboratory.lab import Lab
+from tropd.laboratory.lab import Lab, file_name
 from tropd.laboratory.tables import Arm, arms_of
 from tropd.laboratory.trial import Outcome
 
@@ -24,7 +24,7 @@ def draw(lab: Lab, outcomes: Sequence[Outcome], directory: Path) -> list[Path]:
     for testbed in lab.testbeds:
         if arms := arms_of(lab, outcomes, testbed):
             name = Path(testbed).stem if testbed.endswith(".toml") else testbed
-            written.append(_draw_one(name, arms, directory / f"curves-{name}.svg"))
+            written.append(_draw_one(name, arms, directory / f"curves-{file_name(name)}.svg"))
     return written
 
 

@@ -105,7 +105,12 @@ class Trial:
     @property
     def folder(self) -> str:
         """A name that any file system takes."""
-        return re.sub(r"[^\w.=+-]+", "_", self.key)
+        return file_name(self.key)
+
+
+def file_name(text: str) -> str:
+    """Without what a file system may not take."""
+    return re.sub(r"[^\w.=+-]+", "_", text)
 
 
 def trials(lab: Lab) -> Iterator[Trial]:
@@ -155,6 +160,12 @@ def _check_testbed(name: str) -> None:
     if name.endswith(".toml"):
         if not Path(name).exists():
             raise ConfigError(f"testbed {name!r} is a run file that does not exist.")
+        run = config_file.load(Path(name))
+        if run.evaluation.data is None or not (run.evaluation.grader or run.grader):
+            raise ConfigError(
+                f"testbed {name!r} says nothing to compare by: give the run file held-out prompts, [evaluation.data], "
+                "and a grader."
+            )
     elif name.removeprefix(EMBEDDED) not in TESTBEDS:
         raise ConfigError(
             f"there is no testbed {name!r}{nearest(name, TESTBEDS)}. Known: {', '.join(TESTBEDS)}; or name a run file "
