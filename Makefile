@@ -4,6 +4,7 @@ PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+FOR_SLOW := .venv/.installed-slow
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # Without a GPU the version is pinned, so that a CPU build of it that pip already knows of is preferred.
 TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),torch,torch==2.13.0)
@@ -16,8 +17,10 @@ demo: $(INSTALLED)
 test: lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-test-slow: $(INSTALLED)
+# The second line is quick, but needs a package that is installed for this target alone.
+test-slow: $(FOR_SLOW)
 	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest tests/testbeds/test_gym.py
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
@@ -48,6 +51,11 @@ $(INSTALLED): pyproject.toml | $(BIN)/python
 	@echo "Installing into .venv (a few minutes the first time)"
 	@$(PIP) install $(TORCH)
 	@$(PIP) install -e '.[dev]'
+	@touch $@
+
+$(FOR_SLOW): $(INSTALLED)
+	@echo "Installing Ray, reasoning-gym and gguf into .venv (a minute or two)"
+	@$(PIP) install -e '.[gguf,gym,ray]'
 	@touch $@
 
 clean:

@@ -140,9 +140,13 @@ def test_a_run_killed_at_random_moments_ends_like_one_left_alone(
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("seed", range(1, 5))
 def test_every_case_survives_many_kills(case: str, seed: int, models: Path, straight: Straight, tmp_path: Path) -> None:
-    killed = tmp_path / "killed"
-    left = killed_at(run_case.write_run(models, killed, case, **LONG), killed, random_moments(seed, 8, 12))
-    assert len(left) >= 6
+    for attempt in range(3):  # on a busy machine a run may end before it is killed
+        killed = tmp_path / f"killed_{attempt}"
+        left = killed_at(run_case.write_run(models, killed, case, **LONG), killed, random_moments(seed, 8, 12))
+        if len(left) >= 6:
+            break
+    else:
+        pytest.fail(f"only {len(left)} of 8 kills came before the end")
     assert run_case.trace(killed) == run_case.trace(straight(case, **LONG))
 
 
