@@ -88,12 +88,13 @@ def push(folder: Path, repository: str) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+    # The bases: whatever the hub's library sends requests with raises its own error where nobody answers.
+    refused: Any = (*HfHubHTTPError.__bases__, OfflineModeIsEnabled, ValueError)
     try:
         api = HfApi()
         api.create_repo(repository, exist_ok=True)
         return str(api.upload_folder(repo_id=repository, folder_path=str(folder)))
-    # The bases: whatever the hub's library sends requests with raises its own error where nobody answers.
-    except (*HfHubHTTPError.__bases__, OfflineModeIsEnabled, ValueError) as error:
+    except refused as error:
         raise CheckpointError(
             f"{folder} could not be pushed to {repository}: {str(error).splitlines()[0].rstrip('. ')}. "
             f"The folder itself is complete: log in with `hf auth login`, then `hf upload {repository} {folder} .`"
