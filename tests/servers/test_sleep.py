@@ -13,10 +13,13 @@ from tests.integration.runs import prepare, run_in
 from tests.run_case import num_recorded
 from tests.servers.mini import MiniServer, Refusal
 from tests.servers.sleeper import Sleeper
+from tests.servers.test_rollouts import REQUESTS, engine_of
+from tests.tiny import tiny_model
 from tropd.config import Run
 from tropd.errors import ConfigError, EngineError, EngineOutOfSync, TeacherError
 from tropd.loop import resume, train
 from tropd.report.records import read_records
+from tropd.rollout.transformers import TransformersEngine
 from tropd.startup import assemble
 
 OPD = {"name": "opd"}
@@ -84,6 +87,16 @@ def test_a_run_that_dies_while_they_sleep_is_resumed_with_its_weights(world: Pat
         teacher.fails = lambda: False
         resume(tmp_path / "run")
         assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_an_engine_that_is_asked_in_its_sleep_gives_the_weights_first(tmp_path: Path, world: Path) -> None:
+    model = tiny_model(seed=3, sharp=4.0, tied=True)
+    with Sleeper(world / "student") as server:
+        engine = engine_of(model, tmp_path, server, sleeps=True)
+        texts = engine.generate(REQUESTS)
+        engine.rest()
+        assert server.sleeping and engine.generate(REQUESTS) == texts and not server.sleeping
+    assert [t.token_ids for t in texts] == [t.token_ids for t in TransformersEngine(model).generate(REQUESTS)]
 
 
 def test_a_run_without_sleep_wakes_whom_another_left_asleep(world: Path, tmp_path: Path) -> None:
