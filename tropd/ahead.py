@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from tropd.assembly import Parts
+from tropd.background import in_background
 from tropd.errors import CheckpointError, TeacherError
 from tropd.objective.evidence import OF_TEACHER
 from tropd.rollout.stage import RolloutJob, begin, carry_on, names_of, roll_out
@@ -68,11 +68,11 @@ class Source:
             return
         self._cursor = parts.stream.state_dict()
         job = self._job(step)
-        if run.teacher.servers:
-            self._next = _in_thread(lambda: self._from_afar(job))
+        if all(teacher.servers for teacher in run.all_teachers.values()):
+            self._next = in_background(lambda: self._from_afar(job))
             return
         drafts = begin(run.method.rollout, job, parts.writer)  # a teacher in this process writes in this thread
-        self._next = _in_thread(lambda: Written(rollouts=_aged(carry_on(drafts, job, parts.engine))))
+        self._next = in_background(lambda: Written(rollouts=_aged(carry_on(drafts, job, parts.engine))))
 
     def wait(self) -> None:
         """Until the engine is idle.  What went wrong is raised by `take`, in the step that it belongs to."""
@@ -160,20 +160,6 @@ def add_staleness(probes: dict[str, float], step: int, rollouts: Sequence[Rollou
         for name in ("mismatch/behavior", "mismatch/behavior_max"):
             if name in probes:
                 probes[name.replace("mismatch/behavior", "staleness/drift")] = probes.pop(name)
-
-
-def _in_thread(work: Callable[[], Written]) -> Future[Written]:
-    """Not in a pool: its threads would be waited for when the process ends."""
-    found: Future[Written] = Future()
-
-    def carry_out() -> None:
-        try:
-            found.set_result(work())
-        except BaseException as error:  # handed to `take`
-            found.set_exception(error)
-
-    threading.Thread(target=carry_out, name="rollouts ahead", daemon=True).start()
-    return found
 
 
 def _aged(rollouts: list[Rollout]) -> list[Rollout]:

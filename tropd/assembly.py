@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,29 +16,25 @@ from tropd.data.chat import stop_ids
 from tropd.data.graders import Grader, resolve_grader
 from tropd.data.prompts import DataConfig, load_prompts
 from tropd.data.stream import LazyPromptStream, PromptStream
-from tropd.errors import ConfigError, EngineError, TeacherError
+from tropd.errors import ConfigError
 from tropd.objective.losses import SampledForwardKL, SampledReverseKL
 from tropd.rollout.engine import Engine
 from tropd.rollout.transformers import TransformersEngine
 from tropd.step import check_evidence
+from tropd.student.forward import Forward
 from tropd.student.learner import ModelLearner
 from tropd.student.models import choose_device, load_model, load_tokenizer, model_fingerprint, wrap_student
 from tropd.student.optimizer import Optimizer
 from tropd.student.parallel import ALONE, Ranks
-from tropd.teachers.local import BaseAsTeacher, LocalTeacher, same_vocabulary, shared_vocab_size, without_adapter
-from tropd.teachers.served import Served, meet_teacher, serve_writer
+from tropd.teachers import loading
 from tropd.teachers.teacher import RunTeacher
-from tropd.teachers.texts import CachedTexts
-from tropd.types import Completion, Prompt, Request
+from tropd.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from tropd.rollout.vllm import VllmEngine
     from tropd.student.sharding import Shards
-
-
-TEXTS = "teacher_texts.sqlite"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,57 +64,35 @@ class Parts:
         return self.learner.forward.vocab_size
 
 
-class TeacherEngine:
-    """The teacher as a writer, inside a context such as the adapter switched off."""
-
-    def __init__(self, engine: Engine, context: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
-        self.engine, self.context = engine, context
-
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        try:
-            with self.context():
-                return self.engine.generate(requests)
-        except EngineError as error:
-            raise TeacherError(f"the teacher cannot write: {error}") from error
-
-    def sync(self, weights: Any, version: int) -> None:
-        self.engine.sync(weights, version)
-
-    def close(self) -> None:
-        self.engine.close()
-
-
 def load_parts(run: Run, directory: Path, world: Ranks = ALONE) -> Parts:
-    """Load everything.  `directory` is where the teacher's texts are kept."""
+    """Load everything.  `directory` is where the teachers' texts are kept."""
     device = choose_device(run.device)
     _check_columns(run.data)
     grader = resolve_grader(run.grader) if run.grader else None
     eval_grader = _eval_grader(run)
     tokenizer = load_tokenizer(run.student, "student")
-    base_teacher = run.teacher.path == "base"
-    if not base_teacher:  # cheap to refuse before any weights are read
-        teacher_tokenizer = load_tokenizer(run.teacher, "teacher")
-        same_vocabulary(tokenizer, teacher_tokenizer)
+    found = loading.find(run, tokenizer)  # cheap to refuse before any weights are read
     loaded = load_model(run.student, "student", device)
-    other = None if base_teacher or run.teacher.servers else load_model(run.teacher, "teacher", device)
+    loading.load(run, found, device)
     origins = {} if run.student.lora is None else {"student": model_fingerprint(loaded)}
-    origins |= {} if other is None else {"teacher": model_fingerprint(other)}
     ends = stop_ids(tokenizer, loaded.generation_config)
     cautions = _without_dropout(loaded)
     model = wrap_student(loaded, run.student, run.seed)
-    own_size = shared_vocab_size(model, tokenizer, model, tokenizer)
-    size = own_size if other is None else shared_vocab_size(model, tokenizer, other, teacher_tokenizer)
-    served = meet_teacher(run, own_size, teacher_tokenizer, directory, world) if run.teacher.servers else None
-    if served is not None:
-        size, origins["teacher"] = served.vocab_size, served.identity
-        cautions += served.notes
-    teacher, learner = _pair(run, model, other, size, served, world)
-    check_evidence(run.method.objective, teacher, run.method.name, grader is not None)
-    data = _limit_prompts(run.data, _shortest(learner, teacher), run.rollout.max_new_tokens)
-    stream, notes = _open_stream(data, tokenizer, run.seed)
-    writer, remarks = _writer(run, other, model, size, served, (tokenizer, stream))
-    if writer is not None and run.teacher.text_cache:
-        writer = CachedTexts(writer, directory / world.own_name(TEXTS), origins.get("teacher") or origins["student"])
+    size = loading.shared_size(found, model, tokenizer)
+    shape: dict[str, Any] = dict(
+        vocab_size=size,
+        tile_tokens=run.tile_tokens,
+        tile_vocab=run.tile_vocab,
+        tokens_per_batch=run.tokens_per_micro_batch,
+    )
+    engaged = loading.engage(run, found, model, shape, directory, world)
+    origins |= engaged.origins
+    learner = _learner(run, model, shape, engaged.forward, world)
+    check_evidence(run.method.objective, engaged.teacher, run.method.name, grader is not None)
+    data = _limit_prompts(run.data, _shortest(learner, engaged.teacher), run.rollout.max_new_tokens)
+    stream, notes = _open_stream(run, data, tokenizer)
+    texts = directory / world.own_name(loading.TEXTS)
+    writer, remarks = loading.writer_of(run, found, model, size, (tokenizer, stream), origins, texts)
     held_out, eval_notes = _held_out(run, tokenizer, learner.forward.context)
     engine = _engine(run, model, tokenizer, size, directory, world)
     return Parts(
@@ -128,14 +101,14 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE) -> Parts:
         model=model,
         learner=learner,
         engine=engine,
-        teacher=teacher,
+        teacher=engaged.teacher,
         writer=writer,
         stream=stream,
         stop_ids=ends,
         grader=grader,
         held_out=held_out,
         eval_grader=eval_grader,
-        notes=(*cautions, *_cautions(run, ends), *engine.notes, *notes, *remarks, *eval_notes),
+        notes=(*cautions, *engaged.notes, *_cautions(run, ends), *engine.notes, *notes, *remarks, *eval_notes),
         origins=origins,
         world=world,
     )
@@ -157,26 +130,15 @@ def _engine(
     return open_engine(run, model, tokenizer, size, directory, delivery)
 
 
-def _pair(
-    run: Run, model: Any, other: Any, size: int, served: Served | None, world: Ranks
-) -> tuple[RunTeacher, ModelLearner]:
-    """Teacher and student, both cut to the shared vocabulary and read in the same tiles."""
-    shape: dict[str, Any] = dict(
-        vocab_size=size,
-        tile_tokens=run.tile_tokens,
-        tile_vocab=run.tile_vocab,
-        tokens_per_batch=run.tokens_per_micro_batch,
-    )
+def _learner(run: Run, model: Any, shape: Mapping[str, Any], teacher: Forward | None, world: Ranks) -> ModelLearner:
+    """The student, cut to the vocabulary and read in the tiles that `shape` names."""
     shards = _shards(run, model, world)
     total, add = run.steps * run.optimizer.num_updates, world.add_ if world.size > 1 else None
     if shards is not None:
         optimizer = Optimizer(shards.cut, run.optimizer, total)
     else:
         optimizer = Optimizer(model, run.optimizer, total, add)
-    if served is not None:
-        return served.teacher, ModelLearner(model, optimizer, shards=shards, **shape)
-    teacher = LocalTeacher(other, **shape) if other is not None else BaseAsTeacher(model, **shape)
-    return teacher, ModelLearner(model, optimizer, teacher=teacher.forward, shards=shards, **shape)
+    return ModelLearner(model, optimizer, teacher=teacher, shards=shards, **shape)
 
 
 def shards_student(run: Run, world: Ranks) -> bool:
@@ -200,12 +162,11 @@ def _eval_grader(run: Run) -> Grader | None:
 
 def _check_columns(data: DataConfig) -> None:
     """Refuse what the data set would bring and no teacher would read."""
-    for knob, wish in (("privileged_column", "what only the teacher may read"), ("teacher_column", "several teachers")):
-        if getattr(data, knob) is not None:
-            raise ConfigError(
-                f"data.{knob} is {getattr(data, knob)!r}, which asks for {wish}, but this run has one teacher that "
-                "reads exactly the student's tokens: it would do nothing. Leave it out."
-            )
+    if data.privileged_column is not None:
+        raise ConfigError(
+            f"data.privileged_column is {data.privileged_column!r}, which asks for what only the teacher may read, but "
+            "teachers read exactly the student's tokens: it would do nothing. Leave it out."
+        )
 
 
 def _without_dropout(model: Any) -> list[str]:
@@ -248,12 +209,15 @@ def _limit_prompts(data: DataConfig, context: int | None, max_new_tokens: int) -
 
 
 def _open_stream(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+    run: Run, data: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PromptStream | LazyPromptStream, list[str]]:
     if data.streaming:
         return LazyPromptStream(data, tokenizer), []
     loaded = load_prompts(data, tokenizer)
-    return PromptStream(loaded.prompts, seed), [f"{data.path}: {loaded.report}"]
+    notes, number = [f"{data.path}: {loaded.report}"], loading.share_prompts(run, loaded.prompts)
+    if run.teachers:
+        notes.append("prompts for " + ", ".join(f"teacher {name!r}: {n}" for name, n in number.items()))
+    return PromptStream(loaded.prompts, run.seed), notes
 
 
 def _held_out(
@@ -263,23 +227,6 @@ def _held_out(
         return (), []
     loaded = load_prompts(_limit_prompts(run.evaluation.data, context, run.evaluation.max_new_tokens), tokenizer)
     return loaded.prompts, [f"{run.evaluation.data.path}: {loaded.report}"]
-
-
-def _writer(
-    run: Run,
-    other: Any,
-    student: Any,
-    size: int,
-    served: Served | None,
-    prompts: tuple[PreTrainedTokenizerBase, PromptStream | LazyPromptStream],
-) -> tuple[Engine | None, list[str]]:
-    """Whoever writes the teacher's texts, if the method asks for any, and what to know about it."""
-    if not run.method.rollout.needs_teacher_text:
-        return None, []
-    if served is not None:
-        return serve_writer(run.teacher, served, *prompts)
-    own = TransformersEngine(other if other is not None else student, vocab_size=size, max_batch=run.rollout.max_batch)
-    return TeacherEngine(own) if other is not None else TeacherEngine(own, lambda: without_adapter(student)), []
 
 
 def _cautions(run: Run, ends: tuple[int, ...]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -12,6 +13,7 @@ from tropd.errors import ConfigError
 from tropd.evaluation.results import EvalConfig
 from tropd.methods import AnyMethod, TrOPD
 from tropd.probes.alarms import AlarmConfig
+from tropd.refusals import check
 from tropd.servers.settings import ServerConfig
 from tropd.types import Sampling
 
@@ -193,6 +195,8 @@ class Run:
     student: StudentConfig
     data: DataConfig
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
+    """Instead of `teacher`, several by name; `data.teacher_column` says which of them a prompt is for."""
     method: Annotated[AnyMethod, Field(discriminator="name")] = field(default_factory=TrOPD)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -217,40 +221,24 @@ class Run:
     trackers: tuple[Literal["trackio", "wandb", "tensorboard"], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ConfigError(f"steps is {self.steps}; give at least 1.")
-        if self.optimizer.num_updates > self.rollout.num_prompts * self.rollout.num_rollouts:
-            raise ConfigError(
-                f"optimizer.num_updates = {self.optimizer.num_updates} shares of "
-                f"{self.rollout.num_prompts * self.rollout.num_rollouts} rollouts would leave some without any."
-            )
-        if self.teacher.path == "base" and self.teacher.servers:
-            raise ConfigError(
-                "teacher.servers names servers, but teacher.path does not say what they serve. Set it to the folder or "
-                "hub id of that model: its tokenizer is compared, its weights are not read."
-            )
-        if self.teacher.score_cache and not self.teacher.servers:
-            raise ConfigError("teacher.score_cache keeps what servers say, but teacher.servers is empty. Leave it out.")
-        if self.parallel.student == "sharded" and self.student.lora is not None:
-            raise ConfigError(
-                'parallel.student is "sharded", but the student has an adapter, which is small: only whole students '
-                'are sharded. Set parallel.student = "replicated".'
-            )
-        if self.parallel.teacher == "sharded" and self.teacher.path == "base":
-            raise ConfigError(
-                'parallel.teacher is "sharded", but teacher.path is "base": that teacher is the student, which every '
-                'process holds. Set parallel.teacher = "replicated".'
-            )
-        if self.parallel.teacher == "sharded" and self.teacher.servers:
-            raise ConfigError(
-                'parallel.teacher is "sharded", but teacher.servers hold the teacher: no process here has a part of '
-                "it. Leave parallel.teacher out."
-            )
-        if self.teacher.path == "base" and self.student.lora is None:
-            raise ConfigError(
-                'teacher.path is "base", the student without its adapter, but the student has no adapter: it would '
-                "be its own teacher and learn nothing. Set teacher.path, or a [student.lora] section."
-            )
+        check(self)
+
+    @property
+    def all_teachers(self) -> dict[str, TeacherConfig]:
+        """By the names that prompts have for them."""
+        return self.teachers or {"default": self.teacher}
+
+    @property
+    def teachers_said(self) -> str:
+        """Who teaches, for people to read."""
+        return ", ".join(f"{name}: {one.path}" for name, one in self.teachers.items()) or self.teacher.path
+
+    def taught_by(self, name: str) -> Run:
+        """The run as it would be with one of its teachers alone."""
+        if not self.teachers:
+            return self
+        data = dataclasses.replace(self.data, teacher_column=None)
+        return dataclasses.replace(self, teacher=self.teachers[name], teachers={}, data=data)
 
     @property
     def sampling(self) -> Sampling:

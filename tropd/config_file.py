@@ -150,11 +150,16 @@ def explain_error(error: Any, root: type) -> str:
 def _fields_at(loc: tuple[Any, ...], root: type) -> list[str]:
     """Field names of the dataclass at a path of an error."""
     cls: Any = root
+    named = False  # the next step is a name that the user gave, such as that of a teacher
     for step in loc:
+        if named:
+            named = False
+            continue
         if step in METHODS:
             cls = METHODS[step]
             continue
         hint = get_type_hints(cls).get(str(step))
+        named = get_origin(hint) is dict
         found = [c for c in _flat(hint) if dataclasses.is_dataclass(c)]
         if step == "method" and cls is Run:
             continue

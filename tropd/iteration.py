@@ -22,6 +22,7 @@ from tropd.objective.support import NOTHING
 from tropd.objective.terms import Context
 from tropd.probes.alarms import Alarm, Alarms
 from tropd.probes.probes import Sums, probe_batch
+from tropd.probes.teachers import said_of
 from tropd.replay import save_batch
 from tropd.report.rollouts import write_rollouts
 from tropd.step import StepSums, recall_needed, score, train_step
@@ -70,7 +71,7 @@ def iterate(
             world=parts.world,
             **watched.evidence(batch),
         )
-    record = _record(parts, step, progress, sums, watched.sums.gather(parts.world).result(), batch, seconds)
+    record = _record(parts, step, progress, sums, watched.probes(parts.world), batch, seconds)
     raised = alarms.check(
         record.probes,
         step=step,
@@ -168,17 +169,30 @@ class _Watched:
         self.sampling, self.sums = parts.run.sampling, Sums.nothing()
         top_NK = batch.tokens.peek("teacher_topk_logprobs_NK")
         self.sampled = top_NK is not None and bool((top_NK[:, :1] <= NOTHING).any())
+        self.by_teacher = {name: Sums.nothing() for name in parts.run.teachers}
+        """Where there are several."""
         self.weights: dict[str, dict[str, Tensor]] = {}
         self.student: dict[str, Tensor] = {}
 
     def __call__(self, seen: Seen) -> None:
         at_teacher = seen.view.peek("topk_logprobs_NK")
-        self.sums += probe_batch(
-            seen.tokens, seen.part.rollouts, topk_logprobs_NK=at_teacher, sampled=self.sampled, sampling=self.sampling
-        )
+        how: dict[str, Any] = {"sampled": self.sampled, "sampling": self.sampling}
+        self.sums += probe_batch(seen.tokens, seen.part.rollouts, topk_logprobs_NK=at_teacher, **how)
+        for name in self.by_teacher:
+            rows_N = _rows_for(name, seen)
+            rollouts = [rollout for rollout in seen.part.rollouts if rollout.prompt.teacher == name]
+            at_own = None if at_teacher is None else at_teacher[rows_N]
+            self.by_teacher[name] += probe_batch(seen.tokens.rows(rows_N), rollouts, topk_logprobs_NK=at_own, **how)
         for term, by_rollout in seen.weights().items():
             self.weights.setdefault(term, {}).update(by_rollout)
         self.student.update(seen.student_logprobs())
+
+    def probes(self, world: Ranks) -> dict[str, float]:
+        """Of all ranks."""
+        found = self.sums.gather(world).result()
+        for name, sums in self.by_teacher.items():
+            found |= said_of(name, sums.gather(world).result())
+        return found
 
     def evidence(self, batch: ScoredBatch) -> dict[str, Any]:
         """What is known of each token of the batch, as `write_rollouts` takes it."""
@@ -196,6 +210,15 @@ class _Watched:
                 for name in ("teacher_logprobs_N", "teacher_topk_ids_NK", "teacher_topk_logprobs_NK")
             },
         }
+
+
+def _rows_for(teacher: str, seen: Seen) -> Tensor:
+    """The live rows of what one of several teachers scored."""
+    rollouts = seen.part.rollouts
+    own_S = torch.tensor([rollout.prompt.teacher == teacher for rollout in rollouts])
+    own_N = own_S.repeat_interleave(torch.tensor([len(rollout.response_ids) for rollout in rollouts]))
+    own_N = own_N.to(seen.tokens.token_ids_N.device)
+    return own_N if seen.live is None else own_N[seen.live]
 
 
 def _writing(parts: Parts) -> AbstractContextManager[Any]:

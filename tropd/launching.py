@@ -48,12 +48,16 @@ class Server:
 def servers_of(run: Run) -> list[Server]:
     """Commands that serve what the run asks for.  Servers of another kind are started by whoever knows how."""
     top_k = run.method.objective.teacher_top_k
-    scoring = ["--max-logprobs", str(top_k)] if top_k and run.teacher.server.kind == "vllm" else []
+    scoring = ["--max-logprobs", str(top_k)] if top_k else []
     taking, variables = [], {"VLLM_SERVER_DEV_MODE": "1"}
     if run.student.lora is not None:
         taking = ["--enable-lora", "--max-loras", "2", "--max-lora-rank", str(run.student.lora.rank)]
         variables = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-    teachers = [_server(url, run.teacher.server, run.teacher, scoring, {}) for url in run.teacher.servers]
+    teachers = [
+        _server(url, teacher.server, teacher, scoring if teacher.server.kind == "vllm" else [], {})
+        for teacher in run.all_teachers.values()
+        for url in teacher.servers
+    ]
     writers = [_server(url, run.rollout.server, run.student, taking, variables) for url in run.rollout.servers]
     return [server for server in teachers + writers if server is not None]
 

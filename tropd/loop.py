@@ -269,7 +269,7 @@ def _facts(parts: Parts, directory: Path) -> dict[str, str]:
         "fingerprint": config_file.fingerprint(run),
         "method": run.method.name,
         "student": run.student.path + (f" + LoRA {run.student.lora.rank}" if run.student.lora else ""),
-        "teacher": run.teacher.path,
+        "teacher": run.teachers_said,
         "data": run.data.path + (f" ({len(parts.stream)} prompts)" if isinstance(parts.stream, PromptStream) else ""),
         "batch": f"{run.rollout.num_prompts} prompts x {run.rollout.num_rollouts} rollouts",
         "device": f"{parts.learner.device}, {torch.get_num_threads()} threads",

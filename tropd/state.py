@@ -69,7 +69,7 @@ def restore(parts: Parts, state: State, alarms: Alarms, saved: checkpoints.Check
     held = saved.state
     for whose, weights in parts.origins.items():
         if held["origins"][whose] != weights:
-            path = getattr(parts.run, whose).path
+            path = parts.run.student.path if whose == "student" else parts.run.teachers_said
             raise CheckpointError(
                 f"{saved.path} was trained with other weights of the {whose}, or in another precision, than {path} "
                 "gives now. Put the old ones back, or start a new run."

@@ -52,7 +52,7 @@ class Prompt:
     answer: str | None = None
     """What the grader compares with."""
     teacher: str = "default"
-    """Which teacher scores it (several teachers)."""
+    """Which of several teachers it is for."""
     privileged: str | None = None
     """What only the teacher may read."""
     response_ids: tuple[int, ...] = ()
@@ -89,6 +89,8 @@ class Request:
     """The rollout's own random stream: the same tokens whatever else is in the batch."""
     sampling: Sampling = Sampling()
     stop_ids: tuple[int, ...] = ()
+    teacher: str = "default"
+    """Which of several teachers is to write it; engines of one model do not look."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -121,10 +121,9 @@ def test_placeholder_logprobs_of_what_the_student_did_not_write_reach_nothing(tm
     assert all(torch.equal(g, other.gradients[name]) for name, g in one.gradients.items())
 
 
-@pytest.mark.parametrize("column", ["privileged_column", "teacher_column"])
-def test_a_column_that_only_a_teacher_would_read_is_refused_while_none_does(tmp_path: Path, column: str) -> None:
-    run = run_in(prepare(tmp_path), data={column: "answer"})
-    with pytest.raises(ConfigError, match=f"data.{column} is 'answer'.*it would do nothing"):
+def test_a_column_that_only_a_teacher_would_read_is_refused_while_none_does(tmp_path: Path) -> None:
+    run = run_in(prepare(tmp_path), data={"privileged_column": "answer"})
+    with pytest.raises(ConfigError, match="data.privileged_column is 'answer'.*it would do nothing"):
         train(run)
 
 

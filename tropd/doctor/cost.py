@@ -32,6 +32,7 @@ class Need:
 
     student: int
     teacher: int
+    """Of all in this process."""
     gradients: int
     moments: int
     """AdamW's two, in float32."""
@@ -63,9 +64,10 @@ def need_of(subject: Subject) -> Need:
     width = choose_dtype(run.student.dtype, device).itemsize
     trained = [p.numel() for p in student.parameters() if p.requires_grad]
     teacher = 0
-    if subject.teacher is not None and not run.teacher.servers:
-        numel = sum(p.numel() for p in _without_storage(run.teacher).parameters())
-        teacher = numel * choose_dtype(run.teacher.dtype, device).itemsize
+    for config in run.all_teachers.values():
+        if config.path != "base" and not config.servers:
+            numel = sum(p.numel() for p in _without_storage(config).parameters())
+            teacher += numel * choose_dtype(config.dtype, device).itemsize
     config = subject.student.config
     layers, hidden = int(config.num_hidden_layers), int(config.hidden_size)
     size = max(subject.student.tokenizer.get_vocab().values()) + 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,17 +27,17 @@ from tropd.doctor.texts import check_generation, check_stops, check_templates, c
 from tropd.errors import ConfigError, TropdError
 from tropd.student.models import model_fingerprint
 from tropd.teachers.local import LocalTeacher
+from tropd.teachers.routed import Routed
 
 if TYPE_CHECKING:
     from tropd.assembly import Parts
 
 Look = Callable[[Subject], Iterator[Check]]
 
+OF_A_TEACHER: tuple[Look, ...] = (check_tokenizers, check_stops, check_templates, check_lengths)
+"""Looked at for each teacher."""
+
 QUICK: tuple[Look, ...] = (
-    check_tokenizers,
-    check_stops,
-    check_templates,
-    check_lengths,
     check_prompts,
     check_graders,
     check_support,
@@ -51,7 +53,11 @@ READ: tuple[Look, ...] = (*QUICK, check_generation, check_needs, check_objection
 def quick_checks(parts: Parts) -> list[str]:
     """The checks that need no rollouts, and what changes a server's scores: errors are raised, warnings returned."""
     subject = subject_of(parts)
-    checks = [check for look in (*QUICK, check_essentials) for check in look(subject)]
+    checks = [
+        *_of_teachers(subject, OF_A_TEACHER),
+        *_looks(subject, QUICK),
+        *_of_teachers(subject, (check_essentials,)),
+    ]
     refusals = [check for check in checks if check.level == "error"]
     if refusals:
         more = f" `tropd doctor` shows {len(refusals) - 1} more." if len(refusals) > 1 else ""
@@ -67,11 +73,28 @@ def examine(run: Run, *, num_prompts: int = 8, max_new_tokens: int = 64) -> list
     subject, checks = read_subject(run)
     if subject is None:
         return checks
-    checks += [check for look in READ for check in look(subject)]
-    checks += check_servers(subject, weights=num_prompts > 0)
+    checks += [*_of_teachers(subject, OF_A_TEACHER), *_looks(subject, READ)]
+    checks += _of_teachers(subject, [partial(check_servers, weights=num_prompts > 0)])
     if num_prompts == 0 or any(check.level == "error" for check in checks):
         return checks
     return checks + _measure(run, num_prompts, max_new_tokens)
+
+
+def _looks(subject: Subject, looks: Sequence[Look]) -> Iterator[Check]:
+    for look in looks:
+        yield from look(subject)
+
+
+def _of_teachers(subject: Subject, looks: Sequence[Look]) -> Iterator[Check]:
+    """Each teacher with its own prompts."""
+    for name in subject.teachers:
+        yield from _bearing(subject.run, name, _looks(subject.taught_by(name), looks))
+
+
+def _bearing(run: Run, name: str, checks: Iterable[Check]) -> Iterator[Check]:
+    """Where there are several teachers, a check bears the name of the one it is about."""
+    for check in checks:
+        yield dataclasses.replace(check, name=f"{name}: {check.name}") if run.teachers else check
 
 
 def _measure(run: Run, num_prompts: int, max_new_tokens: int) -> list[Check]:
@@ -80,14 +103,8 @@ def _measure(run: Run, num_prompts: int, max_new_tokens: int) -> list[Check]:
     from tropd.doctor import readings
     from tropd.doctor.sample import draw_sample
 
-    looks = (
-        readings.check_teacher,
-        readings.check_agreement,
-        readings.check_ends,
-        readings.check_sampler,
-        readings.check_step,
-        readings.check_seconds,
-    )
+    of_a_teacher = (readings.check_teacher, readings.check_agreement, readings.check_ends, readings.check_sampler)
+    looks = (readings.check_step, readings.check_seconds)
     with tempfile.TemporaryDirectory() as folder:
         try:
             parts = load_parts(run, Path(folder))
@@ -102,17 +119,23 @@ def _measure(run: Run, num_prompts: int, max_new_tokens: int) -> list[Check]:
             for engine in (parts.engine, parts.writer):
                 if engine is not None:
                     engine.close()
-        return [loaded, *(check for look in looks for check in look(parts, sample))]
+        checks = [loaded]
+        for name, found in sample.diagnoses.items():
+            checks += _bearing(run, name, (check for look in of_a_teacher for check in look(parts, found)))
+        return [*checks, *(check for look in looks for check in look(parts, sample))]
 
 
 def _same_weights(parts: Parts) -> Iterator[Check]:
-    teacher = parts.teacher
-    if isinstance(teacher, LocalTeacher) and model_fingerprint(parts.model) == model_fingerprint(teacher.forward.model):
-        yield warning(
-            "teacher",
-            "student and teacher have the same weights, so log-ratios start at zero and nothing is learned from them.",
-            "Set teacher.path to a stronger model.",
-        )
+    teachers = parts.teacher.teachers if isinstance(parts.teacher, Routed) else {"default": parts.teacher}
+    alike = warning(
+        "teacher",
+        "student and teacher have the same weights, so log-ratios start at zero and nothing is learned from them.",
+        "Set teacher.path to a stronger model.",
+    )
+    own = model_fingerprint(parts.model)
+    for name, one in teachers.items():
+        if isinstance(one, LocalTeacher) and model_fingerprint(one.forward.model) == own:
+            yield from _bearing(parts.run, name, [alike])
 
 
 __all__ = ["examine", "quick_checks"]

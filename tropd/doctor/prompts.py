@@ -8,6 +8,7 @@ from tropd.data.graders import GRADERS, Grader, check_answers
 from tropd.doctor.check import Check, error, ok, warning
 from tropd.doctor.subject import Subject
 from tropd.errors import DataError
+from tropd.teachers.loading import share_prompts
 from tropd.types import Prompt
 
 _GRADED = 64  # answers: enough to see a wrong column
@@ -20,6 +21,8 @@ def check_prompts(subject: Subject) -> Iterator[Check]:
     if num_prompts and not run.data.streaming:
         visits = run.steps * run.rollout.num_prompts / num_prompts
         yield ok("visits", f"{num_prompts} prompts, each visited {visits:.3g} times in {run.steps} steps")
+    if run.teachers and num_prompts:
+        yield from _check_shares(subject)
     held_out = {prompt.token_ids for prompt in subject.held_out}
     shared = len(held_out & {prompt.token_ids for prompt in subject.prompts})
     if shared:
@@ -32,6 +35,21 @@ def check_prompts(subject: Subject) -> Iterator[Check]:
         yield warning(
             "held-out data", "there is no grader, so an evaluation measures lengths only.", "Set evaluation.grader."
         )
+
+
+def _check_shares(subject: Subject) -> Iterator[Check]:
+    """Every prompt has a teacher, and every teacher prompts."""
+    try:
+        number = share_prompts(subject.run, subject.prompts)
+    except DataError as refusal:
+        yield error("teachers", str(refusal))
+        return
+    said = "prompts for " + ", ".join(f"{name!r}: {n}" for name, n in number.items())
+    idle = [name for name, n in number.items() if n == 0]
+    if idle and not subject.run.data.streaming:
+        yield warning("teachers", said, f"Leave out [teachers.{idle[0]}]: it would be loaded for nothing.")
+    else:
+        yield ok("teachers", said)
 
 
 def check_lengths(subject: Subject) -> Iterator[Check]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from tropd.doctor.check import Check, error, ok, warning
-from tropd.doctor.sample import Sample
+from tropd.doctor.sample import Diagnosis, Sample
 from tropd.probes.alarms import Alarms
 from tropd.teachers.local import BaseAsTeacher
 
@@ -19,30 +19,30 @@ _HIGH_TV = 0.5
 _STOP_WARNING, _STOP_ERROR = -8.0, -15.0
 
 
-def check_teacher(parts: Parts, sample: Sample) -> Iterator[Check]:
+def check_teacher(parts: Parts, found: Diagnosis) -> Iterator[Check]:
     """Does it know anything, and does it say the same thing twice?"""
-    probes, uniform = sample.probes, math.log(parts.vocab_size)
+    probes, uniform = found.probes, math.log(parts.vocab_size)
     said = (
         f"mean log-probability of the student's tokens {probes['teacher/mean_logprob']:.2f}, entropy "
         f"{_shown(probes, 'entropy/teacher')} (a teacher that knows nothing: {-uniform:.2f} and "
         f"{uniform:.2f})"
     )
-    alarm = _alarm(parts, sample, "uniform_teacher")
+    alarm = _alarm(parts, found, "uniform_teacher")
     if alarm is not None:
         yield error("teacher", f"{said}. {alarm}")
     else:
         yield ok("teacher", said)
-    if sample.repeat_gap > parts.teacher.noise:
+    if found.repeat_gap > found.teacher.noise:
         yield warning(
             "teacher repeats itself",
-            f"the same texts in another order differ by up to {sample.repeat_gap:.2g} nats.",
+            f"the same texts in another order differ by up to {found.repeat_gap:.2g} nats.",
             "Such noise is added to every log-ratio. Use float32, or another attention implementation.",
         )
 
 
-def check_agreement(parts: Parts, sample: Sample) -> Iterator[Check]:
+def check_agreement(parts: Parts, found: Diagnosis) -> Iterator[Check]:
     """How far apart the two models are on what the student writes."""
-    p = sample.probes
+    p = found.probes
     said = (
         f"total variation {p['trust/tv']:.1%} (the share of outliers), top-k overlap {p['overlap/top_k']:.1%}, "
         f"log pi_T - log pi_S {p['ratio/mean']:.3f} on average, from {p.get('ratio/min', math.nan):.2f} to "
@@ -50,7 +50,7 @@ def check_agreement(parts: Parts, sample: Sample) -> Iterator[Check]:
         f"{_shown(p, 'entropy/teacher')}, mean difference {_shown(p, 'entropy/gap')}"
     )
     if p.get("ratio/min") == 0.0 == p.get("ratio/max") and not p.get("ratio/infinite"):
-        own = isinstance(parts.teacher, BaseAsTeacher)
+        own = isinstance(found.teacher, BaseAsTeacher)
         if own and (parts.run.data.response_column or parts.run.data.last_assistant == "prefix"):
             yield ok(
                 "agreement",
@@ -82,39 +82,39 @@ def check_agreement(parts: Parts, sample: Sample) -> Iterator[Check]:
         )
     else:
         yield ok("agreement", said)
-    alarm = _alarm(parts, sample, "support_collapse")
+    alarm = _alarm(parts, found, "support_collapse")
     if alarm is not None:
         yield warning("support", alarm, "")
 
 
-def check_ends(parts: Parts, sample: Sample) -> Iterator[Check]:
+def check_ends(parts: Parts, found: Diagnosis) -> Iterator[Check]:
     """A teacher that never writes the student's stop token punishes every answer that ends."""
-    total, ended = len(sample.rollouts), sample.num_ended
-    said = f"{ended} of {total} answers ended within {sample.limit} tokens"
-    if not sample.stop_ratios:
-        whole = sample.limit >= parts.run.rollout.max_new_tokens
-        found = f"{said}, so what the teacher thinks of the student's stop token was not measured"
+    total, ended = len(found.rollouts), found.num_ended
+    said = f"{ended} of {total} answers ended within {found.limit} tokens"
+    if not found.stop_ratios:
+        whole = found.limit >= parts.run.rollout.max_new_tokens
+        unknown = f"{said}, so what the teacher thinks of the student's stop token was not measured"
         if whole:
-            yield warning("ends", f"{found}; every rollout is cut off.", "Raise rollout.max_new_tokens.")
+            yield warning("ends", f"{unknown}; every rollout is cut off.", "Raise rollout.max_new_tokens.")
         else:
-            yield ok("ends", f"{found}; --sample-tokens draws longer ones")
+            yield ok("ends", f"{unknown}; --sample-tokens draws longer ones")
         return
-    mean = sum(sample.stop_ratios) / len(sample.stop_ratios)
+    mean = sum(found.stop_ratios) / len(found.stop_ratios)
     said += f"; log pi_T - log pi_S of the token that ended them is {mean:.2f} on average"
-    stands_out = mean < sample.other_ratio + _STOP_WARNING
+    stands_out = mean < found.other_ratio + _STOP_WARNING
     if mean > _STOP_WARNING or not stands_out:
         yield ok("ends", said)
         return
     yield (error if mean < _STOP_ERROR else warning)(
         "ends",
-        f"{said} ({sample.other_ratio:.2f} elsewhere): the teacher does not end answers with that "
+        f"{said} ({found.other_ratio:.2f} elsewhere): the teacher does not end answers with that "
         "token. The student will unlearn to stop, and lengths will explode within dozens of steps.",
         "Give both models the same end-of-turn token: see 'stop tokens' above.",
     )
 
 
-def check_sampler(parts: Parts, sample: Sample) -> Iterator[Check]:
-    mean, largest = sample.sampler_gap
+def check_sampler(parts: Parts, found: Diagnosis) -> Iterator[Check]:
+    mean, largest = found.sampler_gap
     said = f"log-probabilities of sampler and trainer differ by {mean:.2g} nats on average, {largest:.2g} at most"
     if mean > parts.run.alarms.mismatch_nats:
         yield error(
@@ -171,10 +171,10 @@ def check_seconds(parts: Parts, sample: Sample) -> Iterator[Check]:
     )
 
 
-def _alarm(parts: Parts, sample: Sample, name: str) -> str | None:
+def _alarm(parts: Parts, found: Diagnosis, name: str) -> str | None:
     """What an alarm of training would say of these probes."""
     raised = Alarms(parts.run.alarms).check(
-        sample.probes,
+        found.probes,
         step=0,
         vocab_size=parts.vocab_size,
         loss=0.0,

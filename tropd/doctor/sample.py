@@ -16,6 +16,8 @@ from torch import Tensor
 
 from tropd.batches import ScoredBatch, add_scores, make_tokens
 from tropd.data.graders import grade
+from tropd.data.stream import PromptStream
+from tropd.doctor.subject import STREAMED
 from tropd.iteration import clock
 from tropd.objective.evidence import Needs
 from tropd.objective.terms import Context
@@ -24,6 +26,8 @@ from tropd.rollout.policies import OnPolicy, RolloutPolicy
 from tropd.rollout.stage import RolloutJob, roll_out
 from tropd.step import StepSums, recall_needed, score, train_step
 from tropd.student.forward import similar_lengths
+from tropd.teachers.routed import by_teacher
+from tropd.teachers.teacher import RunTeacher
 from tropd.types import Finish, Prompt, Rollout
 
 if TYPE_CHECKING:
@@ -34,9 +38,10 @@ _TOP_K = 64  # TrOPD's, where the method has none of its own
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
-    """What was seen.  x = log pi_T - log pi_S of a written token."""
+class Diagnosis:
+    """What a teacher thinks of answers to its prompts.  x = log pi_T - log pi_S of a written token."""
 
+    teacher: RunTeacher
     rollouts: list[Rollout]
     limit: int
     """Tokens that an answer could have."""
@@ -49,6 +54,21 @@ class Sample:
     """Mean and largest |log pi_S of the sampler - log pi_S of the trainer|."""
     repeat_gap: float
     """Largest difference when the teacher scores the same texts again, in another order."""
+
+    @property
+    def num_ended(self) -> int:
+        return sum(rollout.finish is Finish.STOP for rollout in self.rollouts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What was seen."""
+
+    rollouts: list[Rollout]
+    limit: int
+    """Tokens that an answer could have."""
+    diagnoses: dict[str, Diagnosis]
+    """By teacher."""
     step: StepSums
     seconds: dict[str, float]
     num_tokens: int
@@ -58,21 +78,18 @@ class Sample:
     def lengths(self) -> list[int]:
         return [len(rollout.response_ids) for rollout in self.rollouts]
 
-    @property
-    def num_ended(self) -> int:
-        return sum(rollout.finish is Finish.STOP for rollout in self.rollouts)
-
 
 def draw_sample(parts: Parts, num_prompts: int, max_new_tokens: int) -> Sample:
+    """Answers to `num_prompts` prompts of each teacher."""
     seconds: dict[str, float] = {}
-    before = parts.stream.state_dict()
-    prompts = parts.stream.next(num_prompts)
-    parts.stream.load_state_dict(before)
+    prompts = _prompts(parts, num_prompts)
     limit = min(max_new_tokens, parts.run.rollout.max_new_tokens)
     with clock(seconds, "rollout"):
         rollouts = _write(parts, prompts, OnPolicy(), limit)
-    probes, (stop_ratios, other_ratio), sampler_gap = _diagnose(parts, rollouts)
-    repeat_gap = _repeat(parts, rollouts)
+    diagnoses = {}
+    for chosen, teacher in by_teacher(parts.teacher, rollouts):
+        own = [rollouts[i] for i in chosen]
+        diagnoses[own[0].prompt.teacher] = _diagnose(parts, teacher, own, limit)
     method = parts.run.method
     step_rollouts = rollouts
     if method.rollout.needs_teacher_text:
@@ -85,15 +102,28 @@ def draw_sample(parts: Parts, num_prompts: int, max_new_tokens: int) -> Sample:
     return Sample(
         rollouts=rollouts,
         limit=limit,
-        probes=probes,
-        stop_ratios=stop_ratios,
-        other_ratio=other_ratio,
-        sampler_gap=sampler_gap,
-        repeat_gap=repeat_gap,
+        diagnoses=diagnoses,
         step=_step(parts, step_rollouts, seconds),
         seconds=seconds,
         num_tokens=sum(len(r.token_ids) for r in step_rollouts),
     )
+
+
+def _prompts(parts: Parts, num_prompts: int) -> list[tuple[Prompt, int]]:
+    """The next ones for each teacher, among as many as are looked at where not all are in memory."""
+    stream = parts.stream
+    before = stream.state_dict()
+    if not parts.run.teachers:
+        drawn = stream.next(num_prompts)
+    else:
+        left = dict.fromkeys(parts.run.teachers, num_prompts)
+        drawn = []
+        for prompt, visit in stream.next(len(stream) if isinstance(stream, PromptStream) else STREAMED):
+            if left.get(prompt.teacher, 0) > 0:
+                left[prompt.teacher] -= 1
+                drawn.append((prompt, visit))
+    stream.load_state_dict(before)
+    return drawn
 
 
 def _write(parts: Parts, prompts: Sequence[tuple[Prompt, int]], policy: RolloutPolicy, limit: int) -> list[Rollout]:
@@ -111,14 +141,12 @@ def _write(parts: Parts, prompts: Sequence[tuple[Prompt, int]], policy: RolloutP
     return roll_out(policy, job, parts.engine, parts.writer)
 
 
-def _diagnose(
-    parts: Parts, rollouts: list[Rollout]
-) -> tuple[dict[str, float], tuple[list[float], float], tuple[float, float]]:
+def _diagnose(parts: Parts, teacher: RunTeacher, rollouts: list[Rollout], limit: int) -> Diagnosis:
     """Everything that both models say of these answers, as probes."""
     top_k = min(parts.run.method.objective.teacher_top_k or _TOP_K, parts.vocab_size)
-    offers = parts.teacher.capabilities
+    offers = teacher.capabilities
     tokens = make_tokens(rollouts, parts.run.seed, parts.learner.device, parts.vocab_size)
-    tokens = add_scores(tokens, rollouts, parts.teacher.score(rollouts, _EVIDENCE & offers, top_k=top_k))
+    tokens = add_scores(tokens, rollouts, teacher.score(rollouts, _EVIDENCE & offers, top_k=top_k))
     sampler_N = tokens.peek("student_logprobs_N")
     own = _measure(parts, rollouts, tokens.teacher_topk_ids_NK, top_k)
     tokens = tokens.with_(
@@ -131,7 +159,16 @@ def _diagnose(
     other_N = torch.ones_like(ratio_N, dtype=torch.bool).index_fill(0, ends_S, False) & ratio_N.isfinite()
     other = float(ratio_N[other_N].mean()) if bool(other_N.any()) else 0.0
     gap_N = torch.zeros(1) if sampler_N is None else (sampler_N - own["logprobs"]).abs().float()
-    return probes, (ratio_N[ends_S].tolist(), other), (float(gap_N.mean()), float(gap_N.max()))
+    return Diagnosis(
+        teacher=teacher,
+        rollouts=rollouts,
+        limit=limit,
+        probes=probes,
+        stop_ratios=ratio_N[ends_S].tolist(),
+        other_ratio=other,
+        sampler_gap=(float(gap_N.mean()), float(gap_N.max())),
+        repeat_gap=_repeat(teacher, rollouts),
+    )
 
 
 def _measure(parts: Parts, rollouts: list[Rollout], ids_NK: Tensor, top_k: int) -> dict[str, Tensor]:
@@ -159,10 +196,10 @@ def _measure(parts: Parts, rollouts: list[Rollout], ids_NK: Tensor, top_k: int) 
     return {name: torch.cat([pieces[i][name] for i in range(len(rollouts))]) for name in pieces[0]}
 
 
-def _repeat(parts: Parts, rollouts: list[Rollout]) -> float:
+def _repeat(teacher: RunTeacher, rollouts: list[Rollout]) -> float:
     """A teacher must say the same of the same text, whatever else it is asked."""
-    first = parts.teacher.score(rollouts, Needs.SAMPLED)
-    again = parts.teacher.score(rollouts[::-1], Needs.SAMPLED)[::-1]
+    first = teacher.score(rollouts, Needs.SAMPLED)
+    again = teacher.score(rollouts[::-1], Needs.SAMPLED)[::-1]
     gaps = [(a.logprobs_T - b.logprobs_T).abs() for a, b in zip(first, again, strict=True) if len(a.logprobs_T)]
     finite = [gap_T[gap_T.isfinite()] for gap_T in gaps]
     return max((float(gap_T.max()) for gap_T in finite if len(gap_T)), default=0.0)

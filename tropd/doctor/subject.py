@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tropd.config import ModelConfig, Run
+from tropd.config import ModelConfig, Run, TeacherConfig
 from tropd.data import chat
 from tropd.data.graders import Grader, resolve_grader
 from tropd.data.prompts import DataConfig, load_prompts
@@ -17,7 +18,9 @@ from tropd.objective.evidence import Needs
 from tropd.student.head import causal_lm_of
 from tropd.student.models import load_tokenizer
 from tropd.teachers.local import BaseAsTeacher, LocalTeacher
+from tropd.teachers.routed import Routed, shared_by
 from tropd.teachers.server import CAPABILITIES as SERVED
+from tropd.teachers.teacher import RunTeacher
 from tropd.types import Prompt
 
 if TYPE_CHECKING:
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 
     from tropd.assembly import Parts
 
-_STREAMED = 64  # prompts looked at where they are not all in memory
+STREAMED = 64  # prompts looked at where they are not all in memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,17 +56,30 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What checks look at.  `teacher` is None where it is the base under the student's adapter; `prompts` is empty
-    where they cannot be read, which has been said then."""
+    """What checks look at.  `prompts` is empty where they cannot be read, which has been said then."""
 
     run: Run
     student: Side
-    teacher: Side | None
+    teachers: Mapping[str, Side | None]
+    """By name; None is the base under the student's adapter."""
     capabilities: Needs
     prompts: tuple[Prompt, ...]
     held_out: tuple[Prompt, ...] = ()
     grader: Grader | None = None
     eval_grader: Grader | None = None
+
+    @property
+    def teacher(self) -> Side | None:
+        """The only one."""
+        (side,) = self.teachers.values()
+        return side
+
+    def taught_by(self, name: str) -> Subject:
+        """What one teacher has to do with."""
+        own = tuple(prompt for prompt in self.prompts if not self.run.teachers or prompt.teacher == name)
+        return dataclasses.replace(
+            self, run=self.run.taught_by(name), teachers={name: self.teachers[name]}, prompts=own
+        )
 
 
 def subject_of(parts: Parts) -> Subject:
@@ -75,30 +91,34 @@ def subject_of(parts: Parts) -> Subject:
         config=inside.config.get_text_config(),
         generation=inside.generation_config,
     )
-    teacher = None
-    if run.teacher.servers:
-        teacher = _read_side(run.teacher, "teacher")
-    elif isinstance(parts.teacher, LocalTeacher):
-        inside = causal_lm_of(parts.teacher.forward.model)
-        teacher = Side(
-            whose="teacher",
-            tokenizer=load_tokenizer(run.teacher, "teacher"),
-            config=inside.config.get_text_config(),
-            generation=inside.generation_config,
-        )
+    several = parts.teacher.teachers if isinstance(parts.teacher, Routed) else {"default": parts.teacher}
     stream = parts.stream
     before = stream.state_dict()
-    drawn = stream.next(len(stream) if isinstance(stream, PromptStream) else _STREAMED)
+    drawn = stream.next(len(stream) if isinstance(stream, PromptStream) else STREAMED)
     stream.load_state_dict(before)
     return Subject(
         run=run,
         student=student,
-        teacher=teacher,
+        teachers={name: _side_of(one, run.all_teachers[name]) for name, one in several.items()},
         capabilities=parts.teacher.capabilities,
         prompts=tuple({prompt.id: prompt for prompt, _ in drawn}.values()),
         held_out=parts.held_out,
         grader=parts.grader,
         eval_grader=parts.eval_grader,
+    )
+
+
+def _side_of(teacher: RunTeacher, config: TeacherConfig) -> Side | None:
+    if config.servers:
+        return _read_side(config, "teacher")
+    if not isinstance(teacher, LocalTeacher):
+        return None
+    inside = causal_lm_of(teacher.forward.model)
+    return Side(
+        whose="teacher",
+        tokenizer=load_tokenizer(config, "teacher"),
+        config=inside.config.get_text_config(),
+        generation=inside.generation_config,
     )
 
 
@@ -114,11 +134,14 @@ def read_subject(run: Run) -> tuple[Subject | None, list[Check]]:
             return None
 
     student = attempt("student", lambda: _read_side(run.student, "student"))
-    own_base = run.teacher.path == "base"
-    teacher = None if own_base else attempt("teacher", lambda: _read_side(run.teacher, "teacher"))
+    teachers: dict[str, Side | None] = {}
+    for name, config in run.all_teachers.items():
+        said = f"{name}: teacher" if run.teachers else "teacher"
+        known = config.path == "base"
+        teachers[name] = None if known else attempt(said, lambda config=config: _read_side(config, "teacher"))
     grader = attempt("grader", lambda: resolve_grader(run.grader) if run.grader else None)
-    name = run.evaluation.grader or run.grader
-    eval_grader = grader if name == run.grader else attempt("grader", lambda: resolve_grader(name or ""))
+    judge = run.evaluation.grader or run.grader
+    eval_grader = grader if judge == run.grader else attempt("grader", lambda: resolve_grader(judge or ""))
     if student is None:
         return None, checks
     prompts = attempt("data", lambda: _read_prompts(run.data, student, checks, "data"))
@@ -126,12 +149,12 @@ def read_subject(run: Run) -> tuple[Subject | None, list[Check]]:
     held_out: tuple[Prompt, ...] | None = ()
     if data is not None:
         held_out = attempt("held-out data", lambda: _read_prompts(data, student, checks, "held-out data"))
-    if teacher is None and not own_base:
+    if any(teachers[name] is None and config.path != "base" for name, config in run.all_teachers.items()):
         return None, checks
     return Subject(
         run=run,
         student=student,
-        teacher=teacher,
+        teachers=teachers,
         capabilities=_capabilities(run),
         prompts=prompts or (),
         held_out=held_out or (),
@@ -141,9 +164,13 @@ def read_subject(run: Run) -> tuple[Subject | None, list[Check]]:
 
 
 def _capabilities(run: Run) -> Needs:
-    if run.teacher.servers:
-        return SERVED[run.teacher.server.kind]
-    return (BaseAsTeacher if run.teacher.path == "base" else LocalTeacher).capabilities
+    each = [
+        SERVED[config.server.kind]
+        if config.servers
+        else (BaseAsTeacher if config.path == "base" else LocalTeacher).capabilities
+        for config in run.all_teachers.values()
+    ]
+    return shared_by(each) if run.teachers else each[0]
 
 
 def _read_side(config: ModelConfig, whose: str) -> Side:
@@ -168,7 +195,7 @@ def _read_side(config: ModelConfig, whose: str) -> Side:
 def _read_prompts(data: DataConfig, student: Side, checks: list[Check], name: str) -> tuple[Prompt, ...]:
     if data.streaming:
         stream = LazyPromptStream(data, student.tokenizer)
-        prompts, report = tuple(prompt for prompt, _ in stream.next(_STREAMED)), stream.report
+        prompts, report = tuple(prompt for prompt, _ in stream.next(STREAMED)), stream.report
     else:
         loaded = load_prompts(data, student.tokenizer)
         prompts, report = loaded.prompts, loaded.report

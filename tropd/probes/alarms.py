@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import isfinite, log
 from statistics import median
 from typing import Any, Literal, get_args
 
 from tropd.errors import CheckpointError, ConfigError
+from tropd.probes.teachers import by_teacher
 
 Action = Literal["warn", "stop", "off"]
 _ACTIONS = get_args(Action)
@@ -66,6 +67,9 @@ class AlarmConfig:
                 raise ConfigError(f"threshold {f.name!r} was set to {value!r}. Give a number above 0.")
 
 
+_OF_A_TEACHER = ("uniform_teacher", "support_collapse")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Alarm:
     name: str
@@ -114,11 +118,18 @@ class Alarms:
             first=not self._started,
         )
         alarms = []
+        each = by_teacher(probes)
         for name, look in self._looks().items():
             action: Action = getattr(self.config, name)
-            message = look(moment) if action != "off" else None
-            if message is not None and action != "off":
-                alarms.append(Alarm(name=name, message=f"step {step}: {message}", action=action))
+            if action == "off":
+                continue
+            if each and name in _OF_A_TEACHER:  # a mean over all would hide one of them
+                said = {f"teacher {own!r}: ": look(replace(moment, probes=its)) for own, its in each.items()}
+            else:
+                said = {"": look(moment)}
+            for whose, message in said.items():
+                if message is not None:
+                    alarms.append(Alarm(name=name, message=f"step {step}: {whose}{message}", action=action))
         self._remember(probes)
         return sorted(alarms, key=lambda alarm: alarm.action != "stop")
 

@@ -150,6 +150,7 @@ def _teacher_texts(
             seed=key_of(job.seed, "teacher", names[n][1].id, 0 if shared else names[n][2]),
             sampling=job.teacher_sampling,
             stop_ids=job.stop_ids,
+            teacher=names[n][1].teacher,
         )
         for n in rest
     ]

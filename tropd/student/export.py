@@ -119,7 +119,7 @@ def model_card(run: Run, *, step: int, results: dict[str, float]) -> str:
         f"# {Path(run.student.path).name} distilled with {type(method).__name__}",
         "",
         f"- student: `{run.student.path}`" + (f", LoRA of rank {run.student.lora.rank}" if run.student.lora else ""),
-        f"- teacher: `{run.teacher.path}`",
+        f"- teacher: `{run.teachers_said}`",
         f"- method: `{method.name}` ({link})",
         f"- data: `{run.data.path}` ({run.data.split})",
         f"- trained for {step} of {run.steps} steps, {run.rollout.num_prompts} prompts x "

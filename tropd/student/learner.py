@@ -15,6 +15,7 @@ from tropd.student.dense import can_tile, dense_loss
 from tropd.student.forward import Forward, similar_lengths
 from tropd.student.one_pass import can_fuse, fused_loss, wanted
 from tropd.student.optimizer import Optimizer
+from tropd.teachers.routed import by_teacher
 from tropd.teachers.teacher import Teacher
 from tropd.types import Rollout
 
@@ -101,12 +102,17 @@ class ModelLearner:
         return self._in_parts(rollouts, ask)
 
     def reverse_kl(self, rollouts: Sequence[Rollout], teacher: Teacher) -> Tensor:
-        other: Any = teacher  # REVERSE_KL is offered only by teachers in this process, which have a forward pass
+        found: dict[int, Tensor] = {}
+        for chosen, one in by_teacher(teacher, rollouts):
+            other: Any = one  # REVERSE_KL is offered only by teachers in this process, which have a forward pass
 
-        def ask(part: list[Rollout]) -> dict[str, Tensor]:
-            return {"x": self.forward.reverse_kl(part, other.forward)}
+            def ask(part: list[Rollout], other: Any = other) -> dict[str, Tensor]:
+                return {"x": self.forward.reverse_kl(part, other.forward)}
 
-        return self._in_parts(rollouts, ask, other.more_passes)["x"]
+            own = [rollouts[i] for i in chosen]
+            rows_N = self._in_parts(own, ask, other.more_passes)["x"]
+            found |= zip(chosen, rows_N.split([len(r.response_ids) for r in own]), strict=True)
+        return torch.cat([found[i] for i in range(len(rollouts))])
 
     def keep_step(self, num_passes: int, world: World) -> None:
         """Take part in the passes that other ranks have more of."""

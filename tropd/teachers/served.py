@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from tropd.config import Run, TeacherConfig
 from tropd.data.stream import LazyPromptStream, PromptStream
@@ -35,32 +36,35 @@ class Served:
     teacher: RunTeacher
     model: str
     """The name it is served under."""
-    vocab_size: int
-    """Tokens that the student shares with it."""
     identity: str
     """Names the model that was met."""
     notes: tuple[str, ...]
 
 
 def meet_teacher(
-    run: Run, vocab_size: int, tokenizer: PreTrainedTokenizerBase, directory: Path, world: Ranks = ALONE
+    run: Run,
+    vocab_size: int,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    world: Ranks = ALONE,
+    name: str = "default",
 ) -> Served:
-    """Connect, and compare with what a resumed run met at its start.  `tokenizer` is the teacher's, `vocab_size` the
-    student's."""
+    """Connect, and compare with what a resumed run met at its start.  `tokenizer` is the teacher's, `vocab_size` what
+    all models know; `name` is the teacher's among several."""
     config = run.teacher
-    num_rows = _num_rows(config)
-    vocab_size = min(vocab_size, num_rows or vocab_size, max(tokenizer.get_vocab().values()) + 1)
     notes = list(check_addresses(config.servers, config.server))
-    path = directory / "teacher_canary.json"
+    own = "" if name == "default" else f".{quote(name, safe='')}"
+    path = directory / f"teacher_canary{own}.json"
     canary = canary_of(tokenizer.encode(CANARY, add_special_tokens=False), vocab_size)
     before = recall(path, canary.ids) if (directory / "run.toml").exists() else None
     teacher = ServerTeacher(
         config.servers,
         config.server,
         vocab_size=vocab_size,
-        num_rows=num_rows,
+        num_rows=_num_rows(config),
         canary=before or canary,
         top_k=run.method.objective.teacher_top_k,
+        name=name,
     )
     notes += compare_tokenizers(teacher.pool.clients, teacher.card.id, tokenizer)
     if teacher.canary.logprobs and before is None and world.leads:
@@ -71,8 +75,14 @@ def meet_teacher(
     if config.score_cache:
         # A name says little of weights: the known text's numbers, to a tenth of a nat, say more.
         weights = [round(x, 1) for x in teacher.canary.logprobs]
-        asked = Cached(teacher, directory / world.own_name("teacher_scores.sqlite"), f"{identity} {weights}")
-    return Served(teacher=asked, model=card.id, vocab_size=vocab_size, identity=identity, notes=tuple(notes))
+        asked = Cached(teacher, directory / world.own_name(f"teacher_scores{own}.sqlite"), f"{identity} {weights}")
+    return Served(teacher=asked, model=card.id, identity=identity, notes=tuple(notes))
+
+
+def served_size(config: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many token ids a served teacher knows."""
+    ids = max(tokenizer.get_vocab().values()) + 1
+    return min(_num_rows(config) or ids, ids)
 
 
 def _num_rows(config: TeacherConfig) -> int | None:
@@ -120,11 +130,12 @@ def serve_writer(
     served: Served,
     tokenizer: PreTrainedTokenizerBase,
     stream: PromptStream | LazyPromptStream,
+    name: str = "default",
 ) -> tuple[Engine, list[str]]:
     """Whoever writes the teacher's texts, and what to know about it.  `tokenizer` is the student's."""
     pool = Pool(config.servers, config.server)
     if config.server.text == "chat":
-        return ChatWriter(pool, served.model, tokenizer, conversations(stream)), [
+        return ChatWriter(pool, served.model, tokenizer, conversations(stream), name), [
             "the teacher's texts come from a chat endpoint and are tokenised again: their tokens may be cut otherwise "
             "than the teacher wrote them, and its own template is used."
         ]
@@ -133,7 +144,7 @@ def serve_writer(
             "the method asks for the teacher's texts as token ids, which an OpenAI-compatible server does not give. "
             'Set teacher.server.text = "chat", or serve the teacher with vLLM or SGLang.'
         )
-    return ServerWriter(pool, served.model), []
+    return ServerWriter(pool, served.model, name), []
 
 
 def conversations(stream: PromptStream | LazyPromptStream) -> Mapping[tuple[int, ...], tuple[Message, ...]]:

@@ -52,7 +52,8 @@ class CachedTexts:
         self.engine.close()
 
     def _key(self, request: Request) -> str:
-        shape = json.dumps({"teacher": self.teacher, **asdict(request)}, sort_keys=True)
+        # A request names its teacher among several; texts are kept by what the teacher is.
+        shape = json.dumps({**asdict(request), "teacher": self.teacher}, sort_keys=True)
         return hashlib.sha256(shape.encode()).hexdigest()
 
     def _read(self, keys: set[str]) -> dict[str, Completion]:

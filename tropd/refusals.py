@@ -1,0 +1,84 @@
+"""What a run cannot be, said before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tropd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tropd.config import Run
+
+
+def check(run: Run) -> None:
+    if run.steps < 1:
+        raise ConfigError(f"steps is {run.steps}; give at least 1.")
+    if run.optimizer.num_updates > run.rollout.num_prompts * run.rollout.num_rollouts:
+        raise ConfigError(
+            f"optimizer.num_updates = {run.optimizer.num_updates} shares of "
+            f"{run.rollout.num_prompts * run.rollout.num_rollouts} rollouts would leave some without any."
+        )
+    if run.parallel.student == "sharded" and run.student.lora is not None:
+        raise ConfigError(
+            'parallel.student is "sharded", but the student has an adapter, which is small: only whole students '
+            'are sharded. Set parallel.student = "replicated".'
+        )
+    if run.teachers or run.data.teacher_column is not None:
+        _check_teachers(run)
+    else:
+        _check_teacher(run)
+
+
+def _check_teacher(run: Run) -> None:
+    teacher = run.teacher
+    if teacher.path == "base" and teacher.servers:
+        raise ConfigError(
+            "teacher.servers names servers, but teacher.path does not say what they serve. Set it to the folder or "
+            "hub id of that model: its tokenizer is compared, its weights are not read."
+        )
+    if teacher.score_cache and not teacher.servers:
+        raise ConfigError("teacher.score_cache keeps what servers say, but teacher.servers is empty. Leave it out.")
+    if run.parallel.teacher == "sharded" and teacher.path == "base":
+        raise ConfigError(
+            'parallel.teacher is "sharded", but teacher.path is "base": that teacher is the student, which every '
+            'process holds. Set parallel.teacher = "replicated".'
+        )
+    if run.parallel.teacher == "sharded" and teacher.servers:
+        raise ConfigError(
+            'parallel.teacher is "sharded", but teacher.servers hold the teacher: no process here has a part of '
+            "it. Leave parallel.teacher out."
+        )
+    if teacher.path == "base" and run.student.lora is None:
+        raise ConfigError(
+            'teacher.path is "base", the student without its adapter, but the student has no adapter: it would '
+            "be its own teacher and learn nothing. Set teacher.path, or a [student.lora] section."
+        )
+
+
+def _check_teachers(run: Run) -> None:
+    column = run.data.teacher_column
+    if column is None:
+        raise ConfigError(
+            f"there are the teachers {', '.join(run.teachers)}, but nothing says which of them a prompt is for. "
+            "Set data.teacher_column to the column that names it."
+        )
+    if not run.teachers:
+        raise ConfigError(
+            f"data.teacher_column is {column!r}, which asks for several teachers, but there is only [teacher]. "
+            "Give each a section [teachers.NAME] with the name that the column has, or leave the column out."
+        )
+    if run.teacher != type(run.teacher)():
+        raise ConfigError(
+            f"there are the teachers {', '.join(run.teachers)}, and [teacher] beside them, which no prompt would "
+            "reach. Move it to a section [teachers.NAME]."
+        )
+    if run.parallel.teacher == "sharded":
+        raise ConfigError(
+            'parallel.teacher is "sharded", but there are several teachers, which are asked different numbers of '
+            'times by each process. Set parallel.teacher = "replicated", or serve them.'
+        )
+    for name in run.teachers:
+        try:
+            run.taught_by(name)
+        except ConfigError as refusal:
+            raise ConfigError(f"teacher {name!r}: {refusal}") from None
