@@ -1,4 +1,4 @@
-"""A run file with several teachers: each prompt has its own, from prefixes to alarms, and none is reached by mistake."""
+"""A run file with several teachers: each prompt has its own, from prefixes to alarms, and none by mistake."""
 
 from __future__ import annotations
 
