@@ -93,6 +93,17 @@ def test_servers_get_commands(models: Path, tmp_path: Path, capsys: pytest.Captu
     assert student == f'VLLM_SERVER_DEV_MODE="1" vllm serve {models}/student --host 0.0.0.0 --port 8002'
 
 
+def test_each_of_several_teachers_gets_its_own(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = ({"path": str(models / "teacher"), "servers": [f"http://127.0.0.1:800{n}"]} for n in range(2))
+    teachers = {"sums": one, "sky": {**other, "server": {"kind": "sglang"}}, "here": {"path": str(models / "teacher")}}
+    changes = {"teacher": {"path": "base"}, "teachers": teachers, "data": {"teacher_column": "answer"}}
+    commands, *_ = printed(capsys, str(write_run(models, tmp_path / "run", **changes))).values()
+    assert [command.split()[0] for command in commands] == ["vllm", "python"]
+    assert "--port 8000 --max-logprobs 8" in commands[0] and "--max-logprobs" not in commands[1]
+
+
 def test_a_server_of_this_machine_alone_is_not_opened_to_others(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

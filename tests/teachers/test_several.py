@@ -19,6 +19,8 @@ from tropd.doctor import examine
 from tropd.errors import ConfigError, DataError, TropdError, VocabularyError
 from tropd.loop import resume, train
 from tropd.objective.evidence import Needs
+from tropd.report.contents import charts_of
+from tropd.report.history import read_history
 from tropd.rollout.transformers import TransformersEngine
 from tropd.teachers.local import LocalTeacher
 from tropd.types import Author, Request, key_of
@@ -111,6 +113,8 @@ def test_a_run_goes_on_as_if_nothing_had_happened_and_tells_of_each_teacher(worl
         told = {n: a["probes"].get(f"teachers/{n}/length/mean") for n in names(world)}
         known = [x for x in told.values() if x is not None]
         assert known and min(known) <= total <= max(known)
+    (chart,) = [chart for chart in charts_of([read_history(whole)]) if chart["id"] == "teachers"]
+    assert {line["label"] for line in chart["lines"]} == set(names(world))
     facts = json.loads((whole / "records.jsonl").read_text().splitlines()[0])
     assert "sums: " in json.dumps(facts) and "products/all: " in json.dumps(facts)
 

@@ -82,6 +82,17 @@ def positions(what: str) -> Callable[[Sequence[History]], list[Line]]:
     return lines
 
 
+def of_teachers(probe: str) -> Callable[[Sequence[History]], list[Line]]:
+    """A probe of each of several teachers."""
+
+    def lines(runs: Sequence[History]) -> list[Line]:
+        names = [name for run in runs for name in run.names("probe/teachers/") if name.endswith(f"/{probe}")]
+        own = {name: name.removesuffix(f"/{probe}") for name in names}
+        return [Line(column=f"probe/teachers/{name}", label=label) for name, label in own.items()]
+
+    return lines
+
+
 def evaluated(runs: Sequence[History]) -> list[Line]:
     """Every score of a single run; of several runs the one that the verdict is about."""
     if len(runs) > 1:

@@ -13,6 +13,7 @@ from tropd.report.charts import (
     evaluated,
     every,
     fixed,
+    of_teachers,
     positions,
     probes,
     ratio_quantiles,
@@ -71,6 +72,14 @@ CHARTS = (
         about="Mean of min(teacher's probability / student's, 1) over the student's tokens: the share that the teacher "
         "would have accepted. 1 minus it estimates the total variation between the two models.",
         lines=probes(trust__share="trusted share", trust__tv="total variation"),
+        format="share",
+    ),
+    Chart(
+        id="teachers",
+        section="Trust",
+        title="Total variation to each teacher",
+        about="Where a run has several teachers: how far the student is from each, on the prompts that are its own.",
+        lines=of_teachers("trust/tv"),
         format="share",
     ),
     Chart(
