@@ -110,10 +110,6 @@ class Plan:
 
 def make_plan(run: Run, device: Device, num_devices: int = 1) -> Plan:
     """From the models' configurations and the prompts alone; no weights are read."""
-    if run.teachers:
-        raise ConfigError(
-            "a plan reckons with one teacher, and this run has several. Plan with the largest as [teacher]."
-        )
     subject, refusals = read_subject(run)
     if subject is None or not subject.prompts:
         found = [str(check) for check in refusals] or ["there are no prompts"]

@@ -71,6 +71,11 @@ class Subject:
     @property
     def teacher(self) -> Side | None:
         """The only one."""
+        if self.run.teachers:
+            raise ConfigError(
+                f"this reckons with one teacher, but the run has {', '.join(self.teachers)}. Name the largest as "
+                "[teacher], without data.teacher_column."
+            )
         (side,) = self.teachers.values()
         return side
 

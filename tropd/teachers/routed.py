@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from torch import Tensor, cat, tensor
 
 from tropd.background import in_background
-from tropd.errors import ConfigError, DataError
-from tropd.objective.evidence import Needs
+from tropd.errors import ConfigError, DataError, EvidenceError
+from tropd.objective.evidence import OF_TEACHER, Needs
 from tropd.rollout.engine import Engine
 from tropd.teachers.teacher import RunTeacher, Teacher, TopKRows
 from tropd.types import Completion, Request, Rollout, TeacherScores
@@ -50,6 +50,8 @@ class Routed:
     ) -> list[TeacherScores]:
         """One TeacherScores per rollout, in order.  Teachers elsewhere are asked at once, those of this process in
         turn."""
+        if beyond := needs & OF_TEACHER & ~self.capabilities:
+            raise EvidenceError(f"{beyond} was asked of several teachers, which together give {self.capabilities}.")
         starts = tensor([0, *(len(rollout.response_ids) for rollout in rollouts)]).cumsum(0).tolist()
 
         def ask(name: str, chosen: list[int]) -> dict[int, TeacherScores]:
