@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import re
 import shlex
@@ -17,7 +18,9 @@ from tropd import config_file
 from tropd.cli import COMMANDS, main
 from tropd.exact import Setting, run_all
 from tropd.exact_report import markdown
-from tropd.laboratory.lab import load_lab
+from tropd.laboratory.lab import Lab, load_lab
+from tropd.report.records import read_records
+from tropd.testbeds import TESTBEDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
@@ -39,32 +42,61 @@ def numbers(text: str) -> list[float]:
     return [float(x) for x in re.findall(r"(?<=\| )[\d.]+(?= )", text)]
 
 
-def test_the_tutorial_runs_from_top_to_bottom_and_prints_what_it_shows(tmp_path, monkeypatch):
-    """A block of text is what the code before it prints."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "models").mkdir()
-    write_models(tmp_path / "models")
-    names: dict[str, Any] = {"__name__": "tutorial"}
+def play(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Every block of a page in its order: files are written, code and commands run, and text is what the block before
+    it prints.  The names that the code has made."""
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {"__name__": page}
     printed = io.StringIO()
-    for language, text in blocks(ROOT / "docs" / "tutorial.md"):
+    for language, text in blocks(ROOT / "docs" / f"{page}.md"):
         if language == "text":
             assert printed.getvalue() == text
             continue
         if language == "toml":
-            (tmp_path / text.split()[1]).write_text(text)
+            (folder / text.split()[1]).write_text(text)
             continue
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             if language == "python":
-                exec(compile(text, "docs/tutorial.md", "exec", dont_inherit=True), names)
+                exec(compile(text, f"docs/{page}.md", "exec", dont_inherit=True), names)
             else:
                 assert [main(shlex.split(line)[1:]) for line in text.splitlines()] == [0] * len(text.splitlines())
+    return names
+
+
+def test_the_tutorial_runs_from_top_to_bottom_and_prints_what_it_shows(tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    write_models(tmp_path / "models")
+    names = play("tutorial", tmp_path, monkeypatch)
     records = names["records"]
     assert records.header["before"]["avg@2"] < 0.3 and records.steps[-1].evaluation["avg@2"] > 0.5
     assert (tmp_path / "runs" / "short" / "model").is_dir()
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.stem not in ("tutorial", "README")], ids=lambda p: p.name)
+def test_the_comparison_runs_and_every_key_and_testbed_is_said(tmp_path, monkeypatch):
+    play("compare", tmp_path, monkeypatch)
+    page = (ROOT / "docs" / "compare.md").read_text()
+    for name in [*(f.name for f in dataclasses.fields(Lab)), *TESTBEDS]:
+        assert re.search(rf"^\|.*`{name}`.*\|", page, re.MULTILINE), name
+    for field in dataclasses.fields(Lab):
+        if isinstance(field.default, int | str) and field.default:
+            assert re.search(rf"^\| `{field.name}` \| `?{field.default}`? \|", page, re.MULTILINE), field.name
+
+
+def test_adapters_are_trained_merged_and_scored_as_the_page_shows(tmp_path, monkeypatch):
+    play("training", tmp_path, monkeypatch)
+    scores = {}
+    for name in ("lora", "anchored"):
+        records = read_records(tmp_path / "runs" / name / "records.jsonl")
+        assert records.header["before"]["avg@2"] == pytest.approx(0.16, abs=0.03)
+        scores[name] = records.steps[-1].evaluation["avg@2"]
+    assert scores["lora"] == pytest.approx(0.7, abs=0.15) and scores["anchored"] > 0.3
+
+
+PLAYED = ("tutorial", "compare", "training", "README")
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.stem not in PLAYED], ids=lambda p: p.name)
 def test_python_blocks_of_a_page_run_in_order(page):
     names: dict[str, object] = {"__name__": page.stem}
     for language, text in blocks(page):

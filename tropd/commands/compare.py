@@ -15,7 +15,7 @@ from tropd.errors import ConfigError
 
 def main(argv: list[str]) -> int:
     parser = Arguments(prog="tropd compare", description=__doc__, allow_abbrev=False)
-    parser.add_argument("lab", type=Path, metavar="LAB.toml", help="what to compare; see docs/results.md")
+    parser.add_argument("lab", type=Path, metavar="LAB.toml", help="what to compare; see docs/compare.md")
     parser.add_argument("--workers", type=int, default=0, help="processes; 0: one for each core")
     parser.add_argument("--tables", action="store_true", help="show what is known already, and run nothing")
     parser.add_argument(
