@@ -57,7 +57,11 @@ def write_models(folder: Path) -> Path:
     for name, seed in (("student", 0), ("teacher", 1)):
         save_model(tiny_model("qwen3", seed=seed, tied=True), tokenizer, folder / name)
     for name, size in (("data", 2), ("many", 7)):
-        rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(size) for b in range(size)]
+        rows = [
+            {"prompt": f"{a}+{b}=", "answer": str(a + b), "kind": ("even", "odd")[b % 2]}
+            for a in range(size)
+            for b in range(size)
+        ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 

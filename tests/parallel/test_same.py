@@ -29,13 +29,22 @@ CASES: dict[str, dict[str, Any]] = {
     "groups": {"method": {"name": "topd"}},
     "batch coin": {"method": {"name": "gkd"}},
     "untied": {"student": {"path": "untied"}, "method": {"name": "opd"}},
+    "several teachers": {
+        "teacher": {"path": "base"},
+        "teachers": {"even": {"path": "teacher"}, "odd": {"path": "untied"}},
+        "data": {"teacher_column": "kind"},
+    },
 }
 
 
 def here(models: Path, changes: dict[str, Any]) -> dict[str, Any]:
     """Names of models as paths."""
-    path = changes.get("student", {}).get("path")
-    return run_case.merged(changes, {"student": {"path": str(models / path)}}) if path else changes
+    found: dict[str, Any] = {}
+    for name, teacher in changes.get("teachers", {}).items():
+        found.setdefault("teachers", {})[name] = {"path": str(models / teacher["path"])}
+    if path := changes.get("student", {}).get("path"):
+        found["student"] = {"path": str(models / path)}
+    return run_case.merged(changes, found)
 
 
 def assert_same_run(one: Path, other: Path, tolerance: float = TOLERANCE) -> None:
