@@ -1,8 +1,9 @@
 """What a run will take: memory before anything is loaded, disk for its checkpoints.
 
 Parameters are counted on a model without storage (torch's meta device), so a model that would not fit is found out
-without loading it.  Activations are estimated as 34 bytes per token, layer and hidden unit in half precision
-(Korthikanti et al., arXiv:2205.05198, without the attention matrix), twice that in float32.
+without loading it.  What a layer keeps for its gradient is counted as the layers of Qwen3 keep it: two norms, queries,
+keys, values, the attention's result, and four times the width of the MLP.  Measured peaks of the resident set on a CPU
+agree with it (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -20,10 +21,15 @@ from tropd.doctor.check import Check, error, ok, warning
 from tropd.doctor.subject import Subject
 from tropd.errors import TropdError
 from tropd.objective.evidence import Needs
+from tropd.student.head import causal_lm_of
 from tropd.student.models import choose_device, choose_dtype, wrap_student
 
-_ACTIVATION_BYTES = 34
-_TILES = 3  # logits, their log-softmax and its gradient
+CURE = (
+    "Use a smaller teacher, a [student.lora] section, student.gradient_checkpointing = true, a smaller "
+    "tokens_per_micro_batch or rollout.max_batch, or bfloat16."
+)
+_TILES = {"one token": 1, "whole": 14}
+"""Tiles of logits in float32 at the same time, where terms look at one token or at whole distributions: measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +47,8 @@ class Need:
     logits: int
     activations: int
     keys_and_values: int
+    emptied: int = 0
+    """Of the student, while it is trained in parts."""
 
     @property
     def weights(self) -> int:
@@ -48,7 +56,8 @@ class Need:
 
     @property
     def train(self) -> int:
-        return self.weights + self.gradients + self.moments + self.masters + self.logits + self.activations
+        held = self.weights - self.emptied + self.gradients + self.moments + self.masters
+        return held + max(self.logits + self.activations, self.masters)  # an update makes gradients in float32
 
     @property
     def peak(self) -> int:
@@ -57,40 +66,72 @@ class Need:
         return max(self.train, write)
 
 
-def need_of(subject: Subject) -> Need:
+def need_of(subject: Subject, device: torch.device | None = None, processes: int = 1) -> Need:
+    """On each of so many processes, with nothing sharded; `device` where it is not this machine's."""
     run = subject.run
-    device = choose_device(run.device)
+    device = device or choose_device(run.device)
     student = wrap_student(_without_storage(run.student), run.student, run.seed)
     width = choose_dtype(run.student.dtype, device).itemsize
-    trained = [p.numel() for p in student.parameters() if p.requires_grad]
-    teacher = 0
-    for config in run.all_teachers.values():
-        if config.path != "base" and not config.servers:
-            numel = sum(p.numel() for p in _without_storage(config).parameters())
-            teacher += numel * choose_dtype(config.dtype, device).itemsize
-    config = subject.student.config
-    layers, hidden = int(config.num_hidden_layers), int(config.hidden_size)
-    size = max(subject.student.tokenizer.get_vocab().values()) + 1
-    rows = run.tile_tokens
-    if Needs.FULL in run.method.needs:  # both whole distributions of a micro-batch
-        rows += run.tokens_per_micro_batch
-    per_layer = _ACTIVATION_BYTES * width // 2
-    tokens = run.tokens_per_micro_batch
-    kept = tokens * hidden * (layers * width + per_layer if run.student.gradient_checkpointing else layers * per_layer)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    local = {name: one for name, one in run.all_teachers.items() if one.path != "base" and not one.servers}
+    widths = {name: choose_dtype(one.dtype, device).itemsize for name, one in local.items()}
     longest = max((len(prompt.token_ids) for prompt in subject.prompts), default=0) + run.rollout.max_new_tokens
-    batch = min(run.rollout.max_batch, run.rollout.num_prompts * run.rollout.num_rollouts)
+    rollouts = -(-run.rollout.num_prompts * run.rollout.num_rollouts // processes)
+    batch = min(run.rollout.max_batch, rollouts)
+    writers = [] if run.rollout.servers else [(subject.student.config, width)]
+    if run.method.rollout.needs_teacher_text:
+        writers += [(side.config, widths[name]) for name, side in subject.teachers.items() if side and name in local]
     return Need(
         student=sum(p.numel() for p in student.parameters()) * width,
-        teacher=teacher,
-        gradients=sum(trained) * width,
-        moments=sum(trained) * 8,
-        masters=sum(trained) * 4 if width < 4 else 0,
-        logits=rows * size * 4 * _TILES,
-        activations=kept,
-        keys_and_values=2 * batch * longest * layers * int(heads) * int(head) * width,
+        teacher=sum(parameters_of(one) * widths[name] for name, one in local.items()),
+        gradients=trained * width,
+        moments=trained * 8,
+        masters=trained * 4 if width < 4 else 0,
+        logits=_logits(subject, student, width),
+        activations=_activations(subject, min(run.tokens_per_micro_batch, rollouts * longest), width),
+        keys_and_values=max((batch * longest * cached(config, size) for config, size in writers), default=0),
     )
+
+
+def parameters_of(config: ModelConfig) -> int:
+    return sum(p.numel() for p in _without_storage(config).parameters())
+
+
+def cached(config: Any, width: int) -> int:
+    """Bytes of keys and values per token."""
+    return 2 * width * int(config.num_hidden_layers) * _attention(config)[1]
+
+
+def _attention(config: Any) -> tuple[int, int]:
+    """Numbers in the queries of a token, and in its keys."""
+    heads = int(config.num_attention_heads)
+    size = getattr(config, "head_dim", None) or int(config.hidden_size) // heads
+    return heads * size, (getattr(config, "num_key_value_heads", None) or heads) * size
+
+
+def _activations(subject: Subject, tokens: int, width: int) -> int:
+    """What is kept of so many tokens from the forward pass to the backward pass."""
+    config, student = subject.student.config, subject.run.student
+    hidden, (queries, keys) = int(config.hidden_size), _attention(config)
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    if experts := getattr(config, "num_experts_per_tok", None):
+        inner = experts * (getattr(config, "moe_intermediate_size", None) or inner)
+    normed = 2 * hidden + queries + keys  # what passes a norm is kept in float32, scaled, and as it leaves
+    layer = normed * (4 + width * (1 if student.lora else 2)) + (queries + keys + 4 * inner) * width
+    layers = int(config.num_hidden_layers)
+    return tokens * (layers * hidden * width + layer if student.gradient_checkpointing else layers * layer)
+
+
+def _logits(subject: Subject, student: Any, width: int) -> int:
+    """Tiles of logits, and the gradient of a trained head, which is added up in float32."""
+    run = subject.run
+    size = max(subject.student.tokenizer.get_vocab().values()) + 1
+    head = causal_lm_of(student).get_output_embeddings()
+    gradient = sum(p.numel() for p in head.parameters() if p.requires_grad) * 4
+    if Needs.FULL in run.method.needs:
+        return run.tile_tokens * size * 4 * _TILES["whole"] + gradient
+    tile = run.tile_tokens * min(size, run.tile_vocab or size)
+    return tile * (width + (4 if width < 4 else 0)) * _TILES["one token"] + gradient
 
 
 def check_memory(subject: Subject) -> Iterator[Check]:
@@ -119,14 +160,10 @@ def check_memory(subject: Subject) -> Iterator[Check]:
         yield ok("memory", f"{said}; how much {device} has free is not known")
         return
     said += f", {gib(free)} free on {device}"
-    cure = (
-        "Use a smaller teacher, a [student.lora] section, student.gradient_checkpointing = true, a smaller "
-        "tokens_per_micro_batch or rollout.max_batch, or bfloat16."
-    )
     if need.weights > free:
-        yield error("memory", f"{said}: not even the weights fit.", cure)
+        yield error("memory", f"{said}: not even the weights fit.", CURE)
     elif need.peak > free:
-        yield warning("memory", f"{said}: a step will probably not fit.", cure)
+        yield warning("memory", f"{said}: a step will probably not fit.", CURE)
     else:
         yield ok("memory", said)
 

@@ -1,0 +1,85 @@
+"""Memory is counted as real models use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+
+from tests.doctor import cases
+from tests.tiny import VOCAB, byte_tokenizer
+from tropd.doctor.cost import need_of
+from tropd.doctor.subject import Subject, read_subject
+from tropd.student.models import load_model, wrap_student
+
+TOKENS = 96
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wide enough that what is kept per head and per token, whatever the width, does not count."""
+    world = tmp_path_factory.mktemp("world")
+    shape = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3, "head_dim": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    config = Qwen3Config(vocab_size=VOCAB, bos_token_id=None, eos_token_id=None, pad_token_id=None, **shape, **heads)
+    for name in ("student", "teacher"):
+        Qwen3ForCausalLM(config).save_pretrained(world / name)
+        byte_tokenizer().save_pretrained(world / name)
+    cases.write_rows(world / "prompts.jsonl", [{"prompt": "1" * 40, "answer": "2"}])
+    return world
+
+
+def subject_of(world: Path, folder: Path, **changes: object) -> Subject:
+    data = {"path": str(world / "prompts.jsonl")}
+    run = cases.run_of(world, folder / "run", data=data, tokens_per_micro_batch=TOKENS, **changes)
+    subject, _ = read_subject(run)
+    assert subject is not None
+    return subject
+
+
+@pytest.mark.parametrize(("dtype", "lora"), [("float32", False), ("bfloat16", False), ("float32", True)])
+def test_activations_are_what_layers_keep_for_their_gradient(
+    world: Path, tmp_path: Path, dtype: str, lora: bool
+) -> None:
+    adapter = {"lora": {"rank": 2}} if lora else {}
+    subject = subject_of(world, tmp_path, student={"path": str(world / "student"), "dtype": dtype, **adapter})
+    model = wrap_student(load_model(subject.run.student, "student", torch.device("cpu")), subject.run.student, 0)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    inside = model.get_base_model() if lora else model  # type: ignore[operator]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        inside.model(input_ids=torch.ones(1, TOKENS, dtype=torch.int64), use_cache=False)  # type: ignore[operator]
+    measured = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
+    assert need_of(subject).activations == pytest.approx(measured, rel=0.12)
+
+
+def test_the_precision_is_that_of_the_device_in_question(world: Path, tmp_path: Path) -> None:
+    subject = subject_of(world, tmp_path)
+    here, there = (need_of(subject, torch.device(kind)) for kind in ("cpu", "cuda"))
+    assert there.student * 2 == here.student and there.masters == 2 * there.student and here.masters == 0
+
+
+def test_small_batches_and_tiled_vocabularies_need_less(world: Path, tmp_path: Path) -> None:
+    whole = need_of(subject_of(world, tmp_path))
+    rollout = {"num_prompts": 1, "num_rollouts": 1, "max_new_tokens": 8}
+    subject = subject_of(world, tmp_path, rollout=rollout)
+    tokens = len(subject.prompts[0].token_ids) + 8
+    assert tokens < TOKENS and need_of(subject).activations == pytest.approx(whole.activations * tokens / TOKENS)
+    gradient = VOCAB * 128 * 4
+    tiled = need_of(subject_of(world, tmp_path, tile_vocab=VOCAB // 2))
+    assert tiled.logits - gradient == pytest.approx((whole.logits - gradient) / 2, rel=0.01)
+
+
+def test_the_teachers_texts_need_its_keys_and_values_and_servers_have_their_own(world: Path, tmp_path: Path) -> None:
+    tropd, opd = (need_of(subject_of(world, tmp_path, method={"name": name})) for name in ("tropd", "opd"))
+    assert tropd.keys_and_values == opd.keys_and_values > 0  # models of one size
+    away = {"servers": ["http://127.0.0.1:1"]}
+    assert need_of(subject_of(world, tmp_path, method={"name": "opd"}, rollout=away)).keys_and_values == 0
+    assert need_of(subject_of(world, tmp_path, method={"name": "tropd"}, rollout=away)).keys_and_values > 0
