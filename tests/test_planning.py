@@ -2,40 +2,133 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from tests.integration.runs import prepare, run_in
+from tests.integration.runs import prepare, run_in, save_model
+from tests.tiny import tiny_model
 from tropd import config_file
 from tropd.cli import main
+from tropd.config import LoraConfig, ParallelConfig
 from tropd.errors import ConfigError
+from tropd.methods import METHODS
 from tropd.planning import DEVICES, Device, make_plan, read_cluster
 
 SLOW_MEMORY = Device(name="slow memory", memory=1e12, operations=1e30, bandwidth=1e3)
 SLOW_UNITS = Device(name="slow units", memory=1e12, operations=1e3, bandwidth=1e30)
+SLOW_DISK = Device(name="slow disk", memory=1e12, operations=1e30, bandwidth=1e30, disk=1.0)
+SLOW_CPU = Device(name="slow cpu", memory=1e12, operations=1e3, bandwidth=1e3, kind="cpu")
 
 
-@pytest.fixture
-def run(tmp_path):
-    return run_in(prepare(tmp_path))
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return run_in(prepare(tmp_path_factory.mktemp("world")))
 
 
-def test_memory_is_the_models_own(run, tmp_path):
+def test_memory_is_the_models_own(run):
     from transformers import AutoModelForCausalLM
 
-    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
-    assert make_plan(run, DEVICES["h100"]).need.student == 4 * sum(p.numel() for p in student.parameters())
+    student = AutoModelForCausalLM.from_pretrained(run.student.path)
+    assert make_plan(run, SLOW_CPU).need.student == 4 * sum(p.numel() for p in student.parameters())
 
 
-def test_arithmetic_is_spread_over_devices_and_traffic_of_training_is_not(run):
+def test_arithmetic_is_spread_over_devices_and_what_each_reads_is_not(run):
+    run = replace(run, parallel=ParallelConfig(student="replicated"))
     one, two = (make_plan(run, SLOW_UNITS, n).seconds for n in (1, 2))
     assert all(one[phase] == pytest.approx(2 * two[phase]) for phase in one)
     one, two = (make_plan(run, SLOW_MEMORY, n).seconds for n in (1, 2))
-    assert one["train"] == two["train"]
+    assert one["train"] == two["train"] and one["score"] == two["score"]
 
 
-def test_training_takes_three_forward_passes_of_arithmetic(run):
+def test_training_takes_three_forward_passes_of_arithmetic_and_an_adapter_two(run):
     plan = make_plan(run, SLOW_UNITS)  # student and teacher have the same size
     assert plan.seconds["train"] * 0.35 == pytest.approx(3 * plan.seconds["score"] * 0.5)
+    lora = replace(run, student=replace(run.student, lora=LoraConfig(rank=1)))
+    adapted = make_plan(lora, SLOW_UNITS)
+    assert 2 < adapted.seconds["train"] * 0.35 / (plan.seconds["score"] * 0.5) < 2.4
+    again = replace(run, student=replace(run.student, gradient_checkpointing=True))
+    assert 3 < make_plan(again, SLOW_UNITS).seconds["train"] * 0.35 / (plan.seconds["score"] * 0.5) < 4
+    shares = replace(run, optimizer=replace(run.optimizer, num_updates=2))  # halves of the batch, measured before
+    assert make_plan(shares, SLOW_UNITS).seconds["train"] == pytest.approx(plan.seconds["train"])
+    assert make_plan(shares, SLOW_UNITS).seconds["measure"] == pytest.approx(plan.seconds["score"])
+
+
+def test_teacher_servers_score_with_the_teachers_size(run, tmp_path):
+    save_model(tmp_path / "large", tiny_model("qwen3", seed=2, tied=True, width=64))
+    large = replace(run, teacher=replace(run.teacher, path=str(tmp_path / "large")))
+    inside, away = (make_plan(r, SLOW_UNITS) for r in (large, with_servers(large, teachers=1)))
+    assert away.need.teacher == 0 < inside.need.teacher
+    assert away.seconds["score"] == inside.seconds["score"] > 2 * make_plan(run, SLOW_UNITS).seconds["score"]
+
+
+def test_prefixes_are_written_by_the_teacher_once_and_not_by_the_student(run):
+    opd = make_plan(replace(run, method=METHODS["opd"]()), SLOW_UNITS)
+    tropd = make_plan(run, SLOW_UNITS)  # a prefix of 0.4 x 10 tokens, one text for the two rollouts of a prompt
+    assert opd.texts.by_teacher == 0 and "prefix" not in opd.seconds
+    assert opd.texts.written == 6 * 10 and tropd.texts.written == 6 * (10 - tropd.texts.prefix)
+    assert 0 < tropd.texts.prefix <= 4 and tropd.texts.by_teacher == 3
+    later = make_plan(replace(run, steps=2000), SLOW_UNITS).texts  # all twenty prompts are answered after seven steps
+    assert later.by_teacher == pytest.approx(20 / 2000, rel=0.1)
+
+
+def with_servers(run, writers=0, teachers=0, staleness=0):
+    urls = tuple(f"http://127.0.0.1:{port}" for port in range(1, 99))
+    rollout = replace(run.rollout, servers=urls[:writers], staleness=staleness)
+    return replace(run, rollout=rollout, teacher=replace(run.teacher, servers=urls[50 : 50 + teachers]))
+
+
+@pytest.mark.parametrize(("writers", "teachers"), [(1, 0), (2, 0), (1, 1), (3, 2)])
+@pytest.mark.parametrize("device", [SLOW_UNITS, SLOW_MEMORY, SLOW_DISK, DEVICES["h100"]], ids=lambda d: d.name)
+def test_a_step_is_the_sum_of_its_phases_or_the_longer_side_and_what_cannot_overlap(run, device, writers, teachers):
+    now, ahead = (make_plan(with_servers(run, writers, teachers, s), device, 2) for s in (0, 1))
+    seconds = now.seconds
+    assert seconds == ahead.seconds and set(seconds) == {"prefix", "write", "score", "train", "sync"}
+    assert now.step_seconds == pytest.approx(sum(seconds.values()))
+    if teachers:
+        servers, own, alone = seconds["prefix"] + seconds["write"] + seconds["score"], seconds["train"], 0.0
+    else:
+        servers, own, alone = seconds["write"], seconds["score"] + seconds["train"], seconds["prefix"]
+    assert ahead.step_seconds == pytest.approx(max(servers, own) + alone + seconds["sync"])
+    assert own + seconds["sync"] <= ahead.step_seconds * (1 + 1e-9) and ahead.step_seconds <= now.step_seconds
+    assert now.step_seconds - ahead.step_seconds == pytest.approx(now.saved) and now.saved == ahead.saved
+
+
+@pytest.mark.parametrize("device", [SLOW_UNITS, SLOW_MEMORY, DEVICES["h100"]], ids=lambda d: d.name)
+def test_more_servers_are_never_slower_but_in_taking_their_weights(run, device):
+    plan = make_plan(with_servers(run, 1, 1, 1), replace(device, disk=float("inf")))
+    for staleness in (0, 1):
+        for few, many in (((1, 1), (2, 1)), ((2, 1), (2, 2)), ((2, 2), (5, 3)), ((5, 3), (6, 3))):
+            assert plan.step_with(*many, staleness) <= plan.step_with(*few, staleness)
+    one, two = (make_plan(with_servers(run, n), SLOW_DISK).seconds["sync"] for n in (1, 2))
+    assert two == pytest.approx(1.5 * one)  # written once, read by each
+
+
+@pytest.mark.parametrize("teachers", [0, 1])
+def test_the_fewest_servers_that_keep_the_trainer_busy(run, teachers):
+    plan = make_plan(with_servers(run, 1, teachers, 1), SLOW_UNITS, 6)
+    writers, asked = plan.busy
+    servers, own, _ = plan.split(writers, asked)
+    assert servers <= own and (asked > 0) == (teachers > 0)
+    one_less = [(w, writers + asked - 1 - w) for w in range(1, writers + asked - 1)] if teachers else [(writers - 1, 0)]
+    assert one_less and one_less[0][0] > 0
+    for fewer in one_less:
+        servers, own, _ = plan.split(*fewer)
+        assert servers > own
+
+
+def test_no_number_of_servers_is_enough_where_one_answer_takes_too_long(run, capsys, tmp_path):
+    asked = with_servers(run, 1, 1, 1)
+    assert make_plan(asked, SLOW_MEMORY).busy is None  # each token of an answer reads all the weights
+    (tmp_path / "run.toml").write_text(config_file.dump(asked))
+    assert main(["plan", str(tmp_path / "run.toml"), "--cluster", "h100"]) == 0
+    assert "No number of servers" in capsys.readouterr().out
+
+
+def test_a_plan_for_gpus_is_made_in_their_precision(run):
+    there = make_plan(replace(run, device="auto"), DEVICES["h100"])
+    here = make_plan(run, SLOW_CPU)
+    assert here.need.student == 2 * there.need.student and here.need.masters == 0 < there.need.masters
 
 
 def test_what_does_not_fit_is_said_with_an_exit_code(run, tmp_path, capsys, monkeypatch):
@@ -48,14 +141,38 @@ def test_what_does_not_fit_is_said_with_an_exit_code(run, tmp_path, capsys, monk
     assert "too small" in capsys.readouterr().out
 
 
+def test_what_writing_ahead_would_save_is_said(run, tmp_path, capsys):
+    for staleness, words in ((0, "would save"), (1, "for the next step")):
+        asked = with_servers(run, 2, 2, staleness)
+        (tmp_path / "run.toml").write_text(config_file.dump(asked))
+        assert main(["plan", str(tmp_path / "run.toml"), "--cluster", "h100", "--dollars-per-hour", "2"]) == 0
+        said = capsys.readouterr().out
+        assert words in said and "2 rollout servers" in said and "5 devices" in said
+    rollout = replace(run.rollout, servers=("http://127.0.0.1:1",), servers_sleep=True)
+    (tmp_path / "run.toml").write_text(config_file.dump(replace(run, rollout=rollout)))
+    assert main(["plan", str(tmp_path / "run.toml"), "--cluster", "h100", "--dollars-per-hour", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "nothing overlaps" in said and "1 devices" in said
+
+
 def test_sharding_divides_training_state_and_makes_devices_wait_for_their_layers(run):
     one, four = (make_plan(run, DEVICES["h100"], n) for n in (1, 4))
-    assert one.sharded == one.need and one.gather_bytes == 0
-    assert four.sharded.moments == pytest.approx(four.need.moments / 4, abs=1)
-    assert four.sharded.student == four.need.student
-    assert four.gather_bytes == pytest.approx(3 * four.need.student * 3 / 4)  # one micro-batch each
+    numbers = one.need.student / 2
+    assert one.each == one.need and one.phases["train"].received == 0
+    assert four.each.moments == pytest.approx(8 * numbers / 4, abs=1)
+    assert four.each.gradients == four.each.masters == pytest.approx(4 * numbers / 4, abs=1)
+    assert four.each.student == four.need.student > four.each.emptied > 0
+    gathered = (2 * 2 + 4 + 2) * numbers * 3 / 4  # one micro-batch: weights twice, gradients; the whole for rollouts
+    assert four.phases["train"].received == pytest.approx(gathered)
     slow = Device(name="slow link", memory=1e12, operations=1e30, bandwidth=1e30, link=1.0)
-    assert make_plan(run, slow, 4).seconds["train"] == pytest.approx(four.gather_bytes)
+    assert make_plan(run, slow, 4).seconds["train"] == pytest.approx(gathered)
+
+
+def test_adapters_are_whole_on_every_device(run):
+    lora = replace(run, student=replace(run.student, lora=LoraConfig(rank=2)))
+    four = make_plan(lora, DEVICES["h100"], 4)
+    assert four.each.moments == four.need.moments and four.each.emptied == 0
+    assert four.phases["train"].received == pytest.approx(2 * four.need.moments / 2 * 3 / 4)  # gradients in float32
 
 
 @pytest.mark.parametrize("text", ["8xh99", "0xh100", "h100x8", ""])

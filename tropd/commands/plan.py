@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -13,6 +14,18 @@ if TYPE_CHECKING:
     from tropd.doctor.cost import Need
     from tropd.planning import Plan
 
+PHASES = {
+    "prefix": "the teacher writes new texts",
+    "write": "the student writes",
+    "score": "the teacher scores",
+    "measure": "the student scores itself",
+    "train": "training",
+    "sync": "weights to the servers",
+}
+Row = tuple[str, str, str]
+WORTH = 0.05
+"""Share of a step below which a saving is none."""
+
 
 def main(argv: list[str]) -> int:
     parser = Arguments(prog="tropd plan", add_help=False, allow_abbrev=False)
@@ -22,7 +35,8 @@ def main(argv: list[str]) -> int:
     if rest in (["-h"], ["--help"]):
         print(
             "tropd plan RUN.toml [--cluster 8xh100] [--dollars-per-hour X] [--any.key value]\n\n"
-            "--cluster 8xh100      devices that train and write; `here` (the default) measures this machine\n"
+            "--cluster 8xh100      devices that train, and write and score unless the run names servers for that;\n"
+            "                      each server is one more of them. `here` (the default) measures this machine\n"
             "--dollars-per-hour X  of one device, for the cost of the run\n\n"
             "Any other flag changes the run: `tropd train RUN.toml --help` lists them."
         )
@@ -36,41 +50,149 @@ def main(argv: list[str]) -> int:
 
 
 def _show(plan: Plan, dollars: float | None) -> None:
-    from tropd.doctor.cost import gib
-
-    console, need = make_console(), plan.need
-    table = Table(title=f"{plan.num_devices} x {plan.device.name}", title_justify="left", show_header=False)
-    each = _parts(plan.sharded)
-    for name, num_bytes in _parts(need).items():
-        sharded = f", {gib(each[name])} on each of {plan.num_devices}" if each[name] != num_bytes else ""
-        table.add_row("memory", name, gib(num_bytes) + sharded)
-    for phase, seconds in plan.seconds.items():
-        table.add_row("seconds per step", phase, f"{seconds:.3g}")
-    table.add_row("tokens per step", "written, at most", f"{plan.tokens['written']:,.0f}")
-    table.add_row("network per step", "a teacher server's answers", gib(int(plan.score_bytes)))
-    if plan.num_devices > 1:
-        table.add_row("", "layers gathered, for each device", gib(int(plan.gather_bytes)))
-    table.add_row("servers of this device", "teachers that keep the trainer busy", str(plan.teacher_devices))
-    table.add_row("", "engines that keep the trainer busy", str(plan.writing_devices))
-    table.add_row("the whole run", f"{plan.steps} steps", f"{plan.run_seconds / 3600:.3g} h")
-    if dollars is not None:
-        table.add_row("", "cost", f"${plan.run_seconds / 3600 * plan.num_devices * dollars:,.2f}")
+    console = make_console()
+    table = Table(title=_title(plan), title_justify="left", show_header=False)
+    sections = {"memory of a trainer": _memory(plan), "time of a step": _times(plan), "in a step": _amounts(plan)}
+    sections["the whole run"] = _run(plan, dollars)
+    for section, rows in sections.items():
+        for number, row in enumerate(rows):
+            table.add_row("" if number else section, *row)
+        table.add_section()
     console.print(table)
-    if not plan.fits:
-        short = f"{gib(plan.sharded.peak)} of {gib(int(plan.device.memory))}"
-        console.print(f"[bold red]{plan.device.name} is too small for this, sharded too: each needs {short}.[/]")
-    elif need.peak > plan.device.memory:
-        console.print(f"It fits sharded only: torchrun --nproc-per-node {plan.num_devices} (docs/parallel.md).")
-    shares = ", ".join(f"{phase} {share:.0%}" for phase, share in plan.device.reached.items())
+    for line in _remarks(plan):
+        console.print(line, soft_wrap=True, markup=False)
+    shares = ", ".join(f"{kind} {share:.0%}" for kind, share in plan.device.reached.items())
+    fading = " Times are averages over the run, whose prefixes change." if plan.texts.prefix else ""
     console.print(
-        f"Every answer is taken to be as long as allowed, and devices to reach these shares of their peak: {shares}. "
-        "Good to about a factor of two (docs/performance.md); start-up, evaluation, checkpoints and Python are not in "
-        "it.",
+        f"Every answer is taken to be as long as allowed, and devices to reach these shares of their peak: {shares}."
+        f"{fading} Good to about a factor of two (docs/performance.md); start-up, evaluation, checkpoints and Python "
+        "are not in it.",
         soft_wrap=True,
     )
+
+
+def _memory(plan: Plan) -> list[Row]:
+    from tropd.doctor.cost import gib
+
+    whole, rows = _parts(plan.need), []
+    for name, num_bytes in _parts(plan.each).items():
+        rows.append((name, gib(num_bytes), f"of {gib(whole[name])}, sharded" if num_bytes < whole[name] else ""))
+    return [*rows, ("at the peak", gib(plan.each.peak), f"there are {gib(int(plan.device.memory))}")]
+
+
+def _times(plan: Plan) -> list[Row]:
+    rows = [(PHASES[phase], spell(seconds), _where(plan, phase)) for phase, seconds in plan.seconds.items()]
+    return [*rows, ("the whole step", spell(plan.step_seconds), _sum_of(plan))]
+
+
+def _amounts(plan: Plan) -> list[Row]:
+    from tropd.doctor.cost import gib
+
+    rows = [("tokens by the student", f"{plan.texts.written:,.0f}", "at most")]
+    if plan.teachers:
+        rows.append(("answers of the teacher's servers", gib(int(plan.score_bytes)), "over the network"))
+    if plan.num_devices > 1:
+        rows.append(("weights and gradients", gib(int(plan.phases["train"].received)), "to each trainer"))
+    return rows
+
+
+def _run(plan: Plan, dollars: float | None) -> list[Row]:
+    rows = [(f"{plan.run.steps} steps", spell(plan.run_seconds), "")]
+    if dollars is not None:
+        cost = plan.run_seconds / 3600 * plan.all_devices * dollars
+        rows.append(("cost", f"${cost:,.2f}", f"{plan.all_devices} devices"))
+    return rows
+
+
+def _title(plan: Plan) -> str:
+    servers = [(plan.writers, "rollout"), (plan.teachers, "teacher")]
+    named = [f"{count} {kind} server{'s' if count > 1 else ''}" for count, kind in servers if count]
+    return " + ".join([f"{plan.num_devices} x {plan.device.name}", *named])
+
+
+def _where(plan: Plan, phase: str) -> str:
+    if phase == "sync":
+        return f"written once, read {plan.writers} times, at {plan.device.disk / 1e9:g} GB/s"
+    kind, count = ("rollout", plan.writers) if phase == "write" else ("teacher", plan.teachers)
+    away = count if phase in ("write", "prefix", "score") else 0
+    if not away:
+        return "" if plan.num_devices == 1 else f"on {plan.num_devices} trainers"
+    ahead = ", for the next step" if plan.run.rollout.staleness else ""
+    return f"on {count} {kind} server{'s' if count > 1 else ''}{ahead}"
+
+
+def _sum_of(plan: Plan) -> str:
+    if not plan.run.rollout.staleness:
+        return "one after another" if plan.writers or plan.teachers else ""
+    servers, own, alone = plan.split(plan.writers, plan.teachers)
+    sides = f"servers {spell(servers)}, trainers {spell(own)}"
+    return f"the longer of {sides}; then {spell(alone)}"
+
+
+def _remarks(plan: Plan) -> Iterator[str]:
+    """What to do about it."""
+    from tropd.doctor.cost import CURE, gib
+
+    if not plan.fits:
+        short = f"{gib(plan.each.peak)} of {gib(int(plan.device.memory))}"
+        sharded = ", sharded too" if plan.each != plan.need and plan.num_devices > 1 else ""
+        yield f"{plan.device.name} is too small for this{sharded}: each needs {short}. {CURE}"
+    elif plan.need.peak > plan.device.memory:
+        yield f"It fits on several only: torchrun --nproc-per-node {plan.num_devices} (docs/parallel.md)."
+    now, each = plan.asked_at_once
+    if plan.writers and now < each:
+        yield (
+            f"A rollout server writes {now} of its {each} rollouts at a time: rollout.server.max_requests and "
+            "max_tokens_in_flight bound that, and its memory may hold more."
+        )
+    if plan.writers:
+        yield _about_ahead(plan)
+    yield _about_servers(plan)
+
+
+def _about_ahead(plan: Plan) -> str:
+    """What staleness does, or would do."""
+    if plan.run.rollout.servers_sleep:
+        return (
+            "The servers have the trainers' GPUs and sleep while those train: nothing overlaps, and they cost nothing."
+        )
+    saved, ahead = plan.saved, plan.run.rollout.staleness
+    synchronous = plan.step_seconds + (saved if ahead else 0.0)
+    share = f"{spell(saved)} of {spell(synchronous)} ({saved / synchronous:.0%})"
+    if ahead:
+        return f"Writing ahead (rollout.staleness = 1) saves {share} a step."
+    if saved < WORTH * synchronous:
+        return f"Writing ahead (rollout.staleness = 1) would save only {share} a step: leave it at 0."
+    return f"Writing ahead (rollout.staleness = 1) would save {share} a step; batches are then one step old."
+
+
+def _about_servers(plan: Plan) -> str:
+    """How many servers would keep the trainer busy."""
+    busy = plan.busy
+    if busy is None:
+        most = plan.texts.rollouts
+        servers, own, _ = plan.split(most, most if plan.teachers else 0)
+        return (
+            "No number of servers keeps the trainer busy: an answer is written token by token, so the next batch takes "
+            f"at least {spell(servers)}, and training on one {spell(own)}. Larger batches (rollout.num_prompts) or "
+            "shorter answers would."
+        )
+    writers, teachers = busy
+    asked = f"{writers} rollout server{'s' if writers > 1 else ''}"
+    asked += f" and {teachers} teacher server{'s' if teachers > 1 else ''}" if teachers else ""
+    step = spell(plan.step_with(writers, teachers, 1))
+    return f"{asked}, writing ahead, would keep the trainer busy: a step of {step}."
+
+
+def spell(seconds: float) -> str:
+    """In the unit that a person would use."""
+    for unit, size in (("days", 86_400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
 
 
 def _parts(need: Need) -> dict[str, int]:
     parts = {"student": need.student, "teacher": need.teacher, "gradients": need.gradients}
     parts |= {"AdamW": need.moments + need.masters, "logits": need.logits, "activations": need.activations}
-    return parts | {"keys and values": need.keys_and_values, "at the peak": need.peak}
+    return {name: size for name, size in (parts | {"keys and values": need.keys_and_values}).items() if size}

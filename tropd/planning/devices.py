@@ -1,0 +1,91 @@
+"""Devices as their makers describe them, or as this machine is measured."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from tropd.doctor.cost import free_memory
+from tropd.errors import ConfigError
+from tropd.student.models import choose_device, choose_dtype
+
+REACHED = {"score": 0.5, "train": 0.35, "write": 0.5}
+"""Share of a GPU's peak that each kind of work is taken to reach: assumed, not measured with tropd."""
+REACHED_HERE = {"score": 0.7, "train": 0.65, "write": 1.0}
+"""Of what products and copies reach on a CPU: measured by benchmarks/plan.py with one thread."""
+DISK = 2e9
+"""Bytes per second that a run's folder is taken to be written and read at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    name: str
+    memory: float
+    """Bytes."""
+    operations: float
+    """Per second, dense, in bfloat16 (float32 on a CPU)."""
+    bandwidth: float
+    """Bytes of memory per second."""
+    link: float = float("inf")
+    """Bytes per second and direction to the other devices of its machine."""
+    disk: float = DISK
+    kind: str = "cuda"
+    """As torch names it."""
+    reached: Mapping[str, float] = field(default_factory=lambda: REACHED)
+
+
+# From the makers' data sheets: SXM modules, without sparsity.
+DEVICES = {
+    "a100": Device(name="a100", memory=80e9, operations=312e12, bandwidth=2.0e12, link=300e9),
+    "h100": Device(name="h100", memory=80e9, operations=989e12, bandwidth=3.35e12, link=450e9),
+    "h200": Device(name="h200", memory=141e9, operations=989e12, bandwidth=4.8e12, link=450e9),
+    "l40s": Device(name="l40s", memory=48e9, operations=362e12, bandwidth=0.864e12, link=32e9),
+    "rtx4090": Device(name="rtx4090", memory=24e9, operations=165e12, bandwidth=1.008e12, link=32e9),
+}
+
+
+def read_cluster(text: str) -> tuple[Device, int]:
+    """`8xh100`, `h200`, or `here`: this machine, measured."""
+    if text == "here":
+        return measure_here(), 1
+    found = re.fullmatch(r"(?:(\d+)x)?([a-z0-9]+)", text.lower())
+    if found is None or found.group(2) not in DEVICES or int(found.group(1) or 1) == 0:
+        raise ConfigError(
+            f"--cluster {text!r} is not understood. Give a number and a device, such as 8xh100; known: "
+            f"{', '.join(DEVICES)}; or `here` for this machine."
+        )
+    return DEVICES[found.group(2)], int(found.group(1) or 1)
+
+
+def measure_here(seconds: float = 0.3) -> Device:
+    """Matrix products and copies on this machine's own device."""
+    where = choose_device("auto")
+    dtype = choose_dtype("auto", where)
+    a, b = (torch.randn(1024, 1024, device=where).to(dtype) for _ in range(2))
+    large = torch.empty(1 << 26, dtype=torch.uint8, device=where)
+    products = _rate(lambda: a @ b, seconds, where)
+    copies = _rate(lambda: large.clone(), seconds, where)
+    return Device(
+        name=f"this {where.type}",
+        memory=float(free_memory(where) or 0),
+        operations=products * 2 * 1024**3,
+        bandwidth=copies * 2 * large.numel(),
+        kind=where.type,
+        reached=REACHED_HERE if where.type == "cpu" else REACHED,
+    )
+
+
+def _rate(work: Callable[[], object], seconds: float, device: torch.device) -> float:
+    """How often per second."""
+    work()
+    count, started = 0, time.perf_counter()
+    while (passed := time.perf_counter() - started) < seconds or count < 3:
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        count += 1
+    return count / passed

@@ -1,0 +1,175 @@
+"""What a run will need: memory per device, time per step, servers, bytes; from configurations and prompts alone.
+
+    staleness 0    prefix + write + score + measure + train + sync, wherever each is carried out
+    staleness 1    (prefix) + max(what servers do, what this process does) + sync
+
+With staleness 1 servers work on the next batch while this one is trained: they write it, and where the teacher is on
+servers too, they write its prefixes before and score it after.  A teacher in this process writes its prefixes before
+the servers can begin, and scores in the time of training.  Handing over the weights is never hidden.  The shares of
+the peak that devices reach are assumptions; docs/performance.md compares predictions with measured steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import ceil
+
+import torch
+
+from tropd.config import Run
+from tropd.doctor.cost import Need, need_of, parameters_of
+from tropd.doctor.subject import Subject, read_subject
+from tropd.errors import ConfigError
+from tropd.planning.devices import Device
+from tropd.planning.work import Phase, Size, Texts, at_once, is_sharded, phases_of, sizes_of, texts_of
+
+BY_TEACHER = ("prefix", "score")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run on a cluster; seconds are per step.  Every server is one more device."""
+
+    run: Run
+    device: Device
+    num_devices: int
+    """That train."""
+    need: Need
+    """Bytes on a single device."""
+    each: Need
+    """Bytes on each of them."""
+    texts: Texts
+    phases: dict[str, Phase]
+    weights_bytes: float
+    """Given to every rollout server after a step."""
+    score_bytes: float
+    """Sent by the teacher's servers in a step."""
+
+    @property
+    def writers(self) -> int:
+        """Rollout servers; without any the trainers write."""
+        return len(self.run.rollout.servers)
+
+    @property
+    def teachers(self) -> int:
+        """Teacher servers; without any the trainers ask their own."""
+        return len(self.run.teacher.servers)
+
+    @property
+    def all_devices(self) -> int:
+        """Servers that sleep while the trainers train are on the trainers' own."""
+        return self.num_devices + self.teachers + (0 if self.run.rollout.servers_sleep else self.writers)
+
+    @property
+    def asked_at_once(self) -> tuple[int, int]:
+        """Rollouts that a server writes at the same time, and those that it is to write."""
+        each = ceil(self.texts.by_student / max(self.writers, 1))
+        return min(each, at_once(self.run, self.texts, self.run.rollout.server)), each
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return self.seconds_with(self.writers, self.teachers)
+
+    def seconds_with(self, writers: int, teachers: int) -> dict[str, float]:
+        """By phase."""
+        number = {"write": writers or self.num_devices}
+        number |= {phase: teachers or self.num_devices for phase in BY_TEACHER}
+        found = {n: p.seconds(self.device, number.get(n, self.num_devices)) for n, p in self.phases.items()}
+        if writers:  # one after another read what was written once
+            found["sync"] = self.weights_bytes * (1 + writers) / self.device.disk
+        return found
+
+    def split(self, writers: int, teachers: int) -> tuple[float, float, float]:
+        """Seconds of servers, of this process, and of what neither does while the other works."""
+        seconds = self.seconds_with(writers, teachers)
+        away = {"write"} if writers else set()
+        away |= set(BY_TEACHER) if teachers else set()
+        alone = {"sync"} if teachers or not writers else {"sync", "prefix"}  # before the servers can begin
+        servers = sum(s for phase, s in seconds.items() if phase in away)
+        own = sum(s for phase, s in seconds.items() if phase not in away | alone)
+        return servers, own, sum(s for phase, s in seconds.items() if phase in alone)
+
+    def step_with(self, writers: int, teachers: int, staleness: int) -> float:
+        servers, own, alone = self.split(writers, teachers)
+        return (max(servers, own) if staleness else servers + own) + alone
+
+    @property
+    def step_seconds(self) -> float:
+        return self.step_with(self.writers, self.teachers, self.run.rollout.staleness)
+
+    @property
+    def run_seconds(self) -> float:
+        return self.step_seconds * self.run.steps
+
+    @property
+    def saved(self) -> float:
+        """What writing ahead saves of a step, with the servers that there are."""
+        servers, own, _ = self.split(self.writers, self.teachers)
+        return min(servers, own) if self.writers else 0.0
+
+    @cached_property
+    def busy(self) -> tuple[int, int] | None:
+        """Fewest rollout servers, and teacher servers where the teacher is on servers, that need no longer for the next
+        batch than this process for its own; None where no number does."""
+        most = self.texts.rollouts
+
+        def keeps_up(writers: int, teachers: int) -> bool:
+            servers, own, _ = self.split(writers, teachers)
+            return servers <= own
+
+        if not keeps_up(most, most if self.teachers else 0):
+            return None
+        if not self.teachers:
+            return next(w for w in range(1, most + 1) if keeps_up(w, 0)), 0
+        pairs = ((w, all - w) for all in range(2, 2 * most + 1) for w in range(1, all))
+        return next((w, t) for w, t in pairs if keeps_up(w, t))
+
+    @property
+    def fits(self) -> bool:
+        return self.each.peak <= self.device.memory
+
+
+def make_plan(run: Run, device: Device, num_devices: int = 1) -> Plan:
+    """From the models' configurations and the prompts alone; no weights are read."""
+    subject, refusals = read_subject(run)
+    if subject is None or not subject.prompts:
+        found = [str(check) for check in refusals] or ["there are no prompts"]
+        raise ConfigError("a plan needs the models' configurations and the prompts: " + " ".join(found))
+    where = torch.device(device.kind)
+    texts, need = texts_of(run, subject), need_of(subject, where)
+    student, teacher = sizes_of(subject, need, parameters_of(run.teacher) if subject.teacher else 0, where)
+    share = need_of(subject, where, num_devices)
+    tied = subject.student.config.get_text_config().tie_word_embeddings
+    weights = need.gradients if run.student.lora else need.student + (student.head * student.width if tied else 0)
+    per_token = 8 + 12 * getattr(run.method, "top_k", 0)  # a log-probability, and ids with theirs
+    return Plan(
+        run=run,
+        device=device,
+        num_devices=num_devices,
+        need=need,
+        each=_on_each(run, subject, share, student, num_devices, texts),
+        texts=texts,
+        phases=phases_of(run, texts, student, teacher, need, num_devices),
+        weights_bytes=weights,
+        score_bytes=texts.answered * per_token if run.teacher.servers else 0.0,
+    )
+
+
+def _on_each(run: Run, subject: Subject, share: Need, student: Size, number: int, texts: Texts) -> Need:
+    """A sharded student is whole while it writes; while it is trained only what is not in a layer is.  Its gradients
+    and masters are float32."""
+    if run.parallel.teacher == "sharded" and not texts.by_teacher:  # whole while it writes
+        share = replace(share, teacher=ceil(share.teacher / number))
+    if not is_sharded(run, number):
+        return share
+    part = ceil(share.moments / 2 / number)
+    tied = subject.student.config.get_text_config().tie_word_embeddings
+    outside = student.head * student.width * (1 if tied else 2)
+    return replace(
+        share,
+        gradients=part,
+        masters=part,
+        moments=ceil(share.moments / number),
+        emptied=max(0, share.student - int(outside)),
+    )

@@ -1,0 +1,210 @@
+"""What each phase of a step asks of the devices that carry it out.
+
+A phase takes the longer of its arithmetic and its traffic (the roofline of Williams et al. 2009) over the share of the
+peak that real kernels reach:
+
+    score, measure   2 P tokens                                       the teacher; the student before it is trained
+    train            4 P tokens, 2 more for what is trained, 2 more where gradient checkpointing repeats the forward
+    write, prefix    2 P tokens, or P bytes and the cache read once per token of an answer and batch of answers
+
+P are the parameters that a token meets: those of the layers always, the head's where a token is written, and those of
+the input embedding, which is looked up, never.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Any
+
+import torch
+
+from tropd.config import Run
+from tropd.doctor.cost import Need, cached
+from tropd.doctor.subject import Subject
+from tropd.objective.evidence import OF_TEACHER
+from tropd.planning.devices import Device
+from tropd.rollout.policies import Mixture, TeacherPrefix, TeacherText
+from tropd.servers.settings import ServerConfig
+from tropd.step import PASS_NEEDS, recall_needed
+from tropd.student.models import choose_dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """Of a step, on average over the run.  Every answer is taken to be as long as allowed."""
+
+    rollouts: int
+    prompt: float
+    """Tokens of one."""
+    new: int
+    """Tokens of an answer."""
+    prefix: float
+    """Of them before the student begins."""
+    by_student: float
+    """Rollouts that the student writes at all."""
+    by_teacher: float
+    """Texts that the teacher has to write, because nobody has yet."""
+
+    @property
+    def read(self) -> float:
+        """Tokens that are scored and trained on, or their context."""
+        return (self.prompt + self.new) * self.rollouts
+
+    @property
+    def answered(self) -> float:
+        return float(self.new * self.rollouts)
+
+    @property
+    def written(self) -> float:
+        """Tokens by the student."""
+        return self.by_student * (self.new - self.prefix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """A model as a token meets it."""
+
+    layers: float
+    """Parameters."""
+    head: float
+    width: int
+    cached: int
+    """Bytes of keys and values per token."""
+
+    @property
+    def bytes(self) -> float:
+        return (self.layers + self.head) * self.width
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    kind: str
+    """Of work: score, train or write."""
+    operations: float = 0.0
+    traffic: Callable[[int], float] = lambda number: 0.0
+    """Bytes that each of so many devices reads and writes."""
+    received: float = 0.0
+    """Bytes that each device has from the others."""
+
+    def seconds(self, device: Device, number: int) -> float:
+        busy = max(self.operations / device.operations / number, self.traffic(number) / device.bandwidth)
+        return max(busy / device.reached[self.kind], self.received / device.link)
+
+
+def texts_of(run: Run, subject: Subject) -> Texts:
+    policy, wanted, prompts = run.method.rollout, run.rollout, subject.prompts
+    rollouts, new = wanted.num_prompts * wanted.num_rollouts, wanted.max_new_tokens
+    prompt = sum(len(p.token_ids) for p in prompts) / len(prompts)
+    visits = wanted.num_prompts * run.steps
+    kept = run.teacher.text_cache and not run.data.streaming
+    fresh = sum(not p.response_ids for p in prompts) / len(prompts)
+    fresh *= min(1.0, len(prompts) / visits) if kept else 1.0
+    prefix = by_teacher = 0.0
+    by_student = float(rollouts)
+    if isinstance(policy, TeacherPrefix):
+        lengths = [min(int(policy.length(step / run.steps) * new), new - 1) for step in range(run.steps)]
+        prefix = sum(lengths) / run.steps * policy.share * (0.5 if policy.draw == "uniform" else 1.0)
+        shared = wanted.num_prompts * (1 - (1 - policy.share) ** wanted.num_rollouts)
+        by_teacher = shared if policy.texts == "shared" else rollouts * policy.share
+        by_teacher *= sum(length > 0 for length in lengths) / run.steps
+    elif isinstance(policy, Mixture | TeacherText):
+        by_student *= policy.student_share if isinstance(policy, Mixture) else 0.0
+        by_teacher = rollouts - by_student
+    return Texts(
+        rollouts=rollouts,
+        prompt=prompt,
+        new=new,
+        prefix=prefix,
+        by_student=by_student,
+        by_teacher=by_teacher * fresh,
+    )
+
+
+def size_of(config: Any, parameters: float, width: int) -> Size:
+    config = config.get_text_config()
+    head = float(config.vocab_size * config.hidden_size)
+    layers = parameters - head * (1 if config.tie_word_embeddings else 2)
+    return Size(layers=layers, head=head, width=width, cached=cached(config, width))
+
+
+def sizes_of(subject: Subject, need: Need, teacher: float, device: torch.device) -> tuple[Size, Size]:
+    """Student and teacher; `teacher` are the parameters of the latter, wherever it is."""
+    run = subject.run
+    width = choose_dtype(run.student.dtype, device).itemsize
+    student = size_of(subject.student.config, need.student / width, width)
+    if subject.teacher is None:  # the student without its adapter
+        return student, replace(student, layers=student.layers - need.gradients / width)
+    return student, size_of(subject.teacher.config, teacher, choose_dtype(run.teacher.dtype, device).itemsize)
+
+
+def at_once(run: Run, texts: Texts, server: ServerConfig | None) -> int:
+    """Answers that are written at the same time on one device."""
+    if server is None:
+        return run.rollout.max_batch
+    return max(1, min(server.max_requests, server.max_tokens_in_flight // ceil(texts.prompt + texts.new)))
+
+
+def phases_of(run: Run, texts: Texts, student: Size, teacher: Size, need: Need, trainers: int) -> dict[str, Phase]:
+    """In the order in which one step needs them; phases of nothing are left out."""
+    new = texts.new - texts.prefix
+    own = at_once(run, texts, run.rollout.server if run.rollout.servers else None)
+    theirs = at_once(run, texts, run.teacher.server if run.teacher.servers else None)
+    objective = run.method.objective
+    phases = {
+        "prefix": _writing(teacher, texts.by_teacher, texts.prompt, texts.new, theirs),
+        "write": _writing(student, texts.by_student, texts.prompt + texts.prefix, new, own),
+        "score": _scoring(teacher, texts),
+        "measure": _scoring(student, texts),
+        "train": _training(run, texts, student, need, trainers),
+    }
+    if run.parallel.teacher == "sharded" and trainers > 1:
+        received = need.teacher * (1 - 1 / trainers) * ceil(texts.read / trainers / run.tokens_per_micro_batch)
+        phases["score"] = replace(phases["score"], received=received)
+    asked = {
+        "prefix": texts.by_teacher > 0,
+        "write": texts.by_student > 0,
+        "score": bool(objective.needs & OF_TEACHER),
+        "measure": bool(objective.needs & PASS_NEEDS) or recall_needed(objective, run.optimizer.num_updates),
+    }
+    return {name: phase for name, phase in phases.items() if asked.get(name, True)}
+
+
+def _scoring(model: Size, texts: Texts) -> Phase:
+    operations = 2 * (model.layers * texts.read + model.head * texts.answered)
+    return Phase(kind="score", operations=operations, traffic=lambda number: model.bytes)
+
+
+def _writing(model: Size, number_of_texts: float, given: float, new: float, batch: int) -> Phase:
+    """Answers of `new` tokens after `given` ones."""
+
+    def traffic(number: int) -> float:
+        each = ceil(number_of_texts / number)
+        rows = min(batch, each)
+        return ceil(each / max(rows, 1)) * new * (model.bytes + rows * (given + new / 2) * model.cached)
+
+    operations = 2 * number_of_texts * (model.layers * (given + new) + model.head * new)
+    return Phase(kind="write", operations=operations, traffic=traffic)
+
+
+def _training(run: Run, texts: Texts, model: Size, need: Need, trainers: int) -> Phase:
+    trained = need.moments / 8
+    layers, head = (trained, 0.0) if run.student.lora else (model.layers, model.head)
+    again = 2 * model.layers if run.student.gradient_checkpointing else 0.0
+    operations = (4 * model.layers + again + 2 * layers) * texts.read + (4 * model.head + 2 * head) * texts.answered
+    updates = run.optimizer.num_updates
+    passes = max(updates, ceil(texts.read / trainers / run.tokens_per_micro_batch))
+    if is_sharded(run, trainers):
+        # Weights twice a pass, gradients in float32 once, and the whole once a step for the rollouts.
+        received = (passes * (2 * need.student + 4 * trained) + need.student) * (1 - 1 / trainers)
+    else:
+        received = updates * 2 * 4 * trained * (1 - 1 / trainers)
+    moments = 2 * need.moments * updates / (trainers if is_sharded(run, trainers) else 1)
+    traffic = passes * 3 * need.student + moments
+    return Phase(kind="train", operations=operations, traffic=lambda number: traffic, received=received)
+
+
+def is_sharded(run: Run, trainers: int) -> bool:
+    """Whether each trainer holds a part of the student only."""
+    return trainers > 1 and run.parallel.student != "replicated" and run.student.lora is None
