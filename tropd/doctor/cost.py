@@ -79,8 +79,11 @@ def need_of(subject: Subject, device: torch.device | None = None, processes: int
     rollouts = -(-run.rollout.num_prompts * run.rollout.num_rollouts // processes)
     batch = min(run.rollout.max_batch, rollouts)
     writers = [] if run.rollout.servers else [(subject.student.config, width)]
-    if run.method.rollout.needs_teacher_text:
-        writers += [(side.config, widths[name]) for name, side in subject.teachers.items() if side and name in local]
+    if run.method.rollout.needs_teacher_text:  # None is the base, which is as large as the student
+        here = {
+            name: side or subject.student for name, side in subject.teachers.items() if side is None or name in local
+        }
+        writers += [(side.config, widths.get(name, width)) for name, side in here.items()]
     return Need(
         student=sum(p.numel() for p in student.parameters()) * width,
         teacher=sum(parameters_of(one) * widths[name] for name, one in local.items()),
