@@ -40,13 +40,14 @@ def test_a_python_block_runs_as_it_stands(number, tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().out
 
 
-def test_the_first_run_learns_what_is_said(tmp_path, monkeypatch):
+def test_the_first_run_learns_and_shows_what_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert "20 % of its sums" in README and "about 70 %" in README
     exec(compile(blocks("python")[0], "README.md", "exec", dont_inherit=True), {})
     records = read_records(Path("runs/first/records.jsonl"))
     assert records.header["before"]["avg@4"] == pytest.approx(0.2, abs=0.05)
     assert records.steps[-1].evaluation["avg@4"] == pytest.approx(0.7, abs=0.1)
+    assert f"before training: avg@4 {records.header['before']['avg@4']:.4g} [" in capsys.readouterr().out
 
 
 def test_a_run_and_a_borrowed_loss_are_said_in_python():

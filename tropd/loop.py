@@ -30,7 +30,7 @@ from tropd.evaluation.shared import evaluate_together
 from tropd.iteration import clock, hand_over, iterate
 from tropd.probes.alarms import Alarm, Alarms
 from tropd.replay import save_batch
-from tropd.report.display import Display, Silent, make_display
+from tropd.report.display import Display, Silent, evaluation_text, make_display
 from tropd.report.ranks import NoRecords
 from tropd.report.records import RecordWriter, require
 from tropd.report.scores import write_scores
@@ -129,6 +129,8 @@ def _run(parts: Parts, directory: Path, saved: checkpoints.Checkpoint | None, di
             if world.size > 1:
                 parts.engine.sync(None, 0)  # all ranks give servers their weights together
             state.before = state.latest = _evaluate(parts, directory, 0)[0]
+            if state.before:
+                shown.note(f"before training: {evaluation_text(state.before)}")
         if world.leads and (dropped := checkpoints.drop_after(directory, state.step)):
             shown.note(f"back to step {state.step}: dropped the checkpoints of {', '.join(map(str, dropped))}")
         with ExitStack() as stack:  # closes everything, even where closing fails
