@@ -19,6 +19,8 @@ from tropd.doctor import examine
 from tropd.errors import ConfigError, DataError, TropdError, VocabularyError
 from tropd.loop import resume, train
 from tropd.objective.evidence import Needs
+from tropd.planning.devices import DEVICES
+from tropd.planning.plan import make_plan
 from tropd.report.contents import charts_of
 from tropd.report.history import read_history
 from tropd.rollout.transformers import TransformersEngine
@@ -202,6 +204,11 @@ def test_a_teacher_that_knows_nothing_is_found_among_good_ones(world: Path, tmp_
     levels = {check.name: check.level for check in examine(fresh, num_prompts=2, max_new_tokens=8)}
     assert levels["sums: teacher"] == "ok" and levels["products/all: teacher"] == "error"
     assert levels["sums: tokenizers"] == levels["products/all: tokenizers"] == "ok"
+
+
+def test_a_plan_says_that_it_reckons_with_one(world: Path) -> None:
+    with pytest.raises(ConfigError, match="reckons with one teacher, but the run has sums, products/all"):
+        make_plan(run_in(world, **several(world)), DEVICES["h100"])
 
 
 def test_reverse_kl_is_to_each_ones_own_teacher(world: Path) -> None:
