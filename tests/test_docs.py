@@ -53,7 +53,8 @@ def play(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
             assert printed.getvalue() == text
             continue
         if language == "toml":
-            (folder / text.split()[1]).write_text(text)
+            if named := re.match(r"# (\w+\.toml)\n", text):  # others show a section, and are read by a test below
+                (folder / named[1]).write_text(text)
             continue
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
