@@ -41,12 +41,16 @@ TICK = os.sysconf("SC_CLK_TCK")
 @dataclass
 class Settings:
     vocabulary: int = 8_192
-    num_rollouts: int = 4
+    num_rollouts: int = 1
     """Per prompt."""
     new_tokens: int = 96
     steps: int = 8
     repeats: int = 5
     """Runs of each side."""
+    minutes: float = 10.0
+    """No pair of runs begins later."""
+    patience: float = 60.0
+    """Seconds that each run waits at most for others to leave the two cores."""
     cores: tuple[int, int] = (0, 1)
     """Of this process, and of the server."""
 
@@ -104,6 +108,15 @@ def own_seconds(server: int) -> float:
     return ticks / TICK
 
 
+def wait_until_quiet(s: Settings, server: int) -> None:
+    deadline = time.monotonic() + s.patience
+    while time.monotonic() < deadline:
+        before = busy_seconds(s.cores) - own_seconds(server)
+        time.sleep(2.0)
+        if busy_seconds(s.cores) - own_seconds(server) - before < OTHERS * 2 * 2.0:
+            return
+
+
 def pin(core: int) -> None:
     """All threads of this process; those that it starts, and processes, inherit it."""
     for thread in os.listdir("/proc/self/task"):
@@ -142,8 +155,12 @@ def measure(folder: Path, url: str, server: int, s: Settings) -> dict[int, list[
     from tropd.loop import train
 
     found: dict[int, list[Step]] = {0: [], 1: []}
+    started = time.monotonic()
     for repeat in range(s.repeats):
+        if time.monotonic() - started > s.minutes * 60:
+            break
         for staleness in (0, 1) if repeat % 2 == 0 else (1, 0):
+            wait_until_quiet(s, server)
             clock = Clock(s.cores, server)
             train(run_of(folder, url, f"run-{repeat}-{staleness}", staleness, s), display=clock)
             steps = clock.steps()

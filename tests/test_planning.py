@@ -155,6 +155,20 @@ def test_what_writing_ahead_would_save_is_said(run, tmp_path, capsys):
     assert "nothing overlaps" in said and "1 devices" in said
 
 
+def test_what_servers_hold_is_counted_where_they_are(run, tmp_path, capsys, monkeypatch):
+    small = Device(name="small", memory=1.0, operations=1e12, bandwidth=1e12)
+    plan = make_plan(with_servers(run, 1, 1), small)
+    student = plan.need.student
+    assert plan.served == {"rollout": student, "teacher": student} and make_plan(run, small).served == {}
+    rollout = replace(run.rollout, servers=("http://127.0.0.1:1",), servers_sleep=True, num_prompts=1, num_rollouts=1)
+    beside = make_plan(replace(run, rollout=rollout), small)
+    assert beside.peak >= beside.need.weights + beside.need.moments + beside.need.masters + student
+    (tmp_path / "run.toml").write_text(config_file.dump(with_servers(run, 1, 1)))
+    monkeypatch.setitem(DEVICES, "small", small)
+    assert main(["plan", str(tmp_path / "run.toml"), "--cluster", "small"]) == 1
+    assert "tensor-parallel-size" in capsys.readouterr().out
+
+
 def test_sharding_divides_training_state_and_makes_devices_wait_for_their_layers(run):
     one, four = (make_plan(run, DEVICES["h100"], n) for n in (1, 4))
     numbers = one.need.student / 2

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
 def _show(plan: Plan, dollars: float | None) -> None:
     console = make_console()
     table = Table(title=_title(plan), title_justify="left", show_header=False)
-    sections = {"memory of a trainer": _memory(plan), "time of a step": _times(plan), "in a step": _amounts(plan)}
+    sections = {"memory": _memory(plan), "time of a step": _times(plan), "in a step": _amounts(plan)}
     sections["the whole run"] = _run(plan, dollars)
     for section, rows in sections.items():
         for number, row in enumerate(rows):
@@ -77,7 +77,8 @@ def _memory(plan: Plan) -> list[Row]:
     whole, rows = _parts(plan.need), []
     for name, num_bytes in _parts(plan.each).items():
         rows.append((name, gib(num_bytes), f"of {gib(whole[name])}, sharded" if num_bytes < whole[name] else ""))
-    return [*rows, ("at the peak", gib(plan.each.peak), f"there are {gib(int(plan.device.memory))}")]
+    rows.append(("a trainer at the peak", gib(int(plan.peak)), f"there are {gib(int(plan.device.memory))}"))
+    return [*rows, *((f"on a {name} server", gib(int(size)), "weights alone") for name, size in plan.served.items())]
 
 
 def _times(plan: Plan) -> list[Row]:
@@ -126,15 +127,21 @@ def _sum_of(plan: Plan) -> str:
         return "one after another" if plan.writers or plan.teachers else ""
     servers, own, alone = plan.split(plan.writers, plan.teachers)
     sides = f"servers {spell(servers)}, trainers {spell(own)}"
-    return f"the longer of {sides}; then {spell(alone)}"
+    return f"the longer of {sides}; and {spell(alone)}"
 
 
 def _remarks(plan: Plan) -> Iterator[str]:
     """What to do about it."""
     from tropd.doctor.cost import CURE, gib
 
+    for name, size in plan.served.items():
+        if size > plan.device.memory:
+            yield (
+                f"The weights of a {name} server do not fit on one {plan.device.name}: it needs several "
+                "(--tensor-parallel-size), which are not counted here."
+            )
     if not plan.fits:
-        short = f"{gib(plan.each.peak)} of {gib(int(plan.device.memory))}"
+        short = f"{gib(int(plan.peak))} of {gib(int(plan.device.memory))}"
         sharded = ", sharded too" if plan.each != plan.need and plan.num_devices > 1 else ""
         yield f"{plan.device.name} is too small for this{sharded}: each needs {short}. {CURE}"
     elif plan.need.peak > plan.device.memory:

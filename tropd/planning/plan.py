@@ -41,6 +41,8 @@ class Plan:
     """Bytes on each of them."""
     texts: Texts
     phases: dict[str, Phase]
+    served: dict[str, float]
+    """Bytes of the weights on a rollout server and on a teacher server, where there are any."""
     weights_bytes: float
     """Given to every rollout server after a step."""
     score_bytes: float
@@ -126,8 +128,15 @@ class Plan:
         return next((w, t) for w, t in pairs if keeps_up(w, t))
 
     @property
+    def peak(self) -> float:
+        """Bytes on each of the trainers, with the weights of a server that writes there and sleeps otherwise."""
+        each = self.each
+        beside = self.served["rollout"] if self.run.rollout.servers_sleep else 0.0
+        return max(each.peak, each.weights + each.moments + each.masters + beside)
+
+    @property
     def fits(self) -> bool:
-        return self.each.peak <= self.device.memory
+        return self.peak <= self.device.memory
 
 
 def make_plan(run: Run, device: Device, num_devices: int = 1) -> Plan:
@@ -138,7 +147,9 @@ def make_plan(run: Run, device: Device, num_devices: int = 1) -> Plan:
         raise ConfigError("a plan needs the models' configurations and the prompts: " + " ".join(found))
     where = torch.device(device.kind)
     texts, need = texts_of(run, subject), need_of(subject, where)
-    student, teacher = sizes_of(subject, need, parameters_of(run.teacher) if subject.teacher else 0, where)
+    numbers = parameters_of(run.teacher) if subject.teacher else 0
+    student, teacher = sizes_of(subject, need, numbers, where)
+    held = {"rollout": (run.rollout.servers, need.student), "teacher": (run.teacher.servers, numbers * teacher.width)}
     share = need_of(subject, where, num_devices)
     tied = subject.student.config.get_text_config().tie_word_embeddings
     weights = need.gradients if run.student.lora else need.student + (student.head * student.width if tied else 0)
@@ -151,6 +162,7 @@ def make_plan(run: Run, device: Device, num_devices: int = 1) -> Plan:
         each=_on_each(run, subject, share, student, num_devices, texts),
         texts=texts,
         phases=phases_of(run, texts, student, teacher, need, num_devices),
+        served={name: float(size) for name, (servers, size) in held.items() if servers},
         weights_bytes=weights,
         score_bytes=texts.answered * per_token if run.teacher.servers else 0.0,
     )
