@@ -141,7 +141,8 @@ def test_what_does_not_fit_is_said_with_an_exit_code(run, tmp_path, capsys, monk
     assert "too small" in capsys.readouterr().out
 
 
-def test_what_writing_ahead_would_save_is_said(run, tmp_path, capsys):
+def test_what_writing_ahead_would_save_is_said(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # no cell is broken
     for staleness, words in ((0, "would save"), (1, "for the next step")):
         asked = with_servers(run, 2, 2, staleness)
         (tmp_path / "run.toml").write_text(config_file.dump(asked))
