@@ -187,8 +187,11 @@ def _about_servers(plan: Plan) -> str:
     writers, teachers = busy
     asked = f"{writers} rollout server{'s' if writers > 1 else ''}"
     asked += f" and {teachers} teacher server{'s' if teachers > 1 else ''}" if teachers else ""
-    step = spell(plan.step_with(writers, teachers, 1))
-    return f"{asked}, writing ahead, would keep the trainer busy: a step of {step}."
+    step, sync = plan.step_with(writers, teachers, 1), plan.seconds_with(writers, teachers)["sync"]
+    given = ""
+    if sync > WORTH * step:
+        given = f", {spell(sync)} of it for weights on their way (rollout.weights_folder in memory makes that shorter)"
+    return f"{asked}, writing ahead, would keep the trainer busy: a step of {spell(step)}{given}."
 
 
 def spell(seconds: float) -> str:
