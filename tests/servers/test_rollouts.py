@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,23 @@ def test_texts_of_two_servers_are_those_of_this_process(student: Any, folder: Pa
         assert stopped.finish is Finish.STOP and stopped.token_ids[-1] == stop
         assert min(engine.pool.tally.by_server.values()) > 0
         engine.close()
+
+
+def test_servers_load_weights_at_the_same_time(student: Any, folder: Path, tmp_path: Path) -> None:
+    both = threading.Barrier(2, timeout=20.0)
+
+    class Patient(MiniServer):
+        """Loads when both have been asked to."""
+
+        def reload(self, body: dict[str, Any]) -> dict[str, Any]:
+            both.wait()
+            return super().reload(body)
+
+    with Patient(folder) as first, Patient(folder) as second:
+        engine = engine_of(student, tmp_path, first, second)
+        engine.sync(None, 1)
+        engine.close()
+    assert not both.broken
 
 
 def test_the_engine_keeps_the_promises_of_engines(student: Any, folder: Path, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ class Plan:
         number = {"write": writers or self.num_devices}
         number |= {phase: teachers or self.num_devices for phase in BY_TEACHER}
         found = {n: p.seconds(self.device, number.get(n, self.num_devices)) for n, p in self.phases.items()}
-        if writers:  # one after another read what was written once
+        if writers:  # all read what was written once, from one disk
             found["sync"] = self.weights_bytes * (1 + writers) / self.device.disk
         return found
 

@@ -14,11 +14,13 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tropd.background import in_background
 from tropd.config import Run
 from tropd.errors import EngineError, EngineOutOfSync, ServerRefused
 from tropd.rollout import canary
@@ -145,15 +147,20 @@ class Delivery:
             torch.cuda.empty_cache()
 
     def _push(self, expected: canary.Expected) -> None:
-        for url, pool in self.pools.items():
-            try:
-                with sleeping.waking(pool, self.level) if self.level else nullcontext():
-                    self._load(pool)
-                if not self.adapter:
-                    pool.run([updates.reset_prefix_cache()])
-            except ServerRefused as error:
-                raise EngineError(f"{error} {self._cure(url, error)}") from error
+        """To all servers at the same time: each takes as long to load as if it were alone."""
+        underway = [in_background(partial(self._push_to, url, pool)) for url, pool in self.pools.items()]
+        for one in underway:
+            one.result()
         self._verify(expected)
+
+    def _push_to(self, url: str, pool: Pool) -> None:
+        try:
+            with sleeping.waking(pool, self.level) if self.level else nullcontext():
+                self._load(pool)
+            if not self.adapter:
+                pool.run([updates.reset_prefix_cache()])
+        except ServerRefused as error:
+            raise EngineError(f"{error} {self._cure(url, error)}") from error
 
     def _load(self, pool: Pool) -> None:
         if not self.adapter:
