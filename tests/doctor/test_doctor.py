@@ -140,6 +140,10 @@ def test_a_new_adapter_can_learn_from_texts_beside_its_own_base(world: Path, tmp
     checks = examine(run, max_new_tokens=8)
     assert one(checks, "agreement").level == "ok" and "texts of the data set" in one(checks, "agreement").found
     assert one(checks, "one step").level == "ok" and "guidance" in one(checks, "one step").found
+    fading = {**method, "prefix": {"shape": "cosine", "start": 1.0, "end": 0.0}}
+    run = cases.run_of(world, tmp_path / "fading", student=student, teacher={"path": "base"}, data=data, method=fading)
+    found = one(examine(run, max_new_tokens=8), "one step")
+    assert found.level == "ok" and "a new adapter and its base agree" in found.found
 
 
 def test_a_new_adapter_cannot_learn_from_its_own_base(world: Path, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def check_agreement(parts: Parts, found: Diagnosis) -> Iterator[Check]:
     )
     if p.get("ratio/min") == 0.0 == p.get("ratio/max") and not p.get("ratio/infinite"):
         own = isinstance(found.teacher, BaseAsTeacher)
-        if own and (parts.run.data.response_column or parts.run.data.last_assistant == "prefix"):
+        if own and _data_teaches(parts):
             yield ok(
                 "agreement",
                 "a new adapter changes nothing, so student and teacher are one model now: at first texts of the data "
@@ -134,6 +134,8 @@ def check_step(parts: Parts, sample: Sample) -> Iterator[Check]:
     said = f"loss {step.loss:.4g} ({terms}), gradient norm {norm:.3g}"
     if not (math.isfinite(step.loss) and math.isfinite(norm)):
         yield error("one step", f"{said}: not a finite number.", "Use bfloat16 or float32, and check the weights.")
+    elif norm == 0.0 and _data_teaches(parts) and isinstance(parts.teacher, BaseAsTeacher):
+        yield ok("one step", f"{said}: at the end, without texts of the data set, a new adapter and its base agree")
     elif norm == 0.0:
         yield error(
             "one step",
@@ -144,6 +146,11 @@ def check_step(parts: Parts, sample: Sample) -> Iterator[Check]:
         yield ok("one step", f"{said}, scaled down to {limit:g} as optimizer.max_gradient_norm says")
     else:
         yield ok("one step", said)
+
+
+def _data_teaches(parts: Parts) -> bool:
+    """Whether answers that the data set brings stand in for the teacher's texts."""
+    return parts.run.data.response_column is not None or parts.run.data.last_assistant == "prefix"
 
 
 def check_seconds(parts: Parts, sample: Sample) -> Iterator[Check]:
