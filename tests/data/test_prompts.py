@@ -150,6 +150,14 @@ def test_two_rows_may_not_share_an_id(tmp_path: Path) -> None:
     assert report.examples == {"duplicate": ("row 2: the same id '1' as row 1",)}
 
 
+def test_a_prompt_for_two_teachers_is_two(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "who": who} for who in ("math", "code", "math")]
+    loaded = load(tmp_path, rows, teacher_column="who")
+    assert [prompt.teacher for prompt in loaded.prompts] == ["math", "code"]
+    assert len({prompt.id for prompt in loaded.prompts}) == 2
+    assert loaded.report.examples == {"duplicate": ("row 3: the same prompt as row 1",)}
+
+
 def test_a_data_set_without_a_single_prompt_is_refused_with_the_reasons(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"(?s)no row .* makes a prompt.*2 empty"):
         load(tmp_path, [{"prompt": ""}, {"prompt": " "}])

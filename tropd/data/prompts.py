@@ -171,7 +171,8 @@ class PromptReader:
             examples.append(f"row {number}: {bad}")
 
     def _refuse_repeats(self, prompt: Prompt, number: int) -> None:
-        rendered = hashlib.blake2b(repr(prompt.token_ids).encode(), digest_size=16).digest()
+        """One prompt for two teachers is two."""
+        rendered = hashlib.blake2b(repr((prompt.token_ids, prompt.teacher)).encode(), digest_size=16).digest()
         if rendered in self._first_row_of:
             raise _BadRow("duplicate", f"the same prompt as row {self._first_row_of[rendered]}")
         named = b"id/" + prompt.id.encode("utf-8", "surrogatepass")
@@ -182,7 +183,8 @@ class PromptReader:
     def _make_prompt(self, row: Row) -> Prompt:
         config = self.config
         text, messages, response = self._read_conversation(row)
-        content_id = _hash_content(messages or (Message(role="user", content=text),))
+        teacher = None if config.teacher_column is None else read_scalar(row, config.teacher_column)
+        content_id = _hash_content(messages or (Message(role="user", content=text),), teacher)
         if messages:
             messages = chat.with_system(messages, config.system_prompt)
             token_ids = chat.render(messages, self.tokenizer, kwargs=config.chat_template_kwargs)
@@ -198,7 +200,7 @@ class PromptReader:
             token_ids=token_ids,
             messages=messages,
             answer=read_scalar(row, config.answer_column) if row.get(config.answer_column) is not None else None,
-            teacher="default" if config.teacher_column is None else read_scalar(row, config.teacher_column),
+            teacher="default" if teacher is None else teacher,
             privileged=None if config.privileged_column is None else read_text(row, config.privileged_column),
             response_ids=chat.encode_response(response, self.tokenizer, self._end_id) if response else (),
             columns={column: value for column, value in row.items() if column not in taken},
@@ -291,6 +293,6 @@ def _find_warnings(reader: PromptReader) -> Iterator[str]:
             yield f"the chat template never mentions '{key}' of data.chat_template_kwargs: it does nothing."
 
 
-def _hash_content(messages: tuple[Message, ...]) -> str:
-    content = json.dumps([[message.role, message.content] for message in messages])
+def _hash_content(messages: tuple[Message, ...], teacher: str | None) -> str:
+    content = json.dumps([[message.role, message.content] for message in messages] + ([teacher] if teacher else []))
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
