@@ -64,6 +64,23 @@ def test_an_alarm_is_explained_once_and_counted_after_that() -> None:
     assert [line.split(": ")[1] for line in alarms[1:]] == ["mismatch again (2 so far)", "mismatch again (3 so far)"]
 
 
+def test_the_first_alarm_of_each_teacher_is_explained() -> None:
+    console = pipe()
+    with make_display(10, console=console) as display:
+        for step in range(2):
+            alarms = tuple(f"collapse: step {step}: teacher {name!r}: a long story" for name in ("a", "it's"))
+            display.update(step_record(step, alarms=alarms))
+    said = [line.partition(": ")[2] for line in text_of(console).splitlines() if line.startswith("ALARM")]
+    assert said[:2] == [
+        "collapse: step 0: teacher 'a': a long story",
+        'collapse: step 0: teacher "it\'s": a long story',
+    ]
+    assert said[2:] == [
+        "collapse of teacher 'a' again (2 so far)",
+        'collapse of teacher "it\'s" again (2 so far)',
+    ]
+
+
 def test_the_panel_keeps_the_last_evaluation_and_counts_alarms_that_it_no_longer_shows() -> None:
     console = terminal()
     with make_display(10, console=console) as display:

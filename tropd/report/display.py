@@ -6,6 +6,7 @@ never read as markup, so `pip install tropd[data]` in a note arrives whole.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ PHASES = {
 }
 OTHER_PHASE = "white"
 LAST_ALARMS = 3
+_OF_A_TEACHER = re.compile(r"(\S+): step \d+: (teacher (['\"]).*?\3): ")
 
 
 class Display(ABC):
@@ -106,7 +108,7 @@ class PlainDisplay(Display):
         said.append(f"{whole(record.seconds):.3g} s ({phase_text(record.seconds)})")
         self.note("  ".join([f"step {record.step} of {self.total_steps}", *said, f"left {self._pace.left(record)}"]))
         for alarm in record.alarms:
-            name = alarm.partition(":")[0]
+            name = _kind_of(alarm)
             self._alarms[name] += 1
             times = self._alarms[name]
             self.note(f"ALARM at step {record.step}: " + (alarm if times == 1 else f"{name} again ({times} so far)"))
@@ -195,6 +197,12 @@ def read_out(record: StepRecord) -> dict[str, str]:
     if seconds > 0 and record.tokens:
         said["tokens/s"] = f"{whole(record.tokens) / seconds:,.0f}"
     return said
+
+
+def _kind_of(alarm: str) -> str:
+    """Its name, and whose it is where each of several teachers has its own."""
+    own = _OF_A_TEACHER.match(alarm)
+    return f"{own[1]} of {own[2]}" if own else alarm.partition(":")[0]
 
 
 def evaluation_text(evaluation: Mapping[str, float]) -> str:
