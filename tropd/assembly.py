@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -89,12 +90,14 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE) -> Parts:
     origins |= engaged.origins
     learner = _learner(run, model, shape, engaged.forward, world)
     check_evidence(run.method.objective, engaged.teacher, run.method.name, grader is not None)
-    data = _limit_prompts(run.data, _shortest(learner, engaged.teacher), run.rollout.max_new_tokens)
-    stream, notes = _open_stream(run, data, tokenizer)
-    texts = directory / world.own_name(loading.TEXTS)
-    writer, remarks = loading.writer_of(run, found, model, size, (tokenizer, stream), origins, texts)
-    held_out, eval_notes = _held_out(run, tokenizer, learner.forward.context)
     engine = _engine(run, model, tokenizer, size, directory, world)
+    with ExitStack() as opened:
+        opened.callback(engine.close)
+        stream, notes = _open_stream(run, tokenizer, _shortest(learner, engine, engaged.teacher))
+        held_out, eval_notes = _held_out(run, tokenizer, _shortest(learner, engine))
+        texts = directory / world.own_name(loading.TEXTS)
+        writer, remarks = loading.writer_of(run, found, model, size, (tokenizer, stream), origins, texts)
+        opened.pop_all()  # nothing was refused
     return Parts(
         run=run,
         tokenizer=tokenizer,
@@ -189,10 +192,10 @@ def _without_dropout(model: Any) -> list[str]:
     ]
 
 
-def _shortest(learner: ModelLearner, teacher: RunTeacher) -> int | None:
-    """The longest text that student and teacher can both read."""
-    known = [c for c in (learner.forward.context, teacher.context) if c is not None]
-    return min(known, default=None)
+def _shortest(*readers: ModelLearner | TransformersEngine | VllmEngine | RunTeacher) -> int | None:
+    """The longest text that all of them can read."""
+    contexts = [one.forward.context if isinstance(one, ModelLearner) else one.context for one in readers]
+    return min((c for c in contexts if c is not None), default=None)
 
 
 def _limit_prompts(data: DataConfig, context: int | None, max_new_tokens: int) -> DataConfig:
@@ -209,8 +212,9 @@ def _limit_prompts(data: DataConfig, context: int | None, max_new_tokens: int) -
 
 
 def _open_stream(
-    run: Run, data: DataConfig, tokenizer: PreTrainedTokenizerBase
+    run: Run, tokenizer: PreTrainedTokenizerBase, context: int | None
 ) -> tuple[PromptStream | LazyPromptStream, list[str]]:
+    data = _limit_prompts(run.data, context, run.rollout.max_new_tokens)
     if data.streaming:
         return LazyPromptStream(data, tokenizer), []
     loaded = load_prompts(data, tokenizer)
