@@ -21,6 +21,7 @@ from typing import Any
 
 from tropd.assembly import Parts
 from tropd.background import in_background
+from tropd.data.stream import name_of
 from tropd.errors import CheckpointError, TeacherError
 from tropd.objective.evidence import OF_TEACHER
 from tropd.rollout.stage import RolloutJob, begin, carry_on, names_of, roll_out
@@ -101,7 +102,7 @@ class Source:
             return
         self._cursor = stream.state_dict()
         names = names_of(stream.next(wanted.num_prompts), wanted.num_rollouts)
-        if [id for id, _, _ in names] != [one["id"] for one in held]:
+        if [(id, name_of(prompt)) for id, prompt, _ in names] != [(one["id"], one["prompt"]) for one in held]:
             raise CheckpointError(
                 "the rollouts that were written ahead do not belong to the prompts that come next. Resume from another "
                 "checkpoint with --step."
@@ -172,6 +173,7 @@ def _pack(rollout: Rollout) -> dict[str, Any]:
     start = len(rollout.prompt.token_ids)
     return {
         "id": rollout.id,
+        "prompt": name_of(rollout.prompt),
         "token_ids": rollout.response_ids,
         "authors": "".join(str(int(author)) for author in rollout.authors[start:]),
         "behavior_logprobs": rollout.behavior_logprobs[start:],

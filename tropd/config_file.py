@@ -186,8 +186,14 @@ def dump(run: Run) -> str:
 
 
 def fingerprint(run: Run) -> str:
-    """Twelve characters that differ when anything that shapes the result does."""
+    """Twelve characters that differ when anything that shapes the result does: not where servers are, how long they are
+    waited for, what is kept and what is watched."""
     values = to_dict(run)
-    for name in ("output", "trackers", "parallel"):
+    for name in ("output", "trackers", "parallel", "checkpoint", "alarms"):
         values.pop(name, None)
+    for name in ("weights_folder", "servers_sleep"):
+        values["rollout"].pop(name, None)
+    for served in (values["rollout"], values["teacher"], *values["teachers"].values()):
+        served["servers"] = bool(served["servers"])
+        served["server"] = {name: served["server"].get(name) for name in ("kind", "model", "text")}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,10 @@ def test_a_stream_restored_at_any_step_of_three_epochs_goes_on_as_if_nothing_had
     [
         (PromptStream(PROMPTS[:-1], seed=0), "num_prompts 6"),
         (PromptStream([*PROMPTS[:-1], Prompt(id="new", token_ids=(1,))], seed=0), "fingerprint"),
+        (PromptStream([*PROMPTS[:-1], replace(PROMPTS[-1], token_ids=(1,))], seed=0), "fingerprint"),
+        (PromptStream([*PROMPTS[:-1], replace(PROMPTS[-1], teacher="other")], seed=0), "fingerprint"),
+        (PromptStream([*PROMPTS[:-1], replace(PROMPTS[-1], answer="other")], seed=0), "fingerprint"),
+        (PromptStream([*PROMPTS[:-1], replace(PROMPTS[-1], columns={"entry": 1})], seed=0), "fingerprint"),
         (PromptStream(PROMPTS, seed=1), "seed 1"),
     ],
 )

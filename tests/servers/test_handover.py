@@ -13,7 +13,7 @@ from tests import run_case
 from tests.integration.runs import prepare, run_in
 from tests.servers.mini import MiniServer
 from tests.servers.proxy import Fault, Proxy, Reply, status, untouched
-from tropd.errors import EngineTimeout
+from tropd.errors import DataError, EngineTimeout
 from tropd.loop import resume, train
 
 OPD = {"name": "opd"}
@@ -56,6 +56,28 @@ def test_the_step_that_was_trained_is_kept_and_the_resumed_run_is_the_undisturbe
         assert [folder.name for folder in (broken / "checkpoints").iterdir()] == ["step_000002"]
         proxy.fault = untouched
         resume(broken)
+    assert run_case.trace(broken) == run_case.trace(tmp_path / "whole")
+
+
+def test_a_kept_run_goes_on_with_a_server_elsewhere_but_not_with_other_prompts(world: Path, tmp_path: Path) -> None:
+    rows = (world / "data.jsonl").read_text().splitlines()
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({**json.loads(row), "id": n}) + "\n" for n, row in enumerate(rows)))
+    how = {"data": {"path": str(data), "id_column": "id"}, "rollout": {"staleness": 1}}
+    broken = tmp_path / "broken"
+    with MiniServer(world / "student") as server, MiniServer(world / "student") as other:
+        with Proxy(server.url, gone_from(update=3)) as proxy, pytest.raises(EngineTimeout, match="are kept"):
+            train(asked(world, broken, proxy.url, **how))
+        file = broken / "run.toml"
+        file.write_text(file.read_text().replace(proxy.url, other.url).replace("deadline_seconds = 0.5", ""))
+        kept = data.read_text()
+        data.write_text(kept.replace("+", "*"))
+        with pytest.raises(DataError, match="continuing would show other prompts"):
+            resume(broken)
+        data.write_text(kept)
+        resume(broken)
+        train(asked(world, tmp_path / "whole", other.url, **how))
+    assert run_case.num_recorded(broken) == 4
     assert run_case.trace(broken) == run_case.trace(tmp_path / "whole")
 
 

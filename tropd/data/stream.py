@@ -10,6 +10,7 @@ once in a run.  Every epoch holds every prompt once, and a batch may cross from 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -34,7 +35,7 @@ class PromptStream:
             again, times = Counter(prompt.id for prompt in prompts).most_common(1)[0]
             raise DataError(f"{times} prompts have the id '{again}', so their rollouts would too. Make the ids unique.")
         self.seed = seed
-        self.fingerprint = _fingerprint(sorted(self._prompts))
+        self.fingerprint = _fingerprint([name_of(self._prompts[id]) for id in sorted(self._prompts)])
         self._start_epoch(0)
 
     def __len__(self) -> int:
@@ -136,7 +137,7 @@ class LazyPromptStream:
 
     def _pass(self, prompt: Prompt) -> None:
         self._position += 1
-        self._fingerprint = _fingerprint([self._fingerprint, prompt.id])
+        self._fingerprint = _fingerprint([self._fingerprint, name_of(prompt)])
 
     def _start_epoch(self, visit: int) -> None:
         self._visit, self._position, self._fingerprint = visit, 0, ""
@@ -144,8 +145,15 @@ class LazyPromptStream:
         self._prompts: Iterator[Prompt] = iter(self._reader)
 
 
-def _fingerprint(ids: Sequence[str]) -> str:
-    text = "\0".join(ids).encode("utf-8", "surrogatepass")
+def name_of(prompt: Prompt) -> str:
+    """Another one for whatever a run reads of a prompt: an id may stay when its row is changed."""
+    read = (prompt.token_ids, prompt.answer, prompt.teacher, prompt.privileged, prompt.response_ids)
+    columns = json.dumps(dict(prompt.columns), sort_keys=True, default=lambda value: type(value).__name__)
+    return _fingerprint([prompt.id, repr(read), columns])
+
+
+def _fingerprint(parts: Sequence[str]) -> str:
+    text = "\0".join(parts).encode("utf-8", "surrogatepass")
     return hashlib.blake2b(text, digest_size=16).hexdigest()
 
 
