@@ -104,6 +104,24 @@ def test_each_of_several_teachers_gets_its_own(
     assert "--port 8000 --max-logprobs 8" in commands[0] and "--max-logprobs" not in commands[1]
 
 
+def test_two_names_on_one_address_are_one_server_or_refused(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = {"path": str(models / "teacher"), "servers": ["http://127.0.0.1:8000"]}
+    others = {"a": {}, "b": {"path": str(models / "student")}, "c": {"server": {"model": "c"}}}
+    for name, other in others.items():
+        teachers = {"sums": one, "sky": {**one, "servers": ["http://127.0.0.1:8000/"], **other}}
+        changes = {"teacher": {"path": "base"}, "teachers": teachers, "data": {"teacher_column": "answer"}}
+        path = str(write_run(models, tmp_path / name, **changes))
+        if not other:
+            commands, *_ = printed(capsys, path).values()
+            assert len(commands) == 1 and commands[0].startswith(f"vllm serve {models}/teacher ")
+        else:
+            said = refused(capsys, path, "--print")
+            assert "two teachers are served at http://127.0.0.1:8000" in said and "address of its own" in said
+            assert said.count("vllm serve") == 2
+
+
 def test_a_server_of_this_machine_alone_is_not_opened_to_others(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

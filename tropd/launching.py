@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -59,7 +60,20 @@ def servers_of(run: Run) -> list[Server]:
         for url in teacher.servers
     ]
     writers = [_server(url, run.rollout.server, run.student, taking, variables) for url in run.rollout.servers]
-    return [server for server in teachers + writers if server is not None]
+    return [*_once(server for server in teachers if server is not None), *(w for w in writers if w is not None)]
+
+
+def _once(servers: Iterable[Server]) -> list[Server]:
+    """One for each address: teachers of several names may be the same model."""
+    found: dict[str, Server] = {}
+    for server in servers:
+        other = found.setdefault(urlsplit(server.url).netloc, server)
+        if other.line() != server.line():
+            raise ConfigError(
+                f"two teachers are served at {server.url}, but not by one command: `{other.line()}` and "
+                f"`{server.line()}`. Give each an address of its own, or the same path, dtype and server settings."
+            )
+    return list(found.values())
 
 
 def _server(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from tropd.errors import ConfigError
 
@@ -67,6 +68,8 @@ def _check_teachers(run: Run) -> None:
             f"data.teacher_column is {column!r}, which asks for several teachers, but there is only [teacher]. "
             "Give each a section [teachers.NAME] with the name that the column has, or leave the column out."
         )
+    for name in run.teachers:
+        _check_name(name, column)
     if run.teacher != type(run.teacher)():
         raise ConfigError(
             f"there are the teachers {', '.join(run.teachers)}, and [teacher] beside them, which no prompt would "
@@ -82,3 +85,18 @@ def _check_teachers(run: Run) -> None:
             run.taught_by(name)
         except ConfigError as refusal:
             raise ConfigError(f"teacher {name!r}: {refusal}") from None
+
+
+def _check_name(name: str, column: str) -> None:
+    """It is written into records and, with the letters that files cannot have as %XX, into the names of files."""
+    if not name.strip():
+        raise ConfigError(
+            f'there is a section [teachers."{name}"], whose name is empty. Give the teacher one that can be read, here '
+            f"and in the column {column!r}."
+        )
+    in_files = len(quote(name, safe=""))
+    if len(name) > 100 or in_files > 200:
+        raise ConfigError(
+            f"the teacher's name {name[:24]!r}... has {len(name)} characters, {in_files} in the names of files. Give "
+            f"it at most 100, and 200 there, here and in the column {column!r}."
+        )

@@ -30,6 +30,7 @@ from tropd.objective.plan import Counts, Plan, count
 from tropd.objective.terms import Context, Reach, World
 from tropd.probes.sample import sampled_rows
 from tropd.student.forward import similar_lengths
+from tropd.teachers.routed import Routed
 from tropd.teachers.teacher import Teacher, TopKRows
 from tropd.types import Author, Rollout, TeacherScores, TermStats
 
@@ -93,12 +94,21 @@ def check_evidence(objective: Objective, teacher: Teacher, name: str, grader: bo
     if lacking:
         terms = [t.name for t in objective.terms if t.needs & lacking]
         raise EvidenceError(
-            f"term {', '.join(map(repr, terms))} of method {name!r} needs {_names(lacking)} from the teacher, which "
-            f"offers {_names(teacher.capabilities)}. Use another method (`tropd methods`), or a teacher in this "
-            "process, which can answer everything."
+            f"term {', '.join(map(repr, terms))} of method {name!r} needs {_names(lacking)} from "
+            f"{_offers(teacher, lacking)}. Use another method (`tropd methods`), or a teacher in this process, which "
+            "can answer everything."
         )
     if Needs.REWARD in objective.needs and not grader:
         raise EvidenceError(f"method {name!r} reads a grader's reward: set `grader`.")
+
+
+def _offers(teacher: Teacher, lacking: Needs) -> str:
+    """What there is instead: of the teacher, or of those among several that fall short."""
+    several = teacher.teachers if isinstance(teacher, Routed) else {}
+    short = {name: one.capabilities for name, one in several.items() if lacking & ~one.capabilities}
+    if not short:
+        return f"the teacher, which offers {_names(teacher.capabilities)}"
+    return "every teacher, but " + " and ".join(f"{name!r} offers {_names(own)}" for name, own in short.items())
 
 
 def _names(needs: Needs) -> str:

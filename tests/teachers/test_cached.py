@@ -79,7 +79,9 @@ def test_what_is_too_large_to_keep_is_refused_and_damage_is_named(tmp_path: Path
     kept.score(rollouts, BOTH, top_k=4)
     kept.db.execute("UPDATE scores SET score = ?", (b"junk",))
     kept.db.commit()
-    with pytest.raises(TeacherError, match=r"scores.sqlite, cannot be read.*score_cache = false"):
+    with pytest.raises(
+        TeacherError, match=r"scores.sqlite, cannot be read.*score_cache = false in that teacher's section"
+    ):
         kept.score(rollouts, BOTH, top_k=4)
     kept.close()
     path.write_bytes(b"no database at all, but long enough to be looked at" * 50)

@@ -16,7 +16,7 @@ from tests.servers.mini import MiniServer
 from tests.tiny import byte_tokenizer, tiny_model
 from tropd.config import Run
 from tropd.doctor import examine
-from tropd.errors import ConfigError, DataError, TropdError, VocabularyError
+from tropd.errors import ConfigError, DataError, EvidenceError, TeacherError, TropdError, VocabularyError
 from tropd.loop import resume, train
 from tropd.objective.evidence import Needs
 from tropd.planning.devices import DEVICES
@@ -163,6 +163,12 @@ def _ratios(found: Any) -> list[torch.Tensor]:
         ({"teacher": {"path": "somewhere"}}, r"\[teacher\] beside them, which no prompt would reach"),
         ({"parallel": {"teacher": "sharded"}}, "several teachers, which are asked different numbers"),
         ({"teachers": {"sums": {"path": "base"}}}, "teacher 'sums': teacher.path is \"base\""),
+        ({"teachers": {"": {"path": "x"}}}, r'section \[teachers.""\], whose name is empty'),
+        (
+            {"teachers": {"a" * 101: {"path": "x"}}},
+            "'aaaaaaaaaaaaaaaaaaaaaaaa'... has 101 characters, 101 in the names",
+        ),
+        ({"teachers": {"\u6570" * 23: {"path": "x"}}}, "has 23 characters, 207 in the names of files"),
         ({"teachers": {"sums": {"pth": "x"}}}, r"unknown key 'teachers.sums.pth'; did you mean 'path'"),
     ],
 )
@@ -172,6 +178,36 @@ def test_what_cannot_be_several_teachers_is_refused(world: Path, changes: dict[s
     values["data"] = {name: x for name, x in values["data"].items() if x is not None}
     with pytest.raises(ConfigError, match=said):
         run_in(world, **values)
+
+
+def test_the_one_that_lacks_evidence_is_named(world: Path, tmp_path: Path) -> None:
+    with MiniServer(world / "other") as server:
+        mixed = {"sums": {}, "products/all": {"path": str(world / "other"), "servers": [server.url], "server": QUICK}}
+        run = run_in(world, {"name": "gkd"}, output=str(tmp_path / "run"), **several(world, mixed))
+        said = "needs FULL from every teacher, but 'products/all' offers SAMPLED and TOPK. Use another"
+        with pytest.raises(EvidenceError, match=said):
+            train(run)
+        findings = {check.name: str(check) for check in examine(run, num_prompts=2, max_new_tokens=8)}
+    assert said in findings["method"]
+
+
+def test_a_teacher_whose_numbers_cannot_be_written_is_refused_in_words(world: Path, tmp_path: Path) -> None:
+    with MiniServer(world / "other") as server:
+        mixed = {"sums": {}, "products/all": {"path": str(world / "other"), "servers": [server.url], **SERVED}}
+        run = run_in(world, output=str(tmp_path / "run"), **several(world, mixed))
+        (tmp_path / "run" / "teacher_canary.products%2Fall.json").mkdir(parents=True)
+        with pytest.raises(TeacherError, match=r"teacher 'products/all': what .* cannot be kept in .*products%2Fall"):
+            train(run)
+
+
+def test_a_damaged_cache_of_scores_is_refused_with_a_cure_for_that_teacher(world: Path, tmp_path: Path) -> None:
+    with MiniServer(world / "other") as server:
+        mixed = {"sums": {}, "products/all": {"path": str(world / "other"), "servers": [server.url], **SERVED}}
+        run = run_in(world, output=str(tmp_path / "run"), **several(world, mixed))
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "teacher_scores.products%2Fall.sqlite").write_bytes(b"garbage " * 1000)
+        with pytest.raises(TeacherError, match=r"teacher 'products/all': .*score_cache = false in that teacher's sec"):
+            train(run)
 
 
 def test_prompts_without_a_teacher_and_strange_teachers_are_refused_by_name(world: Path, tmp_path: Path) -> None:

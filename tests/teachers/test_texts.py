@@ -111,3 +111,4 @@ def test_a_damaged_cache_is_refused_with_its_name(damage: str, tmp_path: Path) -
     with pytest.raises(TeacherError) as caught:
         CachedTexts(counting(), path, "teacher").generate(requests)
     assert str(path) in str(caught.value) and "delete the file" in str(caught.value)
+    assert "text_cache = false in the section of the teacher, of each where" in str(caught.value)

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from tropd.doctor.check import Check, error, ok, warning
-from tropd.doctor.subject import Subject
+from tropd.doctor.subject import Subject, offered_by
 from tropd.errors import TropdError
 from tropd.objective.evidence import OF_TEACHER, Needs
 from tropd.rollout.policies import TeacherPrefix
 from tropd.step import check_evidence
 from tropd.student.models import choose_device, choose_dtype
+from tropd.teachers.routed import Routed
 
 _FEW_STEPS = 300
 _SMALL_BETA = 0.01
@@ -29,7 +30,8 @@ class _Capable:
 def check_needs(subject: Subject) -> Iterator[Check]:
     """Evidence that the method reads, compared with what the teacher can say."""
     run = subject.run
-    teacher: Any = _Capable(subject.capabilities)
+    several: Any = {name: _Capable(offered_by(config)) for name, config in run.teachers.items()}
+    teacher: Any = Routed(several) if several else _Capable(subject.capabilities)
     try:
         check_evidence(run.method.objective, teacher, run.method.name, subject.grader is not None)
     except TropdError as refusal:

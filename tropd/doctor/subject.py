@@ -168,13 +168,15 @@ def read_subject(run: Run) -> tuple[Subject | None, list[Check]]:
     ), checks
 
 
+def offered_by(config: TeacherConfig) -> Needs:
+    """What such a teacher can answer."""
+    if config.servers:
+        return SERVED[config.server.kind]
+    return (BaseAsTeacher if config.path == "base" else LocalTeacher).capabilities
+
+
 def _capabilities(run: Run) -> Needs:
-    each = [
-        SERVED[config.server.kind]
-        if config.servers
-        else (BaseAsTeacher if config.path == "base" else LocalTeacher).capabilities
-        for config in run.all_teachers.values()
-    ]
+    each = [offered_by(config) for config in run.all_teachers.values()]
     return shared_by(each) if run.teachers else each[0]
 
 

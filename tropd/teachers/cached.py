@@ -110,5 +110,5 @@ class Cached:
     def _refuse(self, asked: str, error: Exception) -> TeacherError:
         return TeacherError(
             f"the cache of the teacher's scores, {self.path}, cannot be {asked}: {error}. Free the disk, delete the "
-            "file if it is damaged (its scores are made again), or set teacher.score_cache = false."
+            "file if it is damaged (its scores are made again), or set score_cache = false in that teacher's section."
         )

@@ -16,7 +16,7 @@ from typing import Annotated, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from tropd.errors import ServerGarbled, ServerRefused, TeacherRefused
+from tropd.errors import ServerGarbled, ServerRefused, TeacherError, TeacherRefused
 from tropd.servers import sglang, vllm
 from tropd.servers.pool import Job, Pool
 from tropd.servers.settings import ServerConfig
@@ -154,8 +154,14 @@ def _sing(url: str, settings: ServerConfig, model: str, canary: Canary, top_k: i
 def keep(canary: Canary, path: Path) -> None:
     """So that a resumed run notices that its teacher was changed."""
     whole = path.with_name(f".{path.name}.{os.getpid()}")
-    whole.write_text(json.dumps(asdict(canary)))
-    whole.replace(path)  # several processes may do this at once
+    try:
+        whole.write_text(json.dumps(asdict(canary)))
+        whole.replace(path)  # several processes may do this at once
+    except OSError as error:
+        raise TeacherError(
+            f"what the teacher's servers say of a known text cannot be kept in {path}: {error}. Free the disk or mend "
+            "the folder, then start again."
+        ) from error
 
 
 def recall(path: Path, ids: tuple[int, ...]) -> Canary | None:

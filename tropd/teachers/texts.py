@@ -78,7 +78,8 @@ class CachedTexts:
     def _refuse(self, asked: str, error: Exception) -> TeacherError:
         return TeacherError(
             f"the cache of the teacher's texts, {self.path}, cannot be {asked}: {error}. Free the disk, delete the "
-            "file if it is damaged (its texts are written again), or set teacher.text_cache = false."
+            "file if it is damaged (its texts are written again), or set text_cache = false in the section of the "
+            "teacher, of each where there are several."
         )
 
 
