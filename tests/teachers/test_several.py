@@ -248,6 +248,26 @@ def test_a_plan_says_that_it_reckons_with_one(world: Path) -> None:
         make_plan(run_in(world, **several(world)), DEVICES["h100"])
 
 
+def test_the_shortest_context_of_all_limits_prompts_and_is_named(world: Path, tmp_path: Path) -> None:
+    short = tiny_model("qwen3", seed=2)
+    short.config.max_position_embeddings = 16
+    save_model(tmp_path / "short", short)
+    run = run_in(world, **several(world, {"sums": {}, "products/all": {"path": str(tmp_path / "short")}}))
+    (found,) = [check for check in examine(run, num_prompts=0) if check.name == "lengths"]
+    assert found.level == "error" and "in the context of the teacher 'products/all', 16 tokens" in found.found
+    with pytest.raises(DataError, match="tokens, and at most 6 fit"):
+        train(run)
+
+
+def test_a_stream_that_shows_no_prompt_of_a_teacher_is_said_to_have_shown_none(world: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"id": n, "prompt": f"{n}=", "kind": "sums"}) for n in range(70)]
+    (tmp_path / "sorted.jsonl").write_text("\n".join([*rows, json.dumps({"id": "x", "prompt": "x", "kind": "late"})]))
+    data = {"path": str(tmp_path / "sorted.jsonl"), "streaming": True}
+    run = run_in(world, **several(world, {"sums": {}, "late": {}}, data=data))
+    (found,) = [check for check in examine(run, num_prompts=0) if check.name == "teachers"]
+    assert found.level == "warning" and "none of the first 64 prompts is for 'late'" in found.found
+
+
 def test_reverse_kl_is_to_each_ones_own_teacher(world: Path) -> None:
     parts = parts_of(world, **several(world, rollout={"num_prompts": 6}))
     rollouts = write(parts)

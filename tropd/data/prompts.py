@@ -239,7 +239,7 @@ class PromptReader:
         if not token_ids:
             raise _BadRow("empty", "the prompt encodes to no token")
         if longest is not None and len(token_ids) > longest:
-            raise _BadRow("too long", f"{len(token_ids)} tokens")
+            raise _BadRow("too long", f"{len(token_ids)} tokens, and at most {longest} fit")
 
 
 def _source_column(config: DataConfig, table: Table) -> str:

@@ -34,10 +34,11 @@ if TYPE_CHECKING:
 
 Look = Callable[[Subject], Iterator[Check]]
 
-OF_A_TEACHER: tuple[Look, ...] = (check_tokenizers, check_stops, check_templates, check_lengths)
+OF_A_TEACHER: tuple[Look, ...] = (check_tokenizers, check_stops, check_templates)
 """Looked at for each teacher."""
 
 QUICK: tuple[Look, ...] = (
+    check_lengths,
     check_prompts,
     check_graders,
     check_support,

@@ -45,21 +45,31 @@ def _check_shares(subject: Subject) -> Iterator[Check]:
         yield error("teachers", str(refusal))
         return
     said = "prompts for " + ", ".join(f"{name!r}: {n}" for name, n in number.items())
-    idle = [name for name, n in number.items() if n == 0]
-    if idle and not subject.run.data.streaming:
-        yield warning("teachers", said, f"Leave out [teachers.{idle[0]}]: it would be loaded for nothing.")
+    idle = [repr(name) for name, n in number.items() if n == 0]
+    if idle and subject.run.data.streaming:
+        unseen = f"none of the first {len(subject.prompts)} prompts is for {', '.join(idle)}"
+        yield warning("teachers", f"{said}; {unseen}", "What is checked on prompts was not checked there.")
+    elif idle:
+        yield warning(
+            "teachers",
+            f"{said}; {', '.join(idle)} would be loaded for nothing.",
+            "Look at the rows that were left out, or leave out the sections of these teachers.",
+        )
     else:
         yield ok("teachers", said)
 
 
 def check_lengths(subject: Subject) -> Iterator[Check]:
-    """Prompt and answer must fit what both student and teacher can read."""
+    """Prompt and answer must fit what the student and every teacher can read."""
     budget = subject.run.rollout.max_new_tokens
     lengths = sorted(len(prompt.token_ids) for prompt in subject.prompts)
     if not lengths:
         return
-    sides = [side for side in (subject.student, subject.teacher) if side is not None]
-    contexts = {side.whose: side.context for side in sides if side.context is not None}
+    sides = {subject.student.whose: subject.student}
+    for name, side in subject.teachers.items():
+        if side is not None:
+            sides[f"{side.whose} {name!r}" if subject.run.teachers else side.whose] = side
+    contexts = {whose: side.context for whose, side in sides.items() if side.context is not None}
     said = f"prompts of {lengths[0]} to {lengths[-1]} tokens and answers of up to {budget}"
     if not contexts:
         yield ok("lengths", f"{said}; neither model says how much it can read")
@@ -67,7 +77,7 @@ def check_lengths(subject: Subject) -> Iterator[Check]:
     whose = min(contexts, key=lambda name: contexts[name])
     room = contexts[whose] - budget
     over = sum(length > room for length in lengths)
-    known = f"the {whose}'s context of {contexts[whose]}"
+    known = f"the context of the {whose}, {contexts[whose]} tokens"
     if room < 1:
         yield error(
             "lengths",
