@@ -25,7 +25,7 @@ from tropd.ahead import Source
 from tropd.assembly import Parts, shards_student
 from tropd.config import Run
 from tropd.data.stream import PromptStream
-from tropd.errors import CheckpointError, ConfigError, EngineError, TeacherError, TrainingDiverged
+from tropd.errors import CheckpointError, ConfigError, DataError, EngineError, TeacherError, TrainingDiverged
 from tropd.evaluation.shared import evaluate_together
 from tropd.iteration import clock, hand_over, iterate
 from tropd.probes.alarms import Alarm, Alarms
@@ -165,7 +165,7 @@ def _steps(
         done = parts.learner.optimizer.num_steps
         try:
             record, batch, raised = iterate(parts, state.source, directory, state.step, alarms)
-        except (TeacherError, EngineError) as error:
+        except (TeacherError, EngineError, DataError) as error:
             if parts.learner.optimizer.num_steps > done or parts.world.size > 1 or state.step == 0:
                 raise  # other weights than those of the step before, or other processes that have not failed
             raise _keep_steps(parts, directory, state, alarms, error) from error

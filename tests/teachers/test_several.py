@@ -268,6 +268,22 @@ def test_a_stream_that_shows_no_prompt_of_a_teacher_is_said_to_have_shown_none(w
     assert found.level == "warning" and "none of the first 64 prompts is for 'late'" in found.found
 
 
+def test_a_stranger_late_in_a_stream_costs_no_step(world: Path, tmp_path: Path) -> None:
+    kinds = ["sums"] * 71 + ["Sums"] + ["sums"] * 18
+    rows = [{"id": n, "prompt": f"{n}=", "answer": "1", "kind": kind} for n, kind in enumerate(kinds)]
+    file, output = tmp_path / "late.jsonl", tmp_path / "run"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    data = {"path": str(file), "streaming": True, "id_column": "id"}
+    rollout = {"num_prompts": 8, "num_rollouts": 1, "max_new_tokens": 2, "save_every": 0}
+    values = several(world, {"sums": {}}, data=data, steps=11, checkpoint={"every": 50}, rollout=rollout)
+    run = run_in(world, {"name": "opd"}, output=str(output), **values)
+    with pytest.raises(DataError, match="the teachers 'Sums', but .* The 8 steps before are kept"):
+        train(run)
+    file.write_text(file.read_text().replace("Sums", "sums"))
+    resume(output)
+    assert len(records(output)) == 11
+
+
 def test_reverse_kl_is_to_each_ones_own_teacher(world: Path) -> None:
     parts = parts_of(world, **several(world, rollout={"num_prompts": 6}))
     rollouts = write(parts)
