@@ -20,6 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tropd.rollout.transformers import TransformersEngine
 from tropd.types import Finish, Request, Sampling
 
+LOADING = threading.Lock()
+"""Reading weights sets torch's default dtype, and more, for all threads: one at a time."""
+
 
 class Refusal(Exception):
     def __init__(self, status: int, message: str) -> None:
@@ -116,7 +119,8 @@ class MiniServer:
         assert body["method"] == "reload_weights"
         if not self.ignores_reload:
             head = self.model.get_output_embeddings().weight.detach()
-            self.model = AutoModelForCausalLM.from_pretrained(body["kwargs"]["weights_path"], dtype=torch.float32)
+            with LOADING:
+                self.model = AutoModelForCausalLM.from_pretrained(body["kwargs"]["weights_path"], dtype=torch.float32)
             if self.model.config.tie_word_embeddings and self.keeps_tied_head:
                 self.model.get_output_embeddings().weight = torch.nn.Parameter(head)
         return {"results": [None]}
@@ -126,8 +130,9 @@ class MiniServer:
 
         if name in self.adapters:
             raise Refusal(400, f"The lora adapter '{name}' has already been loaded.")
-        base = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
-        self.adapters[name] = PeftModel.from_pretrained(base, folder).merge_and_unload().eval()
+        with LOADING:
+            base = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+            self.adapters[name] = PeftModel.from_pretrained(base, folder).merge_and_unload().eval()
         return {}
 
     def logprobs(self, ids: list[int]) -> torch.Tensor:
