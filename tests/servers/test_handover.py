@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests import run_case
 from tests.integration.runs import prepare, run_in
 from tests.servers.mini import MiniServer
 from tests.servers.proxy import Fault, Proxy, Reply, status, untouched
-from tropd.errors import DataError, EngineTimeout
+from tropd.errors import DataError, EngineError, EngineTimeout
 from tropd.loop import resume, train
 
 OPD = {"name": "opd"}
@@ -78,6 +79,35 @@ def test_a_kept_run_goes_on_with_a_server_elsewhere_but_not_with_other_prompts(w
         resume(broken)
         train(asked(world, tmp_path / "whole", other.url, **how))
     assert run_case.num_recorded(broken) == 4
+    assert run_case.trace(broken) == run_case.trace(tmp_path / "whole")
+
+
+class Eater(MiniServer):
+    """Leaves a file in the place of the weights when it has read them for the n-th time."""
+
+    last = 0
+
+    def reload(self, body: dict[str, Any]) -> dict[str, Any]:
+        found = super().reload(body)
+        self.last -= 1
+        if self.last == 0:
+            memory = Path(body["kwargs"]["weights_path"]).parent
+            shutil.rmtree(memory)
+            memory.write_text("")
+        return found
+
+
+def test_weights_that_cannot_be_written_for_servers_cost_no_step(world: Path, tmp_path: Path) -> None:
+    memory, broken = tmp_path / "memory", tmp_path / "broken"
+    rollout = {"weights_folder": str(memory)}
+    with Eater(world / "student") as server:
+        train(asked(world, tmp_path / "whole", server.url, rollout=rollout))
+        server.last = 2  # at the start and after step 0
+        said = r"for the servers could not be written to .*memory/tropd-broken.* The 2 steps before are kept\. Go on"
+        with pytest.raises(EngineError, match=said):
+            train(asked(world, broken, server.url, rollout=rollout))
+        memory.unlink()
+        resume(broken)
     assert run_case.trace(broken) == run_case.trace(tmp_path / "whole")
 
 

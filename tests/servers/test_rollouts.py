@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.integration.runs import prepare, run_in, save_model
-from tests.servers.mini import MiniServer
+from tests.servers.mini import MiniServer, Refusal
 from tests.tiny import VOCAB, byte_tokenizer, tiny_model
 from tropd.config import LoraConfig
 from tropd.errors import ConfigError, DataError, EngineError, EngineOutOfSync
@@ -83,6 +84,35 @@ def test_servers_load_weights_at_the_same_time(student: Any, folder: Path, tmp_p
         engine.sync(None, 1)
         engine.close()
     assert not both.broken
+
+
+def test_a_server_that_refuses_the_weights_leaves_the_others_their_time_to_read_them(
+    student: Any, folder: Path, tmp_path: Path
+) -> None:
+    refused, read = threading.Event(), []
+
+    class Refusing(MiniServer):
+        def reload(self, body: dict[str, Any]) -> dict[str, Any]:
+            refused.set()
+            raise Refusal(400, f"no room on {self.url}")
+
+    class Slow(MiniServer):
+        def reload(self, body: dict[str, Any]) -> dict[str, Any]:
+            assert refused.wait(20.0)
+            time.sleep(0.5)  # long after the other's refusal has arrived
+            read.append(Path(body["kwargs"]["weights_path"]).exists())
+            return super().reload(body)
+
+    with Refusing(folder) as first, Slow(folder) as second, Refusing(folder) as third:
+        engine = engine_of(student, tmp_path, first, second, kept=False)
+        with pytest.raises(EngineError, match=f"no room on {first.url}"):
+            engine.sync(None, 1)
+        engine.close()
+        assert read == [True]
+        both = f"2 of 3 servers failed.*no room on {first.url}.*no room on {third.url}"
+        engine = engine_of(student, tmp_path, first, second, third)
+        with pytest.raises(EngineError, match=both):
+            engine.sync(None, 1)
 
 
 def test_the_engine_keeps_the_promises_of_engines(student: Any, folder: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import wait
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 
 from tropd.background import in_background
 from tropd.config import Run
-from tropd.errors import EngineError, EngineOutOfSync, ServerRefused
+from tropd.errors import CheckpointError, EngineError, EngineOutOfSync, ServerRefused, TropdError
 from tropd.rollout import canary
 from tropd.rollout.jobs import sing
 from tropd.servers import sleeping, updates
@@ -91,7 +92,7 @@ class Delivery:
         before, old = (self._expected, dict(self._found)), self.asked
         self._expected, self.version = None, version
         expected = canary.expect(model, self.text, self.vocab_size)
-        self.export(model, self.tokenizer, self.folder)
+        self._write_down(model)
         if self.level:
             self._make_room()
         self._push(expected)
@@ -141,6 +142,15 @@ class Delivery:
             sleeping.sleep(pool, self.level)
         self._resting = True
 
+    def _write_down(self, model: Any) -> None:
+        try:
+            self.export(model, self.tokenizer, self.folder)
+        except (CheckpointError, OSError) as error:
+            raise EngineError(
+                f"the weights for the servers could not be written to {self.folder}: {error.__cause__ or error}. Free "
+                "its disk, or mend the folder above it."
+            ) from error
+
     def _make_room(self) -> None:
         """What torch keeps for later is free for a server on the same GPU."""
         if next(self.model.parameters()).is_cuda:
@@ -149,8 +159,13 @@ class Delivery:
     def _push(self, expected: canary.Expected) -> None:
         """To all servers at the same time: each takes as long to load as if it were alone."""
         underway = [in_background(partial(self._push_to, url, pool)) for url, pool in self.pools.items()]
-        for one in underway:
-            one.result()
+        wait(underway)  # whatever becomes of one: the others read the folder
+        failed = [error for one in underway if (error := one.exception()) is not None]
+        if len(failed) > 1 and all(isinstance(error, TropdError) for error in failed):
+            kind = type(failed[0]) if len({type(error) for error in failed}) == 1 else EngineError
+            raise kind(f"{len(failed)} of {len(underway)} servers failed. " + " ".join(map(str, failed))) from failed[0]
+        for error in failed:
+            raise error
         self._verify(expected)
 
     def _push_to(self, url: str, pool: Pool) -> None:
