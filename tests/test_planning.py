@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -154,6 +155,45 @@ def test_what_writing_ahead_would_save_is_said(run, tmp_path, capsys, monkeypatc
     assert main(["plan", str(tmp_path / "run.toml"), "--cluster", "h100", "--dollars-per-hour", "2"]) == 0
     said = capsys.readouterr().out
     assert "nothing overlaps" in said and "1 devices" in said
+
+
+def said_of(run, folder, capsys, device="h100"):
+    (folder / "run.toml").write_text(config_file.dump(run))
+    assert main(["plan", str(folder / "run.toml"), "--cluster", device]) == 0
+    return capsys.readouterr().out
+
+
+def test_servers_are_advised_only_where_the_student_writes_and_the_step_gets_shorter(
+    run, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setitem(DEVICES, "slow", SLOW_UNITS)
+    rows = [{"prompt": f"{n}+1=", "answer": "1", "r": "1"} for n in range(5)]
+    (tmp_path / "given.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = replace(run.data, path=str(tmp_path / "given.jsonl"), response_column="r")
+    given = replace(run, method=METHODS["seqkd"](), data=data)
+    nothing = said_of(given, tmp_path, capsys, "slow")
+    assert "ahead" not in nothing and "busy" not in nothing
+    served = said_of(with_servers(given, 1), tmp_path, capsys, "slow")
+    assert "writes nothing in a step" in served and "ahead" not in served and "busy" not in served
+
+    assert "would keep the trainer busy" in said_of(run, tmp_path, capsys, "slow")  # trainers write now
+    monkeypatch.setitem(DEVICES, "slow", replace(SLOW_UNITS, disk=1.0))  # weights would be on their way for ever
+    assert "busy" not in said_of(run, tmp_path, capsys, "slow")
+    monkeypatch.setitem(DEVICES, "slow", SLOW_UNITS)
+    rollout = replace(run.rollout, servers=("http://127.0.0.1:1",), servers_sleep=True)
+    asleep = said_of(replace(run, rollout=rollout), tmp_path, capsys, "slow")
+    assert "nothing overlaps" in asleep and "ahead" not in asleep and "busy" not in asleep
+
+
+def test_lengths_that_training_refuses_are_refused_and_prompts_that_it_skips_are_told(run, tmp_path, capsys):
+    with pytest.raises(ConfigError, match="would refuse this run: .*answers of up to 5000 tokens leave no room"):
+        make_plan(replace(run, rollout=replace(run.rollout, max_new_tokens=5000)), SLOW_UNITS)
+    rows = [{"prompt": "1+1=" * times, "answer": "2"} for times in (1, 2, 200)]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    long = replace(run, data=replace(run.data, path=str(tmp_path / "long.jsonl")))
+    assert "1 of 3 prompts" in " ".join(said_of(long, tmp_path, capsys).split())
+    assert make_plan(run, SLOW_UNITS).cautions == ()
 
 
 def test_what_servers_hold_is_counted_where_they_are(run, tmp_path, capsys, monkeypatch):

@@ -134,6 +134,7 @@ def _remarks(plan: Plan) -> Iterator[str]:
     """What to do about it."""
     from tropd.doctor.cost import CURE, gib
 
+    yield from plan.cautions
     for name, size in plan.served.items():
         if size > plan.device.memory:
             yield (
@@ -152,17 +153,27 @@ def _remarks(plan: Plan) -> Iterator[str]:
             f"A rollout server writes {now} of its {each} rollouts at a time: rollout.server.max_requests and "
             "max_tokens_in_flight bound that, and its memory may hold more."
         )
-    if plan.writers:
+    yield from _about_writing(plan)
+
+
+def _about_writing(plan: Plan) -> Iterator[str]:
+    """What rollout servers are worth, or would be."""
+    writes = "write" in plan.phases
+    if plan.writers and not writes:
+        yield "The student writes nothing in a step: rollout servers are given weights, and write in evaluations alone."
+    if plan.run.rollout.servers_sleep:
+        yield (
+            "The servers have the trainers' GPUs and sleep while those train: nothing overlaps, and they cost nothing."
+        )
+        return
+    if plan.writers and (writes or plan.saved):
         yield _about_ahead(plan)
-    yield _about_servers(plan)
+    if writes:
+        yield from _about_servers(plan)
 
 
 def _about_ahead(plan: Plan) -> str:
     """What staleness does, or would do."""
-    if plan.run.rollout.servers_sleep:
-        return (
-            "The servers have the trainers' GPUs and sleep while those train: nothing overlaps, and they cost nothing."
-        )
     saved, ahead = plan.saved, plan.run.rollout.staleness
     synchronous = plan.step_seconds + (saved if ahead else 0.0)
     share = f"{spell(saved)} of {spell(synchronous)} ({saved / synchronous:.0%})"
@@ -173,25 +184,28 @@ def _about_ahead(plan: Plan) -> str:
     return f"Writing ahead (rollout.staleness = 1) would save {share} a step; batches are then one step old."
 
 
-def _about_servers(plan: Plan) -> str:
-    """How many servers would keep the trainer busy."""
+def _about_servers(plan: Plan) -> Iterator[str]:
+    """How many servers would keep the trainer busy, if that is worth anything."""
     busy = plan.busy
     if busy is None:
         most = plan.texts.rollouts
         servers, own, _ = plan.split(most, most if plan.teachers else 0)
-        return (
+        yield (
             "No number of servers keeps the trainer busy: an answer is written token by token, so the next batch takes "
             f"at least {spell(servers)}, and training on one {spell(own)}. Larger batches (rollout.num_prompts) or "
             "shorter answers would."
         )
+        return
     writers, teachers = busy
     asked = f"{writers} rollout server{'s' if writers > 1 else ''}"
     asked += f" and {teachers} teacher server{'s' if teachers > 1 else ''}" if teachers else ""
     step, sync = plan.step_with(writers, teachers, 1), plan.seconds_with(writers, teachers)["sync"]
+    if step >= plan.step_seconds:
+        return
     given = ""
     if sync > WORTH * step:
         given = f", {spell(sync)} of it for weights on their way (rollout.weights_folder in memory makes that shorter)"
-    return f"{asked}, writing ahead, would keep the trainer busy: a step of {spell(step)}{given}."
+    yield f"{asked}, writing ahead, would keep the trainer busy: a step of {spell(step)}{given}."
 
 
 def spell(seconds: float) -> str:

@@ -19,6 +19,7 @@ import torch
 
 from tropd.config import Run
 from tropd.doctor.cost import Need, need_of, parameters_of
+from tropd.doctor.prompts import check_lengths
 from tropd.doctor.subject import Subject, read_subject
 from tropd.errors import ConfigError
 from tropd.planning.devices import Device
@@ -47,6 +48,8 @@ class Plan:
     """Given to every rollout server after a step."""
     score_bytes: float
     """Sent by the teacher's servers in a step."""
+    cautions: tuple[str, ...] = ()
+    """About prompts that would be skipped."""
 
     @property
     def writers(self) -> int:
@@ -145,6 +148,9 @@ def make_plan(run: Run, device: Device, num_devices: int = 1) -> Plan:
     if subject is None or not subject.prompts:
         found = [str(check) for check in refusals] or ["there are no prompts"]
         raise ConfigError("a plan needs the models' configurations and the prompts: " + " ".join(found))
+    lengths = [check for check in check_lengths(subject) if check.level != "ok"]
+    if any(check.level == "error" for check in lengths):
+        raise ConfigError("training would refuse this run: " + " ".join(map(str, lengths)))
     where = torch.device(device.kind)
     texts, need = texts_of(run, subject), need_of(subject, where)
     numbers = parameters_of(run.teacher) if subject.teacher else 0
@@ -165,6 +171,7 @@ def make_plan(run: Run, device: Device, num_devices: int = 1) -> Plan:
         served={name: float(size) for name, (servers, size) in held.items() if servers},
         weights_bytes=weights,
         score_bytes=texts.answered * per_token if run.teacher.servers else 0.0,
+        cautions=tuple(map(str, lengths)),
     )
 
 
