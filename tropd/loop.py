@@ -11,7 +11,6 @@ prompt cursor and the seed: nothing else is remembered, so a resumed run repeats
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -26,14 +25,13 @@ from tropd.assembly import Parts, shards_student
 from tropd.config import Run
 from tropd.data.stream import PromptStream
 from tropd.errors import CheckpointError, ConfigError, DataError, EngineError, TeacherError, TrainingDiverged
-from tropd.evaluation.shared import evaluate_together
-from tropd.iteration import clock, hand_over, iterate
+from tropd.evaluation.steps import add_evaluation, evaluate_student
+from tropd.iteration import hand_over, iterate
 from tropd.probes.alarms import Alarm, Alarms
 from tropd.replay import save_batch
 from tropd.report.display import Display, Silent, evaluation_text, make_display
 from tropd.report.ranks import NoRecords
 from tropd.report.records import RecordWriter, require
-from tropd.report.scores import write_scores
 from tropd.report.trackers import Tracker, make_trackers, numbers_of
 from tropd.signals import stop_on_signals
 from tropd.startup import assemble
@@ -128,7 +126,7 @@ def _run(parts: Parts, directory: Path, saved: checkpoints.Checkpoint | None, di
         if saved is None:
             if world.size > 1:
                 parts.engine.sync(None, 0)  # all ranks give servers their weights together
-            state.before = state.latest = _evaluate(parts, directory, 0)[0]
+            state.before = state.latest = evaluate_student(parts, directory, 0)[0]
             if state.before:
                 shown.note(f"before training: {evaluation_text(state.before)}")
         if world.leads and (dropped := checkpoints.drop_after(directory, state.step)):
@@ -160,6 +158,11 @@ def _steps(
     trackers: list[Tracker],
     shown: Display,
 ) -> None:
+    if state.owed is not None:
+        record = _evaluated(parts, directory, state, alarms, state.owed)
+        state.owed = None
+        _tell(record, directory, records, trackers, shown)
+        save(parts, directory, state, alarms)
     run, state.stop = parts.run, parts.world.any(state.asked)
     while state.step < run.steps and not state.stop:
         done = parts.learner.optimizer.num_steps
@@ -171,16 +174,12 @@ def _steps(
             raise _keep_steps(parts, directory, state, alarms, error) from error
         record, failure = hand_over(parts, state.source, record)
         state.step += 1
-        evaluates = state.step % run.evaluation.every == 0 or state.step == run.steps
-        if failure is not None and (parts.world.size > 1 or (evaluates and parts.held_out)):
-            raise failure  # other processes that have not failed, or an evaluation that nobody would make up for
-        if evaluates:
-            record = _evaluated(parts, directory, state, record)
-        with checkpoints.writing(directory):
-            records.write(record)
-        for tracker in trackers:
-            tracker.log(record.step, numbers_of(record))
-        shown.update(record)
+        if failure is not None and parts.world.size > 1:
+            raise failure  # other processes have not failed
+        if parts.held_out and (state.step % run.evaluation.every == 0 or state.step == run.steps):
+            stops = any(alarm.action == "stop" for alarm in raised)
+            record = _evaluated(parts, directory, state, alarms, record, failure, stops)
+        _tell(record, directory, records, trackers, shown)
         _stop_if_asked(raised, directory, record.step, batch, parts.world)
         if failure is not None:
             raise _keep_steps(parts, directory, state, alarms, failure, undone=False) from failure
@@ -199,36 +198,35 @@ def _keep_steps(
     return type(error)(f"{error} The {state.step} steps before are kept. Go on with: tropd resume {directory}")
 
 
-def _evaluated(parts: Parts, directory: Path, state: State, record: StepRecord) -> StepRecord:
-    numbers, seconds = _evaluate(parts, directory, state.step)
-    if not numbers:
-        return record
-    state.latest = numbers
-    score = numbers.get(f"avg@{parts.run.evaluation.num_samples}")
-    if score is not None and score > state.best.get("score", float("-inf")):
-        state.best = {"step": state.step, "score": score}
-    return dataclasses.replace(record, evaluation=numbers, seconds={**record.seconds, "evaluate": seconds})
+def _evaluated(
+    parts: Parts,
+    directory: Path,
+    state: State,
+    alarms: Alarms,
+    record: StepRecord,
+    failure: EngineError | None = None,
+    stops: bool = False,
+) -> StepRecord:
+    """The record with its evaluation.  Where the engine fails, or has failed, whoever goes on from here owes both."""
+    try:
+        if failure is not None:
+            raise failure
+        return add_evaluation(parts, directory, state, record)
+    except EngineError as error:
+        if parts.world.size > 1 or stops:
+            raise
+        state.owed = record
+        raise _keep_steps(parts, directory, state, alarms, error, undone=False) from error
 
 
-def _evaluate(parts: Parts, directory: Path, version: int) -> tuple[dict[str, float], float]:
-    if not parts.held_out:
-        return {}, 0.0
-    seconds: dict[str, float] = {}
-    with clock(seconds, "evaluate"):
-        result = evaluate_together(
-            parts.world,
-            parts.engine,
-            parts.held_out,
-            parts.eval_grader,
-            parts.tokenizer,
-            parts.run.evaluation,
-            stop_ids=parts.stop_ids,
-            version=version,
-        )
-    if parts.world.leads:
-        with checkpoints.writing(directory):
-            write_scores(directory / "evaluations", version, result.items)
-    return result.summary(), seconds["evaluate"]
+def _tell(
+    record: StepRecord, directory: Path, records: RecordWriter | NoRecords, trackers: list[Tracker], shown: Display
+) -> None:
+    with checkpoints.writing(directory):
+        records.write(record)
+    for tracker in trackers:
+        tracker.log(record.step, numbers_of(record))
+    shown.update(record)
 
 
 def _stop_if_asked(raised: list[Alarm], directory: Path, step: int, batch: Any, world: Ranks) -> None:
@@ -259,7 +257,7 @@ def _recording(
 def _open_records(directory: Path, state: State, saved: checkpoints.Checkpoint | None, parts: Parts) -> RecordWriter:
     path = directory / "records.jsonl"
     if saved is not None:
-        return RecordWriter.resume(path, state.step)
+        return RecordWriter.resume(path, state.num_recorded)
     path.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
     return RecordWriter(path, {**_facts(parts, directory), "before": state.before})
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 import tropd
 from tropd import config_file
@@ -15,6 +16,7 @@ from tropd.assembly import Parts
 from tropd.errors import CheckpointError
 from tropd.probes.alarms import Alarms
 from tropd.student import checkpoint as checkpoints
+from tropd.types import StepRecord
 
 
 @dataclass
@@ -28,10 +30,17 @@ class State:
     before: dict[str, float] = field(default_factory=dict)
     """Evaluation of the student as it came."""
     latest: dict[str, float] = field(default_factory=dict)
+    owed: StepRecord | None = None
+    """Of the step taken last, where its evaluation failed."""
     asked: bool = False
     """A signal came to this process."""
     stop: bool = False
     """The processes have agreed to stop."""
+
+    @property
+    def num_recorded(self) -> int:
+        """How many steps need nothing more."""
+        return self.step if self.owed is None else self.step - 1
 
 
 def save(parts: Parts, directory: Path, state: State, alarms: Alarms, *, undone: bool = False) -> None:
@@ -61,6 +70,7 @@ def _facts(parts: Parts, state: State, alarms: Alarms, undone: bool) -> dict[str
         "best": state.best,
         "before": state.before,
         "latest": state.latest,
+        "owed": None if state.owed is None else asdict(state.owed),
         "versions": {"tropd": tropd.__version__, "torch": torch.__version__},
     }
 
@@ -87,3 +97,4 @@ def restore(parts: Parts, state: State, alarms: Alarms, saved: checkpoints.Check
     parts.engine.sync(None, saved.step)
     state.step, state.best = saved.step, held["best"]
     state.before, state.latest = held["before"], held["latest"]
+    state.owed = None if (owed := held.get("owed")) is None else TypeAdapter(StepRecord).validate_python(owed)

@@ -18,6 +18,8 @@ from tropd.errors import DataError, EngineError, EngineTimeout
 from tropd.loop import resume, train
 
 OPD = {"name": "opd"}
+FEW = 4
+"""Tokens of an answer in an evaluation, and of nothing else."""
 
 
 @pytest.fixture(scope="module")
@@ -111,11 +113,49 @@ def test_weights_that_cannot_be_written_for_servers_cost_no_step(world: Path, tm
     assert run_case.trace(broken) == run_case.trace(tmp_path / "whole")
 
 
-def test_a_step_whose_evaluation_is_missing_is_not_kept(world: Path, tmp_path: Path) -> None:
-    """A run that goes on from there would never evaluate it."""
-    held_out = {"data": {"path": str(world / "data.jsonl")}, "every": 2, "limit": 2, "max_new_tokens": 4}
-    fails = pytest.raises(EngineTimeout, match="503")
-    with MiniServer(world / "student") as server, Proxy(server.url, gone_from(3)) as proxy, fails as caught:
-        train(asked(world, tmp_path / "run", proxy.url, evaluation=held_out))
-    assert "kept" not in str(caught.value) and run_case.num_recorded(tmp_path / "run") == 1
-    assert not (tmp_path / "run" / "checkpoints").exists()
+def no_more_answers(after: int) -> Fault:
+    """Every text of an evaluation is refused for now, once so many were written."""
+    texts = itertools.count()
+
+    def fault(number: int, request: bytes, reply: Reply) -> Reply:
+        if json.loads(request).get("max_tokens") == FEW and next(texts) >= after:
+            return status(503)(number, request, reply)
+        return reply
+
+    return fault
+
+
+@pytest.mark.parametrize(
+    ("fault", "steps", "staleness"),
+    [(gone_from(3), 2, 0), (no_more_answers(5), 2, 1), (no_more_answers(9), 4, 0)],
+    ids=["no weights", "no answers", "no answers at the end"],
+)
+def test_a_step_whose_evaluation_fails_is_kept_and_evaluated_when_the_run_goes_on(
+    fault: Fault, steps: int, staleness: int, world: Path, tmp_path: Path
+) -> None:
+    held_out = {"data": {"path": str(world / "data.jsonl")}, "every": 2, "limit": 2, "max_new_tokens": FEW}
+    how: dict[str, Any] = {"evaluation": {**held_out, "num_samples": 1}, "rollout": {"staleness": staleness}}
+    whole, broken, kept = tmp_path / "whole", tmp_path / "broken", tmp_path / "kept"
+    with MiniServer(world / "student") as server, Proxy(server.url) as proxy:
+        train(asked(world, whole, proxy.url, **how))
+        proxy.fault = fault
+        with pytest.raises(EngineTimeout, match=f"503.* The {steps} steps before are kept. Go on with: tropd resume"):
+            train(asked(world, broken, proxy.url, **how))
+        assert run_case.num_recorded(broken) == steps - 1, "a record without its evaluation is not one"
+        shutil.copytree(broken / "checkpoints", kept)
+        proxy.fault = no_more_answers(0)
+        with pytest.raises(EngineTimeout, match=f"503.* The {steps} steps before are kept"):
+            resume(broken)
+        proxy.fault = untouched
+        resume(broken)
+        assert run_case.trace(broken) == run_case.trace(whole) and said_of_best(broken) == said_of_best(whole)
+        shutil.rmtree(broken / "model")  # as if it was killed when the record was written and the checkpoint was not
+        shutil.rmtree(broken / "checkpoints")
+        kept.rename(broken / "checkpoints")
+        resume(broken)
+    assert run_case.trace(broken) == run_case.trace(whole) and said_of_best(broken) == said_of_best(whole)
+
+
+def said_of_best(directory: Path) -> list[Any]:
+    state = json.loads((directory / "checkpoints" / "step_000004" / "state.json").read_text())
+    return [state[name] for name in ("best", "before", "latest", "stream", "owed")]

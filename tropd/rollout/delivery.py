@@ -148,7 +148,7 @@ class Delivery:
         except (CheckpointError, OSError) as error:
             raise EngineError(
                 f"the weights for the servers could not be written to {self.folder}: {error.__cause__ or error}. Free "
-                "its disk, or mend the folder above it."
+                "its disk, or name another place in rollout.weights_folder."
             ) from error
 
     def _make_room(self) -> None:
