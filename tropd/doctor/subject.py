@@ -18,7 +18,7 @@ from tropd.objective.evidence import Needs
 from tropd.student.head import causal_lm_of
 from tropd.student.models import load_tokenizer
 from tropd.teachers.local import BaseAsTeacher, LocalTeacher
-from tropd.teachers.routed import Routed, shared_by
+from tropd.teachers.routed import by_name, shared_by
 from tropd.teachers.server import CAPABILITIES as SERVED
 from tropd.teachers.teacher import RunTeacher
 from tropd.types import Prompt
@@ -96,7 +96,6 @@ def subject_of(parts: Parts) -> Subject:
         config=inside.config.get_text_config(),
         generation=inside.generation_config,
     )
-    several = parts.teacher.teachers if isinstance(parts.teacher, Routed) else {"default": parts.teacher}
     stream = parts.stream
     before = stream.state_dict()
     drawn = stream.next(len(stream) if isinstance(stream, PromptStream) else STREAMED)
@@ -104,7 +103,7 @@ def subject_of(parts: Parts) -> Subject:
     return Subject(
         run=run,
         student=student,
-        teachers={name: _side_of(one, run.all_teachers[name]) for name, one in several.items()},
+        teachers={name: _side_of(one, run.all_teachers[name]) for name, one in by_name(parts.teacher).items()},
         capabilities=parts.teacher.capabilities,
         prompts=tuple({prompt.id: prompt for prompt, _ in drawn}.values()),
         held_out=parts.held_out,

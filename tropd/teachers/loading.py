@@ -8,7 +8,7 @@ engage    one that scores for all of them; `writer_of` one that writes for all o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,8 @@ class Found:
     """One teacher on its way: what is known of it so far."""
 
     name: str
+    several: bool
+    """Whether there are others."""
     run: Run
     """As it would be with this teacher alone."""
     tokenizer: Any = None
@@ -53,6 +55,15 @@ class Found:
     @property
     def config(self) -> TeacherConfig:
         return self.run.teacher
+
+    @property
+    def origin(self) -> str:
+        """What its weights are called among the run's origins."""
+        return f"teachers.{self.name}" if self.several else "teacher"
+
+    def says(self, notes: Iterable[str]) -> list[str]:
+        """Where there are several, a note bears the name of the one it is about."""
+        return [f"teacher {self.name!r}: {note}" if self.several else note for note in notes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +100,7 @@ class TeacherEngine:
 
 
 def find(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[Found]:
-    found = [Found(name=name, run=run.taught_by(name)) for name in run.all_teachers]
+    found = [Found(name=name, several=bool(run.teachers), run=run.taught_by(name)) for name in run.all_teachers]
     for one in found:
         if one.config.path != "base":
             with _named(run, one.name):
@@ -124,15 +135,14 @@ def engage(
     origins: dict[str, str] = {}
     notes: list[str] = []
     for one in found:
-        key = f"teachers.{one.name}" if run.teachers else "teacher"
         if one.config.servers:
             with _named(run, one.name):
                 one.served = meet_teacher(one.run, shape["vocab_size"], one.tokenizer, directory, world, name=one.name)
-            teachers[one.name], origins[key] = one.served.teacher, one.served.identity
-            notes += [f"teacher {one.name!r}: {note}" if run.teachers else note for note in one.served.notes]
+            teachers[one.name], origins[one.origin] = one.served.teacher, one.served.identity
+            notes += one.says(one.served.notes)
         elif one.model is not None:
             teachers[one.name] = LocalTeacher(one.model, name=one.name, **shape)
-            origins[key] = model_fingerprint(one.model)
+            origins[one.origin] = model_fingerprint(one.model)
         else:
             teachers[one.name] = BaseAsTeacher(student, name=one.name, **shape)
     if run.teachers:
@@ -160,12 +170,11 @@ def writer_of(
         if one.served is not None:
             with _named(run, one.name):
                 writer, remarks = serve_writer(one.config, one.served, *prompts, name=one.name)
-            notes += [f"teacher {one.name!r}: {note}" if run.teachers else note for note in remarks]
+            notes += one.says(remarks)
         else:
             writer = _local_writer(one, run, student, size)
         if one.config.text_cache:
-            key = f"teachers.{one.name}" if run.teachers else "teacher"
-            writer = CachedTexts(writer, path, origins.get(key) or origins["student"])
+            writer = CachedTexts(writer, path, origins.get(one.origin) or origins["student"])
         writers[one.name] = writer
     return (RoutedWriter(writers) if run.teachers else writers["default"]), notes
 

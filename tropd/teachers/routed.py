@@ -109,6 +109,11 @@ class RoutedWriter:
             writer.close()
 
 
+def by_name(teacher: RunTeacher) -> dict[str, RunTeacher]:
+    """A run's teacher as single ones, by the names that prompts have for them."""
+    return teacher.teachers if isinstance(teacher, Routed) else {"default": teacher}
+
+
 def by_teacher(teacher: T, rollouts: Sequence[Rollout]) -> list[tuple[list[int], T]]:
     """A teacher as single ones, each with the numbers of its rollouts."""
     if isinstance(teacher, Routed):
