@@ -144,3 +144,12 @@ def test_other_families_run_their_own_forward_and_say_so(family, words):
     assert words in obstacle(model, model)
     assert words in TransformersEngine(model).notes[0]
     assert TransformersEngine(tiny_model()).notes == []
+
+
+def test_a_process_that_compares_the_decoder_with_the_model_writes_what_one_that_does_not_writes():
+    model = tiny_model("qwen3")
+    requests = [replace(r, stop_ids=(), max_new_tokens=28) for r in some_requests(6)]
+    engine = TransformersEngine(model, max_batch=3)
+    first = engine.generate(requests)
+    assert engine.stepper.compared
+    assert engine.generate(requests) == first

@@ -19,6 +19,7 @@ from tests.rollout.plain import (
 )
 from tests.tiny import VOCAB, tiny_config, tiny_model
 from tropd.errors import EngineError
+from tropd.model.hf import cache_argument
 from tropd.rollout.rows import PREFILL_TOKENS
 from tropd.rollout.sampling import draw_uniforms
 from tropd.rollout.transformers import TransformersEngine
@@ -82,7 +83,7 @@ def test_a_long_queue_outgrows_the_buffers_and_still_agrees():
     alone = [TransformersEngine(model).generate([request])[0] for request in requests]
     widths: list[int] = []
     model.register_forward_pre_hook(
-        lambda module, args, kwargs: widths.append(kwargs["past_key_values"].get_seq_length()), with_kwargs=True
+        lambda module, args, kwargs: widths.append(kwargs[cache_argument(model)].get_seq_length()), with_kwargs=True
     )
     together = TransformersEngine(model, max_batch=3).generate(requests)
     assert [c.token_ids for c in together] == [c.token_ids for c in alone]

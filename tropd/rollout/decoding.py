@@ -173,20 +173,25 @@ class Stepper:
             self.decoder = None
 
     def logits(self, last_ids_B1: Tensor, cache: RowCache) -> Tensor:
-        """The logits [B, V] after each row's last token.  The decoder's first are compared with the model's."""
+        """The logits [B, V] after each row's last token.  The decoder's first are compared with the model's.
+
+        Both write the cache's newest column, so the one whose logits are used goes last: a process that compares
+        then goes on as one that does not.
+        """
         if self.decoder is None:
             return self.own(last_ids_B1, cache)
+        if self.compared:
+            return self.decoder(last_ids_B1, cache)
+        own_BV = self.own(last_ids_B1, cache)
         logits_BV = self.decoder(last_ids_B1, cache)
-        if not self.compared:
-            own_BV = self.own(last_ids_B1, cache)
-            self.compared = bool(own_BV.isfinite().all())  # else the caller is about to refuse them
-            self.misread = self.compared and differ(logits_BV[:, : own_BV.shape[1]], own_BV)
-            if self.misread:
-                self.decoder = None
-                warnings.warn(
-                    f"{type(self.base).__name__} gives other logits than tropd.rollout.decoding reads from its "
-                    "layers, so its own forward writes instead: the same tokens, slower.",
-                    stacklevel=2,
-                )
-                return own_BV
-        return logits_BV
+        self.compared = bool(own_BV.isfinite().all())  # else the caller is about to refuse them
+        self.misread = self.compared and differ(logits_BV[:, : own_BV.shape[1]], own_BV)
+        if not self.misread:
+            return logits_BV
+        self.decoder = None
+        warnings.warn(
+            f"{type(self.base).__name__} gives other logits than tropd.rollout.decoding reads from its "
+            "layers, so its own forward writes instead: the same tokens, slower.",
+            stacklevel=2,
+        )
+        return self.own(last_ids_B1, cache)

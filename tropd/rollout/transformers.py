@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from tropd.errors import ConfigError, DataError
+from tropd.model.hf import cache_argument
 from tropd.rollout.cache import RowCache
 from tropd.rollout.decoding import Stepper, obstacle
 from tropd.rollout.rows import Batch
@@ -54,6 +55,7 @@ class TransformersEngine:
         self.model, self.max_batch, self.pad_id, self.version = model, max_batch, pad_id, version
         self.context: int | None = getattr(base.config.get_text_config(), "max_position_embeddings", None)
         takes_last = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self._cache_argument = cache_argument(base)
         self._last_only = {"logits_to_keep": 1} if takes_last else {}
         self.stepper = Stepper(model, base, self._own_step)
 
@@ -85,7 +87,7 @@ class TransformersEngine:
             input_ids=input_ids_BT,
             attention_mask=mask_BT,
             position_ids=positions_BT,
-            past_key_values=cache,
+            **{self._cache_argument: cache},
             use_cache=True,
             return_dict=True,
             **self._last_only,
@@ -146,7 +148,8 @@ def _base_model(model: nn.Module) -> Any:
 def _check_model(base: Any) -> None:
     """Left padding and row compaction need plain attention, explicit positions and a cache that can be handed in."""
     takes = inspect.signature(base.forward).parameters
-    missing = [name for name in ("attention_mask", "position_ids", "past_key_values") if name not in takes]
+    missing = [name for name in ("attention_mask", "position_ids") if name not in takes]
+    missing += [] if cache_argument(base) else ["key-value cache"]
     layer_types = set(getattr(base.config.get_text_config(), "layer_types", None) or ())
     foreign = sorted(layer_types - {"full_attention", "sliding_attention"})
     reason = (
