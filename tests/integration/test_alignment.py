@@ -84,7 +84,7 @@ def everything(parts: Parts, rollouts: list[Rollout]) -> tuple[ScoredBatch, dict
     batch = judge(parts, rollouts)
     hidden_NH = batch.tokens.peek("teacher_hidden_NH")
     if hidden_NH is not None:  # whole distributions are made where they are read
-        whole_NV = parts.teacher.forward.full_logprobs(hidden_NH)
+        whole_NV = parts.teacher.forward.full_logprobs(hidden_NH, batch.tokens.token_ids_N)
         batch = dataclasses.replace(batch, tokens=batch.tokens.with_(teacher_full_logprobs_NV=whole_NV))
     with torch.no_grad():
         teacher_NV = plain(parts.teacher.forward.model, rollouts)

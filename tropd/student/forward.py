@@ -203,10 +203,10 @@ class Forward:
         )
 
     @torch.no_grad()
-    def full_logprobs(self, hidden_CH: Tensor) -> Tensor:
-        """[C, V]: whole distributions from hidden states, such as those of `measure`."""
+    def full_logprobs(self, hidden_CH: Tensor, written_C: Tensor) -> Tensor:
+        """[C, V]: whole distributions from hidden states, such as those of `measure`, before these tokens."""
         with self._at_rest():
-            return at_least_float32(self.head.logits(hidden_CH)).log_softmax(-1)
+            return self.head.wide_logits(hidden_CH, written_C.to(hidden_CH.device)).log_softmax(-1)
 
     @torch.no_grad()
     def reverse_kl(self, rollouts: Sequence[Rollout], teacher: Forward) -> Tensor:
@@ -220,12 +220,10 @@ class Forward:
             student_NH = self.hidden(rollouts)
         with teacher._at_rest():
             teacher_NH = teacher.hidden(rollouts)
-        found = [student_NH.new_zeros(0, dtype=at_least_float32(student_NH).dtype)]
+        ids_N, found = self._response_ids(rollouts), [student_NH.new_zeros(0, dtype=at_least_float32(student_NH).dtype)]
         for tile in tiles(student_NH.shape[0], self.tile_tokens):
-            with self._at_rest():
-                student_NV = at_least_float32(self.head.logits(student_NH[tile])).log_softmax(-1)
-            with teacher._at_rest():
-                teacher_NV = at_least_float32(teacher.head.logits(teacher_NH[tile])).log_softmax(-1)
+            student_NV = self.full_logprobs(student_NH[tile], ids_N[tile])
+            teacher_NV = teacher.full_logprobs(teacher_NH[tile], ids_N[tile])
             share_NV = student_NV.exp()
             gap_NV = student_NV - teacher_NV.to(student_NV.device)
             found.append(torch.where(share_NV > 0, share_NV * gap_NV, 0.0).sum(-1))  # 0 * inf is 0 here

@@ -21,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tropd.errors import ConfigError
 from tropd.objective.evidence import at_least_float32
+from tropd.student.likeliest import likeliest
+from tropd.student.peaks import find_peaks, has_peaks, is_matrix, products_at
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Relative differences that kernels of other shapes may make; a wrong head or a leak makes one near 1."""
@@ -131,6 +133,22 @@ class Head:
             logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
         return logits_NV
 
+    def wide_logits(self, hidden_CH: Tensor, written_C: Tensor) -> Tensor:
+        """`logits` in float32 at least; where the matrix rounds, the row's peaks are exact (`tropd.student.peaks`)."""
+        return self.sharpened(self.logits(hidden_CH), hidden_CH, written_C)
+
+    def sharpened(self, z_CV: Tensor, hidden_CH: Tensor, written_C: Tensor) -> Tensor:
+        """Logits in float32 at least, exact at the row's peaks.  The gradient is that of the logits given."""
+        if not (has_peaks(z_CV.dtype) and is_matrix(self.module)):
+            return at_least_float32(z_CV)
+
+        def exact(ids_CE: Tensor) -> Tensor:
+            return self.transform(products_at(hidden_CH, self.weight_VH, self.bias_V, 1.0, ids_CE))
+
+        with torch.no_grad():
+            peaks = find_peaks(z_CV, written_C, exact)
+        return z_CV.float().scatter_add_(1, peaks.ids_CE, peaks.changes_CE)
+
     def read(
         self,
         hidden_NH: Tensor,
@@ -147,7 +165,7 @@ class Head:
         """
 
         def read_tile(hidden_NH: Tensor, ids_NM: Tensor) -> dict[str, Tensor]:
-            return read_logits(at_least_float32(self.logits(hidden_NH)), ids_NM, top_k, entropy, full)
+            return read_logits(self.wide_logits(hidden_NH, ids_NM[:, 0]), ids_NM, top_k, entropy, full)
 
         found = []
         for tile in tiles(hidden_NH.shape[0], tile_tokens):
@@ -178,24 +196,6 @@ def read_logits(
     if full:
         found["full"] = logits_NV - log_z_N1
     return found
-
-
-def likeliest(logits_NV: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Ids and logits of the `top_k` likeliest tokens, likeliest first, equal ones by id.
-
-    torch.topk promises nothing about equal logits, and in half precision many are equal: so more candidates are taken
-    than needed, and where even their last one equals the k-th, the whole row is looked through.
-    """
-    num_candidates = min(4 * top_k + 16, logits_NV.shape[1])
-    ids_NC = logits_NV.topk(num_candidates, dim=-1).indices.sort(dim=-1).values
-    logits_NC, order_NC = logits_NV.gather(1, ids_NC).sort(dim=-1, descending=True, stable=True)
-    logits_NK, ids_NK = logits_NC[:, :top_k].clone(), ids_NC.gather(1, order_NC)[:, :top_k].clone()
-    spills_N = (logits_NC[:, -1] == logits_NK[:, -1]) & (num_candidates < logits_NV.shape[1])
-    rows = spills_N.nonzero().squeeze(1)
-    if rows.numel():
-        ordered = logits_NV[rows].sort(dim=-1, descending=True, stable=True)
-        ids_NK[rows], logits_NK[rows] = ordered.indices[:, :top_k], ordered.values[:, :top_k]
-    return ids_NK, logits_NK
 
 
 def _number(config: Any, name: str, default: float) -> float:

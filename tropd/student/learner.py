@@ -81,10 +81,10 @@ class ModelLearner:
             if not whole:
                 return judge(rows, view)
             assert self.teacher is not None
-            teacher_CV = self.teacher.full_logprobs(tokens.teacher_hidden_NH[rows])
+            teacher_CV = self.teacher.full_logprobs(tokens.teacher_hidden_NH[rows], tokens.token_ids_N[rows])
             return judge(rows, view.with_(full_logprobs_NV=full_CV), teacher_full_logprobs_NV=teacher_CV)
 
-        dense_loss(forward.head, hidden_NH, judge_whole, forward.tile_tokens).backward()
+        dense_loss(forward.head, hidden_NH, ids_NM[:, 0], judge_whole, forward.tile_tokens).backward()
 
     def measure(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int) -> dict[str, Tensor]:
         wanted = top_k if Needs.STUDENT_TOPK in needs else 0
