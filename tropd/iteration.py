@@ -114,6 +114,7 @@ def _train(
             tokens_per_micro_batch=run.tokens_per_micro_batch,
             num_updates=run.optimizer.num_updates,
             watch=watched,
+            teacher=parts.teacher,
             places=[
                 p * run.rollout.num_rollouts + i for p in own_prompts(parts) for i in range(run.rollout.num_rollouts)
             ],

@@ -132,6 +132,7 @@ def step_of(parts: Parts, rollouts: list[Rollout] | None = None, progress: float
         tokens_per_micro_batch=parts.run.tokens_per_micro_batch,
         num_updates=parts.run.optimizer.num_updates,
         watch=watch,
+        teacher=parts.teacher,
     )
     weights = {name: p.detach().clone() for name, p in parts.model.named_parameters()}
     return Step(

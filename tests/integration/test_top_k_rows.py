@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tests.integration.runs import parts_of, prepare, step_of, write
 from tropd.errors import EvidenceError
 from tropd.objective.support import NOTHING
 from tropd.probes.sample import sampled_rows
-from tropd.step import score, top_k_rows
+from tropd.step import score
 from tropd.types import Author
 
 METHODS = [
@@ -58,10 +59,31 @@ def test_a_top_k_that_was_left_out_is_never_read_silently(tmp_path: Path) -> Non
         objective(tokens, view, objective.plan(tokens))
 
 
-def test_half_precision_students_ask_for_every_row(tmp_path: Path) -> None:
-    """Rounding may move their log-probabilities by more than any margin worth its cost."""
-    parts = parts_of(prepare(tmp_path), METHODS[0])
-    assert top_k_rows(parts.run.method.objective, step_of(parts).batch.tokens, None, None) is None
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_students_ask_for_few_rows_and_again_where_those_do_not_do(tmp_path: Path, dtype: str) -> None:
+    folder, half = prepare(tmp_path), {"student": {"dtype": dtype}, "teacher": {"dtype": dtype}}
+    rollouts = write(parts_of(folder, METHODS[1], **half))
+    few, again, all_of_it = (parts_of(folder, METHODS[1], **half) for _ in range(3))
+    again.learner.margin, all_of_it.learner.margin = 0.0, None
+    steps = [step_of(parts, rollouts) for parts in (few, again, all_of_it)]
+    known = [int((s.batch.tokens.teacher_topk_logprobs_NK[:, 0] > NOTHING).sum()) for s in steps]
+    assert known[1] <= known[0] < known[2] == len(steps[2].batch.tokens)
+    for step in steps[:2]:
+        assert step.sums.loss == steps[2].sums.loss
+        for name, gradient in step.gradients.items():
+            assert torch.equal(gradient, steps[2].gradients[name])
+
+
+def test_a_micro_batch_whose_top_k_was_left_out_is_scored_again(tmp_path: Path) -> None:
+    """Rollouts that say that the student is sure of every token it wrote leave no outliers to ask for."""
+    parts = parts_of(folder := prepare(tmp_path), METHODS[1])
+    truth = write(parts)
+    wrong = [replace(r, model_logprobs=(-30.0,) * len(r.token_ids)) for r in truth]
+    a, b = step_of(parts, wrong), step_of(parts_of(folder, METHODS[1]), truth)
+    known = [int((s.batch.tokens.teacher_topk_logprobs_NK[:, 0] > NOTHING).sum()) for s in (a, b)]
+    assert known[0] < known[1]
+    for name, gradient in a.gradients.items():
+        assert torch.equal(gradient, b.gradients[name])
 
 
 def test_probes_of_the_support_speak_of_a_random_share_of_all_tokens(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ class Objective:
         try:
             per_token_N = term.loss(tokens, student, plan.rewards.get(term.name))
         except EvidenceError as error:
-            raise EvidenceError(f"term {term.name!r}: {error}") from error
+            raise type(error)(f"term {term.name!r}: {error}") from error
         weight_N = plan.weights[term.name]
         total = (weight_N * per_token_N).sum()
         value = float(total.detach())

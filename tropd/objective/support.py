@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tropd.errors import EvidenceError
+from tropd.errors import EvidenceError, TopKLeftOut
 from tropd.objective.evidence import StudentView, Tokens, at_least_float32
 
 Support = Literal["full", "teacher_top_k", "student_top_k", "union", "intersection"]
@@ -46,10 +46,10 @@ def _teacher(top_k: int, tokens: Tokens, student: StudentView) -> tuple[Tensor, 
     log_t = tokens.teacher_topk_logprobs_NK
     _check_width("the teacher's", top_k, log_t, tokens)
     if log_t.numel() and float(log_t[:, 0].min()) <= NOTHING:
-        raise EvidenceError(
+        raise TopKLeftOut(
             f"the teacher's top-k was left out for {int((log_t[:, 0] <= NOTHING).sum())} tokens that this term reads: "
-            "the student's log-probabilities have moved further than expected since the rollout. Plan from a pass of "
-            "its own (optimizer.num_updates = 1 and float32 weights), or report this as a defect."
+            "the student's log-probabilities have moved further than expected since the rollout. Give the teacher to "
+            "`train_step`, so that the micro-batch can be scored again."
         )
     return at_least_float32(log_t[:, :top_k]), at_least_float32(student.topk_logprobs_NK[:, :top_k])
 
