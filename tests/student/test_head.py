@@ -49,11 +49,11 @@ def test_half_precision_weights_have_float32_statistics() -> None:
     with torch.no_grad():
         hidden_NH = forward.hidden(rollouts)
         logits_NV = forward.head.logits(hidden_NH)
-        exact_NV = forward.head.transform(hidden_NH.double() @ model.lm_head.weight.double().t())
+        exact_NV, rounded_NV = hidden_NH.double() @ model.lm_head.weight.double().t(), model.lm_head(hidden_NH)
     assert logits_NV.dtype == torch.bfloat16
-    peaks_N9 = torch.cat([tokens_of(rollouts).token_ids_N[:, None], logits_NV.topk(8).indices], 1)
-    logits_NV = logits_NV.double().scatter(1, peaks_N9, exact_NV.gather(1, peaks_N9))
-    expected_NV = logits_NV.log_softmax(-1).float()
+    peaks_N9 = torch.cat([tokens_of(rollouts).token_ids_N[:, None], rounded_NV.topk(8).indices], 1)
+    mixed_NV = rounded_NV.double().scatter(1, peaks_N9, exact_NV.gather(1, peaks_N9))
+    expected_NV = forward.head.transform(mixed_NV).log_softmax(-1).float()
     torch.testing.assert_close(view.full_logprobs_NV, expected_NV, rtol=1e-5, atol=1e-5)
     view.logprobs_N.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

@@ -55,7 +55,7 @@ class _Dense(torch.autograd.Function):
             z_CV = torch.nn.functional.linear(hidden_CH, weight_VH[:size], None if bias_V is None else bias_V[:size])
             z_CV.requires_grad_()
             with torch.enable_grad():
-                logits_CV = head.sharpened(head.transform(z_CV), hidden_CH, written_N[rows])
+                logits_CV = head.widened(z_CV, hidden_CH, written_N[rows])
                 loss = judge(rows, logits_CV.log_softmax(-1))
             (g_CV,) = torch.autograd.grad(loss, z_CV)
             hidden_gradient[rows] = (g_CV @ weight_VH[:size]).to(wide)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -135,19 +136,18 @@ class Head:
 
     def wide_logits(self, hidden_CH: Tensor, written_C: Tensor) -> Tensor:
         """`logits` in float32 at least; where the matrix rounds, the row's peaks are exact (`tropd.student.peaks`)."""
-        return self.sharpened(self.logits(hidden_CH), hidden_CH, written_C)
+        return self.widened(self.module(hidden_CH)[..., : self.vocab_size], hidden_CH, written_C)
 
-    def sharpened(self, z_CV: Tensor, hidden_CH: Tensor, written_C: Tensor) -> Tensor:
-        """Logits in float32 at least, exact at the row's peaks.  The gradient is that of the logits given."""
+    def widened(self, z_CV: Tensor, hidden_CH: Tensor, written_C: Tensor) -> Tensor:
+        """Logits of what the matrix gave.  The gradient of the peaks is that of the others."""
+        wide_CV = self.transform(at_least_float32(z_CV))
         if not (has_peaks(z_CV.dtype) and is_matrix(self.module)):
-            return at_least_float32(z_CV)
-
-        def exact(ids_CE: Tensor) -> Tensor:
-            return self.transform(products_at(hidden_CH, self.weight_VH, self.bias_V, 1.0, ids_CE))
-
+            return wide_CV
         with torch.no_grad():
-            peaks = find_peaks(z_CV, written_C, exact)
-        return z_CV.float().scatter_add_(1, peaks.ids_CE, peaks.changes_CE)
+            exact = partial(products_at, hidden_CH, self.weight_VH, self.bias_V, 1.0)
+            ids_CE, exact_CE = (peaks := find_peaks(z_CV, written_C, exact)).ids_CE, self.transform(peaks.exact_CE)
+            changes_CE = torch.where(peaks.twice_CE, 0.0, exact_CE - wide_CV.gather(1, ids_CE))
+        return wide_CV.scatter_add(1, ids_CE, changes_CE)
 
     def read(
         self,

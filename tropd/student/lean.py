@@ -110,12 +110,13 @@ class _Visit:
         wide = torch.promote_types(self.hidden_CH.dtype, torch.float32)
         wanted_CM = self.hidden_CH.new_zeros(ids_CM.shape, dtype=wide)
         log_sums, entropies, best, high = [], [], None, []
+        pool = top_k + (NUM_PEAKS + 1 if has_peaks(self.hidden_CH.dtype) else 0)
         for part in self.parts:
             z_Cv = self.logits(part)
             wanted_CM = torch.where(*_within(z_Cv, ids_CM - part.start), wanted_CM)
             if top_k:
-                ids_CK, z_CK = likeliest(z_Cv, min(top_k, z_Cv.shape[1]))
-                best = _merged(best, (ids_CK + part.start, z_CK), top_k)
+                ids_CK, z_CK = likeliest(z_Cv, min(pool, z_Cv.shape[1]))
+                best = _merged(best, (ids_CK + part.start, z_CK), pool)
             if has_peaks(z_Cv.dtype):
                 ids_CE = largest(z_Cv, min(NUM_PEAKS, z_Cv.shape[1]))
                 high.append((ids_CE + part.start, z_Cv.gather(1, ids_CE)))
@@ -128,7 +129,7 @@ class _Visit:
         log_sum_C = peaks.log_sum(rounded_C)
         extra = {}
         if best is not None:
-            extra["topk_ids"], extra["topk"] = peaks.order(*best)
+            extra["topk_ids"], extra["topk"] = peaks.best(*best, top_k)
         if entropy:
             share_CJ = (log_sums_CJ - rounded_C[:, None]).exp()
             entropy_C = rounded_C + (share_CJ * (torch.stack(entropies, 1) - log_sums_CJ)).sum(1)

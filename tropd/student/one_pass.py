@@ -106,13 +106,14 @@ def _top(
     z_CV: Tensor, maxima_CW: Tensor | None, peaks: Peaks, log_sum_C: Tensor, top_k: int, chosen_C: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Ids and log-probabilities of the likeliest tokens, for the chosen rows only."""
+    pool = peaks.pool(top_k, z_CV.shape[1])
     if chosen_C is None or bool(chosen_C.all()):
-        ids_CK, logits_CK = peaks.order(*likeliest(z_CV, top_k, maxima_CW))
+        ids_CK, logits_CK = peaks.best(*likeliest(z_CV, pool, maxima_CW), top_k)
         return ids_CK, logits_CK - log_sum_C[:, None]
     ids_CK = z_CV.new_zeros((len(z_CV), top_k), dtype=torch.int64)
     logprobs_CK = log_sum_C.new_full((len(z_CV), top_k), NOTHING)
     rows = chosen_C.nonzero().flatten()
     if len(rows):
-        ids_CK[rows], logits = peaks.rows(rows).order(*likeliest(z_CV, top_k, maxima_CW, rows))
+        ids_CK[rows], logits = peaks.rows(rows).best(*likeliest(z_CV, pool, maxima_CW, rows), top_k)
         logprobs_CK[rows] = logits - log_sum_C[rows, None]
     return ids_CK, logprobs_CK

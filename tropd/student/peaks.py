@@ -44,9 +44,9 @@ class Peaks:
         return self.ids_CE.gather(1, self.rounded_CE.argmax(1, keepdim=True))[:, 0]
 
     @property
-    def changes_CE(self) -> Tensor:
-        """z~ - z; 0 in a second entry."""
-        return torch.where(self.exact_CE == -torch.inf, 0.0, self.exact_CE - self.rounded_CE)
+    def twice_CE(self) -> Tensor:
+        """Second entries of the written token."""
+        return self.exact_CE == -torch.inf
 
     def patch(self, ids_CM: Tensor, logits_CM: Tensor) -> Tensor:
         """z~ at some tokens, from z there."""
@@ -57,13 +57,17 @@ class Peaks:
         exact_CM = self.exact_CE.gather(1, same_CME.byte().argmax(-1))
         return torch.where(same_CME.any(-1), exact_CM, logits_CM)
 
-    def order(self, ids_CK: Tensor, logits_CK: Tensor) -> tuple[Tensor, Tensor]:
-        """The likeliest tokens of z in the order of z~, with their z~."""
-        logits_CK = self.patch(ids_CK, logits_CK)
+    def pool(self, top_k: int, vocab_size: int) -> int:
+        """How many of the likeliest tokens of z hold the `top_k` of z~, as far as peaks decide that."""
+        return min(top_k + self.ids_CE.shape[1], vocab_size)
+
+    def best(self, ids_CP: Tensor, logits_CP: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens of z~ among those of z, with their z~."""
+        logits_CP = self.patch(ids_CP, logits_CP)
         if not self.ids_CE.shape[1]:
-            return ids_CK, logits_CK
-        logits_CK, order_CK = logits_CK.sort(dim=1, descending=True, stable=True)
-        return ids_CK.gather(1, order_CK), logits_CK
+            return ids_CP, logits_CP
+        logits_CP, order_CP = logits_CP.sort(dim=1, descending=True, stable=True)
+        return ids_CP.gather(1, order_CP[:, :top_k]), logits_CP[:, :top_k]
 
     def log_sum(self, log_sum_C: Tensor) -> Tensor:
         """log Z~, from log Z.  At least the largest exact logit, so that no log-probability is above 0."""
