@@ -199,12 +199,11 @@ def main(s: Settings) -> None:
     errors = log_probability_errors(student, teacher, ids_N, s)
     rows = f"logit sd {s.deviation:g}" + (f", {s.sharing} at {s.sure:g} in half of the rows" if s.sure else "")
     print(f"V={s.vocabulary} H={s.width} N={s.tokens} {s.dtype}, {rows}, CPU, torch {torch.__version__}")
-    print(
-        f"{'log p(x)':8} {'mean error':>10} {'max':>9} {'bias':>9} {'above 0':>8} {'mean of r':>10} {'sign flips':>11}"
-    )
+    columns = f"{'mean error':>10} {'max':>9} {'bias':>9} {'above 0':>8} {'mean of r':>10} {'sign flips':>11}"
+    print(f"{'log p(x)':8} {columns}")
     for name, row in errors.items():
-        numbers = f"{row['mean']:10.1e} {row['max']:9.1e} {row['bias']:9.1e} {100 * row['above_0']:6.1f} % {row['ratio_mean']:10.1e}"
-        print(f"{name:8} {numbers} {100 * row['flips']:9.2f} %  of {row['num_clear']:.0f}")
+        numbers = f"{row['mean']:10.1e} {row['max']:9.1e} {row['bias']:9.1e} {100 * row['above_0']:6.1f} %"
+        print(f"{name:8} {numbers} {row['ratio_mean']:10.1e} {100 * row['flips']:9.2f} %  of {row['num_clear']:.0f}")
     gradients = gradient_errors(student, teacher, ids_N, s)
     shares = gradients.pop("share of rows")
     parts = ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
