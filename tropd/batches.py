@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tropd.errors import TeacherError
-from tropd.objective.evidence import Tokens
+from tropd.objective.evidence import Tokens, around
 from tropd.types import Author, Rollout, TeacherScores, key_of
 
 
@@ -77,10 +77,15 @@ def make_tokens(rollouts: Sequence[Rollout], seed: int, device: torch.device, vo
     if all(r.model_logprobs or not _wrote(r) for r in rollouts):
         known = [response(r, r.model_logprobs or r.behavior_logprobs) for r in rollouts]
         optional["student_logprobs_N"] = flat(known, torch.float32)
+    authors_N = flat(authors, torch.int64)
+    sequences_N = torch.arange(len(rollouts), device=device).repeat_interleave(torch.tensor(lengths, device=device))
+    num_before_N, num_after_N = around(sequences_N, authors_N)
     return Tokens(
         token_ids_N=flat([r.response_ids for r in rollouts], torch.int64),
-        authors_N=flat(authors, torch.int64),
-        sequences_N=torch.arange(len(rollouts), device=device).repeat_interleave(torch.tensor(lengths, device=device)),
+        authors_N=authors_N,
+        sequences_N=sequences_N,
+        num_before_N=num_before_N,
+        num_after_N=num_after_N,
         positions_N=flat([range(n) for n in lengths], torch.int64),
         keys_S=torch.tensor([key_of(seed, r.id) for r in rollouts], dtype=torch.int64, device=device),
         num_actions_S=torch.tensor([sum(a in trained for a in row) for row in authors], device=device),

@@ -98,9 +98,9 @@ class DivergenceWeight(Reward):
         if self.divergence == "reverse_kl":
             return reward_N if self.naive else reward_N - 1.0
         if self.divergence == "forward_kl":
-            return -u_N * reward_N if self.naive else u_N
+            return torch.special.entr(u_N) if self.naive else u_N
         if self.naive:
-            return -0.5 * (u_N * reward_N - (1.0 + u_N) * log_mean_N)
+            return 0.5 * (torch.special.entr(u_N) + (1.0 + u_N) * log_mean_N)  # entr(u) = -u log u, 0 at 0
         return 0.5 * log_mean_N
 
 
@@ -122,7 +122,7 @@ class FutureSum(Reward):
         total_S, left_S = torch.zeros_like(reward_ST[:, :1]), torch.zeros_like(reward_ST[:, :1])
         columns = []
         for t in range(reward_ST.shape[1] - 1, -1, -1):
-            after, num_after = self.discount * total_S, left_S
+            after, num_after = self._discounted(total_S), left_S
             total_S, left_S = reward_ST[:, t : t + 1] + after, left_S + count_ST[:, t : t + 1]
             column, summed = (total_S, left_S) if self.current else (after, num_after)
             columns.append(column / summed.clamp_min(1.0) if self.mean else column)
@@ -130,6 +130,10 @@ class FutureSum(Reward):
             return reward_N
         future_ST = torch.cat(columns[::-1], dim=1)
         return future_ST[tokens.sequences_N, tokens.positions_N]
+
+    def _discounted(self, total: Tensor) -> Tensor:
+        """A later reward may be -inf, and 0 * inf is NaN."""
+        return self.discount * total if self.discount else torch.zeros_like(total)
 
 
 @dataclass(frozen=True)
