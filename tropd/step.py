@@ -163,8 +163,9 @@ def top_k_rows(objective: Objective, tokens: Tokens, context: Context, margin: f
     The margin is one of log-odds: a sure token stays sure, whatever its logits' rounding.  A random eighth is asked for
     as well, so that probes of the support speak of all tokens.
     """
-    terms = [term for term in objective.terms if Needs.TOPK in term.loss.needs]
+    terms = [term for term in objective.terms if Needs.TOPK in term.needs]
     simple = all(t.where.needs in (Needs.NOTHING, Needs.SAMPLED) and t.where.reach == Reach.TOKEN for t in terms)
+    simple &= not any(t.loss.reward is not None and Needs.TOPK in t.loss.reward.needs for t in terms)
     if not terms or not simple or margin is None or tokens.peek("student_logprobs_N") is None:
         return None
 

@@ -151,6 +151,24 @@ class TokenIn(Selector):
 
 
 @dataclass(frozen=True)
+class FirstOf(Selector):
+    """1 where a response holds one of these ids for the first time, each id by itself; only the student's count."""
+
+    ids: tuple[int, ...]
+    own_reach = Reach.SEQUENCE
+
+    def __call__(self, tokens: Tokens, context: Context) -> Tensor:
+        first_N = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.token_ids_N.device)
+        for token_id in self.ids:
+            here_N = (tokens.token_ids_N == token_id) & (tokens.authors_N == Author.STUDENT)
+            place_N = torch.where(here_N, tokens.num_before_N, torch.iinfo(tokens.num_before_N.dtype).max)
+            earliest_S = place_N.new_full((len(tokens.keys_S),), torch.iinfo(place_N.dtype).max)
+            earliest_S.scatter_reduce_(0, tokens.sequences_N, place_N, "amin")
+            first_N |= here_N & (place_N == earliest_S[tokens.sequences_N])
+        return as_weight(first_N, tokens.token_ids_N)
+
+
+@dataclass(frozen=True)
 class PositionBelow(Selector):
     """1 on the first `limit` tokens of each response, counting those of the token's own author only.
 
