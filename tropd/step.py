@@ -54,8 +54,8 @@ class Learner(Protocol):
         """Its opinion without gradient, as fields of Tokens: what plans read."""
         ...
 
-    def reverse_kl(self, rollouts: Sequence[Rollout], teacher: Teacher) -> Tensor:
-        """KL(student || teacher) at every response token."""
+    def reverse_kl(self, rollouts: Sequence[Rollout], teacher: Teacher, as_read: Sequence[Rollout]) -> Tensor:
+        """KL(student || teacher) at every response token; `as_read` are the rollouts as the teacher reads them."""
         ...
 
     def keep_step(self, num_passes: int, world: World) -> None:
@@ -126,9 +126,12 @@ def score(
     recall: bool,
     context: Context | None = None,
     scores: Sequence[TeacherScores] | None = None,
+    as_read: Sequence[Rollout] | None = None,
 ) -> ScoredBatch:
     """Join everything known about the rollouts.  `recall`: plan from the student as it is now, not as it will be.
-    `scores` are the teacher's, where it has been asked already."""
+    `scores` are the teacher's, where it has been asked already.  `as_read` are the rollouts as the teacher reads them,
+    where another prompt stands before the same responses."""
+    as_read = rollouts if as_read is None else as_read
     context = context or Context()
     tokens = make_tokens(rollouts, seed, learner.device, learner.vocab_size)
     if context.world.size > 1:  # groups are numbered on each rank, and no group is on two
@@ -147,12 +150,12 @@ def score(
         known = tokens.with_(**own)
         wanted = top_k_rows(objective, known, context, 0.0 if own else learner.margin)
         scores = teacher.score(
-            rollouts, needs, top_k=objective.teacher_top_k, student_topk_ids_TJ=asked, top_k_rows=wanted
+            as_read, needs, top_k=objective.teacher_top_k, student_topk_ids_TJ=asked, top_k_rows=wanted
         )
     if scores is not None:
         tokens = add_scores(tokens, rollouts, scores)
     if Needs.REVERSE_KL in needs:
-        own["reverse_kl_N"] = learner.reverse_kl(rollouts, teacher)
+        own["reverse_kl_N"] = learner.reverse_kl(rollouts, teacher, as_read)
     return ScoredBatch(rollouts=tuple(rollouts), tokens=tokens.with_(**own), measured=bool(own))
 
 

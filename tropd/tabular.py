@@ -158,9 +158,9 @@ class TabularLM:
         return found
 
     @torch.no_grad()
-    def reverse_kl(self, rollouts: Sequence[Rollout], teacher: Teacher) -> Tensor:
+    def reverse_kl(self, rollouts: Sequence[Rollout], teacher: Teacher, as_read: Sequence[Rollout]) -> Tensor:
         assert isinstance(teacher, TabularLM)
-        own, other = self.full_logprobs(rollouts), teacher.full_logprobs(rollouts)
+        own, other = self.full_logprobs(rollouts), teacher.full_logprobs(as_read)
         return expected_gap(own.exp(), own, other)
 
     def keep_step(self, num_passes: int, world: World) -> None:
