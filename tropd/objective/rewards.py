@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tropd.errors import ConfigError
-from tropd.objective.evidence import Needs, Tokens
+from tropd.objective.evidence import Needs, Tokens, at_least_float32
 from tropd.objective.measures import padded
 from tropd.objective.terms import Context, Reach, Reward
 from tropd.types import Author
@@ -37,13 +37,20 @@ class chain(Reward):
 
 @dataclass(frozen=True)
 class LogRatio(Reward):
-    """+ log pi_T - log pi_S.  Gradient: that of KL(student || teacher)."""
+    """+ log pi_T - log pi_S.  Gradient: that of KL(student || teacher).
+
+    `against` "behavior" has the log-probability of whatever drew the token instead of the student's own.
+    """
 
     scale: float = 1.0
+    against: Literal["student", "behavior"] = "student"
     own_needs = Needs.SAMPLED
 
     def __call__(self, reward_N: Tensor, tokens: Tokens, context: Context) -> Tensor:
-        return reward_N + self.scale * tokens.log_ratio_N
+        if self.against == "student":
+            return reward_N + self.scale * tokens.log_ratio_N
+        gap_N = at_least_float32(tokens.teacher_logprobs_N) - at_least_float32(tokens.behavior_logprobs_N)
+        return reward_N + self.scale * gap_N
 
 
 @dataclass(frozen=True)
