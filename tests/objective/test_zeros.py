@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.objective.cases import F64, K, V, close, make_case
 from tests.objective.test_invariance import VARIANTS
 from tropd.errors import EvidenceError, TrainingDiverged
-from tropd.methods import METHODS, TIP
+from tropd.methods import METHODS, TIP, ManyFaces
 from tropd.objective import ForwardKL, JensenShannon, ReverseKL, Tokens, distillation_loss
 from tropd.objective.measures import Measure, Normalised, ReverseKLAt
 from tropd.objective.rewards import DivergenceWeight, FutureSum
@@ -114,7 +114,23 @@ def padded(x: Tensor, columns: int = 3) -> Tensor:
     return torch.cat([x, torch.full((*x.shape[:-1], columns), ZERO, dtype=x.dtype)], -1)
 
 
-ALL = VARIANTS | {f"{name} with its top_k": cls() for name, cls in METHODS.items()}
+SUPPORTS = ("teacher_top_k", "student_top_k", "union", "intersection")
+ALL = {
+    **VARIANTS,
+    **{f"{name} with its top_k": cls() for name, cls in METHODS.items()},
+    **{
+        f"all of {support} and {outside}": ManyFaces(support=support, outside=outside, top_k=64)
+        for support in SUPPORTS
+        for outside in ("ignore", "stop_gradient", "generalised", "bucket", "renormalise")
+    },
+    **{
+        f"forward, all of {support} and {outside}": ManyFaces(
+            divergence="forward_kl", support=support, outside=outside, top_k=64
+        )
+        for support in SUPPORTS
+        for outside in ("ignore", "generalised", "bucket", "renormalise", "renormalise_teacher")
+    },
+}
 """The defaults' top_k is larger than the vocabulary, so that padding is among the likeliest tokens."""
 
 
@@ -130,18 +146,18 @@ def test_vocabulary_that_neither_model_can_write_changes_nothing(name):
 
 
 @pytest.mark.parametrize("side", ["teacher", "student"])
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ALL)
 def test_a_token_that_one_model_cannot_write_is_trained_on_or_an_error_but_never_dropped(name, side):
     """The token is not among the written ones, so only sums over the vocabulary see it."""
     student, teacher, ids, authors = batch()
     (teacher if side == "teacher" else student)[..., V - 1] = ZERO
     try:
-        output, gradient = borrowed(VARIANTS[name], student, teacher, ids, authors)
+        output, gradient = borrowed(ALL[name], student, teacher, ids, authors)
     except TrainingDiverged as error:  # a divergence that is infinite here
         assert "not finite" in str(error) and "-inf" in str(error)
         return
     assert bool(gradient.isfinite().all()) and math.isfinite(float(output.loss.detach()))
-    shown, _ = borrowed(VARIANTS[name], *batch()[:2], ids, authors)
+    shown, _ = borrowed(ALL[name], *batch()[:2], ids, authors)
     assert {n: t.tokens for n, t in output.terms.items() if t.tokens == 0} == {
         n: t.tokens for n, t in shown.terms.items() if t.tokens == 0
     }
