@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ class ScoredBatch:
     tokens: Tokens
     measured: bool = False
     """The student was asked in a pass of its own, so plans need not wait for the gradient pass."""
+    as_read: tuple[Rollout, ...] = ()
+    """The rollouts as the teacher reads them, where another prompt stands before the same responses."""
 
     def rows_of(self, chosen: Sequence[int]) -> Tensor:
         """Row numbers of some rollouts, in the order given."""
@@ -35,6 +37,7 @@ class ScoredBatch:
             rollouts=tuple(self.rollouts[i] for i in chosen),
             tokens=self.tokens.rows(self.rows_of(chosen)),
             measured=self.measured,
+            as_read=tuple(self.as_read[i] for i in chosen) if self.as_read else (),
         )
 
     def alone(self, chosen: Sequence[int]) -> ScoredBatch:
@@ -46,7 +49,7 @@ class ScoredBatch:
         fields = ("keys_S", "num_actions_S", "rewards_S", "groups_S")
         held = {f: x[index.to(x.device)] for f in fields if (x := part.tokens.peek(f)) is not None}
         tokens = part.tokens.with_(sequences_N=new_of[part.tokens.sequences_N], **held)
-        return ScoredBatch(rollouts=part.rollouts, tokens=tokens, measured=part.measured)
+        return replace(part, tokens=tokens)
 
 
 def _starts(rollouts: Sequence[Rollout]) -> list[int]:

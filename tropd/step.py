@@ -131,7 +131,7 @@ def score(
     """Join everything known about the rollouts.  `recall`: plan from the student as it is now, not as it will be.
     `scores` are the teacher's, where it has been asked already.  `as_read` are the rollouts as the teacher reads them,
     where another prompt stands before the same responses."""
-    as_read = rollouts if as_read is None else as_read
+    as_read = tuple(as_read or rollouts)
     context = context or Context()
     tokens = make_tokens(rollouts, seed, learner.device, learner.vocab_size)
     if context.world.size > 1:  # groups are numbered on each rank, and no group is on two
@@ -156,7 +156,7 @@ def score(
         tokens = add_scores(tokens, rollouts, scores)
     if Needs.REVERSE_KL in needs:
         own["reverse_kl_N"] = learner.reverse_kl(rollouts, teacher, as_read)
-    return ScoredBatch(rollouts=tuple(rollouts), tokens=tokens.with_(**own), measured=bool(own))
+    return ScoredBatch(rollouts=tuple(rollouts), tokens=tokens.with_(**own), measured=bool(own), as_read=as_read)
 
 
 def top_k_rows(objective: Objective, tokens: Tokens, context: Context, margin: float | None) -> TopKRows | None:
@@ -223,7 +223,8 @@ def train_step(
 
 
 def _with_every_top_k(part: ScoredBatch, objective: Objective, teacher: Teacher) -> ScoredBatch:
-    scores = teacher.score(part.rollouts, Needs.SAMPLED | Needs.TOPK, top_k=objective.teacher_top_k)
+    as_read = part.as_read or part.rollouts
+    scores = teacher.score(as_read, Needs.SAMPLED | Needs.TOPK, top_k=objective.teacher_top_k)
     names = ("teacher_topk_ids_NK", "teacher_topk_logprobs_NK")
     tokens = add_scores(part.tokens, part.rollouts, scores)
     return replace(part, tokens=part.tokens.with_(**{name: tokens.peek(name) for name in names}))

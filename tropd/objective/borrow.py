@@ -137,14 +137,14 @@ def _describe(
     num_sequences = int(sequences_N.max()) + 1 if given.num_tokens else 0
     if given.num_tokens and int(sequences_N.min()) < 0:
         raise EvidenceError(f"`sequences` holds {int(sequences_N.min())}; number the sequences from 0.")
-    for name, x in (("rewards", rewards), ("groups", groups)):
-        if x is not None and (x.dim() != 1 or len(x) < num_sequences):
-            raise EvidenceError(
-                f"`{name}` has shape {tuple(x.shape)}, but there are {num_sequences} sequences: give one number each."
-            )
     names = list(rollout_ids) if rollout_ids is not None else list(range(num_sequences))
     if len(names) < num_sequences:
         raise EvidenceError(f"{num_sequences} sequences, but {len(names)} rollout_ids: give one name per sequence.")
+    for name, x in (("rewards", rewards), ("groups", groups)):
+        if x is not None and (x.dim() != 1 or len(x) < len(names)):
+            raise EvidenceError(
+                f"`{name}` has shape {tuple(x.shape)}, but there are {len(names)} sequences: give one number each."
+            )
     action_N = (authors_N == Author.STUDENT) | (authors_N == Author.TEACHER)
     device = token_ids.device
     num_before_N, num_after_N = around(sequences_N, authors_N)
@@ -157,8 +157,8 @@ def _describe(
         positions_N=positions_of(sequences_N, authors_N != Author.CONTEXT),
         keys_S=torch.tensor([key_of(seed, name) for name in names], dtype=torch.int64, device=device),
         num_actions_S=torch.bincount(sequences_N[action_N], minlength=len(names)),
-        rewards_S=rewards if rewards is not None else ABSENT,
-        groups_S=groups if groups is not None else ABSENT,
+        rewards_S=rewards[: len(names)] if rewards is not None else ABSENT,
+        groups_S=groups[: len(names)] if groups is not None else ABSENT,
     )
 
 
