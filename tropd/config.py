@@ -74,10 +74,11 @@ class TeacherConfig(ModelConfig):
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     num_prompts: int = 16
-    """Prompts per step."""
+    """Prompts per step (TrOPD: 128; 16 is for a small GPU)."""
     num_rollouts: int = 4
     """Responses per prompt (TrOPD: 4)."""
     max_new_tokens: int = 512
+    """Tokens of an answer at most (TrOPD: 8,096; 512 is for a small GPU)."""
     sampling: Sampling | None = None
     """By default what the method prescribes, or the student itself."""
     teacher_sampling: Sampling = field(default_factory=Sampling)

@@ -54,8 +54,8 @@ class Learner(Protocol):
         """Its opinion without gradient, as fields of Tokens: what plans read."""
         ...
 
-    def reverse_kl(self, rollouts: Sequence[Rollout], teacher: Teacher) -> Tensor:
-        """KL(student || teacher) at every response token."""
+    def reverse_kl(self, rollouts: Sequence[Rollout], teacher: Teacher, as_read: Sequence[Rollout]) -> Tensor:
+        """KL(student || teacher) at every response token; `as_read` are the rollouts as the teacher reads them."""
         ...
 
     def keep_step(self, num_passes: int, world: World) -> None:
@@ -126,9 +126,12 @@ def score(
     recall: bool,
     context: Context | None = None,
     scores: Sequence[TeacherScores] | None = None,
+    as_read: Sequence[Rollout] | None = None,
 ) -> ScoredBatch:
     """Join everything known about the rollouts.  `recall`: plan from the student as it is now, not as it will be.
-    `scores` are the teacher's, where it has been asked already."""
+    `scores` are the teacher's, where it has been asked already.  `as_read` are the rollouts as the teacher reads them,
+    where another prompt stands before the same responses."""
+    as_read = tuple(as_read or rollouts)
     context = context or Context()
     tokens = make_tokens(rollouts, seed, learner.device, learner.vocab_size)
     if context.world.size > 1:  # groups are numbered on each rank, and no group is on two
@@ -147,13 +150,13 @@ def score(
         known = tokens.with_(**own)
         wanted = top_k_rows(objective, known, context, 0.0 if own else learner.margin)
         scores = teacher.score(
-            rollouts, needs, top_k=objective.teacher_top_k, student_topk_ids_TJ=asked, top_k_rows=wanted
+            as_read, needs, top_k=objective.teacher_top_k, student_topk_ids_TJ=asked, top_k_rows=wanted
         )
     if scores is not None:
         tokens = add_scores(tokens, rollouts, scores)
     if Needs.REVERSE_KL in needs:
-        own["reverse_kl_N"] = learner.reverse_kl(rollouts, teacher)
-    return ScoredBatch(rollouts=tuple(rollouts), tokens=tokens.with_(**own), measured=bool(own))
+        own["reverse_kl_N"] = learner.reverse_kl(rollouts, teacher, as_read)
+    return ScoredBatch(rollouts=tuple(rollouts), tokens=tokens.with_(**own), measured=bool(own), as_read=as_read)
 
 
 def top_k_rows(objective: Objective, tokens: Tokens, context: Context, margin: float | None) -> TopKRows | None:
@@ -163,8 +166,9 @@ def top_k_rows(objective: Objective, tokens: Tokens, context: Context, margin: f
     The margin is one of log-odds: a sure token stays sure, whatever its logits' rounding.  A random eighth is asked for
     as well, so that probes of the support speak of all tokens.
     """
-    terms = [term for term in objective.terms if Needs.TOPK in term.loss.needs]
+    terms = [term for term in objective.terms if Needs.TOPK in term.needs]
     simple = all(t.where.needs in (Needs.NOTHING, Needs.SAMPLED) and t.where.reach == Reach.TOKEN for t in terms)
+    simple &= not any(t.loss.reward is not None and Needs.TOPK in t.loss.reward.needs for t in terms)
     if not terms or not simple or margin is None or tokens.peek("student_logprobs_N") is None:
         return None
 
@@ -219,7 +223,8 @@ def train_step(
 
 
 def _with_every_top_k(part: ScoredBatch, objective: Objective, teacher: Teacher) -> ScoredBatch:
-    scores = teacher.score(part.rollouts, Needs.SAMPLED | Needs.TOPK, top_k=objective.teacher_top_k)
+    as_read = part.as_read or part.rollouts
+    scores = teacher.score(as_read, Needs.SAMPLED | Needs.TOPK, top_k=objective.teacher_top_k)
     names = ("teacher_topk_ids_NK", "teacher_topk_logprobs_NK")
     tokens = add_scores(part.tokens, part.rollouts, scores)
     return replace(part, tokens=part.tokens.with_(**{name: tokens.peek(name) for name in names}))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.integration.runs import parts_of, prepare, step_of, write
 from tropd.errors import EvidenceError
+from tropd.objective import Context, Needs, Objective, PolicyGradient, Selector, Term, Tokens
+from tropd.objective.selectors import STUDENT, as_weight
 from tropd.objective.support import NOTHING
 from tropd.probes.sample import sampled_rows
 from tropd.step import score
@@ -96,3 +99,36 @@ def test_probes_of_the_support_speak_of_a_random_share_of_all_tokens(tmp_path: P
     student_N = tokens.authors_N == Author.STUDENT
     assert bool(there_N[sampled_rows(tokens) & student_N].all())
     assert 0.02 < float(sampled_rows(tokens).double().mean()) < 0.3
+
+
+@dataclass(frozen=True)
+class Sure(Selector):
+    """Where the teacher's `teacher_top_k` likeliest tokens hold more than half of its probability."""
+
+    teacher_top_k: int = 5
+    own_needs = Needs.TOPK
+
+    def __call__(self, tokens: Tokens, context: Context) -> Tensor:
+        return as_weight(tokens.teacher_topk_logprobs_NK.exp().sum(-1) > 0.5, tokens.teacher_logprobs_N)
+
+
+@dataclass(frozen=True)
+class Known(Selector):
+    """Where the teacher gives the student's likeliest tokens more than a tenth."""
+
+    student_top_k: int = 3
+    own_needs = Needs.STUDENT_TOPK
+
+    def __call__(self, tokens: Tokens, context: Context) -> Tensor:
+        return as_weight(tokens.teacher_at_student_topk_NJ.exp().sum(-1) > 0.1, tokens.teacher_logprobs_N)
+
+
+def test_a_selector_reads_the_top_k_of_every_token_though_no_loss_does(tmp_path: Path) -> None:
+    parts = parts_of(prepare(tmp_path), {"name": "opd"})
+    rollouts = write(parts)
+    objective = Objective(Term("t", STUDENT & (Sure() | Known()), PolicyGradient()))
+    batch = score(rollouts, objective, parts.teacher, parts.learner, seed=0, recall=False)
+    assert batch.tokens.teacher_topk_ids_NK.shape[1] == 5 and batch.tokens.student_topk_ids_NJ.shape[1] == 3
+    assert bool((batch.tokens.teacher_topk_logprobs_NK > NOTHING).all())
+    weights = objective.plan(batch.tokens).weights["t"]
+    assert 0 < int((weights > 0).sum()) < len(weights)

@@ -20,7 +20,7 @@ from tropd.doctor.method import (
     check_precision,
     check_support,
 )
-from tropd.doctor.prompts import check_graders, check_lengths, check_prompts
+from tropd.doctor.prompts import check_graders, check_lengths, check_prompts, check_unknown
 from tropd.doctor.servers import check_essentials, check_servers
 from tropd.doctor.subject import Subject, read_subject, subject_of
 from tropd.doctor.texts import check_generation, check_stops, check_templates, check_tokenizers
@@ -40,6 +40,7 @@ OF_A_TEACHER: tuple[Look, ...] = (check_tokenizers, check_stops, check_templates
 QUICK: tuple[Look, ...] = (
     check_lengths,
     check_prompts,
+    check_unknown,
     check_graders,
     check_support,
     check_dropout,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from tropd.errors import ConfigError
 from tropd.objective.terms import Piece
 
 
@@ -22,6 +24,10 @@ class Temperature(Target):
 
     temperature: float
 
+    def __post_init__(self) -> None:
+        if not 0.0 < self.temperature < math.inf:
+            raise ConfigError(f"a target's temperature is a positive number, not {self.temperature}.")
+
     def __call__(self, log_t: Tensor, log_s: Tensor) -> Tensor:
         return (log_t / self.temperature).log_softmax(-1)
 
@@ -32,5 +38,11 @@ class GeometricBridge(Target):
 
     share: float
 
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.share <= 1.0:
+            raise ConfigError(f"a bridge's share of the student lies in [0, 1], not at {self.share}.")
+
     def __call__(self, log_t: Tensor, log_s: Tensor) -> Tensor:
+        if self.share in (0.0, 1.0):  # 0 * log 0 is NaN
+            return log_s if self.share else log_t
         return ((1.0 - self.share) * log_t + self.share * log_s).log_softmax(-1)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tropd.errors import ConfigError, DataError, TrainingDiverged, VocabularyError
 from tropd.objective.evidence import ABSENT, Needs, StudentView, Tokens, at_least_float32
+from tropd.objective.support import expected_gap
 from tropd.student.head import Head, at_rest, causal_lm_of, differ, tiles
 from tropd.student.one_pass import TopRows, can_fuse, read_rows
 from tropd.student.spans import attends_by_span, recomputes, spans, worth_it
@@ -209,8 +210,17 @@ class Forward:
             return self.head.wide_logits(hidden_CH, written_C.to(hidden_CH.device)).log_softmax(-1)
 
     @torch.no_grad()
-    def reverse_kl(self, rollouts: Sequence[Rollout], teacher: Forward) -> Tensor:
-        """[N]: sum_v pi_S(v) (log pi_S(v) - log pi_T(v)) over the whole vocabulary, where self is the student."""
+    def reverse_kl(
+        self, rollouts: Sequence[Rollout], teacher: Forward, as_read: Sequence[Rollout] | None = None
+    ) -> Tensor:
+        """[N]: sum_v pi_S(v) (log pi_S(v) - log pi_T(v)) over the whole vocabulary, where self is the student.
+
+        `as_read` are the rollouts as the teacher reads them, where another prompt stands before the same responses.
+        """
+        as_read = rollouts if as_read is None else as_read
+        assert [r.response_ids for r in as_read] == [r.response_ids for r in rollouts], (
+            "the teacher reads other answers"
+        )
         if self.vocab_size != teacher.vocab_size:
             raise VocabularyError(
                 f"a divergence between vocabularies of {self.vocab_size} and {teacher.vocab_size} tokens was asked "
@@ -219,14 +229,12 @@ class Forward:
         with self._at_rest():
             student_NH = self.hidden(rollouts)
         with teacher._at_rest():
-            teacher_NH = teacher.hidden(rollouts)
+            teacher_NH = teacher.hidden(as_read)
         ids_N, found = self._response_ids(rollouts), [student_NH.new_zeros(0, dtype=at_least_float32(student_NH).dtype)]
         for tile in tiles(student_NH.shape[0], self.tile_tokens):
             student_NV = self.full_logprobs(student_NH[tile], ids_N[tile])
             teacher_NV = teacher.full_logprobs(teacher_NH[tile], ids_N[tile])
-            share_NV = student_NV.exp()
-            gap_NV = student_NV - teacher_NV.to(student_NV.device)
-            found.append(torch.where(share_NV > 0, share_NV * gap_NV, 0.0).sum(-1))  # 0 * inf is 0 here
+            found.append(expected_gap(student_NV.exp(), student_NV, teacher_NV.to(student_NV.device)))
         return torch.cat(found)
 
     def _hidden(self, layout: Layout, lengths: Sequence[int] | None = None) -> Tensor:

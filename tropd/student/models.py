@@ -108,11 +108,15 @@ def _options(config: ModelConfig) -> dict[str, Any]:
     return options
 
 
+def looks_local(path: str) -> bool:
+    """Whether it is a path on this machine, there or not, rather than a hub id."""
+    return path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).expanduser().parent.is_dir()
+
+
 def _check_path(path: str, field: str) -> None:
     """A path that looks like a folder but is none would be taken for a hub id, and end in a confusing error."""
     place = Path(path).expanduser()
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or place.parent.is_dir()
-    if looks_local and not place.is_dir():
+    if looks_local(path) and not place.is_dir():
         raise ConfigError(f"{field} is {path}, but there is no such folder.")
     if not place.is_dir():
         log.warning("%s: there is no folder %s here; asking the Hugging Face hub for it.", field, path)
