@@ -91,6 +91,14 @@ def layer_types(model: Any) -> set[str]:
 
 
 CHECKPOINTING = "gradient_checkpointing"
+_ENABLE = ("activation_checkpointing", "gradient_checkpointing")
+"""The first since 5.24, the second before: `..._enable(..._kwargs=...)`, `is_...`."""
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Let the layers of a model run again in backward instead of keeping what they computed."""
+    name = next((name for name in _ENABLE if hasattr(model, f"{name}_enable")), _ENABLE[0])
+    getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
 
 
 def checkpointed(model: nn.Module) -> list[nn.Module]:
@@ -101,7 +109,8 @@ def checkpointed(model: nn.Module) -> list[nn.Module]:
 
 def recomputes(model: nn.Module) -> bool:
     """Whether layers run again in backward: where the flag is called otherwise, the model's own word counts."""
-    return model.training and bool(checkpointed(model) or getattr(model, "is_gradient_checkpointing", False))
+    name = next((name for name in _ENABLE if hasattr(model, f"{name}_enable")), _ENABLE[0])
+    return model.training and bool(checkpointed(model) or getattr(model, f"is_{name}", False))
 
 
 def block_names(model: nn.Module) -> set[str]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from tropd.config import LoraConfig, ModelConfig, StudentConfig
 from tropd.errors import ConfigError
+from tropd.model import hf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,7 +76,7 @@ def wrap_student(model: Any, config: StudentConfig, seed: int) -> nn.Module:
     """The student as it is trained: adapter, gradient checkpointing, modes."""
     student: Any = add_adapter(model, config.lora, seed) if config.lora else model.requires_grad_(True)
     if config.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        hf.enable_checkpointing(student)
     return student
 
 
