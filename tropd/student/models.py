@@ -12,6 +12,7 @@ from torch import nn
 from tropd.config import LoraConfig, ModelConfig, StudentConfig
 from tropd.errors import ConfigError
 from tropd.model import hf
+from tropd.versions import cannot_import
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,8 +85,8 @@ def add_adapter(model: Any, lora: LoraConfig, seed: int) -> nn.Module:
     try:
         from peft import LoraConfig as PeftConfig
         from peft import get_peft_model
-    except ImportError:
-        raise ConfigError("a [student.lora] section needs peft: pip install 'tropd[lora]'.") from None
+    except ImportError as error:
+        raise cannot_import(error, "peft", "lora", "a [student.lora] section") from None
     targets = list(lora.targets) if lora.targets != ("all-linear",) else "all-linear"
     asked = PeftConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
