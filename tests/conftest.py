@@ -8,6 +8,10 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -15,6 +19,34 @@ from transformers import PreTrainedTokenizerFast
 from tests.tiny import byte_tokenizer
 
 torch.set_num_threads(1)
+
+ROOT = Path(__file__).parents[1]
+FIRST_SECONDS = 120
+"""Far above what the first command takes on a busy machine."""
+LIMITS = {"slow": 1200, "server": 600}
+"""Seconds that one test may take; the others have the limit in pyproject.toml."""
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Where the first command of all fails, most tests would, some of them after minutes: it is told at once instead."""
+    config = session.config
+    if hasattr(config, "workerinput") or config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+        return
+    command = [sys.executable, "-m", "tests.first"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=FIRST_SECONDS)
+        reason = done.stderr if done.returncode else ""
+    except subprocess.TimeoutExpired:
+        reason = f"it took more than {FIRST_SECONDS} seconds"
+    if reason:
+        pytest.exit(f"{reason.strip()[-3000:]}\n\n`python -m tests.first`, one training step, fails: see above.", 1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for mark, seconds in LIMITS.items():
+            if item.get_closest_marker(mark) and not item.get_closest_marker("timeout"):
+                item.add_marker(pytest.mark.timeout(seconds))
 
 
 @pytest.fixture(scope="session")

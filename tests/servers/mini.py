@@ -255,6 +255,9 @@ def _handler(server: MiniServer) -> type[BaseHTTPRequestHandler]:
                     status, found = 200, server.answer(self.path, body, request_id)
                 except Refusal as refusal:
                     status, found = refusal.status, {"error": {"message": str(refusal)}}
+                except Exception as defect:  # a refusal too: whoever asked would try again until its deadline
+                    words = f"the tests' small server fails: {type(defect).__name__}: {defect}"
+                    status, found = 400, {"error": {"message": words}}
             content = json.dumps(found).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))

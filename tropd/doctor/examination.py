@@ -28,6 +28,7 @@ from tropd.errors import ConfigError, TropdError
 from tropd.student.models import model_fingerprint
 from tropd.teachers.local import LocalTeacher
 from tropd.teachers.routed import by_name
+from tropd.versions import outside
 
 if TYPE_CHECKING:
     from tropd.assembly import Parts
@@ -73,6 +74,7 @@ def examine(run: Run, *, num_prompts: int = 8, max_new_tokens: int = 64) -> list
     With `num_prompts` = 0 nothing is loaded but configurations, tokenizers and data.
     """
     subject, checks = read_subject(run)
+    checks += check_versions()
     if subject is None:
         return checks
     checks += [*_of_teachers(subject, OF_A_TEACHER), *_looks(subject, READ)]
@@ -80,6 +82,16 @@ def examine(run: Run, *, num_prompts: int = 8, max_new_tokens: int = 64) -> list
     if num_prompts == 0 or any(check.level == "error" for check in checks):
         return checks
     return checks + _measure(run, num_prompts, max_new_tokens)
+
+
+def check_versions() -> Iterator[Check]:
+    """Packages in versions that tropd was not run with."""
+    for package in outside():
+        yield warning(
+            "versions",
+            f"{package.objection}.",
+            "It may be slower or fail. `tropd env` lists all; pip install 'tropd[tested]' goes back to what was run.",
+        )
 
 
 def _looks(subject: Subject, looks: Sequence[Look]) -> Iterator[Check]:

@@ -186,9 +186,9 @@ def _alone() -> None:
 
 def quiet() -> None:
     """transformers draws a bar for every model that it reads or writes: here that is thousands."""
-    from transformers.utils import logging
+    from tropd.model import hf
 
-    logging.disable_progress_bar()
+    hf.quiet()
 
 
 def _line(outcome: Outcome) -> str:

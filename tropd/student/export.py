@@ -15,6 +15,7 @@ from tropd.config import Run
 from tropd.config_file import dump
 from tropd.errors import CheckpointError, ConfigError
 from tropd.student.checkpoint import atomic_folder
+from tropd.versions import cannot_import
 
 
 def export(model: Any, tokenizer: Any, run: Run, folder: Path, *, step: int, results: dict[str, float]) -> Path:
@@ -62,8 +63,8 @@ def merge(adapter: Path, folder: Path, *, device: torch.device) -> Path:
         raise ConfigError(f"{adapter} holds no adapter_config.json: name the folder of an exported LoRA student.")
     try:
         from peft import PeftModel
-    except ImportError:
-        raise ConfigError("merging an adapter needs peft: pip install 'tropd[lora]'.") from None
+    except ImportError as error:
+        raise cannot_import(error, "peft", "lora", "merging an adapter") from None
     base = json.loads(settings.read_text())["base_model_name_or_path"]
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto")

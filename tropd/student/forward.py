@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from tropd.errors import ConfigError, DataError, TrainingDiverged, VocabularyError
+from tropd.model.hf import recomputes
 from tropd.objective.evidence import ABSENT, Needs, StudentView, Tokens, at_least_float32
 from tropd.objective.support import expected_gap
 from tropd.student.head import Head, at_rest, causal_lm_of, differ, tiles
 from tropd.student.one_pass import TopRows, can_fuse, read_rows
-from tropd.student.spans import attends_by_span, recomputes, spans, worth_it
+from tropd.student.spans import attends_by_span, spans, worth_it
 from tropd.types import Rollout
 
 Arrangement = Literal["padded", "packed"]

@@ -21,15 +21,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tropd.errors import ConfigError
+from tropd.model import hf
 from tropd.objective.evidence import at_least_float32
 from tropd.student.likeliest import likeliest
 from tropd.student.peaks import find_peaks, has_peaks, is_matrix, products_at
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Relative differences that kernels of other shapes may make; a wrong head or a leak makes one near 1."""
-
-_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 
 @contextmanager
@@ -100,13 +98,13 @@ class Head:
                 f"{num_rows} rows. Give a number from 1 to {num_rows}, or None for all."
             )
         factor = divisor = 1.0
-        for name in _FACTORS:
+        for name in hf.FACTORS:
             factor *= _number(config, name, 1.0)
         if getattr(config, "model_type", "").startswith("hyperclovax"):  # multiplies by what Granite divides by
             factor *= _number(config, "logits_scaling", 1.0)
         else:
             divisor = _number(config, "logits_scaling", 1.0)
-        softcap = next((cap for name in _CAPS if (cap := _number(config, name, 0.0))), None)
+        softcap = next((cap for name in hf.CAPS if (cap := _number(config, name, 0.0))), None)
         head = cls(module=module, vocab_size=vocab_size or num_rows, factor=factor, divisor=divisor, softcap=softcap)
         _check(head, model, inside)
         return head

@@ -11,6 +11,8 @@ from torch import nn
 
 from tropd.config import LoraConfig, ModelConfig, StudentConfig
 from tropd.errors import ConfigError
+from tropd.model import hf
+from tropd.versions import cannot_import
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,7 +77,7 @@ def wrap_student(model: Any, config: StudentConfig, seed: int) -> nn.Module:
     """The student as it is trained: adapter, gradient checkpointing, modes."""
     student: Any = add_adapter(model, config.lora, seed) if config.lora else model.requires_grad_(True)
     if config.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        hf.enable_checkpointing(student)
     return student
 
 
@@ -83,8 +85,8 @@ def add_adapter(model: Any, lora: LoraConfig, seed: int) -> nn.Module:
     try:
         from peft import LoraConfig as PeftConfig
         from peft import get_peft_model
-    except ImportError:
-        raise ConfigError("a [student.lora] section needs peft: pip install 'tropd[lora]'.") from None
+    except ImportError as error:
+        raise cannot_import(error, "peft", "lora", "a [student.lora] section") from None
     targets = list(lora.targets) if lora.targets != ("all-linear",) else "all-linear"
     asked = PeftConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
