@@ -28,7 +28,7 @@ LIMITS = {"slow": 1200, "server": 600}
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Where the first command of all fails, most tests would, some of them after minutes: it is told at once instead."""
+    """If the first command of all fails, most tests would, some of them after minutes: it is told at once instead."""
     config = session.config
     if hasattr(config, "workerinput") or config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
         return
