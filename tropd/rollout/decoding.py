@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from tropd.fast_paths import TAKEN, FastPath
 from tropd.model import hf
 from tropd.rollout.cache import RowCache
 from tropd.rollout.packing import Product, are_large, fit_twice, packed
@@ -47,6 +48,7 @@ class Decoder:
 
     def __call__(self, last_ids_B1: Tensor, cache: RowCache) -> Tensor:
         """The logits [B, V] after each row's last token, whose keys and values enter the cache."""
+        TAKEN.add(FastPath.DECODER)
         hidden_BH = self.parts.embed(last_ids_B1)[:, 0]
         cos_B1D, sin_B1D = self.parts.rotary(hidden_BH, cache.positions())
         half = sin_B1D.shape[-1] // 2
