@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from tropd.fast_paths import TAKEN, FastPath
 from tropd.model import hf
 
 _NAME = "tropd_spans"
@@ -64,7 +63,6 @@ _KNOWN = hf.register_attention(_NAME, by_span)
 @contextmanager
 def spans(backbone: Any, lengths: Sequence[int]) -> Iterator[None]:
     """For a while the backbone attends within spans of these lengths."""
-    TAKEN.add(FastPath.SPANS)
     token = _LENGTHS.set(tuple(lengths))
     try:
         with hf.attending(backbone, _NAME):
