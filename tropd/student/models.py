@@ -12,6 +12,7 @@ from torch import nn
 from tropd.config import LoraConfig, ModelConfig, StudentConfig
 from tropd.errors import ConfigError
 from tropd.model import hf
+from tropd.student.weights import check_read
 from tropd.versions import cannot_import
 
 if TYPE_CHECKING:
@@ -57,20 +58,31 @@ def load_tokenizer(config: ModelConfig, whose: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(config: ModelConfig, whose: str, device: torch.device) -> Any:
-    """The causal language model of a configuration, in evaluation mode."""
+    """The causal language model of a configuration, in evaluation mode and with weights of its own in every tensor."""
+    _check_path(config.path, f"{whose}.path")
+    return _read(config, choose_dtype(config.dtype, device), whose).to(device).eval()
+
+
+def load_as_stored(path: str, whose: str, device: torch.device) -> Any:
+    """The causal language model in a folder, in the precision of its files."""
+    return _read(ModelConfig(path=path), "auto", whose).to(device).eval()
+
+
+def _read(config: ModelConfig, dtype: torch.dtype | str, whose: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    _check_path(config.path, f"{whose}.path")
+    # With sizes ignored, a tensor of another shape is listed with the others that do not fit.
+    how: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            config.path, dtype=choose_dtype(config.dtype, device), **_options(config)
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(config.path, dtype=dtype, **how, **_options(config))
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ConfigError(
             f"the {whose} {config.path} cannot be loaded as a causal language model: {_first_line(error)} "
             "tropd trains and asks models that AutoModelForCausalLM reads."
         ) from error
-    return model.to(device).eval()
+    model, info = loaded
+    check_read(model, info, config.path, whose)
+    return model
 
 
 def wrap_student(model: Any, config: StudentConfig, seed: int) -> nn.Module:
