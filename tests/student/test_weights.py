@@ -146,13 +146,14 @@ def test_neither_doctor_nor_evaluation_nor_export_uses_weights_that_do_not_fit(
     train(run_in(folder, {"name": "opd"}, steps=1))
     change_config(folder / "student", layers=3)
     asks = [
-        ["doctor", str(folder / "asked.toml"), "--json"],
+        ["doctor", str(folder / "asked.toml"), "--json", "--output", str(folder / "new")],
         ["export", str(folder / "run"), "-o", str(folder / "exported")],
         ["evaluate", str(folder / "student"), "--data", str(folder / "data.jsonl"), "--grader", "exact"],
     ]
     for ask in asks:
         assert main(ask) != 0
-        assert "do not fit Qwen3ForCausalLM" in "".join(capsys.readouterr())
+        said = "".join(capsys.readouterr())
+        assert "do not fit Qwen3ForCausalLM" in said, said
     assert not (folder / "exported").exists()
 
 
