@@ -24,6 +24,7 @@ from tropd import config_file, loop
 from tropd.errors import CheckpointError, ConfigError
 from tropd.replay import load_batch
 from tropd.report.records import read_records
+from tropd.run_folder import alone
 from tropd.student import checkpoint as checkpoints
 
 
@@ -75,7 +76,7 @@ def test_a_second_interrupt_stops_at_once_and_the_run_still_goes_on(models: Path
 
 def test_two_processes_cannot_work_on_one_run(copied: Path) -> None:
     path = copied / "run.toml"
-    with checkpoints.alone(copied), pytest.raises(CheckpointError, match="another process"):
+    with alone(copied), pytest.raises(CheckpointError, match="another process"):
         loop.resume(copied)
     assert path.exists()
     assert run_case.resume(copied).code == 0, "the lock is gone with its holder"

@@ -33,6 +33,7 @@ from tropd.report.display import Display, Silent, evaluation_text, make_display
 from tropd.report.ranks import NoRecords
 from tropd.report.records import RecordWriter, require
 from tropd.report.trackers import Tracker, make_trackers, numbers_of
+from tropd.run_folder import alone, begun, check_inputs
 from tropd.signals import stop_on_signals
 from tropd.startup import assemble
 from tropd.state import State, restore, save
@@ -51,30 +52,15 @@ def train(run: Run, *, display: Display | None = None) -> Path:
 
 
 def _train(run: Run, directory: Path, display: Display | None, world: Ranks) -> Path:
-    with _begun(run, directory) if world.leads else nullcontext():
+    with ExitStack() as stack:
+        settle = stack.enter_context(begun(run, directory)) if world.leads else None
         world.wait()  # the folder is this run's
         parts = assemble(run, directory, world)
         world.wait()  # nobody has been refused
-    with checkpoints.alone(directory) if world.leads else nullcontext(), _closing(parts):
+        stack.enter_context(_closing(parts))
+        if settle is not None:
+            settle()
         return _run(parts, directory, None, display)
-
-
-@contextmanager
-def _begun(run: Run, directory: Path) -> Iterator[None]:
-    """A new folder for a run, which becomes one unless the block fails."""
-    if (directory / "run.toml").exists():
-        raise ConfigError(f"{directory} holds a run already. Go on with `tropd resume {directory}`, or set output.")
-    begun = directory / "run.toml.tmp"
-    with checkpoints.writing(directory):  # before models are read, so that a full disk is told at once
-        directory.mkdir(parents=True, exist_ok=True)
-        begun.write_text(config_file.dump(run))
-    try:
-        yield
-    except BaseException:
-        begun.unlink(missing_ok=True)
-        raise
-    with checkpoints.writing(directory):
-        begun.replace(directory / "run.toml")
 
 
 def resume(directory: Path, *, step: int | None = None, display: Display | None = None) -> Path:
@@ -82,7 +68,8 @@ def resume(directory: Path, *, step: int | None = None, display: Display | None 
     if not (directory / "run.toml").exists():
         raise ConfigError(f"{directory} holds no run.toml, so there is nothing to resume. Name the folder of a run.")
     run = config_file.load(directory / "run.toml")
-    with together(run, directory) as world, checkpoints.alone(directory) if world.leads else nullcontext():
+    check_inputs(run, directory)
+    with together(run, directory) as world, alone(directory) if world.leads else nullcontext():
         return _resume(run, directory, step, display, world)
 
 
