@@ -39,14 +39,17 @@ class Count:
 
 def kill_at(path: Path, directory: Path, moments: Sequence[Moment]) -> list[str]:
     """Kill the run at each moment, starting it again each time, then let it end.  What each kill left unfinished."""
+
+    def order() -> Order:
+        return Order(train=None if (directory / "run.toml").exists() else path, directory=directory)
+
     left = []
     for ready, delay in moments:
-        order = Order(train=None if (directory / "run.toml").exists() else path, directory=directory)
-        if run_case.start(order).kill_when(lambda ready=ready: ready(directory), delay):
+        if run_case.start(order()).kill_when(lambda ready=ready: ready(directory), delay):
             left.append(" ".join(p.name for p in directory.rglob("*") if p.suffix == ".tmp" or "journal" in p.name))
     if not (directory / "model").exists():
-        ended = run_case.resume(directory)
-        assert ended.code == 0, ended.said
+        ended = run_case.start(order()).wait()
+        assert ended.code == 0, f"{ended.code} {ended.error} {ended.message} {ended.said}"
     return left
 
 

@@ -159,7 +159,8 @@ def test_a_folder_that_cannot_be_made_is_told_before_models_are_read(models: Pat
     blocked = tmp_path / "file"
     blocked.write_text("no folder")
     directory = blocked / "run"
-    run = config_file.load(run_case.write_run(models, tmp_path / "run", student={"path": str(tmp_path)}))
+    (tmp_path / "no model").mkdir()
+    run = config_file.load(run_case.write_run(models, tmp_path / "run", student={"path": str(tmp_path / "no model")}))
     with pytest.raises(CheckpointError, match=str(directory)):
         loop.train(config_file.build({**config_file.to_dict(run), "output": str(directory)}, "test"))
 

@@ -122,9 +122,9 @@ def _claim(directory: Path) -> int:
 
 
 @contextmanager
-def alone(directory: Path) -> Iterator[None]:
+def alone(directory: Path, locked: str = RUN) -> Iterator[None]:
     """One process for a run: two would write into each other's records and checkpoints."""
-    with (directory / RUN).open() as file:
+    with (directory / locked).open() as file:
         _lock(file.fileno(), directory)
         yield
 

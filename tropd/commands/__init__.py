@@ -45,6 +45,6 @@ def new_folder(path: Path) -> Path:
             "is yours. Remove it, or name another folder."
         )
     for above in path.expanduser().resolve().parents:
-        if any((above / name).exists() for name in ("config.json", "adapter_config.json", "run.toml")):
+        if any((above / name).exists() for name in ("config.json", "adapter_config.json", "records.jsonl")):
             raise ConfigError(f"{path} lies in {above}, which holds a model or a run. Name a folder outside of it.")
     return path
