@@ -11,6 +11,7 @@ prompt cursor and the seed: nothing else is remembered, so a resumed run repeats
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -120,6 +121,9 @@ def _run(parts: Parts, directory: Path, saved: checkpoints.Checkpoint | None, di
             shown.note(f"back to step {state.step}: dropped the checkpoints of {', '.join(map(str, dropped))}")
         with ExitStack() as stack:  # closes everything, even where closing fails
             records = stack.enter_context(_recording(directory, state, saved, parts))
+            state.notes += _lacking(records)
+            for note in state.notes:
+                shown.note(note)
             facts = config_file.to_dict(run)
             asked = run.trackers if world.leads else ()
             trackers = make_trackers(asked, directory.name, facts, directory=directory.parent, step=state.step)
@@ -159,7 +163,8 @@ def _steps(
             if parts.learner.optimizer.num_steps > done or parts.world.size > 1 or state.step == 0:
                 raise  # other weights than those of the step before, or other processes that have not failed
             raise _keep_steps(parts, directory, state, alarms, error) from error
-        record, failure = hand_over(parts, state.source, record)
+        record, failure = hand_over(parts, state.source, dataclasses.replace(record, notes=tuple(state.notes)))
+        state.notes = []
         state.step += 1
         if failure is not None and parts.world.size > 1:
             raise failure  # other processes have not failed
@@ -247,6 +252,17 @@ def _open_records(directory: Path, state: State, saved: checkpoints.Checkpoint |
         return RecordWriter.resume(path, state.num_recorded)
     path.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
     return RecordWriter(path, {**_facts(parts, directory), "before": state.before})
+
+
+def _lacking(records: RecordWriter | NoRecords) -> list[str]:
+    """What somebody has taken out of the records while the run stood still."""
+    missing = records.missing
+    if not missing:
+        return []
+    return [
+        f"{len(missing)} of the steps before this one are missing from the records, {missing[0]} the first of them: "
+        "somebody has changed the file, and reports will lack them."
+    ]
 
 
 def _facts(parts: Parts, directory: Path) -> dict[str, str]:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tropd.models")
 
+_AT_ONCE = 1 << 24
+"""Values that are named at once: 64 MiB of float32."""
+
 
 def choose_device(asked: str) -> torch.device:
     if asked != "auto":
@@ -141,8 +144,8 @@ def _first_line(error: BaseException) -> str:
     return (text[0].rstrip(". ") if text else type(error).__name__)[:400] + "."
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """Names the weights: shapes, types and 64 values of every parameter, spread evenly."""
+def model_fingerprint(model: nn.Module, *, whole: bool = False) -> str:
+    """Names the weights: shapes, types and 64 values of every parameter, spread evenly; or all of them."""
     import hashlib
 
     digest = hashlib.sha256()
@@ -150,5 +153,6 @@ def model_fingerprint(model: nn.Module) -> str:
         flat = parameter.detach().reshape(-1)
         stride = max(1, flat.numel() // 64)
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(flat[::stride][:64].float().cpu().numpy().tobytes())
+        for part in flat.split(_AT_ONCE) if whole else [flat[::stride][:64]]:
+            digest.update(part.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
