@@ -144,6 +144,10 @@ def obstacle(model: nn.Module, base: Any) -> str:
     return "" if fit_twice(list(base.modules())) else "its frozen weights are too large to keep a copy of them"
 
 
+class Misread(Exception):
+    """The decoder does not compute what the model does.  The call begins anew without it, as later calls will."""
+
+
 class Stepper:
     """How a model is stepped: by the decoder where that is possible, else by its own forward, packed if that pays."""
 
@@ -193,7 +197,7 @@ class Stepper:
         if failure is None and not (self.compared and differ(logits_BV[:, : own_BV.shape[1]], own_BV)):
             return logits_BV
         self._leave_it(failure or "they differ")
-        return self.own(last_ids_B1, cache)
+        raise Misread
 
     def _leave_it(self, reason: Exception | str) -> None:
         self.decoder, self.misread = None, True
