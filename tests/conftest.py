@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Read by the libraries when they are imported, so they are set before any of them is.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TROPD_CACHE"] = tempfile.mkdtemp(prefix="tropd-cache-")
 
 import subprocess
 import sys
@@ -19,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.tiny import byte_tokenizer
 
 torch.set_num_threads(1)
+atexit.register(shutil.rmtree, os.environ["TROPD_CACHE"], ignore_errors=True)
 
 ROOT = Path(__file__).parents[1]
 FIRST_SECONDS = 120

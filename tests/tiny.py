@@ -21,10 +21,11 @@ SPECIAL = ["<|pad|>", "<|end|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|syst
 VOCAB = 256 + len(SPECIAL)
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, six special tokens, a chat template."""
+def byte_tokenizer(vocab: int = VOCAB) -> PreTrainedTokenizerFast:
+    """One token per byte, six special tokens, a chat template; then tokens that no text is made of, up to `vocab`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    rare = [f"<{number}>" for number in range(vocab - VOCAB)]
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*alphabet, *rare])}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)

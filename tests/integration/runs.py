@@ -24,7 +24,7 @@ from tropd.startup import assemble
 from tropd.step import StepSums, recall_needed, score, train_step
 from tropd.types import Rollout
 
-NEW_TOKENS = 10
+NEW_TOKENS = 28
 TROPD = {"name": "tropd", "top_k": 8, "prefix": {"shape": "constant", "start": 0.4}, "beta": 0.1}
 
 

@@ -106,7 +106,7 @@ def _evaluate(asked: Any, config: Evaluation) -> None:
     batch = trained.run.rollout.max_batch if trained.run else 64
     engine = TransformersEngine(trained.model, vocab_size=size, max_batch=batch)
     loaded = load_prompts(_limited(config, engine.context), trained.tokenizer)
-    version = model_fingerprint(trained.model)
+    version = model_fingerprint(trained.model, whole=True)
     folder = asked.output or _default_folder(asked.model, config, version)
     print(f"{config.data.path}: {loaded.report}")
     result = evaluate(

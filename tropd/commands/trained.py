@@ -13,7 +13,7 @@ from tropd.config import ModelConfig, Run
 from tropd.errors import CheckpointError, ConfigError
 from tropd.student import checkpoint as checkpoints
 from tropd.student.models import choose_device, load_model, load_tokenizer, wrap_student
-from tropd.versions import cannot_import
+from tropd.student.weights import load_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,13 +75,9 @@ def _load_folder(source: str, device: str, dtype: Any) -> Trained:
     tokenizer = load_tokenizer(ModelConfig(path=source), "model")
     if not adapter.exists():
         return Trained(model=load_model(ModelConfig(path=source, dtype=dtype), "model", chosen), tokenizer=tokenizer)
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise cannot_import(error, "peft", "lora", f"{source} is an adapter, which") from None
     base = json.loads(adapter.read_text())["base_model_name_or_path"]
     model: Any = load_model(ModelConfig(path=base, dtype=dtype), "base", chosen)
-    return Trained(model=PeftModel.from_pretrained(model, source).eval(), tokenizer=tokenizer)
+    return Trained(model=load_adapter(model, adapter.parent).eval(), tokenizer=tokenizer)
 
 
 def stops_of(trained: Trained) -> tuple[int, ...]:

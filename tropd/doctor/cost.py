@@ -19,8 +19,9 @@ import torch
 from tropd.config import ModelConfig
 from tropd.doctor.check import Check, error, ok, warning
 from tropd.doctor.subject import Subject
-from tropd.errors import TropdError
+from tropd.errors import ConfigError, TropdError
 from tropd.objective.evidence import Needs
+from tropd.run_folder import check_place
 from tropd.student.head import causal_lm_of
 from tropd.student.models import choose_device, choose_dtype, wrap_student
 
@@ -175,10 +176,10 @@ def check_disk(subject: Subject) -> Iterator[Check]:
     """Checkpoints that are kept, the best one, the one being written, and the finished model."""
     run = subject.run
     directory = Path(run.output)
-    if (directory / "run.toml").exists():
-        yield error(
-            "output", f"{directory} holds a run already.", f"Go on with `tropd resume {directory}`, or set output."
-        )
+    try:
+        check_place(run, directory)
+    except ConfigError as refused:
+        yield error("output", str(refused), "Set output to a new folder.")
     try:
         need = need_of(subject)
     except (TropdError, AttributeError, RuntimeError, NotImplementedError, ValueError):

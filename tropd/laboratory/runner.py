@@ -21,7 +21,7 @@ from tropd import config_file
 from tropd.errors import ConfigError, MethodWarning
 from tropd.laboratory.lab import Lab, Trial, trials
 from tropd.laboratory.trial import Outcome, fingerprint_of, pair_of, run_of, run_trial
-from tropd.student.checkpoint import alone
+from tropd.run_folder import alone
 from tropd.testbeds import TESTBEDS
 
 _OUTCOME = TypeAdapter(Outcome)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tropd.fast_paths import TAKEN, FastPath
 from tropd.model import hf
 from tropd.model.hf import Cache, DynamicCache, DynamicLayer
 
@@ -127,6 +128,8 @@ class RowCache(Cache):
         at, buffer = self.columns, self._row_layers[0].buffers[0]
         if rows <= buffer.shape[0] and width <= at.end < buffer.shape[2]:
             return
+        if at.starts:
+            TAKEN.add(FastPath.GROWN_CACHE)
         end = max(at.end - at.first, width)
         capacity = end + max(_MIN_SLACK, end // _SLACK_SHARE)
         for layer in self._row_layers:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from tropd.fast_paths import TAKEN, FastPath
 from tropd.model import hf
 from tropd.rollout.cache import RowCache
 from tropd.rollout.packing import Product, are_large, fit_twice, packed
@@ -47,6 +48,7 @@ class Decoder:
 
     def __call__(self, last_ids_B1: Tensor, cache: RowCache) -> Tensor:
         """The logits [B, V] after each row's last token, whose keys and values enter the cache."""
+        TAKEN.add(FastPath.DECODER)
         hidden_BH = self.parts.embed(last_ids_B1)[:, 0]
         cos_B1D, sin_B1D = self.parts.rotary(hidden_BH, cache.positions())
         half = sin_B1D.shape[-1] // 2
@@ -142,6 +144,10 @@ def obstacle(model: nn.Module, base: Any) -> str:
     return "" if fit_twice(list(base.modules())) else "its frozen weights are too large to keep a copy of them"
 
 
+class Misread(Exception):
+    """The decoder does not compute what the model does.  The call begins anew without it, as later calls will."""
+
+
 class Stepper:
     """How a model is stepped: by the decoder where that is possible, else by its own forward, packed if that pays."""
 
@@ -191,7 +197,7 @@ class Stepper:
         if failure is None and not (self.compared and differ(logits_BV[:, : own_BV.shape[1]], own_BV)):
             return logits_BV
         self._leave_it(failure or "they differ")
-        return self.own(last_ids_B1, cache)
+        raise Misread
 
     def _leave_it(self, reason: Exception | str) -> None:
         self.decoder, self.misread = None, True

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tropd.errors import EngineError
+from tropd.fast_paths import TAKEN, FastPath
 from tropd.model.hf import Cache, DynamicCache
 from tropd.rollout.cache import RowCache
 from tropd.rollout.decoding import Stepper
@@ -101,6 +102,8 @@ class Batch:
             self.live.append(self.waiting.popleft())
             return
         rows, prompts, source = self._take()
+        if self.live:
+            TAKEN.add(FastPath.REFILLED_BATCH)
         width = len(prompts[0])
         padded = [(self.engine.pad_id,) * (width - len(p)) + p for p in prompts]
         lengths_B = torch.tensor([len(p) for p in prompts], device=self.device)
@@ -111,6 +114,8 @@ class Batch:
             torch.tensor(padded, device=self.device), mask_BT, positions_BT.clamp(min=0), prefilled
         )
         shared = len(prompts) < len(rows)
+        if shared:
+            TAKEN.add(FastPath.SHARED_PROMPTS)
         alive = self._draw(rows, logits_BV[torch.tensor(source, device=self.device)] if shared else logits_BV)
         if alive:
             num_rows = min(self.engine.max_batch, len(self.live) + len(alive) + len(self.waiting))
@@ -153,6 +158,7 @@ class Batch:
             prompt = self.waiting[0].request.token_ids
             if not prompts or prompt != prompts[-1]:
                 if prompts and len(prompts[0]) * (len(prompts) + 1) > PREFILL_TOKENS:
+                    TAKEN.add(FastPath.SEVERAL_PREFILLS)
                     break
                 prompts.append(prompt)
             rows.append(self.waiting.popleft())

@@ -22,7 +22,7 @@ from tropd.errors import ConfigError, DataError, TropdError
 from tropd.model import hf
 from tropd.model.hf import Cache
 from tropd.rollout.cache import RowCache
-from tropd.rollout.decoding import Stepper, obstacle
+from tropd.rollout.decoding import Misread, Stepper, obstacle
 from tropd.rollout.rows import Batch
 from tropd.rollout.sampling import check_request
 from tropd.types import Completion, Request
@@ -72,8 +72,7 @@ class TransformersEngine:
             if self.rereads:
                 return Batch(self, requests, rereads=True).run()
             try:
-                with self.stepper.ready([r.max_new_tokens for r in requests]):
-                    completions = Batch(self, requests).run()
+                completions = self._write(requests)
             except Exception as error:  # whatever a cache that is read or filled in another way may raise
                 if self._has_written or isinstance(error, TropdError | torch.OutOfMemoryError):
                     raise
@@ -81,6 +80,13 @@ class TransformersEngine:
                 self.rereads = hf.step_aside(f"{type(self.model).__name__} {_REREADS}", error)
             self._has_written = True
             return completions
+
+    def _write(self, requests: Sequence[Request]) -> list[Completion]:
+        try:
+            with self.stepper.ready([r.max_new_tokens for r in requests]):
+                return Batch(self, requests).run()
+        except Misread:
+            return self._write(requests)
 
     @property
     def notes(self) -> list[str]:

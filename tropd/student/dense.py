@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tropd.fast_paths import TAKEN, FastPath
 from tropd.student.head import Head, tiles
 from tropd.student.peaks import is_matrix
 
@@ -29,6 +30,7 @@ def can_tile(head: Head) -> bool:
 
 def dense_loss(head: Head, hidden_NH: Tensor, written_N: Tensor, judge: Judge, tile_tokens: int) -> Tensor:
     """The judged loss of all rows, its gradient already formed."""
+    TAKEN.add(FastPath.DENSE_HEAD)
     return _Dense.apply(hidden_NH, head.weight_VH, head.bias_V, head, written_N, judge, tile_tokens)
 
 

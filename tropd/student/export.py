@@ -15,7 +15,8 @@ from tropd.config import Run
 from tropd.config_file import dump
 from tropd.errors import CheckpointError, ConfigError
 from tropd.student.checkpoint import atomic_folder
-from tropd.versions import cannot_import
+from tropd.student.models import load_as_stored
+from tropd.student.weights import load_adapter
 
 
 def export(model: Any, tokenizer: Any, run: Run, folder: Path, *, step: int, results: dict[str, float]) -> Path:
@@ -56,24 +57,20 @@ def export_adapter(model: Any, tokenizer: Any, folder: Path) -> Path:
 
 def merge(adapter: Path, folder: Path, *, device: torch.device) -> Path:
     """An adapter and its base as one plain model."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     settings = adapter / "adapter_config.json"
     if not settings.exists():
         raise ConfigError(f"{adapter} holds no adapter_config.json: name the folder of an exported LoRA student.")
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise cannot_import(error, "peft", "lora", "merging an adapter") from None
     base = json.loads(settings.read_text())["base_model_name_or_path"]
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-        merged: Any = PeftModel.from_pretrained(model.to(device), str(adapter))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        model = load_as_stored(base, "base", device)
+    except ConfigError as error:
         raise ConfigError(
-            f"the base {base} of {adapter} cannot be loaded: {str(error).splitlines()[0].rstrip('. ')}. It is "
-            "named as in the run file: a path that is not absolute counts from the folder where the run was started."
+            f"{error} It is the base of {adapter}, named as in the run file: a path that is not absolute counts from "
+            "the folder where the run was started."
         ) from error
+    merged = load_adapter(model, adapter)
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     with atomic_folder(folder) as temporary:
         merged.merge_and_unload().save_pretrained(temporary, safe_serialization=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tropd.errors import ConfigError, DataError, TrainingDiverged, VocabularyError
+from tropd.fast_paths import TAKEN, FastPath
 from tropd.model.hf import recomputes
 from tropd.objective.evidence import ABSENT, Needs, StudentView, Tokens, at_least_float32
 from tropd.objective.support import expected_gap
@@ -142,6 +143,7 @@ class Forward:
         sequences = [r.token_ids for r in rollouts]
         lengths = [len(sequence) for sequence in sequences]
         if self.by_span and worth_it(lengths) and not recomputes(self.backbone):
+            TAKEN.add(FastPath.SPANS)
             return self._hidden(lay_out(sequences, num_prompts, "packed"), lengths)
         return self._hidden(lay_out(sequences, num_prompts, self.layout))
 

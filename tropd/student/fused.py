@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tropd.fast_paths import TAKEN, FastPath
 from tropd.student.head import Head, tiles
 from tropd.student.peaks import Peaks, find_peaks, products_at
 from tropd.student.products import add_product_
@@ -149,7 +150,10 @@ def kernels_for(z_CV: Tensor) -> ModuleType | None:
         return None
     from tropd.student import kernels
 
-    return kernels if kernels.agree(z_CV.device, z_CV.dtype) else None
+    if not kernels.agree(z_CV.device, z_CV.dtype):
+        return None
+    TAKEN.add(FastPath.KERNELS)
+    return kernels
 
 
 def soften_rows_(z_CV: Tensor, highest_C: Tensor | None = None) -> Tensor:
@@ -162,6 +166,8 @@ def soften_rows_(z_CV: Tensor, highest_C: Tensor | None = None) -> Tensor:
         return kernels.softmax_rows_(z_CV)
     wide = torch.promote_types(z_CV.dtype, torch.float32)
     step = _rows_at_once(z_CV)
+    if step < len(z_CV):
+        TAKEN.add(FastPath.SOFTMAX_IN_PARTS)
     log_sum_C = z_CV.new_empty(len(z_CV), dtype=wide)
     scratch = z_CV.new_empty(min(step, len(z_CV)), z_CV.shape[1], dtype=wide) if z_CV.dtype != wide else None
     for start in range(0, len(z_CV), step):
@@ -220,6 +226,8 @@ def add_sparse(
     if ids_CM.shape[1] == 1:
         return
     busy = (c_CM[:, 1:] != 0).any(1).nonzero().flatten()
+    if len(busy) > _GATHERED:
+        TAKEN.add(FastPath.SUPPORTS_IN_PARTS)
     _spread(busy, gradient_CH, hidden_CH, weight_VH, ids_CM[:, 1:], c_CM[:, 1:], sums)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tropd.errors import ConfigError
+from tropd.fast_paths import TAKEN, FastPath
 from tropd.model import hf
 from tropd.objective.evidence import at_least_float32
 from tropd.student.likeliest import likeliest
@@ -176,6 +177,8 @@ class Head:
 
 def tiles(num_tokens: int, tile_tokens: int) -> Iterator[slice]:
     """At least one, if an empty one, so that shapes are right without tokens."""
+    if num_tokens > tile_tokens:
+        TAKEN.add(FastPath.SEVERAL_TILES)
     for start in range(0, max(num_tokens, 1), tile_tokens):
         yield slice(start, start + tile_tokens)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tropd.errors import ConfigError, VocabularyError
+from tropd.fast_paths import TAKEN, FastPath
 from tropd.student.fused import (
     Fused,
     Gradients,
@@ -41,6 +42,7 @@ _ROWS_IN_CACHE = 8
 
 def lean_loss(head: Head, hidden_NH: Tensor, ids_NM: Tensor, judge: Judge, tile_tokens: int, tile_vocab: int) -> Tensor:
     """What `fused_loss` gives, from a workspace of tile_tokens * tile_vocab logits."""
+    TAKEN.add(FastPath.LEAN_HEAD)
     weight_VH, bias_V, scale = matrix_of(head)
     _check(ids_NM, tile_vocab, head.vocab_size)
     work = TileWork(ids_NM=ids_NM, judge=judge, tile_tokens=tile_tokens, scale=scale, tile_vocab=tile_vocab)
@@ -59,6 +61,7 @@ def lean_rows(
     entropy: bool = False,
 ) -> dict[str, Tensor]:
     """What `read_rows` gives, from a workspace of tile_tokens * tile_vocab logits."""
+    TAKEN.add(FastPath.LEAN_READ)
     weight_VH, bias_V, scale = matrix_of(head)
     _check(ids_NM, tile_vocab, head.vocab_size)
     found, buffer = [], _buffer(hidden_NH, weight_VH, tile_tokens, tile_vocab)

@@ -50,7 +50,8 @@ class ModelLearner:
         self.vocab_size: int | None = vocab_size
         self.device = next(model.parameters()).device
         exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
-        self.margin: float | None = None if shards is not None else 0.02 if exact else 0.25
+        drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+        self.margin: float | None = None if shards is not None or drops else 0.02 if exact else 0.25
         self.expands = teacher is not None and can_tile(self.forward.head)
 
     def learn(self, rollouts: Sequence[Rollout], judge: Judge, needs: Needs) -> None:

@@ -12,12 +12,16 @@ from torch import nn
 from tropd.config import LoraConfig, ModelConfig, StudentConfig
 from tropd.errors import ConfigError
 from tropd.model import hf
+from tropd.student.weights import check_read
 from tropd.versions import cannot_import
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("tropd.models")
+
+_AT_ONCE = 1 << 24
+"""Values that are named at once: 64 MiB of float32."""
 
 
 def choose_device(asked: str) -> torch.device:
@@ -57,20 +61,31 @@ def load_tokenizer(config: ModelConfig, whose: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(config: ModelConfig, whose: str, device: torch.device) -> Any:
-    """The causal language model of a configuration, in evaluation mode."""
+    """The causal language model of a configuration, in evaluation mode and with weights of its own in every tensor."""
+    _check_path(config.path, f"{whose}.path")
+    return _read(config, choose_dtype(config.dtype, device), whose).to(device).eval()
+
+
+def load_as_stored(path: str, whose: str, device: torch.device) -> Any:
+    """The causal language model in a folder, in the precision of its files."""
+    return _read(ModelConfig(path=path), "auto", whose).to(device).eval()
+
+
+def _read(config: ModelConfig, dtype: torch.dtype | str, whose: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    _check_path(config.path, f"{whose}.path")
+    # With sizes ignored, a tensor of another shape is listed with the others that do not fit.
+    how: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            config.path, dtype=choose_dtype(config.dtype, device), **_options(config)
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(config.path, dtype=dtype, **how, **_options(config))
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ConfigError(
             f"the {whose} {config.path} cannot be loaded as a causal language model: {_first_line(error)} "
             "tropd trains and asks models that AutoModelForCausalLM reads."
         ) from error
-    return model.to(device).eval()
+    model, info = loaded
+    check_read(model, info, config.path, whose)
+    return model
 
 
 def wrap_student(model: Any, config: StudentConfig, seed: int) -> nn.Module:
@@ -129,8 +144,8 @@ def _first_line(error: BaseException) -> str:
     return (text[0].rstrip(". ") if text else type(error).__name__)[:400] + "."
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """Names the weights: shapes, types and 64 values of every parameter, spread evenly."""
+def model_fingerprint(model: nn.Module, *, whole: bool = False) -> str:
+    """Names the weights: shapes, types and 64 values of every parameter, spread evenly; or all of them."""
     import hashlib
 
     digest = hashlib.sha256()
@@ -138,5 +153,6 @@ def model_fingerprint(model: nn.Module) -> str:
         flat = parameter.detach().reshape(-1)
         stride = max(1, flat.numel() // 64)
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(flat[::stride][:64].float().cpu().numpy().tobytes())
+        for part in flat.split(_AT_ONCE) if whole else [flat[::stride][:64]]:
+            digest.update(part.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

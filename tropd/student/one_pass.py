@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from tropd.fast_paths import TAKEN, FastPath
 from tropd.objective.evidence import ABSENT, Needs, StudentView, Tokens
 from tropd.objective.support import NOTHING
 from tropd.student.fused import Fused, Judge, TileWork, log_sum_exp, logits_of, matrix_of
@@ -58,6 +59,7 @@ def fused_loss(
     """
     if tile_vocab is not None:
         return lean_loss(head, hidden_NH, ids_NM, judge, tile_tokens, tile_vocab)
+    TAKEN.add(FastPath.FUSED_HEAD)
     weight, bias, scale = matrix_of(head)
     work = TileWork(ids_NM=ids_NM, judge=judge, tile_tokens=tile_tokens, scale=scale)
     return Fused.apply(hidden_NH, weight, bias, work)
@@ -81,6 +83,7 @@ def read_rows(
     """
     if tile_vocab is not None:
         return lean_rows(head, hidden_NH, ids_NM, tile_tokens, tile_vocab, top_k=top_k, entropy=entropy)
+    TAKEN.add(FastPath.FUSED_READ)
     weight, bias, scale = matrix_of(head)
     found = []
     buffer_CV = hidden_NH.new_empty(min(tile_tokens, max(len(hidden_NH), 1)), head.vocab_size)
@@ -110,6 +113,7 @@ def _top(
     if chosen_C is None or bool(chosen_C.all()):
         ids_CK, logits_CK = peaks.best(*likeliest(z_CV, pool, maxima_CW), top_k)
         return ids_CK, logits_CK - log_sum_C[:, None]
+    TAKEN.add(FastPath.SOME_TOP_K)
     ids_CK = z_CV.new_zeros((len(z_CV), top_k), dtype=torch.int64)
     logprobs_CK = log_sum_C.new_full((len(z_CV), top_k), NOTHING)
     rows = chosen_C.nonzero().flatten()
