@@ -10,9 +10,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import io
 import json
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stderr
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -100,14 +103,25 @@ def load(path: Path, flags: Sequence[str] = ()) -> Run:
         run = build({**values, "method": {"name": named}}, f"--method {named}")
     if not flags:
         return run
+    return read_flags(run, tyro.conf.AvoidSubcommands[Run], flags, "tropd train RUN.toml")
+
+
+def read_flags(default: Any, kind: Any, flags: Sequence[str], prog: str) -> Any:
+    """`default` as flags change it.  What tropd itself refuses is said as in a file, without tyro's box around it."""
+    boxed = io.StringIO()
     try:
-        return tyro.cli(tyro.conf.AvoidSubcommands[Run], default=run, args=list(flags), prog="tropd train RUN.toml")
+        with redirect_stderr(boxed):
+            return tyro.cli(kind, default=default, args=list(flags), prog=prog)
     except SystemExit as stop:
-        if stop.code:
-            raise ConfigError(
-                "the flags above are not understood. `tropd train RUN.toml --help` lists those there are."
-            ) from None
-        raise
+        if not stop.code:
+            raise
+        reason: BaseException | None = stop
+        while reason is not None and not isinstance(reason, ConfigError):
+            reason = reason.__cause__ or reason.__context__
+        if reason is not None:
+            raise reason from None
+        sys.stderr.write(boxed.getvalue())
+        raise ConfigError(f"the flags above are not understood. `{prog} --help` lists those there are.") from None
 
 
 def _method_flag(flags: Sequence[str]) -> tuple[str | None, list[str]]:

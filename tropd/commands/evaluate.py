@@ -85,12 +85,7 @@ def _configure(run: Run | None, data: str | None, flags: list[str]) -> Evaluatio
     if held_out is None:
         raise ConfigError("there is nothing to evaluate on: give --data PATH, or a run with [evaluation.data].")
     default = Evaluation(**values, data=held_out)
-    try:
-        return tyro.cli(tyro.conf.AvoidSubcommands[Evaluation], default=default, args=flags, prog="tropd evaluate")
-    except SystemExit as stop:
-        if stop.code:
-            raise ConfigError("the flags above are not understood. See `tropd evaluate --help`.") from None
-        raise
+    return config_file.read_flags(default, tyro.conf.AvoidSubcommands[Evaluation], flags, "tropd evaluate")
 
 
 def _evaluate(asked: Any, config: Evaluation) -> None:

@@ -39,7 +39,14 @@ def open_table(path: str, *, split: str = "train", name: str | None = None, stre
         table = _saved_table(file, split)
     elif file.is_file():
         raise DataError(f"{path}: '{file.suffix}' files are not read. Write the rows as one of {', '.join(SUFFIXES)}.")
-    elif not file.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+    elif file.is_dir():
+        inside = sorted(other.name for other in file.iterdir() if other.suffix in SUFFIXES)
+        there = f" It holds {', '.join(inside[:3])}: give one of them." if inside else ""
+        raise DataError(
+            f"{path} is a folder, but `datasets` saved no data set in it.{there} Give a file ({', '.join(SUFFIXES)}), "
+            "or a folder written by save_to_disk."
+        )
+    elif path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise _missing(path, file)
     else:
         table = _hub_table(path, split, name, streaming)
