@@ -50,7 +50,7 @@ COMPAT = (
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Where the first command of all fails, most tests would, some of them after minutes: it is told at once instead."""
+    """Where the first command of all fails, most tests would, some after minutes: it is told at once instead."""
     config = session.config
     if hasattr(config, "workerinput") or config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
         return
