@@ -30,6 +30,7 @@ test-server: $(INSTALLED) vllm
 
 test-oldest test-newest: test-%: | $(BIN)/python
 	PYTHON=$(BIN)/python scripts/install_compat.sh $*
+	.venv-$*/bin/python -m tropd env
 	.venv-$*/bin/python -m pytest -n $(JOBS) --dist worksteal -m compat
 
 vllm: | $(BIN)/python

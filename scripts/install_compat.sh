@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # install_compat.sh oldest|newest: makes .venv-oldest (exactly oldest.txt) or .venv-newest (the newest releases that
-# pyproject.toml allows, today), each with tropd and what the tests marked `compat` need, and prints what is in it.
+# pyproject.toml allows, today), each with tropd and what the tests marked `compat` need.
 #
 # torch comes first and stays: its newest release has no build for CPUs, and comes with several GB for GPUs.
 set -euo pipefail
@@ -31,4 +31,3 @@ case $set in
         ;;
 esac
 touch "$venv/.installed"
-"$venv/bin/python" -m tropd env

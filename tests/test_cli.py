@@ -123,7 +123,8 @@ def test_the_environment_names_versions_and_devices(capsys):
     here = {package["name"]: package["installed"] for package in found["packages"]}
     assert here["torch"] == torch.__version__ and here["transformers"] == transformers.__version__
     assert main(["env"]) == 0
-    assert all(word in capsys.readouterr().out for word in ("transformers", transformers.__version__, "cores"))
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("transformers", transformers.__version__, "cores"))
 
 
 def test_public_names_are_there_and_unknown_ones_are_refused():

@@ -225,4 +225,6 @@ def _without_storage(config: ModelConfig) -> Any:
     extra |= {"gguf_file": config.gguf_file} if config.gguf_file else {}
     found = AutoConfig.from_pretrained(config.path, **options, **extra)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(found, **options)
+        model = AutoModelForCausalLM.from_config(found, **options)
+    model.tie_weights()  # transformers 5.0 leaves that out where there is no storage
+    return model
