@@ -34,7 +34,7 @@ def text_job(request: Request, name: str, *, model: str, version: int, vocab_siz
     return Job(
         name=name,
         path=vllm.TEXT,
-        body=vllm.text_body(model, request, logprobs=neutral),
+        body=vllm.text_body(model, request, top_k=0 if neutral else None),
         read=read,
         num_tokens=len(request.token_ids) + request.max_new_tokens,
         limit_bytes=vllm.text_limit(request),
