@@ -180,27 +180,20 @@ class MiniServer:
             "logprobs": None,
         }
         if written is not None and body.get("logprobs") is not None:
-            choice["logprobs"] = {
-                "tokens": [f"token_id:{i}" for i in written.token_ids],
-                "token_logprobs": [max(x, -9999.0) for x in written.model_logprobs],
-                "top_logprobs": self._tops(ids, written, body["logprobs"]),
-            }
+            choice["logprobs"] = self._drawn(ids, list(written.token_ids), body["logprobs"])
         if top_k is not None:
             rows_TV = self.logprobs(ids)
             choice["prompt_logprobs"] = [None, *(_row(rows_TV[t], ids[t], top_k) for t in range(1, len(ids)))]
         return choice
 
-    def _tops(self, ids: list[int], written: Any, top_k: int) -> list[dict[str, float]]:
-        """Of a text: the likeliest tokens, and the one that was drawn."""
-        if not top_k:
-            return [{f"token_id:{i}": x} for i, x in zip(written.token_ids, written.model_logprobs, strict=True)]
-        rows_TV = self.drawn_from([*ids, *written.token_ids])[len(ids) :]
-        drawn = [{f"token_id:{i}": x} for i, x in zip(written.token_ids, written.model_logprobs, strict=True)]
-        tops = [row_V.topk(top_k) for row_V in rows_TV]
-        return [
-            own | {f"token_id:{i}": x for i, x in zip(top.indices.tolist(), top.values.tolist(), strict=True)}
-            for own, top in zip(drawn, tops, strict=True)
-        ]
+    def _drawn(self, ids: list[int], new: list[int], top_k: int) -> dict[str, Any]:
+        """Of a text: the token that was drawn, and the likeliest ones."""
+        rows_TV = self.drawn_from([*ids, *new])[len(ids) :].clamp_min(-9999.0)
+        own = [float(row_V[i]) for row_V, i in zip(rows_TV, new, strict=True)]
+        tops = [{f"token_id:{i}": x for x, i, _ in _top(row_V, top_k)} for row_V in rows_TV]
+        names = [f"token_id:{i}" for i in new]
+        all_ = [{name: x} | top for name, x, top in zip(names, own, tops, strict=True)]
+        return {"tokens": names, "token_logprobs": own, "top_logprobs": all_}
 
     def _write(self, ids: list[int], body: dict[str, Any]) -> Any:
         request = Request(

@@ -61,13 +61,14 @@ def check_servers(subject: Subject, *, weights: bool) -> Iterator[Check]:
 def _questions(subject: Subject, settings: ServerConfig, card: Card, teacher: Side) -> Questions:
     config = subject.run.teacher
     vocab_size = min(len(teacher.tokenizer.get_vocab()), getattr(teacher.config, "vocab_size", 10**9))
+    room = None if card.max_model_len is None else card.max_model_len - 1
     return Questions(
         urls=tuple(dict.fromkeys(base_url(url) for url in config.servers)),
         settings=dataclasses.replace(settings, canary_nats=settings.nats_for(config.dtype)),
         card=card,
         top_k=min(subject.run.method.objective.teacher_top_k, vocab_size),
         vocab_size=vocab_size,
-        text=text_of(teacher.tokenizer.encode(SPELLING, add_special_tokens=False), vocab_size, card),
+        text=text_of(teacher.tokenizer.encode(SPELLING, add_special_tokens=False), vocab_size, room),
     )
 
 

@@ -77,6 +77,8 @@ def evidence_of_rows(
     said_NC = torch.cat([top_NK, left_N.log()[:, None]], 1).log_softmax(-1)
     never_N1 = torch.full_like(each_N1, -math.inf)
     shapes = {f"at temperature {t:.2g}": torch.cat([top_NK / t, each_N1 / t + number_N1], 1) for t in TEMPERATURES}
+    rarer_N1 = torch.log1p(-0.5 * (1.0 - left_N)).unsqueeze(1)
+    shapes["from outside the top-k, mostly"] = torch.cat([top_NK + math.log(0.5), rarer_N1], 1)
     shapes["from the top-k alone"] = torch.cat([top_NK, never_N1], 1)
     shapes["by taking the likeliest token"] = torch.cat([_likeliest(top_NK), never_N1], 1)
     at_N1 = torch.tensor(places)[:, None]

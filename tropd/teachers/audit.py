@@ -31,8 +31,8 @@ NOISE = 0.02
 _REPEATS = 3
 _BLOCKS = 400
 """Tokens of a beginning that prefix caches keep: they hold blocks of 16 to 128."""
-_NUM_TEXTS, _NUM_TOKENS, _START = 8, 32, 8
-"""Own texts, the tokens of each, and those of a short beginning."""
+_NUM_PAIRS, _NUM_TOKENS, _START = 4, 32, 24
+"""Pairs of own texts that begin alike, the tokens of each, and those of a short beginning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +74,8 @@ def examine(questions: Questions, reference: Known | None = None) -> tuple[list[
         return [], Known(texts=[], first=1, rows=[])
     beginning = tuple(salt.choice(questions.text) for _ in range(length))
     fresh = questions.score([beginning])[0] if length > 1 else None
-    short = [tuple(salt.choice(questions.text) for _ in range(min(_START, length))) for _ in range(_NUM_TEXTS - 2)]
-    starts = [beginning, beginning, *short]
+    short = [tuple(salt.choice(questions.text) for _ in range(min(_START, length))) for _ in range(_NUM_PAIRS - 1)]
+    starts = [start for start in (beginning, *short) for _ in range(2)]
     requests = [
         Request(token_ids=start, max_new_tokens=size, seed=key_of(0, "own text", n)) for n, start in enumerate(starts)
     ]
@@ -176,7 +176,8 @@ def _draws(questions: Questions, written: Sequence, scored: list[Scored]) -> Ite
     rows = zip(texts, scored, strict=True)
     found = draws.total(draws.evidence_of_rows(x.logprobs, ids, x.topk_ids_TK, x.topk_logprobs_TK) for ids, x in rows)
     said = f"{base_url(questions.urls[0])}: {sum(map(len, texts))} tokens that it drew at temperature 1"
-    same = draws.coincidence(texts[:2], [row.logprobs for row in scored[:2]])
+    pairs = [slice(n, n + 2) for n in range(0, len(texts), 2)]
+    same = max(draws.coincidence(texts[pair], [row.logprobs for row in scored[pair]]) for pair in pairs)
     if (how := draws.explained(found)) is not None:
         yield Finding(
             name="draws",

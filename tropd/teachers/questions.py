@@ -85,8 +85,8 @@ class Questions:
             pool.close()
 
 
-def text_of(ids: Sequence[int], vocab_size: int, card: Card) -> tuple[int, ...]:
+def text_of(ids: Sequence[int], vocab_size: int, longest: int | None = None) -> tuple[int, ...]:
     """The text that servers are asked about; other tokens where a tokenizer makes next to nothing of it."""
     own = [index for index in ids if index < vocab_size]
     known = own if len(own) >= 16 else [index % vocab_size for index in range(1, 33)]
-    return tuple(known[: (card.max_model_len or 10**6) - 1])
+    return tuple(known[:longest])

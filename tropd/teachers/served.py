@@ -19,6 +19,7 @@ from tropd.servers.settings import check_addresses
 from tropd.student.parallel import ALONE, Ranks
 from tropd.teachers.cached import Cached
 from tropd.teachers.meeting import CANARY, canary_of, keep, recall
+from tropd.teachers.questions import text_of
 from tropd.teachers.reference import reference_of
 from tropd.teachers.server import ServerTeacher
 from tropd.teachers.teacher import RunTeacher
@@ -57,6 +58,7 @@ def meet_teacher(
     own = "" if name == "default" else f".{quote(name, safe='')}"
     path = directory / f"teacher_canary{own}.json"
     canary = canary_of(tokenizer.encode(CANARY, add_special_tokens=False), vocab_size)
+    text = tokenizer.encode(SPELLING, add_special_tokens=False)
     before = recall(path, canary.ids) if (directory / "run.toml").exists() else None
     teacher = ServerTeacher(
         config.servers,
@@ -68,8 +70,10 @@ def meet_teacher(
         top_k=run.method.objective.teacher_top_k,
         name=name,
         dtype=config.dtype,
-        text=tokenizer.encode(SPELLING, add_special_tokens=False),
-        reference=reference_of(config, canary.ids, run.method.objective.teacher_top_k) if world.leads else None,
+        text=text,
+        reference=reference_of(config, text_of(text, vocab_size), run.method.objective.teacher_top_k)
+        if world.leads
+        else None,
     )
     notes += teacher.notes
     notes += compare_tokenizers(teacher.pool.clients, teacher.card.id, tokenizer)

@@ -90,7 +90,7 @@ class ServerTeacher:
                     card=self.card,
                     top_k=width,
                     vocab_size=vocab_size,
-                    text=text_of(text or canary.ids, vocab_size, self.card),
+                    text=text_of(text or canary.ids, vocab_size, self.context),
                 )
                 self.watch = Watch(questions, self._ask_again, reference)
                 self.notes = self.watch.notes
