@@ -31,7 +31,7 @@ from tropd.types import Rollout
 BOTH = Needs.SAMPLED | Needs.TOPK
 CANARY = canary_of(range(40, 60), VOCAB)
 SETTINGS = ServerConfig(deadline_seconds=2.0)
-SHORT = {"max_model_len": 100}
+SHORT: dict[str, Any] = {"max_model_len": 100}
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +78,10 @@ def test_a_server_that_lies_about_its_draws_as_well_differs_from_the_weights(
     folder: Path, reference: Known, name: str
 ) -> None:
     """Without the weights some of these are the truth about another model."""
-    lie = {"rows": ROWS[name], "everywhere": True}
-    with Liar(folder, **lie, **SHORT) as server, pytest.raises(TeacherRefused, match=r"^teacher default: "):
+    with (
+        Liar(folder, rows=ROWS[name], everywhere=True, **SHORT) as server,
+        pytest.raises(TeacherRefused, match=r"^teacher default: "),
+    ):
         teacher_at(server.url, reference=reference)
 
 
@@ -99,7 +101,7 @@ def test_what_is_wrong_is_said_with_both_numbers(folder: Path, reference: Known,
 
 
 @pytest.fixture
-def exchanged(folder: Path) -> Iterator[tuple[Proxy, ServerTeacher, MiniServer]]:
+def exchanged(folder: Path) -> Iterator[tuple[Proxy, ServerTeacher, Liar]]:
     """An address, a teacher that has met who is there, and who will be there after a restart."""
     other = Liar(folder, rows=ROWS["a token at the beginning"], spares=CANARY.ids, **SHORT)
     with MiniServer(folder, **SHORT) as server, other, Proxy(server.url) as proxy:
@@ -107,7 +109,7 @@ def exchanged(folder: Path) -> Iterator[tuple[Proxy, ServerTeacher, MiniServer]]
 
 
 def test_a_server_that_comes_back_is_examined_before_it_is_believed(
-    exchanged: tuple[Proxy, ServerTeacher, MiniServer],
+    exchanged: tuple[Proxy, ServerTeacher, Liar],
 ) -> None:
     proxy, teacher, other = exchanged
     texts = rollouts()
@@ -123,7 +125,7 @@ def test_a_server_that_comes_back_is_examined_before_it_is_believed(
     proxy.fault = untouched
 
 
-def test_an_address_that_was_not_met_is_examined_first(exchanged: tuple[Proxy, ServerTeacher, MiniServer]) -> None:
+def test_an_address_that_was_not_met_is_examined_first(exchanged: tuple[Proxy, ServerTeacher, Liar]) -> None:
     proxy, teacher, other = exchanged
     assert teacher.watch is not None
     teacher.watch.known.clear()

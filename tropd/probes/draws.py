@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +26,17 @@ from tropd.types import Sampling
 ENOUGH = math.log(1e9)
 """Nats of evidence that refuse a sampler.  By chance once in 1e9 looks at each of at most nine other ways to draw."""
 TEMPERATURES = (0.7, 0.9, 1.1, 1.5)
+CURE = (
+    "Look for sampling settings of the server that override those of the request (a generation_config.json, "
+    "--override-generation-config), and for a proxy that drops fields."
+)
 _SLACK = 0.02
 """Every other way to draw may still draw any token, so that one of them is not disproved by rounding."""
 _TIED = 0.1
 """Nats below the likeliest token that half precision may take for the likeliest."""
 NEUTRAL = Sampling()
+_RARE = -60.0
+Numbers = Sequence[Any] | Tensor
 Evidence = dict[str, float]
 """Nats by name of the other way to draw."""
 
@@ -58,18 +65,19 @@ def evidence(logprobs_NC: Tensor, drawn_N: Tensor, sampling: Sampling = NEUTRAL)
 
 
 def evidence_of_rows(
-    logprobs: Sequence[float],
-    ids: Sequence[int],
-    topk_ids: Sequence[Sequence[int]],
-    topk_logprobs: Sequence[Sequence[float]],
+    ids: Numbers, logprobs: Numbers, topk_ids: Numbers, topk_logprobs: Numbers, never: Sequence[int] = ()
 ) -> Evidence:
-    """The same where only the likeliest tokens are known: whatever else was drawn is one outcome, with what is left."""
-    if not ids or not topk_ids[0]:
+    """The same where only the likeliest tokens are known: whatever else was drawn is one outcome, with what is left.
+    Tokens that could `never` be among these, such as those that end a text, are left out."""
+    ids_N1, ids_NK = torch.as_tensor(ids).cpu()[:, None], torch.as_tensor(topk_ids).cpu()
+    if not ids_NK.numel():
         return {}
-    top_NK, own_N = torch.tensor(topk_logprobs).double(), torch.tensor(logprobs).double()
-    width = top_NK.shape[1]
-    places = [{token: n for n, token in enumerate(row)}.get(i, width) for i, row in zip(ids, topk_ids, strict=True)]
-    outside_N = torch.tensor(places) == width
+    top_NK, own_N = torch.as_tensor(topk_logprobs).cpu().double(), torch.as_tensor(logprobs).cpu().double()
+    for token in never:
+        top_NK = top_NK.masked_fill(ids_NK == token, _RARE)
+    hit_NK, width = ids_NK == ids_N1, ids_NK.shape[1]
+    places_N = torch.where(hit_NK.any(-1), hit_NK.int().argmax(-1), width)
+    outside_N = places_N == width
     left_N = torch.maximum(1.0 - top_NK.exp().sum(-1), torch.where(outside_N, own_N.exp(), 1e-9))
     # Other tokens are taken for equal ones, e times rarer than the last of the top-k: any guess is a fair bet.
     number_N1 = (left_N.log() - top_NK[:, -1] + 1.0).clamp_min(0.0)[:, None]
@@ -81,7 +89,7 @@ def evidence_of_rows(
     shapes["from outside the top-k, mostly"] = torch.cat([top_NK + math.log(0.5), rarer_N1], 1)
     shapes["from the top-k alone"] = torch.cat([top_NK, never_N1], 1)
     shapes["by taking the likeliest token"] = torch.cat([_likeliest(top_NK), never_N1], 1)
-    at_N1 = torch.tensor(places)[:, None]
+    at_N1 = places_N[:, None]
     said_N = said_NC.gather(1, at_N1)[:, 0]
     return {name: _gain(shaped_NC, at_N1, said_N, said_N) for name, shaped_NC in shapes.items()}
 
@@ -112,6 +120,40 @@ def coincidence(texts: Sequence[Sequence[int]], logprobs: Sequence[Sequence[floa
             same += 1
         worst = max(worst, -math.fsum(logprobs[a][:same]))
     return worst - math.log(max(len(pairs), 1))
+
+
+class Gathered:
+    """Evidence of many steps, by probe: draws/WHO/WAY.  It adds up, and is forgotten as soon as it speaks for the
+    sampler, because a server may begin to draw otherwise at any time."""
+
+    def __init__(self, evidence: Mapping[str, float] | None = None) -> None:
+        self.evidence = dict(evidence or {})
+
+    def add(self, probes: Mapping[str, float]) -> None:
+        for name, nats in probes.items():
+            if name.count("/") == 2 and name.startswith("draws/"):
+                self.evidence[name] = max(0.0, self.evidence.get(name, 0.0) + nats)
+
+    def objection(self, who: str, enough: float) -> str | None:
+        start = f"draws/{who}/"
+        found = {name.removeprefix(start): nats for name, nats in self.evidence.items() if name.startswith(start)}
+        how = max(found, key=found.__getitem__, default=None)
+        if how is None or found[how] <= enough:
+            return None
+        return (
+            f"what the servers of the {who} write is not drawn from the {who}'s probabilities: it looks drawn {how}, "
+            f"by {found[how]:.0f} nats of evidence. {CURE}"
+        )
+
+
+def too_alike(probes: Mapping[str, float], enough: float) -> str | None:
+    nats = probes.get("draws/alike", 0.0)
+    if nats <= enough:
+        return None
+    return (
+        f"two answers to one prompt begin so much alike that {nats:.0f} nats speak against it: the rollout servers "
+        f"ignore seeds, or take the likeliest tokens. {CURE}"
+    )
 
 
 def _shaped(logprobs_NC: Tensor, sampling: Sampling) -> Tensor:

@@ -174,7 +174,7 @@ def _own_texts(questions: Questions, drawn: list[Scored], scored: list[Scored]) 
 def _draws(questions: Questions, written: Sequence, scored: list[Scored]) -> Iterator[Finding]:
     texts = [text.token_ids for text, _ in written]
     rows = zip(texts, scored, strict=True)
-    found = draws.total(draws.evidence_of_rows(x.logprobs, ids, x.topk_ids_TK, x.topk_logprobs_TK) for ids, x in rows)
+    found = draws.total(draws.evidence_of_rows(ids, x.logprobs, x.topk_ids_TK, x.topk_logprobs_TK) for ids, x in rows)
     said = f"{base_url(questions.urls[0])}: {sum(map(len, texts))} tokens that it drew at temperature 1"
     pairs = [slice(n, n + 2) for n in range(0, len(texts), 2)]
     same = max(draws.coincidence(texts[pair], [row.logprobs for row in scored[pair]]) for pair in pairs)
