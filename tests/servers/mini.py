@@ -41,6 +41,7 @@ class QuietServer(ThreadingHTTPServer):
     """Whoever asked may go away in the middle of an answer."""
 
     daemon_threads = True
+    request_queue_size = 128
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), ConnectionError):

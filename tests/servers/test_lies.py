@@ -95,9 +95,9 @@ def test_what_is_wrong_is_said_with_both_numbers(folder: Path, reference: Known,
         "repeats": ("noise of every answer", False),
     }[words]
     said = "look drawn at temperature 1.5, by" if words == "draws" else r"nats(.|\n)*\n  \w+ -\d(.|\n)*\n  \w+ -\d"
-    with Liar(folder, rows=ROWS[lie], everywhere=everywhere, **SHORT) as server:
-        with pytest.raises(TeacherRefused, match=rf"^teacher default: {words}: (.|\n)*{said}"):
-            teacher_at(server.url, reference=reference)
+    caught = pytest.raises(TeacherRefused, match=rf"^teacher default: {words}: (.|\n)*{said}")
+    with Liar(folder, rows=ROWS[lie], everywhere=everywhere, **SHORT) as server, caught:
+        teacher_at(server.url, reference=reference)
 
 
 @pytest.fixture
