@@ -23,7 +23,7 @@ from tropd.errors import ConfigError, TropdError
 from tropd.objective.evidence import Needs
 from tropd.run_folder import check_place
 from tropd.student.head import causal_lm_of
-from tropd.student.models import choose_device, choose_dtype, wrap_student
+from tropd.student.models import choose_device, choose_dtype, free_memory, wrap_student
 
 CURE = (
     "Use a smaller teacher, a [student.lora] section, student.gradient_checkpointing = true, a smaller "
@@ -194,21 +194,6 @@ def check_disk(subject: Subject) -> Iterator[Check]:
         yield warning("disk", said, "Lower checkpoint.keep, free the disk, or set output to another one.")
     else:
         yield ok("disk", said)
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had, where the system says."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    facts = Path("/proc/meminfo")
-    if device.type != "cpu" or not facts.exists():
-        return None
-    lines = dict(line.split(":", 1) for line in facts.read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return free
 
 
 def gib(num_bytes: int) -> str:

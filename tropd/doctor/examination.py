@@ -21,7 +21,7 @@ from tropd.doctor.method import (
     check_support,
 )
 from tropd.doctor.prompts import check_graders, check_lengths, check_prompts, check_unknown
-from tropd.doctor.servers import check_essentials, check_servers
+from tropd.doctor.servers import check_servers
 from tropd.doctor.subject import Subject, read_subject, subject_of
 from tropd.doctor.texts import check_generation, check_stops, check_templates, check_tokenizers
 from tropd.errors import ConfigError, TropdError
@@ -54,12 +54,12 @@ READ: tuple[Look, ...] = (*QUICK, check_generation, check_needs, check_objection
 
 
 def quick_checks(parts: Parts) -> list[str]:
-    """The checks that need no rollouts, and what changes a server's scores: errors are raised, warnings returned."""
+    """The checks that need no rollouts: errors are raised, warnings returned.  Servers were examined when they were
+    met."""
     subject = subject_of(parts)
     checks = [
         *_of_teachers(subject, OF_A_TEACHER),
         *_looks(subject, QUICK),
-        *_of_teachers(subject, (check_essentials,)),
     ]
     refusals = [check for check in checks if check.level == "error"]
     if refusals:

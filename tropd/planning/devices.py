@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tropd.doctor.cost import free_memory
 from tropd.errors import ConfigError
-from tropd.student.models import choose_device, choose_dtype
+from tropd.student.models import choose_device, choose_dtype, free_memory
 
 REACHED = {"score": 0.5, "train": 0.35, "write": 0.5}
 """Share of a GPU's peak that each kind of work is taken to reach: assumed, not measured with tropd."""

@@ -11,6 +11,10 @@ from urllib.parse import urlsplit
 
 from tropd.errors import ConfigError
 
+NATS = {"float32": 0.002}
+NATS_OF_HALF_PRECISION = 0.1
+"""By how many nats per token a server may differ from itself, or from a forward pass of the same weights."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
@@ -33,15 +37,22 @@ class ServerConfig:
     """Tokens that one server is asked about at the same time; fewer need less memory there."""
     max_requests: int = 32
     """Requests that one server is asked at the same time."""
-    canary_nats: float = 0.1
-    """Every scoring request brings a known text along.  By how much its log-probabilities may differ, on average, from
-    those of the start: more, and another model answers."""
+    canary_nats: float | None = None
+    """By how many nats per token a teacher's server may differ from itself: in the known text that every scoring
+    request brings along, in texts that it wrote, in shared beginnings.  By default 0.1, for half precision, and 0.002
+    where teacher.dtype is float32."""
     allow_plain_http: bool = False
     """Send the key over http:// to another machine, readable to whoever is in between."""
 
+    def nats_for(self, dtype: str = "auto") -> float:
+        """`canary_nats`, or what is usual of servers that compute in `dtype`."""
+        usual = NATS.get(dtype, NATS_OF_HALF_PRECISION)
+        return usual if self.canary_nats is None else self.canary_nats
+
     def __post_init__(self) -> None:
         for name in ("deadline_seconds", "answer_seconds", "connect_seconds", "canary_nats"):
-            if not getattr(self, name) > 0:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
                 raise ConfigError(f"server.{name} is {getattr(self, name)}; give a positive number.")
         for name in ("max_tokens_in_flight", "max_requests"):
             if getattr(self, name) < 1:

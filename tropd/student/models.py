@@ -88,6 +88,21 @@ def _read(config: ModelConfig, dtype: torch.dtype | str, whose: str) -> Any:
     return model
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be had, where the system says."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    facts = Path("/proc/meminfo")
+    if device.type != "cpu" or not facts.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in facts.read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
+
+
 def wrap_student(model: Any, config: StudentConfig, seed: int) -> nn.Module:
     """The student as it is trained: adapter, gradient checkpointing, modes."""
     student: Any = add_adapter(model, config.lora, seed) if config.lora else model.requires_grad_(True)

@@ -171,7 +171,7 @@ def writer_of(
     for one in found:
         if one.served is not None:
             with _named(run, one.name):
-                writer, remarks = serve_writer(one.config, one.served, *prompts, name=one.name)
+                writer, remarks = serve_writer(one.config, one.served, *prompts, size, name=one.name)
             notes += one.says(remarks)
         else:
             writer = _local_writer(one, run, student, size)
