@@ -39,6 +39,7 @@ from tropd.rollout.scripted import ScriptedEngine
 from tropd.rollout.transformers import TransformersEngine
 from tropd.student.forward import Forward
 from tropd.student.head import Head
+from tropd.student.likeliest import largest
 from tropd.student.one_pass import fused_loss, read_rows
 from tropd.teachers.cached import Cached
 from tropd.teachers.local import LocalTeacher
@@ -138,10 +139,12 @@ def lay_out_two(shorter: int) -> None:
     Forward(tiny_model()).hidden(rollouts_of([(4, 12), (4, shorter - 4)]))
 
 
-def lose(num_tokens: int, tile_vocab: int | None = None, vocab: int = VOCAB) -> None:
+def lose(
+    num_tokens: int, tile_vocab: int | None = None, vocab: int = VOCAB, dtype: torch.dtype = torch.float32
+) -> None:
     """Loss and gradient at as many tokens, each with a support of two, in tiles of at most 512 tokens."""
-    head = Head.of(tiny_model(vocab=vocab))
-    hidden_NH = torch.zeros(num_tokens, 32, requires_grad=True)
+    head = Head.of(tiny_model(vocab=vocab).to(dtype))
+    hidden_NH = torch.zeros(num_tokens, 32, requires_grad=True, dtype=dtype)
     ids_NM = torch.zeros(num_tokens, 2, dtype=torch.long)
     fused_loss(head, hidden_NH, ids_NM, lambda rows, logprobs_CM: logprobs_CM.sum(), 512, tile_vocab).backward()
 
@@ -209,6 +212,8 @@ SMALLEST: dict[FastPath, tuple[str, int, int, Callable[..., Any]]] = {
     P.SEVERAL_TILES: ("tokens, in tiles of 512", 512, 513, read),
     P.SOFTMAX_IN_PARTS: ("tokens with 2^15 in the vocabulary", 8, 9, lambda n: lose(n, vocab=2**15)),
     P.SUPPORTS_IN_PARTS: ("tokens with a support, in one tile", 256, 257, lose),
+    P.COLUMNS: ("tokens in the vocabulary, for the likeliest one", 191, 192, lambda n: largest(torch.zeros(1, n), 1)),
+    P.PEAKS: ("tokens in half precision", ANY, 1, lambda n: lose(n, dtype=torch.bfloat16)),
     P.KEPT_TEXTS: ("times that a text is asked for", 1, 2, ask_for_texts),
     P.KEPT_SCORES: ("times that a score is asked for", 1, 2, ask_for_scores),
     P.WRITING_AHEAD: ("rollout.staleness", 0, 1, write_ahead),

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from tropd.errors import ConfigError, DataError, TrainingDiverged, VocabularyError
-from tropd.fast_paths import TAKEN, FastPath
 from tropd.model.hf import recomputes
 from tropd.objective.evidence import ABSENT, Needs, StudentView, Tokens, at_least_float32
 from tropd.objective.support import expected_gap
@@ -137,13 +136,10 @@ class Forward:
         """[N, H]: for each response token, whoever wrote it, the state that predicts it."""
         self._check_rollouts(rollouts)
         if not rollouts:
-            weight_VH = self.head.weight_VH
-            return weight_VH.new_zeros((0, weight_VH.shape[-1]))
-        num_prompts = [len(r.prompt.token_ids) for r in rollouts]
-        sequences = [r.token_ids for r in rollouts]
+            return self.head.weight_VH.new_zeros((0, self.head.weight_VH.shape[-1]))
+        sequences, num_prompts = [r.token_ids for r in rollouts], [len(r.prompt.token_ids) for r in rollouts]
         lengths = [len(sequence) for sequence in sequences]
-        if self.by_span and worth_it(lengths) and not recomputes(self.backbone):
-            TAKEN.add(FastPath.SPANS)
+        if self.by_span and not recomputes(self.backbone) and worth_it(lengths):
             return self._hidden(lay_out(sequences, num_prompts, "packed"), lengths)
         return self._hidden(lay_out(sequences, num_prompts, self.layout))
 
