@@ -209,17 +209,13 @@ class Forward:
             return self.head.wide_logits(hidden_CH, written_C.to(hidden_CH.device)).log_softmax(-1)
 
     @torch.no_grad()
-    def reverse_kl(
-        self, rollouts: Sequence[Rollout], teacher: Forward, as_read: Sequence[Rollout] | None = None
-    ) -> Tensor:
+    def reverse_kl(self, rollouts: Sequence[Rollout], teacher: Forward, as_read: Sequence[Rollout] = ()) -> Tensor:
         """[N]: sum_v pi_S(v) (log pi_S(v) - log pi_T(v)) over the whole vocabulary, where self is the student.
 
         `as_read` are the rollouts as the teacher reads them, where another prompt stands before the same responses.
         """
-        as_read = rollouts if as_read is None else as_read
-        assert [r.response_ids for r in as_read] == [r.response_ids for r in rollouts], (
-            "the teacher reads other answers"
-        )
+        as_read = as_read or rollouts
+        assert [r.response_ids for r in as_read] == [r.response_ids for r in rollouts], "the same answers are read"
         if self.vocab_size != teacher.vocab_size:
             raise VocabularyError(
                 f"a divergence between vocabularies of {self.vocab_size} and {teacher.vocab_size} tokens was asked "
