@@ -38,8 +38,8 @@ GROUPS: dict[str, tuple[tuple[Part, ...], ...]] = {
         (_part("packed", 50),),
         (
             _part("sharded", 60),
-            *(_part(f"train-nano-{m}", 110, f"nano/{m}", module="train") for m in TRAININGS),
-            *(_part(f"train-long-{m}", 110, f"long/{m}", module="train") for m in TRAININGS),
+            *(_part(f"train-nano-{m}", 150, f"nano/{m}", module="train") for m in TRAININGS),
+            *(_part(f"train-long-{m}", 150, f"long/{m}", module="train") for m in TRAININGS),
         ),
     ),
     "cpu": (
