@@ -18,6 +18,8 @@ from tropd.config import Run
 from tropd.errors import CheckpointError, ConfigError
 from tropd.loop import resume, train
 from tropd.run_folder import BEGUN, RUN, begun
+from tropd.testbeds.beds import TESTBEDS
+from tropd.testbeds.embed import embed
 
 OPD = {"name": "opd"}
 
@@ -149,6 +151,21 @@ def test_the_lock_is_there_before_the_first_byte_and_goes_with_its_holder(work: 
             resume(directory)
         assert everything(directory) == {RUN: before[BEGUN]}
     resume(directory)
+
+
+def test_an_evaluation_replaces_no_summary_of_others(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (work / "summary.json").write_text("mine")
+    data, model = work / "work" / "data.jsonl", work / "work" / "model"
+    ask = ["evaluate", str(model), "--data", str(data), "--limit", "1", "--max-new-tokens", "2", "-o", str(work)]
+    assert main(ask) != 0 and "no evaluation's" in capsys.readouterr().err
+    assert (work / "summary.json").read_text() == "mine" and not (work / "items.jsonl").exists()
+
+
+def test_models_of_a_package_are_not_made_over_something_else(tmp_path: Path) -> None:
+    (tmp_path / "letters").write_text("mine")
+    with pytest.raises(ConfigError, match="holds something else"):
+        embed([TESTBEDS["nano-mild"]], 0, tmp_path)
+    assert (tmp_path / "letters").read_text() == "mine"
 
 
 def pushed_aside(folder: Path) -> Path:

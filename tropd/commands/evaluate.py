@@ -103,6 +103,8 @@ def _evaluate(asked: Any, config: Evaluation) -> None:
     loaded = load_prompts(_limited(config, engine.context), trained.tokenizer)
     version = model_fingerprint(trained.model, whole=True)
     folder = asked.output or _default_folder(asked.model, config, version)
+    if (folder / "summary.json").exists() and not (folder / "items.jsonl").exists():
+        raise ConfigError(f"{folder} holds a summary.json that is no evaluation's. Name another folder with -o.")
     print(f"{config.data.path}: {loaded.report}")
     result = evaluate(
         engine,

@@ -132,7 +132,7 @@ def numbers_of(record: StepRecord) -> dict[str, float]:
     """Every number of a step under a flat name: `terms/trusted/loss`, `seconds/rollout`, `evaluation/gsm8k`, ..."""
     flat: dict[str, float] = {}
     for name, value in asdict(record).items():
-        if name not in ("step", "alarms"):
+        if name not in ("step", "alarms", "notes"):
             flat.update(_flatten(value, name))
     flat["num_alarms"] = len(record.alarms)
     return flat

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from tropd.errors import ConfigError
 from tropd.testbeds.beds import TESTBEDS
 from tropd.testbeds.pair import EMBEDDED, Pair, load, make_pair, measure, save
 from tropd.testbeds.task import Testbed
@@ -22,6 +23,8 @@ from tropd.testbeds.task import Testbed
 
 def embed(beds: Sequence[Testbed], seed: int, folder: Path) -> None:
     """Pairs of several testbeds with one teacher, written over what is in `folder`."""
+    if folder.exists() and not (folder / "facts.json").exists():
+        raise ConfigError(f"{folder} holds something else than models that come with a package. Name a new folder.")
     with TemporaryDirectory() as work:
         pairs: list[Pair] = []
         for bed in beds:
