@@ -172,3 +172,15 @@ def test_addresses_that_give_something_away_are_refused() -> None:
         list(check_addresses(["http://host:1", "http://[::1]:2"], keyed))
     assert list(check_addresses(["http://localhost:1", "https://host"], keyed)) == []
     assert "plain http to another machine" in next(iter(check_addresses(["http://10.0.0.1:1"], ServerConfig())))
+
+
+def test_a_small_server_that_is_broken_says_so_at_once_and_is_not_asked_until_the_deadline(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise TypeError("forward() got an unexpected keyword argument")
+
+    monkeypatch.setattr(MiniServer, "logprobs", broken)
+    with MiniServer(folder) as server, pytest.raises(ServerRefused, match="small server fails: TypeError: forward"):
+        Pool([server.url], ServerConfig()).run(jobs(1))
+    assert len(server.requests) == 1
