@@ -17,11 +17,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import tyro
 from pydantic import TypeAdapter, ValidationError
+from tyro.conf import AvoidSubcommands
 
 from tropd.config import Run
-from tropd.errors import ConfigError
+from tropd.errors import ConfigError, OutOfRange
+from tropd.flags import read_flags
 from tropd.methods import METHODS
 
 
@@ -100,14 +101,7 @@ def load(path: Path, flags: Sequence[str] = ()) -> Run:
         run = build({**values, "method": {"name": named}}, f"--method {named}")
     if not flags:
         return run
-    try:
-        return tyro.cli(tyro.conf.AvoidSubcommands[Run], default=run, args=list(flags), prog="tropd train RUN.toml")
-    except SystemExit as stop:
-        if stop.code:
-            raise ConfigError(
-                "the flags above are not understood. `tropd train RUN.toml --help` lists those there are."
-            ) from None
-        raise
+    return read_flags(AvoidSubcommands[Run], flags, "tropd train RUN.toml", default=run)
 
 
 def _method_flag(flags: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -143,6 +137,9 @@ def explain_error(error: Any, root: type) -> str:
         return f"there is no method {name!r};{hint} known: {', '.join(METHODS)}."
     if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{where!r} is missing."
+    refusal = error.get("ctx", {}).get("error")
+    if isinstance(refusal, OutOfRange):
+        return ".".join(filter(None, (where, refusal.message)))
     message = str(error["msg"]).removeprefix("Value error, ")
     return f"{where!r}: {message} (given: {error['input']!r})" if error["type"] != "value_error" else message
 

@@ -12,24 +12,28 @@ from urllib.parse import urlsplit
 
 from tropd.config import ModelConfig, Run
 from tropd.errors import ConfigError
+from tropd.ranges import Count, Ranged
 from tropd.servers.settings import ServerConfig, is_loopback
 
 
 @dataclass(frozen=True, kw_only=True)
-class Launch:
+class Launch(Ranged):
     """A run as so many processes."""
 
     run: Run
     command: tuple[str, ...]
     """What tropd is asked: train RUN.toml, or resume FOLDER."""
-    processes: int = 1
-    nodes: int = 1
+    processes: Count = 1
+    """At least 1."""
+    nodes: Count = 1
+    """At least 1."""
 
     def __post_init__(self) -> None:
-        if self.processes < 1 or self.nodes < 1 or self.processes % self.nodes:
+        super().__post_init__()
+        if self.processes % self.nodes:
             raise ConfigError(
-                f"{self.processes} processes on {self.nodes} machines were asked for; give at least 1 of each, and as "
-                "many processes on every machine."
+                f"{self.processes} processes on {self.nodes} machines were asked for; give as many processes on "
+                "every machine."
             )
 
 

@@ -12,8 +12,14 @@ if TYPE_CHECKING:
 
 
 def check(run: Run) -> None:
-    if run.steps < 1:
-        raise ConfigError(f"steps is {run.steps}; give at least 1.")
+    updates = run.steps * run.optimizer.num_updates
+    if run.optimizer.warmup_steps > updates:
+        raise ConfigError(
+            f"optimizer.warmup_steps = {run.optimizer.warmup_steps} was asked for, but the run has {updates} updates: "
+            "its learning rate would never be reached. Give at most as many."
+        )
+    if not run.output.strip():
+        raise ConfigError("output is empty. Name the folder that the run is to be written into.")
     if run.optimizer.num_updates > run.rollout.num_prompts * run.rollout.num_rollouts:
         raise ConfigError(
             f"optimizer.num_updates = {run.optimizer.num_updates} shares of "

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
+from tyro.conf import AvoidSubcommands
 
 from tropd import config_file
 from tropd.commands import Arguments
@@ -22,6 +22,7 @@ from tropd.config import Run
 from tropd.data.prompts import DataConfig, load_prompts
 from tropd.errors import ConfigError, DataError
 from tropd.evaluation.results import EvalConfig
+from tropd.flags import read_flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +66,7 @@ def _configure(run: Run | None, data: str | None, flags: list[str]) -> Evaluatio
     if held_out is None:
         raise ConfigError("there is nothing to evaluate on: give --data PATH, or a run with [evaluation.data].")
     default = Evaluation(**values, data=held_out)
-    try:
-        return tyro.cli(tyro.conf.AvoidSubcommands[Evaluation], default=default, args=flags, prog="tropd evaluate")
-    except SystemExit as stop:
-        if stop.code:
-            raise ConfigError("the flags above are not understood. See `tropd evaluate --help`.") from None
-        raise
+    return read_flags(AvoidSubcommands[Evaluation], flags, "tropd evaluate", default=default)
 
 
 def _evaluate(asked: Any, config: Evaluation) -> None:

@@ -29,6 +29,7 @@ from tropd.data.chat import parse_messages
 from tropd.data.gym import gym
 from tropd.data.rows import nearest
 from tropd.errors import DataError
+from tropd.ranges import NotNegative, Ranged
 from tropd.types import Prompt, Rollout
 
 if TYPE_CHECKING:
@@ -55,13 +56,13 @@ def chain(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) ->
 
 
 @dataclass(frozen=True, kw_only=True)
-class Numeric:
+class Numeric(Ranged):
     """1 where the last number equals the answer's last number; integers exactly, others within a relative tolerance.
 
     A percentage also equals its bare number and its hundredth part: 50% = 50 = 0.5.
     """
 
-    tolerance: float = 1e-6
+    tolerance: NotNegative = 1e-6
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         return [self._score(text, answer) for text, answer in _pairs("numeric", completions, columns)]

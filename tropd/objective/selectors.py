@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from tropd.errors import ConfigError
 from tropd.objective.draws import uniform
 from tropd.objective.evidence import Needs, Tokens
 from tropd.objective.measures import group_ranks_of
 from tropd.objective.terms import Context, Measure, Reach, Selector
+from tropd.ranges import Finite, Positive, PositiveShare, Range, Share, Whole
 from tropd.types import Author
 
 
@@ -50,12 +50,8 @@ class TrustRegion(Selector):
     """
 
     rule: Trust = "bernoulli"
-    tau: float = 1.0
+    tau: PositiveShare = 1.0
     own_needs = Needs.SAMPLED
-
-    def __post_init__(self) -> None:
-        if self.rule == "threshold" and not 0.0 < self.tau <= 1.0:
-            raise ConfigError(f"the trust threshold is an agreement in (0, 1], not {self.tau}.")
 
     def __call__(self, tokens: Tokens, context: Context) -> Tensor:
         log_agreement_N = tokens.log_ratio_N.clamp(max=0.0)
@@ -71,7 +67,7 @@ class TrustRegion(Selector):
 class LogRatioAbove(Selector):
     """1 where log pi_T - log pi_S > floor (`inclusive`: >=)."""
 
-    floor: float
+    floor: Annotated[float, Range(unbounded=True)]
     inclusive: bool = False
     own_needs = Needs.SAMPLED
 
@@ -84,7 +80,7 @@ class LogRatioAbove(Selector):
 class ProbabilityGapAbove(Selector):
     """1 where pi_T - pi_S > tau (AOPD's gate, arXiv 2605.06387)."""
 
-    tau: float = 0.0
+    tau: Annotated[float, Range(at_least=-1, at_most=1)] = 0.0
     own_needs = Needs.SAMPLED
 
     def __call__(self, tokens: Tokens, context: Context) -> Tensor:
@@ -99,7 +95,7 @@ class ProbabilityGapAbove(Selector):
 class TeacherEntropyAbove(Selector):
     """1 where the teacher's next-token entropy exceeds a number of nats."""
 
-    nats: float
+    nats: Finite
     own_needs = Needs.TEACHER_ENTROPY
 
     def __call__(self, tokens: Tokens, context: Context) -> Tensor:
@@ -115,12 +111,8 @@ class TopFraction(Selector):
     """
 
     score: Measure
-    fraction: float
+    fraction: PositiveShare
     scope: Literal["batch", "sequence"] = "batch"
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.fraction <= 1.0:
-            raise ConfigError(f"a fraction of tokens lies in (0, 1], not {self.fraction}.")
 
     @property
     def reach(self) -> Reach:
@@ -144,7 +136,7 @@ class TopFraction(Selector):
 class TokenIn(Selector):
     """1 where the written token is one of `ids` (special-token masking: `~TokenIn(...)`)."""
 
-    ids: tuple[int, ...]
+    ids: tuple[Whole, ...]
 
     def __call__(self, tokens: Tokens, context: Context) -> Tensor:
         ids = torch.tensor(self.ids, dtype=tokens.token_ids_N.dtype, device=tokens.token_ids_N.device)
@@ -155,7 +147,7 @@ class TokenIn(Selector):
 class PositionBelow(Selector):
     """1 on the first `limit` tokens of each response."""
 
-    limit: int
+    limit: Whole
 
     def __call__(self, tokens: Tokens, context: Context) -> Tensor:
         return as_weight(tokens.positions_N < self.limit, tokens.positions_N)
@@ -165,7 +157,7 @@ class PositionBelow(Selector):
 class LastPositions(Selector):
     """1 on the last `count` trained tokens of each response."""
 
-    count: int
+    count: Whole
 
     def __call__(self, tokens: Tokens, context: Context) -> Tensor:
         left_N = tokens.num_actions_S[tokens.sequences_N] - tokens.positions_N
@@ -183,7 +175,7 @@ class PerplexityWeight(Selector):
     who: Literal["student", "teacher"]
     sign: Literal[1, -1]
     among: Selector
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     own_needs = Needs.SAMPLED
     own_reach = Reach.GROUP
 
@@ -211,7 +203,7 @@ class FromProgress(Selector):
 
     early: Selector
     late: Selector
-    switch: float
+    switch: Share
 
     def __call__(self, tokens: Tokens, context: Context) -> Tensor:
         return (self.early if context.progress < self.switch else self.late)(tokens, context)
@@ -221,7 +213,7 @@ class FromProgress(Selector):
 class Verified(Selector):
     """1 on sequences that the grader passes (reward > `above`)."""
 
-    above: float = 0.0
+    above: Finite = 0.0
     own_needs = Needs.REWARD
 
     def __call__(self, tokens: Tokens, context: Context) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tropd.objective.terms import Piece
+from tropd.ranges import Positive, Share
 
 
 class Target(Piece):
@@ -20,7 +21,7 @@ class Target(Piece):
 class Temperature(Target):
     """T^(1 / temperature), normalised."""
 
-    temperature: float
+    temperature: Positive
 
     def __call__(self, log_t: Tensor, log_s: Tensor) -> Tensor:
         return (log_t / self.temperature).log_softmax(-1)
@@ -30,7 +31,7 @@ class Temperature(Target):
 class GeometricBridge(Target):
     """T^(1 - a) S^a, normalised: a target between the two (Veto)."""
 
-    share: float
+    share: Share
 
     def __call__(self, log_t: Tensor, log_s: Tensor) -> Tensor:
         return ((1.0 - self.share) * log_t + self.share * log_s).log_softmax(-1)

@@ -10,11 +10,14 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from tropd.errors import ConfigError
+from tropd.ranges import Count, Positive, Ranged, Seconds
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerConfig:
+class ServerConfig(Ranged):
     """How servers are spoken to."""
+
+    section = "server"
 
     kind: Literal["vllm", "sglang", "openai"] = "vllm"
     """Whose API it is.  "openai" is any compatible server: it can write texts, but it cannot score token ids."""
@@ -24,28 +27,21 @@ class ServerConfig:
     """Name of the environment variable that holds the key.  The key itself is never written anywhere."""
     text: Literal["tokens", "chat"] = "tokens"
     """How texts are asked for: token ids in and out, or messages, whose answer is tokenised again."""
-    deadline_seconds: float = 600.0
-    """A request that keeps failing is tried again for so long; then the run stops."""
-    answer_seconds: float = 300.0
-    """An answer that takes longer is given up, and the request is tried again."""
-    connect_seconds: float = 10.0
-    max_tokens_in_flight: int = 32768
-    """Tokens that one server is asked about at the same time; fewer need less memory there."""
-    max_requests: int = 32
-    """Requests that one server is asked at the same time."""
-    canary_nats: float = 0.1
+    deadline_seconds: Seconds = 600.0
+    """A request that keeps failing is tried again for so long; then the run stops. In (0, 1000000]."""
+    answer_seconds: Seconds = 300.0
+    """An answer that takes longer is given up, and the request is tried again. In (0, 1000000]."""
+    connect_seconds: Seconds = 10.0
+    """In (0, 1000000]."""
+    max_tokens_in_flight: Count = 32768
+    """Tokens that one server is asked about at the same time; fewer need less memory there. At least 1."""
+    max_requests: Count = 32
+    """Requests that one server is asked at the same time. At least 1."""
+    canary_nats: Positive = 0.1
     """Every scoring request brings a known text along.  By how much its log-probabilities may differ, on average, from
-    those of the start: more, and another model answers."""
+    those of the start: more, and another model answers. Above 0."""
     allow_plain_http: bool = False
     """Send the key over http:// to another machine, readable to whoever is in between."""
-
-    def __post_init__(self) -> None:
-        for name in ("deadline_seconds", "answer_seconds", "connect_seconds", "canary_nats"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"server.{name} is {getattr(self, name)}; give a positive number.")
-        for name in ("max_tokens_in_flight", "max_requests"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"server.{name} is {getattr(self, name)}; give at least 1.")
 
 
 def base_url(url: str) -> str:

@@ -85,6 +85,12 @@ def add_adapter(model: Any, lora: LoraConfig, seed: int) -> nn.Module:
         from peft import get_peft_model
     except ImportError:
         raise ConfigError("a [student.lora] section needs peft: pip install 'tropd[lora]'.") from None
+    widest = max((min(p.shape) for p in model.parameters() if p.dim() == 2), default=0)
+    if lora.rank > widest:
+        raise ConfigError(
+            f"student.lora.rank = {lora.rank} was asked for, but the student's widest matrix has rank {widest}: an "
+            "adapter that is no smaller saves nothing. Give less, or leave out [student.lora] to train the weights."
+        )
     targets = list(lora.targets) if lora.targets != ("all-linear",) else "all-linear"
     asked = PeftConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
