@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import tomllib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -24,6 +24,7 @@ from tropd.config import Run
 from tropd.errors import ConfigError, OutOfRange
 from tropd.flags import read_flags
 from tropd.methods import METHODS
+from tropd.reading import check_path, read_toml
 
 
 def parts(cls: Any) -> Iterator[Any]:
@@ -83,18 +84,12 @@ def _merged(default: Any, asked: dict[str, Any]) -> dict[str, Any]:
 
 def load(path: Path, flags: Sequence[str] = ()) -> Run:
     """A run from a TOML file, changed by flags such as `--method.top-k 32`."""
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
+    check_path(path, "the run file")
+    if not os.path.lexists(path):
         near = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
         there = f" TOML files there: {', '.join(near)}." if near else ""
-        raise ConfigError(f"there is no file {path}.{there}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not TOML: {error}.") from None
+        raise ConfigError(f"there is no file {path}.{there}")
+    values = read_toml(path)
     named, flags = _method_flag(flags)
     run = build(values, str(path))
     if named not in (None, run.method.name):

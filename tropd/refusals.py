@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from tropd.errors import ConfigError
+from tropd.reading import check_path
+from tropd.servers.settings import base_url
 
 if TYPE_CHECKING:
-    from tropd.config import Run
+    from tropd.config import ModelConfig, Run
 
 
 def check(run: Run) -> None:
@@ -18,8 +20,12 @@ def check(run: Run) -> None:
             f"optimizer.warmup_steps = {run.optimizer.warmup_steps} was asked for, but the run has {updates} updates: "
             "its learning rate would never be reached. Give at most as many."
         )
-    if not run.output.strip():
-        raise ConfigError("output is empty. Name the folder that the run is to be written into.")
+    for url in (u for asked in (run.rollout, run.teacher, *run.teachers.values()) for u in asked.servers):
+        base_url(url)
+    for name, path in _paths(run).items():
+        if path is not None and not path.strip():
+            raise ConfigError(f"{name} is empty. Name a file or a folder.")
+        check_path(path or "", name)
     if run.optimizer.num_updates > run.rollout.num_prompts * run.rollout.num_rollouts:
         raise ConfigError(
             f"optimizer.num_updates = {run.optimizer.num_updates} shares of "
@@ -34,6 +40,16 @@ def check(run: Run) -> None:
         _check_teachers(run)
     else:
         _check_teacher(run)
+
+
+def _paths(run: Run) -> dict[str, str | None]:
+    """Everything in a run that is the name of a file."""
+    found = {"output": run.output, "rollout.weights_folder": run.rollout.weights_folder}
+    models: dict[str, ModelConfig] = {"student": run.student, "teacher": run.teacher}
+    for whose, model in (models | {f"teachers.{name}": model for name, model in run.teachers.items()}).items():
+        found |= {f"{whose}.{name}": getattr(model, name) for name in ("path", "tokenizer", "gguf_file")}
+    held_out = run.evaluation.data
+    return found | {"data.path": run.data.path, "evaluation.data.path": held_out.path if held_out else None}
 
 
 def _check_teacher(run: Run) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tropd.errors import ConfigError
+from tropd.reading import check_path
 
 if TYPE_CHECKING:
     from tropd.config import Run
@@ -14,6 +15,14 @@ if TYPE_CHECKING:
 
 class Arguments(argparse.ArgumentParser):
     """Refuses in one sentence, as everything else does, instead of printing its usage and leaving."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(found).items():
+            for path in value if isinstance(value, list) else [value]:
+                if isinstance(path, Path):
+                    check_path(path, name)
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{self.prog}: {message}. See `{self.prog} --help`.")

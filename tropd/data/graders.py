@@ -30,6 +30,7 @@ from tropd.data.gym import gym
 from tropd.data.rows import nearest
 from tropd.errors import DataError
 from tropd.ranges import NotNegative, Ranged
+from tropd.reading import refusing, shortened
 from tropd.types import Prompt, Rollout
 
 if TYPE_CHECKING:
@@ -208,10 +209,13 @@ def resolve_grader(name: str) -> Grader:
             f"there is no grader '{name}'{nearest(name, GRADERS)}; there are {known}. "
             "Give one of these, or your own as 'package.module:function'."
         )
-    try:
+    words = [*module_name.split("."), attribute]
+    if not all(word.isidentifier() for word in words) or len(name) > 200:
+        raise DataError(f"grader {shortened(name)!r} is no name. Give one of your own as 'package.module:function'.")
+    with refusing(
+        lambda why: f"grader '{name}': {module_name} cannot be imported ({why}). Is it on the path?", DataError
+    ):
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise DataError(f"grader '{name}': {module_name} cannot be imported ({error}). Is it on the path?") from error
     grader = getattr(module, attribute, None)
     if not callable(grader):
         there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]

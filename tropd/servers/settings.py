@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from tropd.errors import ConfigError
 from tropd.ranges import Count, Positive, Ranged, Seconds
+from tropd.reading import shortened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,16 +47,24 @@ class ServerConfig(Ranged):
 
 def base_url(url: str) -> str:
     """The address without a trailing /v1; refused if it is no plain http(s) address."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        plain = parts.port != 0 and url.isprintable() and " " not in url
+    except ValueError:  # a bracket that is not closed, a port that is no number
+        raise _no_address(url) from None
     if parts.username or parts.password or parts.query or parts.fragment:
         host = parts.hostname or "?"
         raise ConfigError(
             f"the address of server {host} holds a name, a password or a query, and addresses are recorded. Put the "
             "key into an environment variable and name that in api_key_env."
         )
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"{url!r} is no address of a server. Give one such as http://127.0.0.1:8000.")
+    if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
+        raise _no_address(url)
     return url.rstrip("/").removesuffix("/v1")
+
+
+def _no_address(url: str) -> ConfigError:
+    return ConfigError(f"{shortened(url)!r} is no address of a server. Give one such as http://127.0.0.1:8000.")
 
 
 def is_loopback(url: str) -> bool:

@@ -11,11 +11,14 @@ from torch import nn
 
 from tropd.config import LoraConfig, ModelConfig, StudentConfig
 from tropd.errors import ConfigError
+from tropd.reading import check_file, first_line, read_json, refusing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("tropd.models")
+LARGEST_SIZE, MOST_LAYERS = 10**9, 10**4
+"""Of a model: sizes beyond these are a slip or an attack, and would be built for hours before they fail."""
 
 
 def choose_device(asked: str) -> torch.device:
@@ -41,17 +44,15 @@ def load_tokenizer(config: ModelConfig, whose: str) -> PreTrainedTokenizerBase:
     source = config.tokenizer or config.path
     _check_path(source, f"{whose}.tokenizer" if config.tokenizer else f"{whose}.path")
     options = _options(config) if config.tokenizer is None else {"trust_remote_code": config.trust_remote_code}
-    try:
-        return AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"the {whose}'s tokenizer cannot be read from {source}: {_first_line(error)} "
-            + (
-                f"Set {whose}.tokenizer to a folder that has one."
-                if Path(source).expanduser().is_dir()
-                else f"Check the name and the network, or set {whose}.path to a folder that holds the model."
-            )
-        ) from error
+    remedy = (
+        f"Set {whose}.tokenizer to a folder that has one."
+        if Path(source).expanduser().is_dir()
+        else f"Check the name and the network, or set {whose}.path to a folder that holds the model."
+    )
+    with refusing(lambda why: f"the {whose}'s tokenizer cannot be read from {source}: {why}. {remedy}"):
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer.decode(tokenizer.encode("a"))  # some of what is wrong in its files shows only when it is used
+        return tokenizer
 
 
 def load_model(config: ModelConfig, whose: str, device: torch.device) -> Any:
@@ -59,15 +60,15 @@ def load_model(config: ModelConfig, whose: str, device: torch.device) -> Any:
     from transformers import AutoModelForCausalLM
 
     _check_path(config.path, f"{whose}.path")
-    try:
+    with refusing(
+        lambda why: (
+            f"the {whose} {config.path} cannot be loaded as a causal language model: {why}. tropd trains and "
+            "asks models that AutoModelForCausalLM reads."
+        )
+    ):
         model: Any = AutoModelForCausalLM.from_pretrained(
             config.path, dtype=choose_dtype(config.dtype, device), **_options(config)
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ConfigError(
-            f"the {whose} {config.path} cannot be loaded as a causal language model: {_first_line(error)} "
-            "tropd trains and asks models that AutoModelForCausalLM reads."
-        ) from error
     return model.to(device).eval()
 
 
@@ -100,7 +101,7 @@ def add_adapter(model: Any, lora: LoraConfig, seed: int) -> nn.Module:
     try:
         return get_peft_model(model, asked)
     except ValueError as error:
-        raise ConfigError(f"the adapter does not fit the student: {_first_line(error)}") from error
+        raise ConfigError(f"the adapter does not fit the student: {first_line(error)}.") from error
     finally:
         torch.set_rng_state(state)
 
@@ -120,13 +121,29 @@ def _check_path(path: str, field: str) -> None:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or place.parent.is_dir()
     if looks_local and not place.is_dir():
         raise ConfigError(f"{field} is {path}, but there is no such folder.")
-    if not place.is_dir():
+    if place.is_dir():
+        _check_folder(place, field)
+    else:
         log.warning("%s: there is no folder %s here; asking the Hugging Face hub for it.", field, path)
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return (text[0].rstrip(". ") if text else type(error).__name__)[:400] + "."
+def _check_folder(folder: Path, field: str) -> None:
+    """Refuse what another library would wait for without end, or build without end."""
+    for file in (f for f in folder.iterdir() if f.suffix in (".json", ".jinja", ".safetensors", ".model", ".txt")):
+        check_file(file)
+    found = {}
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        found[name] = read_json(folder / name, unique=False) if (folder / name).exists() else {}
+        if not isinstance(found[name], dict):
+            raise ConfigError(f"{field} is {folder}, but its {name} holds no object of names and values.")
+    config = found["config.json"]
+    huge = {name: x for name, x in config.items() if isinstance(x, int) and abs(x) > LARGEST_SIZE}
+    layers = config.get("num_hidden_layers", config.get("n_layer"))
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        huge["num_hidden_layers"] = layers
+    if huge:
+        said = ", ".join(f"{name} = {x}" for name, x in huge.items())
+        raise ConfigError(f"{field} is {folder}, but its config.json says {said}: no model is that large.")
 
 
 def model_fingerprint(model: nn.Module) -> str:
