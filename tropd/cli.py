@@ -24,6 +24,7 @@ from rich.text import Text
 
 from tropd import hub
 from tropd.errors import MethodWarning, TropdError
+from tropd.reading import printable
 
 Command = Callable[[list[str]], int] | str
 """The command itself, or the module whose `main` it is."""
@@ -115,6 +116,11 @@ def main(argv: list[str] | None = None, commands: Mapping[str, tuple[Command, st
         except BrokenPipeError:  # `tropd ... | head`: whoever read has enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
+        except OSError as error:  # of a disk or a name, which no command can foresee everywhere
+            if error.filename is None:
+                raise
+            _say(errors, "error: ", "bold red", f"{printable(str(error.filename))}: {error.strerror}.")
+            return 2
         except KeyboardInterrupt:
             _say(errors, "", "", "interrupted")
             return 130
@@ -161,7 +167,7 @@ def _paragraph(error: TropdError) -> str:
 
 def _say(console: Console, label: str, style: str, text: str) -> None:
     # soft_wrap: a message stays one line in a log; a terminal wraps it by itself.
-    console.print(Text(label, style=style).append(text, style="not bold default"), soft_wrap=True)
+    console.print(Text(label, style=style).append(printable(text), style="not bold default"), soft_wrap=True)
 
 
 @contextmanager

@@ -14,11 +14,12 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from tropd.ranges import NotNegative, PositiveShare, Ranged, Share, Whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Author(IntEnum):

@@ -132,7 +132,8 @@ def _scores(world: Path) -> Iterator[Case]:
             run = write_toml(folder / "run.toml", values_of(world, folder))
             return ["score", str(run), str(folder / "rollouts.jsonl"), "-o", str(folder / "scored.jsonl")]
 
-        yield Case(name=f"rollouts to score, {name}", prepare=prepare, names="rollouts.jsonl")
+        names = "token id 1000000" if "beyond" in name else "rollouts.jsonl"
+        yield Case(name=f"rollouts to score, {name}", prepare=prepare, names=names)
     for name, spoil in texts.KINDS.items():
 
         def prepare_kind(folder: Path, spoil: texts.Spoil = spoil) -> list[str]:

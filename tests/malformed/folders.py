@@ -23,35 +23,16 @@ def cases(world: Path) -> Iterator[Case]:
     for file in ("weights.safetensors", "optimizer.safetensors", "run.toml"):
         for name, spoil in every.items():
             yield spoilt(f"checkpoint's {file}, {name}", run, f"{NEWEST}/{file}", spoil, ["resume", "COPY"])
+    inspect = ["inspect", "COPY", "--step", "1"]
     for name, spoil in every.items():
-        for command in (
-            ["resume", "COPY"],
-            ["report", "COPY"],
-            ["inspect", "COPY", "--step", "1"],
-            ["launch", "COPY", "--print"],
-        ):
-            told = command[0] == "report" and name in ("cut", "missing", "empty")
-            yield spoilt(
-                f"run.toml, {name}, {command[0]}",
-                run,
-                "run.toml",
-                spoil,
-                command,
-                "run.toml" if not told else "",
-                told=told,
-            )
+        for command in (["resume", "COPY"], ["report", "COPY"], inspect, ["launch", "COPY", "--print"]):
+            names = "run" if command[0] == "launch" and name in ("missing", "loop") else "run.toml"
+            told = command[0] == "report"
+            yield spoilt(f"run.toml, {name}, {command[0]}", run, "run.toml", spoil, command, names, told=told)
     for name, spoil in (every | texts.JSON).items():
-        for command in (["report", "COPY"], ["inspect", "COPY", "--step", "1"]):
-            torn = name == "cut"
-            yield spoilt(
-                f"records, {name}, {command[0]}",
-                run,
-                "records.jsonl",
-                spoil,
-                command,
-                "records.jsonl" if not torn else "",
-                told=torn,
-            )
+        for command in (["report", "COPY"], inspect):
+            told = command[0] == "report" or name in ("cut", "missing", "loop")
+            yield spoilt(f"records, {name}, {command[0]}", run, "records.jsonl", spoil, command, told=told)
     for name, line in RECORDS.items():
         yield spoilt(
             f"records, {name}", run, "records.jsonl", _line(line), ["report", "COPY"], "records.jsonl", told=True
@@ -64,10 +45,10 @@ def cases(world: Path) -> Iterator[Case]:
             yield spoilt(
                 f"kept {file}, {name}",
                 stopped,
-                f"batches/step_000000/{file}",
+                f"batches/step_000001/{file}",
                 spoil,
-                ["inspect", "COPY", "--step", "0"],
-                "step_000000",
+                ["inspect", "COPY", "--step", "1"],
+                "step_000001",
             )
     for name, spoil in (every | texts.JSON).items():
         command = ["merge", "COPY", "-o", "FOLDER/out"]
@@ -77,6 +58,10 @@ def cases(world: Path) -> Iterator[Case]:
     for name, spoil in every.items():
         command = ["evaluate", "COPY", "--data", str(world / "data.jsonl"), "-o", "FOLDER/out"]
         yield spoilt(f"adapter_model, {name}", adapter / "model", "adapter_model.safetensors", spoil, command, "model")
+    yield from _commands(run)
+
+
+def _commands(run: Path) -> Iterator[Case]:
     for argv, names in (
         (["report", "/tmp"], "/tmp"),
         (["inspect", "/dev/zero", "--step", "1"], "/dev/zero"),

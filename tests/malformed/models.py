@@ -89,7 +89,8 @@ def cases(world: Path) -> Iterator[Case]:
         {"added_tokens_decoder": 3},
         {"model_max_length": "x"},
     ):
-        yield _spoilt(world, "student", "tokenizer_config.json", str(change), _json_with(change), "tokenizer")
+        names = "template" if "chat_template" in change else "tokenizer"
+        yield _spoilt(world, "student", "tokenizer_config.json", str(change), _json_with(change), names)
     for path in ("model", "model.vocab", "added_tokens", "pre_tokenizer", "decoder"):
         for value in (3, "x", [[]]):
             yield _spoilt(world, "student", "tokenizer.json", f"{path} = {value!r}", _json_at(path, value), "tokenizer")

@@ -27,9 +27,9 @@ def main(argv: list[str]) -> int:
 
 def _results(directory: Path, step: int) -> dict[str, float]:
     """The evaluation of exactly these weights, if there was one: a card must not show another step's numbers."""
-    from tropd.report.records import read_records
+    from tropd.report.records import find_step
 
     if not (directory / "records.jsonl").exists():
         return {}
-    records = read_records(directory / "records.jsonl").steps
-    return next((r.evaluation for r in records if r.step == step - 1 and r.evaluation), {})
+    record = find_step(directory / "records.jsonl", step - 1)
+    return (record and record.evaluation) or {}

@@ -15,6 +15,7 @@ from tropd.cli import make_console
 from tropd.commands import Arguments
 from tropd.commands.trained import is_run
 from tropd.errors import ConfigError
+from tropd.reading import printable
 from tropd.types import StepRecord
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--step", type=int, required=True, help="a step whose batch or rollouts were kept")
     parser.add_argument("--worst", type=int, default=10, help="how many tokens to show (10)")
     asked = parser.parse_args(argv)
+    if asked.worst < 0:
+        raise ConfigError(f"--worst is {asked.worst}: give a number of tokens, or 0 for none.")
     if not is_run(asked.run):
         raise ConfigError(f"{asked.run} is no run's folder: it holds no run.toml.")
     from tropd import config_file
@@ -42,6 +45,7 @@ def main(argv: list[str]) -> int:
         f"step {asked.step} of {asked.run}: {len(kept.ids)} rollouts, {len(kept.places_N)} response tokens",
         f"read from {kept.source}",
         *(f"alarm: {alarm}" for alarm in (record.alarms if record else ())),
+        *(() if record else ("- records.jsonl holds no record of this step that can be read.",)),
         *(f"- {finding}" for finding in kept.findings),
     ]
     console.print(Text("\n".join(said)))
@@ -95,15 +99,10 @@ def _tokens(kept: Kept, number: int, decode: Decode) -> Text:
         counted = ", ".join(f"{name} {weight:.3g}" for name, weight in weights.items() if weight != 0) or "none"
         said.append(f"\nx = {x}", style="bold")
         said.append(f"  student {student}  teacher {teacher}  weight: {counted}\n")
-        said.append(f"  {kept.name(n)}, by the {kept.authors_N[n].name.lower()}\n  {_escaped(before)}")
-        said.append(f"[{_escaped(token)}]\n", style="reverse")
+        said.append(f"  {kept.name(n)}, by the {kept.authors_N[n].name.lower()}\n  {printable(before)}")
+        said.append(f"[{printable(token)}]\n", style="reverse")
     return said
 
 
 def _number(x: float) -> str:
     return "unknown" if math.isnan(x) else f"{round(x, 3) + 0.0:.3f}"  # + 0: never -0.000
-
-
-def _escaped(text: str) -> str:
-    """One line, and nothing that a terminal would obey."""
-    return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in text)

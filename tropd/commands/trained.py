@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from tropd import config_file
 from tropd.config import ModelConfig, Run
 from tropd.errors import CheckpointError, ConfigError
+from tropd.reading import refusing
 from tropd.student import checkpoint as checkpoints
-from tropd.student.models import choose_device, load_model, load_tokenizer, wrap_student
+from tropd.student.models import base_of, choose_device, load_model, load_tokenizer, wrap_student
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,9 +78,9 @@ def _load_folder(source: str, device: str, dtype: Any) -> Trained:
         from peft import PeftModel
     except ImportError:
         raise ConfigError(f"{source} is an adapter, which needs peft: pip install 'tropd[lora]'.") from None
-    base = json.loads(adapter.read_text())["base_model_name_or_path"]
-    model: Any = load_model(ModelConfig(path=base, dtype=dtype), "base", chosen)
-    return Trained(model=PeftModel.from_pretrained(model, source).eval(), tokenizer=tokenizer)
+    model: Any = load_model(ModelConfig(path=base_of(adapter.parent), dtype=dtype), "base", chosen)
+    with refusing(lambda why: f"the adapter in {source} cannot be loaded: {why}."):
+        return Trained(model=PeftModel.from_pretrained(model, source).eval(), tokenizer=tokenizer)
 
 
 def stops_of(trained: Trained) -> tuple[int, ...]:

@@ -15,8 +15,8 @@ beta = 1.0
 from __future__ import annotations
 
 import json
+import os
 import re
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from tropd.data.rows import nearest
 from tropd.errors import ConfigError
 from tropd.methods import AnyMethod
 from tropd.ranges import Count, PositiveShare, Ranged, Whole
+from tropd.reading import read_toml
 from tropd.testbeds import TESTBEDS, Testbed
 
 EMBEDDED = "embedded/"
@@ -140,12 +141,9 @@ def bed_of(testbed: str) -> Testbed:
 
 def load_lab(path: Path) -> Lab:
     """Read a comparison; what it says wrongly is refused by its path."""
-    try:
-        values = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"there is no file {path}. Name the TOML file of a comparison.") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as TOML: {error}.") from None
+    if not os.path.lexists(path):
+        raise ConfigError(f"there is no file {path}. Name the TOML file of a comparison.")
+    values = read_toml(path)
     values.setdefault("output", f"runs/{path.stem}")
     methods = values.get("methods")
     if isinstance(methods, dict):

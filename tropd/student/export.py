@@ -14,7 +14,9 @@ import tropd
 from tropd.config import Run
 from tropd.config_file import dump
 from tropd.errors import CheckpointError, ConfigError
+from tropd.reading import refusing
 from tropd.student.checkpoint import atomic_folder
+from tropd.student.models import base_of
 
 
 def export(model: Any, tokenizer: Any, run: Run, folder: Path, *, step: int, results: dict[str, float]) -> Path:
@@ -57,22 +59,17 @@ def merge(adapter: Path, folder: Path, *, device: torch.device) -> Path:
     """An adapter and its base as one plain model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    settings = adapter / "adapter_config.json"
-    if not settings.exists():
+    if not (adapter / "adapter_config.json").exists():
         raise ConfigError(f"{adapter} holds no adapter_config.json: name the folder of an exported LoRA student.")
     try:
         from peft import PeftModel
     except ImportError:
         raise ConfigError("merging an adapter needs peft: pip install 'tropd[lora]'.") from None
-    base = json.loads(settings.read_text())["base_model_name_or_path"]
-    try:
+    base = base_of(adapter)
+    where = "It is named as in the run file: a path that is not absolute counts from where the run was started."
+    with refusing(lambda why: f"the base {base} of {adapter} cannot be loaded: {why}. {where}"):
         model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
         merged: Any = PeftModel.from_pretrained(model.to(device), str(adapter))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ConfigError(
-            f"the base {base} of {adapter} cannot be loaded: {str(error).splitlines()[0].rstrip('. ')}. It is "
-            "named as in the run file: a path that is not absolute counts from the folder where the run was started."
-        ) from error
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     with atomic_folder(folder) as temporary:
         merged.merge_and_unload().save_pretrained(temporary, safe_serialization=True)

@@ -106,6 +106,16 @@ def add_adapter(model: Any, lora: LoraConfig, seed: int) -> nn.Module:
         torch.set_rng_state(state)
 
 
+def base_of(adapter: Path) -> str:
+    """The model that an exported adapter belongs to."""
+    check_folder(adapter, "the adapter")
+    settings = read_json(adapter / "adapter_config.json")
+    base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    if not isinstance(base, str) or not base:
+        raise ConfigError(f"{adapter / 'adapter_config.json'} does not name the model that the adapter belongs to.")
+    return base
+
+
 def _options(config: ModelConfig) -> dict[str, Any]:
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.revision:
@@ -122,12 +132,12 @@ def _check_path(path: str, field: str) -> None:
     if looks_local and not place.is_dir():
         raise ConfigError(f"{field} is {path}, but there is no such folder.")
     if place.is_dir():
-        _check_folder(place, field)
+        check_folder(place, field)
     else:
         log.warning("%s: there is no folder %s here; asking the Hugging Face hub for it.", field, path)
 
 
-def _check_folder(folder: Path, field: str) -> None:
+def check_folder(folder: Path, field: str) -> None:
     """Refuse what another library would wait for without end, or build without end."""
     for file in (f for f in folder.iterdir() if f.suffix in (".json", ".jinja", ".safetensors", ".model", ".txt")):
         check_file(file)
