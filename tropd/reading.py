@@ -40,9 +40,14 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 Refusal = type[TropdError]
 
 
-def printable(text: str) -> str:
-    """One line, and nothing that a terminal would obey."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+def printable(text: str, *, lines: bool = False) -> str:
+    """Nothing that a terminal would obey, and, without `lines`, no line break."""
+    kept = "\n" if lines else ""
+    return "".join(c if c.isprintable() or c in kept else _escape(c) for c in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode()
 
 
 def shortened(path: Path | str) -> str:
@@ -159,7 +164,7 @@ def parse_toml(text: str, where: str, error: Refusal = ConfigError) -> dict[str,
 
 def _decode(raw: bytes, where: str, error: Refusal) -> str:
     try:
-        return raw.decode("utf-8-sig")
+        return raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as problem:
         what = "a lone surrogate" if raw[problem.start : problem.start + 1] == b"\xed" else "bytes that are none"
         raise error(f"{where} is not UTF-8 text: it holds {what} at byte {problem.start}. Save it as UTF-8.") from None
@@ -178,19 +183,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_depth(value: Any, where: str, error: Refusal) -> None:
-    level = [value]
-    for _ in range(DEEPEST + 1):
-        level = [inner for x in level for inner in _inside(x)]
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(DEEPEST):
+        inside = (inner for x in level for inner in (x.values() if isinstance(x, dict) else x))
+        level = [inner for inner in inside if isinstance(inner, dict | list)]
         if not level:
             return
     _refuse_depth(where, error)
-
-
-def _inside(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        yield from value.values()
-    elif isinstance(value, list):
-        yield from value
 
 
 def _refuse_depth(where: str, error: Refusal) -> NoReturn:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from tropd.errors import ConfigError
-from tropd.reading import check_path
+from tropd.reading import check_path, printable
 from tropd.servers.settings import base_url
 
 if TYPE_CHECKING:
@@ -20,6 +21,10 @@ def check(run: Run) -> None:
             f"optimizer.warmup_steps = {run.optimizer.warmup_steps} was asked for, but the run has {updates} updates: "
             "its learning rate would never be reached. Give at most as many."
         )
+    for asked in (run.rollout, run.teacher, *run.teachers.values()):
+        variable = asked.server.api_key_env
+        if variable is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
+            raise ConfigError(f"api_key_env is {printable(variable)!r}, but no variable is called that. Give its name.")
     for url in (u for asked in (run.rollout, run.teacher, *run.teachers.values()) for u in asked.servers):
         base_url(url)
     for name, path in _paths(run).items():

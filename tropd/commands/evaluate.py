@@ -23,6 +23,7 @@ from tropd.data.prompts import DataConfig, load_prompts
 from tropd.errors import ConfigError, DataError
 from tropd.evaluation.results import EvalConfig
 from tropd.flags import read_flags
+from tropd.terminal import tell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ def _evaluate(asked: Any, config: Evaluation) -> None:
     loaded = load_prompts(_limited(config, engine.context), trained.tokenizer)
     version = model_fingerprint(trained.model)
     folder = asked.output or _default_folder(asked.model, config, version)
-    print(f"{config.data.path}: {loaded.report}")
+    tell(f"{config.data.path}: {loaded.report}")
     result = evaluate(
         engine,
         loaded.prompts,
@@ -95,11 +96,11 @@ def _evaluate(asked: Any, config: Evaluation) -> None:
         progress_path=folder / "items.jsonl",
         version=version,
     )
-    print(result.describe())
+    tell(result.describe())
     if grader is None:
         print("no grader: only lengths were measured. Give --grader for scores.")
     _write_summary(folder / "summary.json", asked.model, trained, config, version, result.summary())
-    print(f"answers: {folder / 'items.jsonl'}   numbers: {folder / 'summary.json'}")
+    tell(f"answers: {folder / 'items.jsonl'}   numbers: {folder / 'summary.json'}")
 
 
 def _limited(config: Evaluation, context: int | None) -> DataConfig:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tropd.commands import Arguments, new_folder
 from tropd.commands.trained import load_checkpoint
+from tropd.terminal import tell
 
 
 def main(argv: list[str]) -> int:
@@ -21,7 +22,7 @@ def main(argv: list[str]) -> int:
     assert trained.run is not None and trained.step is not None
     results = _results(asked.run, trained.step)
     export(trained.model, trained.tokenizer, trained.run, asked.output, step=trained.step, results=results)
-    print(f"the student after {trained.step} steps is in {asked.output}")
+    tell(f"the student after {trained.step} steps is in {asked.output}")
     return 0
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tropd.cli import make_console
-from tropd.commands import Arguments
+from tropd.commands import TRUST, Arguments, without_code
 from tropd.commands.trained import is_run
 from tropd.errors import ConfigError
 from tropd.reading import printable
@@ -30,6 +30,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--step", type=int, required=True, help="a step whose batch or rollouts were kept")
     parser.add_argument("--worst", type=int, default=10, help="how many tokens to show (10)")
+    parser.add_argument(TRUST, action="store_true", help="run the code that comes with the student's tokenizer")
     asked = parser.parse_args(argv)
     if asked.worst < 0:
         raise ConfigError(f"--worst is {asked.worst}: give a number of tokens, or 0 for none.")
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
     from tropd import config_file
     from tropd.doctor.inspection import read_record, read_step
 
-    run = config_file.load(asked.run / "run.toml")
+    run, _ = without_code(config_file.load(asked.run / "run.toml"), asked.trust_code)
     kept, record = read_step(asked.run, asked.step, run), read_record(asked.run, asked.step)
     console = make_console()
     said = [

@@ -19,6 +19,7 @@ from torch import Tensor
 from tropd.commands import Arguments, read_run
 from tropd.errors import ConfigError, DataError
 from tropd.reading import read_lines
+from tropd.terminal import tell
 from tropd.types import Rollout
 
 
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> int:
         temporary.replace(asked.output)
     except OSError as error:
         raise ConfigError(f"{asked.output} cannot be written: {error}. Name another file.") from error
-    print(f"{len(lines)} rollouts scored in {asked.output}")
+    tell(f"{len(lines)} rollouts scored in {asked.output}")
     return 0
 
 

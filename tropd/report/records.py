@@ -26,7 +26,6 @@ from tropd.types import StepRecord
 
 SCHEMA = 1
 LONGEST_LINE = 2**24
-_CHUNK = 2**22
 
 _STEP = TypeAdapter(StepRecord)
 _STEP_FIELDS = {f.name for f in fields(StepRecord)} | {"kind", "nonfinite"}
@@ -129,22 +128,23 @@ def read_records(path: Path) -> Records:
     return Records(header=header, steps=steps, problems=problems)
 
 
-def find_step(path: Path, step: int) -> StepRecord | None:
+def find_step(path: Path, step: int, *, chunk: int = 2**22) -> StepRecord | None:
     """One record, without understanding those before it: a line of tropd's says its step first."""
     read_header(path)
-    begin, chunk = _line({"kind": "step", "step": step})[:-2].encode() + b",", b""
+    begin = _line({"kind": "step", "step": step})[:-2].encode() + b","
     with opened(path) as file:
         file.readline(LONGEST_LINE)
         place = file.tell() - 1
         if not (first := file.readline(LONGEST_LINE)).startswith(begin.rstrip(b"-0123456789,")) and first:
             return next((record for record in read_records(path).steps if record.step == step), None)
         file.seek(place)
-        while more := file.read(_CHUNK):
-            chunk = chunk[-len(begin) :] + more
-            if (found := chunk.find(b"\n" + begin)) >= 0:
-                file.seek(place - (len(chunk) - len(more)) + found + 1)
-                return _read_step(file.readline(LONGEST_LINE))[0]
+        seen = b""
+        while more := file.read(chunk):
+            seen = seen[-len(begin) :] + more
             place += len(more)
+            if (found := seen.find(b"\n" + begin)) >= 0:
+                file.seek(place - len(seen) + found + 1)
+                return _read_step(file.readline(LONGEST_LINE))[0]
     return None
 
 

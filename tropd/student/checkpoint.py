@@ -150,7 +150,12 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
+        mode = (
+            temporary.stat().st_mode & 0o666
+        )  # what the user's umask gives; some libraries write files for them alone
         for path in [*temporary.rglob("*"), temporary]:
+            if path.is_file():
+                path.chmod(mode)
             _flush(path)
         if final.exists():
             shutil.rmtree(final)
