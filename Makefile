@@ -5,11 +5,11 @@ JOBS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 FOR_SLOW := .venv/.installed-slow
+# constraints.txt is the tested set: what was tested is what is installed.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
-# Without a GPU the version is pinned, so that a CPU build of it that pip already knows of is preferred.
-TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),torch,torch==2.13.0)
+TESTED := -c constraints.txt
 
-.PHONY: demo test test-slow test-gpu test-server vllm lint format install clean
+.PHONY: demo test test-slow test-gpu test-server test-oldest test-newest vllm lint format install clean
 
 demo: $(INSTALLED)
 	$(BIN)/tropd demo
@@ -27,6 +27,11 @@ test-gpu: $(INSTALLED)
 
 test-server: $(INSTALLED) vllm
 	$(BIN)/python -m pytest -m server
+
+test-oldest test-newest: test-%: | $(BIN)/python
+	PYTHON=$(BIN)/python scripts/install_compat.sh $*
+	.venv-$*/bin/python -m tropd env
+	.venv-$*/bin/python -m pytest -n $(JOBS) --dist worksteal -m compat
 
 vllm: | $(BIN)/python
 	PYTHON=$(BIN)/python scripts/install_vllm.sh
@@ -47,17 +52,16 @@ $(BIN)/python:
 		{ echo "tropd needs Python >= 3.11, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Use: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 
-$(INSTALLED): pyproject.toml | $(BIN)/python
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing into .venv (a few minutes the first time)"
-	@$(PIP) install $(TORCH)
-	@$(PIP) install -e '.[dev]'
+	@$(PIP) install $(TESTED) -e '.[dev]'
 	@touch $@
 
 $(FOR_SLOW): $(INSTALLED)
 	@echo "Installing Ray, reasoning-gym and gguf into .venv (a minute or two)"
-	@$(PIP) install -e '.[gguf,gym,ray]'
+	@$(PIP) install $(TESTED) -e '.[gguf,gym,ray]'
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-vllm build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find tropd tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -61,7 +61,7 @@ class Settings:
     repeats: int = 3
     outliers: float = 0.25
     """Share of rows that are outliers, spread evenly.  The teacher's top-k is read for these only (training asks for a
-    random eighth of the others too), but for all rows by `lean` and in half precision."""
+    random eighth of the others too), but for all rows by `lean`."""
     sides: tuple[str, ...] = ("bare", "ours", "lean", "trl", "liger", "gkd")
     only: str = ""
     """Run one side once and print its peak memory (used by the script itself)."""
@@ -117,7 +117,7 @@ class Problem:
         def outliers(rows: slice, teacher_logprobs_C: Tensor) -> Tensor:
             return log_ratios(positions_N[rows], s.outliers) < 0
 
-        shape = {"top_k": s.top_k, "tile_vocab": tile_vocab, "top_rows": outliers if s.dtype == "float32" else None}
+        shape = {"top_k": s.top_k, "tile_vocab": tile_vocab, "top_rows": outliers}
         found = read_rows(self.heads[1], self.teacher_hidden, self.ids_N[:, None], s.tile, **shape)
         return Tokens(
             token_ids_N=self.ids_N,

@@ -5,7 +5,6 @@ A process is forked from a server that has imported the libraries and nothing el
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import multiprocessing
@@ -22,84 +21,14 @@ from typing import Any
 
 import torch
 
-from tests.tiny import byte_tokenizer, tiny_model
+from tests.small_runs import CASES, merged, save_model, write_models, write_run
+from tropd.fast_paths import TAKEN
+
+__all__ = ["CASES", "merged", "save_model", "write_models", "write_run"]
 
 LIMIT_SECONDS = 300.0
 """Far above what a run takes on a busy machine: only a run that hangs comes to it."""
 PRELOAD = ["tests.run_case", "tropd.loop", "transformers.models.qwen3.modeling_qwen3", "peft", "pyarrow.parquet"]
-
-SIZES: dict[str, Any] = {
-    "steps": 6,
-    "tokens_per_micro_batch": 200,
-    "grader": "exact",
-    "method": {"name": "tropd", "top_k": 8, "beta": 0.1},
-    "rollout": {"num_prompts": 3, "num_rollouts": 2, "max_new_tokens": 8, "save_every": 2},
-    "optimizer": {"learning_rate": 1e-3},
-    "evaluation": {"every": 3, "num_samples": 2, "max_new_tokens": 4},
-    "checkpoint": {"every": 2},
-    "alarms": {"support_collapse": "off"},
-}
-"""Four prompts, three a step: the second epoch begins in the middle of the second step."""
-
-CASES: dict[str, dict[str, Any]] = {
-    "tropd": {},
-    "entropy": {"method": {"name": "entropy_opd"}},
-    "lora": {"student": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.2}}, "teacher": {"path": "base"}},
-    "updates": {"optimizer": {"num_updates": 2, "schedule": "cosine", "warmup_steps": 2}},
-    "streaming": {"data": {"streaming": True}},
-    "bfloat16": {"student": {"dtype": "bfloat16"}, "optimizer": {"learning_rate": 1e-5}},
-}
-
-
-def write_models(folder: Path) -> Path:
-    """A student, a teacher and a data set, which runs only read."""
-    tokenizer = byte_tokenizer()
-    for name, seed in (("student", 0), ("teacher", 1)):
-        save_model(tiny_model("qwen3", seed=seed, tied=True), tokenizer, folder / name)
-    for name, size in (("data", 2), ("many", 7)):
-        rows = [
-            {"prompt": f"{a}+{b}=", "answer": str(a + b), "kind": ("even", "odd")[b % 2]}
-            for a in range(size)
-            for b in range(size)
-        ]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    whole = copy.deepcopy(base)
-    for name, value in changes.items():
-        both = isinstance(value, dict) and isinstance(whole.get(name), dict) and "name" not in value
-        whole[name] = merged(whole[name], value) if both else value
-    return whole
-
-
-def write_run(models: Path, directory: Path, case: str = "tropd", **changes: Any) -> Path:
-    """The configuration of a run that will live in `directory`, as a file beside it."""
-    from tropd import config_file
-
-    data = {"path": str(models / "data.jsonl")}
-    values = merged(
-        {
-            **SIZES,
-            "output": str(directory),
-            "student": {"path": str(models / "student")},
-            "teacher": {"path": str(models / "teacher")},
-            "data": data,
-        },
-        {"evaluation": {"data": {**data, "limit": 2}}},
-    )
-    run = config_file.build(merged(merged(values, CASES[case]), changes), "test")
-    path = directory.with_name(directory.name + ".toml")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(config_file.dump(run))
-    return path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +55,8 @@ class Ended:
     error: str = ""
     message: str = ""
     said: str = ""
+    took: set[str] = field(default_factory=set)
+    """Fast paths that ran."""
 
 
 @dataclass
@@ -146,7 +77,9 @@ class Running:
         assert self.over
         error = self.log.with_suffix(".error")
         raised = json.loads(error.read_text()) if error.exists() else {}
-        return Ended(code=self.process.exitcode, said=self.log.read_text(), **raised)
+        paths = self.log.with_suffix(".paths")
+        took = set(json.loads(paths.read_text())) if paths.exists() else set()
+        return Ended(code=self.process.exitcode, said=self.log.read_text(), took=took, **raised)
 
     def kill_when(self, ready: Callable[[], bool], delay: float = 0.0) -> bool:
         """SIGKILL once `ready`; whether it came before the end."""
@@ -215,6 +148,8 @@ def _carry_out(order: Order, log: Path) -> None:
         said = {"error": type(error).__name__, "message": str(error)}
         log.with_suffix(".error").write_text(json.dumps(said))
         sys.exit(1)
+    finally:
+        log.with_suffix(".paths").write_text(json.dumps(sorted(TAKEN)))
 
 
 def num_recorded(directory: Path) -> int:

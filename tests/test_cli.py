@@ -9,6 +9,8 @@ import sys
 import warnings
 
 import pytest
+import torch
+import transformers
 
 import tropd
 from tropd.cli import COMMANDS, main
@@ -117,7 +119,12 @@ def test_the_environment_names_versions_and_devices(capsys):
     assert main(["env", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["tropd"] == tropd.__version__
-    assert found.keys() >= {"python", "torch", "transformers", "devices", "threads"}
+    assert found.keys() >= {"python", "platform", "cpu", "cores", "threads", "cuda", "devices", "packages"}
+    here = {package["name"]: package["installed"] for package in found["packages"]}
+    assert here["torch"] == torch.__version__ and here["transformers"] == transformers.__version__
+    assert main(["env"]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("transformers", transformers.__version__, "cores"))
 
 
 def test_public_names_are_there_and_unknown_ones_are_refused():

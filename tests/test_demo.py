@@ -26,7 +26,9 @@ def test_another_folder_is_left_alone(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("years of work")
     assert main(["demo", "--output", str(tmp_path)]) == 2
     assert "something else" in capsys.readouterr().err
-    assert (tmp_path / "thesis.tex").exists()
+    (tmp_path / "results.jsonl").write_text("of years of work")
+    assert main(["demo", "--output", str(tmp_path)]) == 2
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_line_of_blocks_is_logarithmic_and_bounded():

@@ -24,6 +24,7 @@ from tropd import config_file, loop
 from tropd.errors import CheckpointError, ConfigError
 from tropd.replay import load_batch
 from tropd.report.records import read_records
+from tropd.run_folder import alone
 from tropd.student import checkpoint as checkpoints
 
 
@@ -75,7 +76,7 @@ def test_a_second_interrupt_stops_at_once_and_the_run_still_goes_on(models: Path
 
 def test_two_processes_cannot_work_on_one_run(copied: Path) -> None:
     path = copied / "run.toml"
-    with checkpoints.alone(copied), pytest.raises(CheckpointError, match="another process"):
+    with alone(copied), pytest.raises(CheckpointError, match="another process"):
         loop.resume(copied)
     assert path.exists()
     assert run_case.resume(copied).code == 0, "the lock is gone with its holder"
@@ -158,7 +159,8 @@ def test_a_folder_that_cannot_be_made_is_told_before_models_are_read(models: Pat
     blocked = tmp_path / "file"
     blocked.write_text("no folder")
     directory = blocked / "run"
-    run = config_file.load(run_case.write_run(models, tmp_path / "run", student={"path": str(tmp_path)}))
+    (tmp_path / "no model").mkdir()
+    run = config_file.load(run_case.write_run(models, tmp_path / "run", student={"path": str(tmp_path / "no model")}))
     with pytest.raises(CheckpointError, match=str(directory)):
         loop.train(config_file.build({**config_file.to_dict(run), "output": str(directory)}, "test"))
 

@@ -118,12 +118,44 @@ def test_the_fewest_servers_that_keep_the_trainer_busy(run, teachers):
         assert servers > own
 
 
-def test_no_number_of_servers_is_enough_where_one_answer_takes_too_long(run, capsys, tmp_path):
+def test_no_number_of_servers_is_enough_where_one_answer_takes_too_long(run, capsys, tmp_path, monkeypatch):
     asked = with_servers(run, 1, 1, 1)
     assert make_plan(asked, SLOW_MEMORY).busy is None  # each token of an answer reads all the weights
     (tmp_path / "run.toml").write_text(config_file.dump(asked))
-    assert main(["plan", str(tmp_path / "run.toml"), "--cluster", "h100"]) == 0
+    monkeypatch.setitem(DEVICES, "slow", SLOW_MEMORY)
+    assert main(["plan", str(tmp_path / "run.toml"), "--cluster", "slow"]) == 0
     assert "No number of servers" in capsys.readouterr().out
+
+
+def test_a_tiny_models_step_takes_what_starting_its_operations_and_handling_its_tokens_take(run):
+    """Two layers of width 32: no device is so fast that a step takes microseconds."""
+    endless = Device(name="endless", memory=1e12, operations=1e30, bandwidth=1e30, launch=1.0, token=0.0)
+    opd = replace(run, method=METHODS["opd"]())
+    seconds = make_plan(opd, endless).seconds
+    started = seconds["score"]  # one forward pass
+    assert started == 50 * (2 + 2)
+    assert seconds["train"] == 5 * started and seconds["write"] == 10 * started  # 10 tokens, one batch
+    halves = make_plan(replace(opd, rollout=replace(opd.rollout, max_batch=3)), endless).seconds
+    assert halves["write"] == 2 * seconds["write"]
+    replayed = make_plan(with_servers(opd, 1), replace(endless, disk=float("inf"))).seconds
+    assert replayed["write"] == seconds["write"] / 10
+    many = replace(endless, launch=0.0, token=1.0)
+    plan = make_plan(opd, many)
+    assert plan.seconds["score"] == plan.texts.read and plan.seconds["train"] == 2 * plan.texts.read
+    assert plan.seconds["write"] == 6 * 10
+    for device in DEVICES.values():
+        assert make_plan(run, device).step_seconds > 1e-3
+
+
+def test_a_floor_changes_nothing_where_the_arithmetic_takes_longer(run):
+    for device in (SLOW_UNITS, SLOW_MEMORY):
+        free = replace(device, launch=0.0, token=0.0)
+        assert make_plan(run, device).seconds == make_plan(run, free).seconds
+
+
+def test_this_machine_says_what_it_takes_to_start_an_operation():
+    here = read_cluster("here")[0]
+    assert 0 < here.launch < 1e-2 and 0 < here.token < 1e-2
 
 
 def test_a_plan_for_gpus_is_made_in_their_precision(run):

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.cohere import CohereConfig
 from transformers.models.gemma2 import Gemma2Config
 from transformers.models.gpt2 import GPT2Config
+from transformers.models.gpt_neox import GPTNeoXConfig
 from transformers.models.granite import GraniteConfig
 from transformers.models.llama import LlamaConfig
 from transformers.models.qwen3 import Qwen3Config
@@ -20,10 +21,11 @@ SPECIAL = ["<|pad|>", "<|end|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|syst
 VOCAB = 256 + len(SPECIAL)
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, six special tokens, a chat template."""
+def byte_tokenizer(vocab: int = VOCAB) -> PreTrainedTokenizerFast:
+    """One token per byte, six special tokens, a chat template; then tokens that no text is made of, up to `vocab`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    rare = [f"<{number}>" for number in range(vocab - VOCAB)]
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*alphabet, *rare])}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
@@ -48,6 +50,9 @@ def tiny_config(family: str, vocab: int = VOCAB, tied: bool = False, width: int 
     )
     if family == "gpt2":
         return GPT2Config(n_embd=width, n_layer=layers, n_head=4, n_positions=256, **common)
+    if family == "gpt_neox":
+        modern = {name: modern[name] for name in modern if name not in ("num_key_value_heads", "head_dim")}
+        return GPTNeoXConfig(**common, **modern)
     cls = {
         "qwen3": Qwen3Config,
         "llama": LlamaConfig,

@@ -23,6 +23,7 @@ from tropd.assembly import Parts
 from tropd.background import in_background
 from tropd.data.stream import name_of
 from tropd.errors import CheckpointError, TeacherError
+from tropd.fast_paths import TAKEN, FastPath
 from tropd.objective.evidence import OF_TEACHER
 from tropd.rollout.stage import RolloutJob, begin, carry_on, names_of, roll_out
 from tropd.types import Author, Finish, Prompt, Rollout, TeacherScores
@@ -67,6 +68,7 @@ class Source:
         parts, run = self.parts, self.parts.run
         if run.rollout.staleness == 0 or step >= run.steps:
             return
+        TAKEN.add(FastPath.WRITING_AHEAD)
         self._cursor = parts.stream.state_dict()
         job = self._job(step)
         if all(teacher.servers for teacher in run.all_teachers.values()):

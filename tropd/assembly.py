@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -16,18 +16,20 @@ from tropd.config import Run
 from tropd.data.chat import stop_ids
 from tropd.data.graders import Grader, resolve_grader
 from tropd.data.prompts import DataConfig, load_prompts
-from tropd.data.stream import LazyPromptStream, PromptStream
+from tropd.data.stream import LazyPromptStream, PromptStream, name_of
 from tropd.errors import ConfigError
 from tropd.objective.losses import SampledForwardKL, SampledReverseKL
+from tropd.origins import Origin, origin_of, prompts_origin
 from tropd.rollout.engine import Engine
 from tropd.rollout.transformers import TransformersEngine
 from tropd.step import check_evidence
 from tropd.student.forward import Forward
 from tropd.student.learner import ModelLearner
-from tropd.student.models import choose_device, load_model, load_tokenizer, model_fingerprint, wrap_student
+from tropd.student.models import choose_device, load_model, load_tokenizer, wrap_student
 from tropd.student.optimizer import Optimizer
 from tropd.student.parallel import ALONE, Ranks
 from tropd.teachers import loading
+from tropd.teachers.loading import Found
 from tropd.teachers.teacher import RunTeacher
 from tropd.types import Prompt
 
@@ -56,8 +58,8 @@ class Parts:
     eval_grader: Grader | None
     notes: tuple[str, ...]
     """What the user should know before it starts."""
-    origins: dict[str, str]
-    """Names the weights that the run reads but does not train: no checkpoint holds them."""
+    origins: dict[str, Origin]
+    """Names what the run reads but does not train: no checkpoint holds it."""
     world: Ranks = ALONE
 
     @property
@@ -75,7 +77,6 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE) -> Parts:
     found = loading.find(run, tokenizer)  # cheap to refuse before any weights are read
     loaded = load_model(run.student, "student", device)
     loading.load(run, found, device)
-    origins = {} if run.student.lora is None else {"student": model_fingerprint(loaded)}
     ends = stop_ids(tokenizer, loaded.generation_config)
     cautions = _without_dropout(loaded)
     model = wrap_student(loaded, run.student, run.seed)
@@ -87,7 +88,6 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE) -> Parts:
         tokens_per_batch=run.tokens_per_micro_batch,
     )
     engaged = loading.engage(run, found, model, shape, directory, world)
-    origins |= engaged.origins
     learner = _learner(run, model, shape, engaged.forward, world)
     check_evidence(run.method.objective, engaged.teacher, run.method.name, grader is not None)
     engine = _engine(run, model, tokenizer, size, directory, world)
@@ -95,6 +95,7 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE) -> Parts:
         opened.callback(engine.close)
         stream, notes = _open_stream(run, tokenizer, _shortest(learner, engine, engaged.teacher))
         held_out, eval_notes = _held_out(run, tokenizer, _shortest(learner, engine))
+        origins = world.first(_origins(run, loaded, found, held_out) if world.leads else {})
         texts = directory / world.own_name(loading.TEXTS)
         writer, remarks = loading.writer_of(run, found, model, size, (tokenizer, stream), origins, texts)
         opened.pop_all()  # nothing was refused
@@ -115,6 +116,13 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE) -> Parts:
         origins=origins,
         world=world,
     )
+
+
+def _origins(run: Run, student: Any, found: Sequence[Found], held_out: Sequence[Prompt]) -> dict[str, Origin]:
+    """What the run reads and no checkpoint holds."""
+    origins = {"student": origin_of(run.student, None if run.student.lora is None else student)}
+    origins |= {one.origin: loading.origin_of_teacher(one) for one in found if one.config.path != "base"}
+    return origins | ({"held-out prompts": prompts_origin(map(name_of, held_out))} if held_out else {})
 
 
 def _engine(

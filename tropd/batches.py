@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tropd.errors import TeacherError
-from tropd.objective.evidence import Tokens
+from tropd.objective.evidence import Tokens, around
 from tropd.types import Author, Rollout, TeacherScores, key_of
 
 
@@ -21,6 +21,8 @@ class ScoredBatch:
     tokens: Tokens
     measured: bool = False
     """The student was asked in a pass of its own, so plans need not wait for the gradient pass."""
+    as_read: tuple[Rollout, ...] = ()
+    """The rollouts as the teacher reads them, where another prompt stands before the same responses."""
 
     def rows_of(self, chosen: Sequence[int]) -> Tensor:
         """Row numbers of some rollouts, in the order given."""
@@ -35,6 +37,7 @@ class ScoredBatch:
             rollouts=tuple(self.rollouts[i] for i in chosen),
             tokens=self.tokens.rows(self.rows_of(chosen)),
             measured=self.measured,
+            as_read=tuple(self.as_read[i] for i in chosen) if self.as_read else (),
         )
 
     def alone(self, chosen: Sequence[int]) -> ScoredBatch:
@@ -46,7 +49,7 @@ class ScoredBatch:
         fields = ("keys_S", "num_actions_S", "rewards_S", "groups_S")
         held = {f: x[index.to(x.device)] for f in fields if (x := part.tokens.peek(f)) is not None}
         tokens = part.tokens.with_(sequences_N=new_of[part.tokens.sequences_N], **held)
-        return ScoredBatch(rollouts=part.rollouts, tokens=tokens, measured=part.measured)
+        return replace(part, tokens=tokens)
 
 
 def _starts(rollouts: Sequence[Rollout]) -> list[int]:
@@ -77,10 +80,15 @@ def make_tokens(rollouts: Sequence[Rollout], seed: int, device: torch.device, vo
     if all(r.model_logprobs or not _wrote(r) for r in rollouts):
         known = [response(r, r.model_logprobs or r.behavior_logprobs) for r in rollouts]
         optional["student_logprobs_N"] = flat(known, torch.float32)
+    authors_N = flat(authors, torch.int64)
+    sequences_N = torch.arange(len(rollouts), device=device).repeat_interleave(torch.tensor(lengths, device=device))
+    num_before_N, num_after_N = around(sequences_N, authors_N)
     return Tokens(
         token_ids_N=flat([r.response_ids for r in rollouts], torch.int64),
-        authors_N=flat(authors, torch.int64),
-        sequences_N=torch.arange(len(rollouts), device=device).repeat_interleave(torch.tensor(lengths, device=device)),
+        authors_N=authors_N,
+        sequences_N=sequences_N,
+        num_before_N=num_before_N,
+        num_after_N=num_after_N,
         positions_N=flat([range(n) for n in lengths], torch.int64),
         keys_S=torch.tensor([key_of(seed, r.id) for r in rollouts], dtype=torch.int64, device=device),
         num_actions_S=torch.tensor([sum(a in trained for a in row) for row in authors], device=device),

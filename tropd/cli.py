@@ -10,7 +10,6 @@ import difflib
 import importlib
 import json
 import os
-import platform
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,19 +32,19 @@ Command = Callable[[list[str]], int] | str
 
 def methods(argv: list[str]) -> int:
     """The methods there are."""
-    as_json = _ask("tropd methods", argv, _json_flag)
-    from tropd.methods import explain as show
+    as_json = ask_json("tropd methods", argv)
+    from tropd.methods import explain as of
 
-    _show(as_json, show.methods_as_data, show.methods)
+    show(as_json, of.methods_as_data, of.methods)
     return 0
 
 
 def explain(argv: list[str]) -> int:
     """One method in full."""
     name, as_json = _ask("tropd explain", argv, _explain_flags)
-    from tropd.methods import explain as show
+    from tropd.methods import explain as of
 
-    _show(as_json, lambda: show.explain_as_data(name), lambda: show.explain(name))
+    show(as_json, lambda: of.explain_as_data(name), lambda: of.explain(name))
     return 0
 
 
@@ -55,12 +54,6 @@ def version(argv: list[str]) -> int:
     import tropd
 
     print(tropd.__version__)
-    return 0
-
-
-def env(argv: list[str]) -> int:
-    """What a bug report should say about the machine."""
-    _show(_ask("tropd env", argv, _json_flag), environment, _environment_table)
     return 0
 
 
@@ -85,7 +78,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "inspect": ("tropd.commands.inspect", "a step that was kept: its terms and its worst tokens"),
     "export": ("tropd.commands.export", "a checkpoint as a Hugging Face folder"),
     "merge": ("tropd.commands.merge", "an adapter and its base as one plain model"),
-    "env": (env, "versions and devices, for a bug report"),
+    "env": ("tropd.commands.env", "versions and devices, and what tropd was run with: for a bug report"),
     "version": (version, "the version of tropd"),
 }
 
@@ -218,7 +211,12 @@ def _ask(prog: str, argv: Sequence[str], flags: Callable[..., Any]) -> Any:
     return tyro.cli(flags, args=argv, prog=prog, description=line, config=(tyro.conf.FlagCreatePairsOff,))
 
 
-def _show(as_json: bool, data: Callable[[], Any], picture: Callable[[], RenderableType]) -> None:
+def ask_json(prog: str, argv: Sequence[str]) -> bool:
+    """Whether a command without any other flag is to answer as JSON."""
+    return _ask(prog, argv, _json_flag)
+
+
+def show(as_json: bool, data: Callable[[], Any], picture: Callable[[], RenderableType]) -> None:
     if as_json:
         print(json.dumps(data(), indent=2))
     else:
@@ -229,30 +227,3 @@ def make_console() -> Console:
     """As wide as the terminal; a pipe has no width, so what is written there has a readable one."""
     console = PrintableConsole(highlight=False)
     return console if console.is_terminal or "COLUMNS" in os.environ else PrintableConsole(highlight=False, width=120)
-
-
-def environment() -> dict[str, str]:
-    """Versions and devices by name."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    import torch
-
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in ("tropd", "torch", "transformers", "tokenizers", "datasets", "peft", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    if torch.backends.mps.is_available():
-        devices.append("mps")
-    found["devices"] = ", ".join(devices) or "cpu only"
-    found["threads"] = str(torch.get_num_threads())
-    return found
-
-
-def _environment_table() -> Table:
-    table = Table.grid(padding=(0, 2))
-    for name, value in environment().items():
-        table.add_row(Text(name, style="dim"), Text(value))
-    return table

@@ -38,6 +38,11 @@ class LoraConfig(Ranged):
     targets: tuple[str, ...] = ("all-linear",)
     """Module names, or "all-linear"."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.targets:
+            raise ConfigError('student.lora.targets is empty. Name modules, or leave it out for "all-linear".')
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -81,11 +86,11 @@ class RolloutConfig(Ranged):
     section = "rollout"
 
     num_prompts: Count = 16
-    """Prompts per step. At least 1."""
+    """Prompts per step (TrOPD: 128; 16 is for a small GPU). At least 1."""
     num_rollouts: Count = 4
     """Responses per prompt (TrOPD: 4). At least 1."""
     max_new_tokens: Count = 512
-    """Longest response. At least 1."""
+    """Tokens of an answer at most (TrOPD: 8,096; 512 is for a small GPU). At least 1."""
     sampling: Sampling | None = None
     """By default what the method prescribes, or the student itself."""
     teacher_sampling: Sampling = field(default_factory=Sampling)

@@ -118,7 +118,9 @@ def _method_flag(flags: Sequence[str]) -> tuple[str | None, list[str]]:
 
 def explain_error(error: Any, root: type) -> str:
     """One of pydantic's errors about a `root`, in words."""
-    path = [str(x) for x in error["loc"] if not (len(error["loc"]) > 1 and x in METHODS)]
+    loc = error["loc"]
+    tags = range(1, len(loc) - (error["type"] == "unexpected_keyword_argument"))  # the method's name, said by pydantic
+    path = [str(x) for place, x in enumerate(loc) if not (place in tags and x in METHODS)]
     where, last = ".".join(path), path[-1] if path else ""
     if error["type"] == "unexpected_keyword_argument":
         known = _fields_at(error["loc"][:-1], root)

@@ -4,6 +4,7 @@
       ConfigError(ValueError)          the run cannot be what it says
         OutOfRange                     a number that its field cannot have
         EvidenceError                  a term reads what nobody supplied, or what cannot be right
+          TopKLeftOut                  a row's top-k was not asked for, but a term reads it
         VocabularyError                student and teacher do not share tokens
       DataError(ValueError)            a dataset, a row or a grader
       EngineError(RuntimeError)        whoever writes tokens as the student
@@ -44,6 +45,10 @@ class OutOfRange(ConfigError):
 
 class EvidenceError(ConfigError):
     """A term reads evidence that nobody supplied, or that cannot be right."""
+
+
+class TopKLeftOut(EvidenceError):
+    """A term reads the teacher's top-k of a row for which it was not asked."""
 
 
 class VocabularyError(ConfigError):

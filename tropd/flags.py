@@ -25,7 +25,9 @@ def read_flags(target: Any, flags: Sequence[str], prog: str, **how: Any) -> Any:
         if refusal := _refusal_behind(stop):
             raise refusal from None
         sys.stderr.write(boxed.getvalue())
-        raise ConfigError(f"the flags above are not understood. See `{prog} --help`.") from None
+        named = dict.fromkeys(flag for flag in flags if flag.startswith("--") and flag in boxed.getvalue())
+        said = f"flags above are not understood{': ' * bool(named)}{', '.join(named)}"
+        raise ConfigError(f"the {said}. `{prog} --help` lists those there are.") from None
 
 
 def _refusal_behind(error: BaseException | None) -> TropdError | None:

@@ -25,6 +25,7 @@ from tropd.probes.probes import Sums, probe_batch
 from tropd.probes.teachers import said_of
 from tropd.replay import save_batch
 from tropd.report.rollouts import write_rollouts
+from tropd.rollout.drawn import probes_of_student, probes_of_teacher
 from tropd.step import StepSums, recall_needed, score, train_step
 from tropd.student.checkpoint import writing
 from tropd.student.parallel import Ranks
@@ -58,6 +59,7 @@ def iterate(
         rollouts = _graded(parts, written.rollouts)
     with clock(seconds, "score"):
         batch = _scored(parts, directory, step, rollouts, context, written.scores)
+        drawn = probes_of_student(parts, batch.rollouts) | probes_of_teacher(parts, batch)
     watched = _Watched(parts, batch)
     with clock(seconds, "train"):
         sums = _train(parts, directory, step, batch, context, watched)
@@ -71,7 +73,7 @@ def iterate(
             world=parts.world,
             **watched.evidence(batch),
         )
-    record = _record(parts, step, progress, sums, watched.probes(parts.world), batch, seconds)
+    record = _record(parts, step, progress, sums, watched.probes(parts.world) | drawn, batch, seconds)
     raised = alarms.check(
         record.probes,
         step=step,
@@ -114,6 +116,7 @@ def _train(
             tokens_per_micro_batch=run.tokens_per_micro_batch,
             num_updates=run.optimizer.num_updates,
             watch=watched,
+            teacher=parts.teacher,
             places=[
                 p * run.rollout.num_rollouts + i for p in own_prompts(parts) for i in range(run.rollout.num_rollouts)
             ],

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tropd.batches import ScoredBatch
+from tropd.fast_paths import TAKEN, FastPath
 from tropd.objective.evidence import ABSENT, StudentView, Tokens
 from tropd.objective.objective import Objective
 from tropd.objective.plan import Counts, Plan, live_rows
@@ -51,6 +52,8 @@ class Judge:
         self.part, self.objective, self.context, self.counts = part, objective, context, counts
         live_N = live_rows(objective.terms, part.tokens, context, plan)
         self.live = None if bool(live_N.all()) else live_N.nonzero().flatten()
+        if self.live is not None:
+            TAKEN.add(FastPath.LIVE_ROWS)
         self.tokens = part.tokens if self.live is None else part.tokens.rows(self.live)
         self.plan = plan if plan is None or self.live is None else plan.rows(self.live)
         self.loss: float = 0.0

@@ -11,6 +11,7 @@ prompt cursor and the seed: nothing else is remembered, so a resumed run repeats
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -33,6 +34,7 @@ from tropd.report.display import Display, Silent, evaluation_text, make_display
 from tropd.report.ranks import NoRecords
 from tropd.report.records import RecordWriter, require
 from tropd.report.trackers import Tracker, make_trackers, numbers_of
+from tropd.run_folder import alone, begun, check_inputs
 from tropd.signals import stop_on_signals
 from tropd.startup import assemble
 from tropd.state import State, restore, save
@@ -51,30 +53,15 @@ def train(run: Run, *, display: Display | None = None) -> Path:
 
 
 def _train(run: Run, directory: Path, display: Display | None, world: Ranks) -> Path:
-    with _begun(run, directory) if world.leads else nullcontext():
+    with ExitStack() as stack:
+        settle = stack.enter_context(begun(run, directory)) if world.leads else None
         world.wait()  # the folder is this run's
         parts = assemble(run, directory, world)
         world.wait()  # nobody has been refused
-    with checkpoints.alone(directory) if world.leads else nullcontext(), _closing(parts):
+        stack.enter_context(_closing(parts))
+        if settle is not None:
+            settle()
         return _run(parts, directory, None, display)
-
-
-@contextmanager
-def _begun(run: Run, directory: Path) -> Iterator[None]:
-    """A new folder for a run, which becomes one unless the block fails."""
-    if (directory / "run.toml").exists():
-        raise ConfigError(f"{directory} holds a run already. Go on with `tropd resume {directory}`, or set output.")
-    begun = directory / "run.toml.tmp"
-    with checkpoints.writing(directory):  # before models are read, so that a full disk is told at once
-        directory.mkdir(parents=True, exist_ok=True)
-        begun.write_text(config_file.dump(run))
-    try:
-        yield
-    except BaseException:
-        begun.unlink(missing_ok=True)
-        raise
-    with checkpoints.writing(directory):
-        begun.replace(directory / "run.toml")
 
 
 def resume(directory: Path, *, step: int | None = None, display: Display | None = None) -> Path:
@@ -82,7 +69,8 @@ def resume(directory: Path, *, step: int | None = None, display: Display | None 
     if not (directory / "run.toml").exists():
         raise ConfigError(f"{directory} holds no run.toml, so there is nothing to resume. Name the folder of a run.")
     run = config_file.load(directory / "run.toml")
-    with together(run, directory) as world, checkpoints.alone(directory) if world.leads else nullcontext():
+    check_inputs(run, directory)
+    with together(run, directory) as world, alone(directory) if world.leads else nullcontext():
         return _resume(run, directory, step, display, world)
 
 
@@ -133,6 +121,9 @@ def _run(parts: Parts, directory: Path, saved: checkpoints.Checkpoint | None, di
             shown.note(f"back to step {state.step}: dropped the checkpoints of {', '.join(map(str, dropped))}")
         with ExitStack() as stack:  # closes everything, even where closing fails
             records = stack.enter_context(_recording(directory, state, saved, parts))
+            state.notes += _lacking(records)
+            for note in state.notes:
+                shown.note(note)
             facts = config_file.to_dict(run)
             asked = run.trackers if world.leads else ()
             trackers = make_trackers(asked, directory.name, facts, directory=directory.parent, step=state.step)
@@ -172,7 +163,8 @@ def _steps(
             if parts.learner.optimizer.num_steps > done or parts.world.size > 1 or state.step == 0:
                 raise  # other weights than those of the step before, or other processes that have not failed
             raise _keep_steps(parts, directory, state, alarms, error) from error
-        record, failure = hand_over(parts, state.source, record)
+        record, failure = hand_over(parts, state.source, dataclasses.replace(record, notes=tuple(state.notes)))
+        state.notes = []
         state.step += 1
         if failure is not None and parts.world.size > 1:
             raise failure  # other processes have not failed
@@ -260,6 +252,17 @@ def _open_records(directory: Path, state: State, saved: checkpoints.Checkpoint |
         return RecordWriter.resume(path, state.num_recorded)
     path.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
     return RecordWriter(path, {**_facts(parts, directory), "before": state.before})
+
+
+def _lacking(records: RecordWriter | NoRecords) -> list[str]:
+    """What somebody has taken out of the records while the run stood still."""
+    missing = records.missing
+    if not missing:
+        return []
+    return [
+        f"{len(missing)} of the steps before this one are missing from the records, {missing[0]} the first of them: "
+        "somebody has changed the file, and reports will lack them."
+    ]
 
 
 def _facts(parts: Parts, directory: Path) -> dict[str, str]:

@@ -18,4 +18,5 @@ def assemble(run: Run, directory: Path, world: Ranks = ALONE) -> Parts:
     parts = dataclasses.replace(parts, notes=(*parts.notes, *quick_checks(parts)))
     if world.size > 1 and run.parallel.teacher == "sharded" and isinstance(parts.teacher, LocalTeacher):
         parts.teacher.shard(world)  # after the checks, which read whole weights
+        parts.learner.margin = None  # the ranks ask it together, so one of them cannot ask again
     return parts

@@ -6,14 +6,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter
 
-import tropd
 from tropd import config_file
 from tropd.ahead import Source
 from tropd.assembly import Parts
-from tropd.errors import CheckpointError
+from tropd.environment import changes, environment_of
+from tropd.origins import check_same
 from tropd.probes.alarms import Alarms
 from tropd.student import checkpoint as checkpoints
 from tropd.types import StepRecord
@@ -34,6 +33,8 @@ class State:
     """Of the step taken last, where its evaluation failed."""
     asked: bool = False
     """A signal came to this process."""
+    notes: list[str] = field(default_factory=list)
+    """For the next record: what was found when the run went on."""
     stop: bool = False
     """The processes have agreed to stop."""
 
@@ -71,19 +72,14 @@ def _facts(parts: Parts, state: State, alarms: Alarms, undone: bool) -> dict[str
         "before": state.before,
         "latest": state.latest,
         "owed": None if state.owed is None else asdict(state.owed),
-        "versions": {"tropd": tropd.__version__, "torch": torch.__version__},
+        "environment": environment_of(parts),
     }
 
 
 def restore(parts: Parts, state: State, alarms: Alarms, saved: checkpoints.Checkpoint) -> None:
     held = saved.state
-    for whose, weights in parts.origins.items():
-        if held["origins"][whose] != weights:
-            path = parts.run.student.path if whose == "student" else parts.run.teachers_said
-            raise CheckpointError(
-                f"{saved.path} was trained with other weights of the {whose}, or in another precision, than {path} "
-                "gives now. Put the old ones back, or start a new run."
-            )
+    check_same(held["origins"], parts.origins, saved.path)
+    state.notes = changes(held.get("environment", {}), environment_of(parts))
     optimizer, shards = parts.learner.optimizer, parts.learner.shards
     if shards is not None:
         from tropd.student import sharded_checkpoint

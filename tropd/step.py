@@ -15,14 +15,14 @@ made from the student's own forward pass: exact, and free.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tropd.batches import ScoredBatch, add_scores, make_tokens
-from tropd.errors import EvidenceError
+from tropd.errors import EvidenceError, TopKLeftOut
 from tropd.judge import Judge, Seen, add_terms
 from tropd.objective.evidence import OF_TEACHER, Needs, Tokens
 from tropd.objective.objective import Objective
@@ -43,7 +43,8 @@ class Learner(Protocol):
     expands: bool
     """Whether it makes the teacher's whole distributions itself, from the teacher's hidden states."""
     margin: float | None
-    """No log-probability of it is further than this from what its rollouts say; None where that is not known."""
+    """The log-odds of a written token are seldom further than this from what its rollout says; None where a micro-batch
+    cannot be scored again if they are."""
 
     def learn(self, rollouts: Sequence[Rollout], judge: Judge, needs: Needs) -> None:
         """Show the judge its opinion of `judge.tokens`, in as many pieces as it likes, and add up the gradient."""
@@ -53,8 +54,8 @@ class Learner(Protocol):
         """Its opinion without gradient, as fields of Tokens: what plans read."""
         ...
 
-    def reverse_kl(self, rollouts: Sequence[Rollout], teacher: Teacher) -> Tensor:
-        """KL(student || teacher) at every response token."""
+    def reverse_kl(self, rollouts: Sequence[Rollout], teacher: Teacher, as_read: Sequence[Rollout]) -> Tensor:
+        """KL(student || teacher) at every response token; `as_read` are the rollouts as the teacher reads them."""
         ...
 
     def keep_step(self, num_passes: int, world: World) -> None:
@@ -125,9 +126,12 @@ def score(
     recall: bool,
     context: Context | None = None,
     scores: Sequence[TeacherScores] | None = None,
+    as_read: Sequence[Rollout] | None = None,
 ) -> ScoredBatch:
     """Join everything known about the rollouts.  `recall`: plan from the student as it is now, not as it will be.
-    `scores` are the teacher's, where it has been asked already."""
+    `scores` are the teacher's, where it has been asked already.  `as_read` are the rollouts as the teacher reads them,
+    where another prompt stands before the same responses."""
+    as_read = tuple(as_read or rollouts)
     context = context or Context()
     tokens = make_tokens(rollouts, seed, learner.device, learner.vocab_size)
     if context.world.size > 1:  # groups are numbered on each rank, and no group is on two
@@ -146,23 +150,25 @@ def score(
         known = tokens.with_(**own)
         wanted = top_k_rows(objective, known, context, 0.0 if own else learner.margin)
         scores = teacher.score(
-            rollouts, needs, top_k=objective.teacher_top_k, student_topk_ids_TJ=asked, top_k_rows=wanted
+            as_read, needs, top_k=objective.teacher_top_k, student_topk_ids_TJ=asked, top_k_rows=wanted
         )
     if scores is not None:
         tokens = add_scores(tokens, rollouts, scores)
     if Needs.REVERSE_KL in needs:
-        own["reverse_kl_N"] = learner.reverse_kl(rollouts, teacher)
-    return ScoredBatch(rollouts=tuple(rollouts), tokens=tokens.with_(**own), measured=bool(own))
+        own["reverse_kl_N"] = learner.reverse_kl(rollouts, teacher, as_read)
+    return ScoredBatch(rollouts=tuple(rollouts), tokens=tokens.with_(**own), measured=bool(own), as_read=as_read)
 
 
 def top_k_rows(objective: Objective, tokens: Tokens, context: Context, margin: float | None) -> TopKRows | None:
     """Which rows' top-k can be read, decided while the teacher's tile is at hand; None where it cannot be told.
 
     The student's log-probabilities are those of the rollouts, so a row counts if it would anywhere within the margin.
-    A random eighth is asked for as well, so that probes of the support speak of all tokens.
+    The margin is one of log-odds: a sure token stays sure, whatever its logits' rounding.  A random eighth is asked for
+    as well, so that probes of the support speak of all tokens.
     """
-    terms = [term for term in objective.terms if Needs.TOPK in term.loss.needs]
+    terms = [term for term in objective.terms if Needs.TOPK in term.needs]
     simple = all(t.where.needs in (Needs.NOTHING, Needs.SAMPLED) and t.where.reach == Reach.TOKEN for t in terms)
+    simple &= not any(t.loss.reward is not None and Needs.TOPK in t.loss.reward.needs for t in terms)
     if not terms or not simple or margin is None or tokens.peek("student_logprobs_N") is None:
         return None
 
@@ -170,12 +176,20 @@ def top_k_rows(objective: Objective, tokens: Tokens, context: Context, margin: f
         part = tokens.rows(rows_C.to(tokens.token_ids_N.device)).with_(teacher_logprobs_N=teacher_logprobs_C)
         chosen_C = sampled_rows(part) & (part.authors_N == Author.STUDENT)
         for nudge in {-margin, 0.0, margin}:
-            near = part.with_(student_logprobs_N=part.student_logprobs_N + nudge)
+            near = part.with_(student_logprobs_N=_nudged(part.student_logprobs_N, nudge))
             for term in terms:
                 chosen_C |= term.where(near, context) > 0
         return chosen_C
 
     return decide
+
+
+def _nudged(logprobs_N: Tensor, nudge: float) -> Tensor:
+    """Log-probabilities after a change of the log-odds log p - log(1 - p)."""
+    if not nudge:
+        return logprobs_N
+    log_odds_N = logprobs_N - torch.log(-torch.expm1(logprobs_N))  # inf where p is 1, and stays it
+    return torch.nn.functional.logsigmoid(log_odds_N + nudge)
 
 
 def train_step(
@@ -188,8 +202,11 @@ def train_step(
     num_updates: int = 1,
     watch: Watch | None = None,
     places: Sequence[int] | None = None,
+    teacher: Teacher | None = None,
 ) -> StepSums:
     """Gradient and optimiser step(s) on a scored batch.
+
+    `teacher` scores a micro-batch again where a term reads a top-k that was left out.
 
     With several updates each is planned on its own share of the rollouts; importance ratios correct for the drift.
     `places` says where the rollouts stand in the batch of all ranks, so that shares do not depend on their number.
@@ -199,10 +216,18 @@ def train_step(
     for u in range(num_updates):
         chosen = [i for i, place in enumerate(places) if place % num_updates == u]
         part = batch if num_updates == 1 else batch.alone(chosen)
-        _accumulate(part, objective, learner, context, tokens_per_micro_batch, sums, 1.0 / num_updates, watch)
+        _accumulate(part, objective, learner, context, tokens_per_micro_batch, sums, 1.0 / num_updates, watch, teacher)
         norm, sums.learning_rate = learner.update()
         sums.gradient_norms.append(norm)
     return sums
+
+
+def _with_every_top_k(part: ScoredBatch, objective: Objective, teacher: Teacher) -> ScoredBatch:
+    as_read = part.as_read or part.rollouts
+    scores = teacher.score(as_read, Needs.SAMPLED | Needs.TOPK, top_k=objective.teacher_top_k)
+    names = ("teacher_topk_ids_NK", "teacher_topk_logprobs_NK")
+    tokens = add_scores(part.tokens, part.rollouts, scores)
+    return replace(part, tokens=part.tokens.with_(**{name: tokens.peek(name) for name in names}))
 
 
 def recall_needed(objective: Objective, num_updates: int) -> bool:
@@ -219,6 +244,7 @@ def _accumulate(
     sums: StepSums,
     share: float,
     watch: Watch | None,
+    teacher: Teacher | None,
 ) -> None:
     whole: Plan | None = None
     if objective.reach > Reach.TOKEN:
@@ -229,7 +255,13 @@ def _accumulate(
         part = batch.take(chosen)
         plan = whole.rows(batch.rows_of(chosen)) if whole else None
         judge = Judge(part, objective, context, counts, plan)
-        learner.learn(part.rollouts, judge, objective.needs)
+        try:
+            learner.learn(part.rollouts, judge, objective.needs)
+        except TopKLeftOut:  # raised by the judge, before any gradient
+            if teacher is None:
+                raise
+            judge = Judge(_with_every_top_k(part, objective, teacher), objective, context, counts, plan)
+            learner.learn(part.rollouts, judge, objective.needs)
         sums.add(judge.loss, judge.terms, share)
         if watch is not None:
             watch(judge.seen())

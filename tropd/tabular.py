@@ -17,6 +17,7 @@ from tropd.judge import Judge
 from tropd.objective.borrow import student_view, teacher_evidence
 from tropd.objective.draws import uniform
 from tropd.objective.evidence import OF_TEACHER, Needs, StudentView, Tokens
+from tropd.objective.support import expected_gap
 from tropd.objective.terms import World
 from tropd.teachers.teacher import Teacher, TopKRows
 from tropd.types import Completion, Finish, Prompt, Request, Rollout, TeacherScores
@@ -157,10 +158,10 @@ class TabularLM:
         return found
 
     @torch.no_grad()
-    def reverse_kl(self, rollouts: Sequence[Rollout], teacher: Teacher) -> Tensor:
+    def reverse_kl(self, rollouts: Sequence[Rollout], teacher: Teacher, as_read: Sequence[Rollout]) -> Tensor:
         assert isinstance(teacher, TabularLM)
-        own, other = self.full_logprobs(rollouts), teacher.full_logprobs(rollouts)
-        return (own.exp() * (own - other)).sum(-1)
+        own, other = self.full_logprobs(rollouts), teacher.full_logprobs(as_read)
+        return expected_gap(own.exp(), own, other)
 
     def keep_step(self, num_passes: int, world: World) -> None:
         """Nothing here is shared."""
@@ -175,7 +176,7 @@ class TabularLM:
 def sequence_kl(p: TabularLM, q: TabularLM, max_new_tokens: int) -> Tensor:
     """KL(p || q) between whole responses of at most `max_new_tokens`, averaged over prompts.  Differentiable."""
     log_p, log_q = p.logits.log_softmax(-1), q.logits.log_softmax(-1)
-    at_state_PW = (log_p.exp() * (log_p - log_q)).sum(-1)
+    at_state_PW = expected_gap(log_p.exp(), log_p, log_q)
     return (visits(p, max_new_tokens) * at_state_PW).sum(-1).mean()
 
 

@@ -187,6 +187,8 @@ class StepRecord:
     seconds: dict[str, float]
     evaluation: dict[str, float] | None = None
     alarms: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What was found when the run went on from a checkpoint at this step."""
 
 
 def key_of(seed: int, *parts: object) -> int:

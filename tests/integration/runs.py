@@ -24,7 +24,7 @@ from tropd.startup import assemble
 from tropd.step import StepSums, recall_needed, score, train_step
 from tropd.types import Rollout
 
-NEW_TOKENS = 10
+NEW_TOKENS = 28
 TROPD = {"name": "tropd", "top_k": 8, "prefix": {"shape": "constant", "start": 0.4}, "beta": 0.1}
 
 
@@ -132,6 +132,7 @@ def step_of(parts: Parts, rollouts: list[Rollout] | None = None, progress: float
         tokens_per_micro_batch=parts.run.tokens_per_micro_batch,
         num_updates=parts.run.optimizer.num_updates,
         watch=watch,
+        teacher=parts.teacher,
     )
     weights = {name: p.detach().clone() for name, p in parts.model.named_parameters()}
     return Step(

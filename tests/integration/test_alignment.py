@@ -14,10 +14,13 @@ from tests.student.cases import plain
 from tests.tiny import tiny_model
 from tropd.assembly import Parts
 from tropd.batches import ScoredBatch
+from tropd.judge import Seen
 from tropd.methods import METHODS
 from tropd.objective.evidence import Needs
 from tropd.objective.losses import PolicyGradient
 from tropd.objective.support import NOTHING
+from tropd.objective.terms import Context
+from tropd.step import score, train_step
 from tropd.types import Author, Rollout
 
 ON_POLICY = {"tropd": {"guidance": False}, "gkd": {"student_share": 1.0}}
@@ -84,7 +87,7 @@ def everything(parts: Parts, rollouts: list[Rollout]) -> tuple[ScoredBatch, dict
     batch = judge(parts, rollouts)
     hidden_NH = batch.tokens.peek("teacher_hidden_NH")
     if hidden_NH is not None:  # whole distributions are made where they are read
-        whole_NV = parts.teacher.forward.full_logprobs(hidden_NH)
+        whole_NV = parts.teacher.forward.full_logprobs(hidden_NH, batch.tokens.token_ids_N)
         batch = dataclasses.replace(batch, tokens=batch.tokens.with_(teacher_full_logprobs_NV=whole_NV))
     with torch.no_grad():
         teacher_NV = plain(parts.teacher.forward.model, rollouts)
@@ -123,15 +126,75 @@ def test_evidence_of_every_token_is_a_whole_forward_pass_gathered_at_that_token(
     assert found == set(by_hand)
 
 
+def told(rollouts: list[Rollout]) -> list[Rollout]:
+    """The same responses, behind prompts that say more."""
+    return [
+        dataclasses.replace(
+            r,
+            prompt=dataclasses.replace(r.prompt, token_ids=(9, *r.prompt.token_ids, 33, 34)),
+            token_ids=(9, *r.prompt.token_ids, 33, 34, *r.response_ids),
+            authors=(Author.CONTEXT,) * 3 + r.authors,
+            behavior_logprobs=(0.0,) * 3 + r.behavior_logprobs,
+        )
+        for r in rollouts
+    ]
+
+
+def test_a_teacher_that_reads_another_prompt_is_asked_there_for_all_of_its_evidence(tmp_path: Path) -> None:
+    """A copy of the student that is told something first: nothing of its evidence comes from the student's prompt."""
+    parts = parts_of(pair_with_a_copy(tmp_path, "qwen3"), {"name": "tip"}, tokens_per_micro_batch=24)
+    rollouts = write(parts)
+    objective, read = parts.run.method.objective, told(rollouts)
+    batch = score(rollouts, objective, parts.teacher, parts.learner, seed=0, recall=True, as_read=read)
+    student_NV, teacher_NV = torch.cat(full_of(parts, rollouts)), torch.cat(full_of(parts, read))
+    ids_N = batch.tokens.token_ids_N
+    expected_N = (student_NV.exp() * (student_NV - teacher_NV)).sum(-1)
+    torch.testing.assert_close(batch.tokens.reverse_kl_N, expected_N, **CLOSE)
+    torch.testing.assert_close(batch.tokens.teacher_logprobs_N, teacher_NV.gather(1, ids_N[:, None])[:, 0], **CLOSE)
+    whole_NV = parts.teacher.forward.full_logprobs(batch.tokens.teacher_hidden_NH, ids_N)
+    torch.testing.assert_close(whole_NV, teacher_NV, **CLOSE)
+    assert float(expected_N.mean()) > 0.1
+    same = score(rollouts, objective, parts.teacher, parts.learner, seed=0, recall=True)
+    assert not same.tokens.reverse_kl_N.any(), "a copy that reads the same prompt says the same"
+
+
+def test_a_top_k_that_is_asked_for_again_is_that_of_what_the_teacher_reads(tmp_path: Path) -> None:
+    parts = parts_of(pair_with_a_copy(tmp_path), {"name": "full_fkl", "top_k": 8}, tokens_per_micro_batch=48)
+    rollouts = write(parts)
+    objective, read = parts.run.method.objective, told(rollouts)
+    batch = score(rollouts, objective, parts.teacher, parts.learner, seed=0, recall=False, as_read=read)
+    left_out = batch.tokens.with_(
+        teacher_topk_logprobs_NK=torch.full_like(batch.tokens.teacher_topk_logprobs_NK, NOTHING)
+    )
+    given: dict[str, Tensor] = {}
+
+    def watch(seen: Seen) -> None:
+        lengths = [len(r.response_ids) for r in seen.part.rollouts]
+        rows = seen.part.tokens.teacher_topk_logprobs_NK.split(lengths)
+        given.update(zip((r.id for r in seen.part.rollouts), rows, strict=True))
+
+    train_step(
+        dataclasses.replace(batch, tokens=left_out),
+        objective,
+        parts.learner,
+        Context(),
+        tokens_per_micro_batch=48,
+        watch=watch,
+        teacher=parts.teacher,
+    )
+    again_NK = torch.cat([given[r.id] for r in rollouts])
+    torch.testing.assert_close(again_NK, batch.tokens.teacher_topk_logprobs_NK, **CLOSE)
+
+
 def test_whole_distributions_of_the_teacher_are_those_of_a_whole_forward_pass(tmp_path: Path) -> None:
     parts = parts_of(prepare(tmp_path))
     rollouts = write(parts)
     scores = parts.teacher.score(rollouts, Needs.FULL)
-    for rollout, score in zip(rollouts, scores, strict=True):
+    for rollout, given in zip(rollouts, scores, strict=True):
         with torch.no_grad():
             expected_TV = plain(parts.teacher.forward.model, [rollout])
-        assert score.full_logprobs_TV is not None
-        torch.testing.assert_close(score.full_logprobs_TV, expected_TV, **CLOSE)
+        assert given.full_logprobs_TV is not None
+        torch.testing.assert_close(given.full_logprobs_TV, expected_TV, **CLOSE)
 
 
 def test_the_student_that_is_trained_is_a_whole_forward_pass_gathered_at_that_token(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def short_teacher() -> Any:
 
 def test_prompts_leave_room_in_the_context_of_the_teacher_too(tmp_path: Path) -> None:
     folder = prepare(tmp_path, teacher=short_teacher())
-    parts = parts_of(folder)
+    parts = parts_of(folder, rollout={"max_new_tokens": 10})
     assert any("too long" in note for note in parts.notes)
     rollouts = write(parts)
     assert max(len(r.token_ids) for r in rollouts) <= 20

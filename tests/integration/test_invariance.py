@@ -89,7 +89,7 @@ def test_a_packed_row_trains_as_padded_ones(tmp_path: Path, family: str) -> None
 
 def test_rollouts_and_their_step_do_not_depend_on_who_is_written_at_the_same_time(tmp_path: Path) -> None:
     folder = prepare(tmp_path)
-    at_once = {"max_new_tokens": 10, "num_prompts": 5, "num_rollouts": 3}
+    at_once = {"max_new_tokens": 28, "num_prompts": 5, "num_rollouts": 3}
     steps = []
     for max_batch in (64, 4, 1):
         parts = parts_of(folder, optimizer=OPTIMIZER, rollout={**at_once, "max_batch": max_batch})

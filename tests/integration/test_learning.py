@@ -88,7 +88,7 @@ def rollouts_of(
 def divergence(learner: ModelLearner, teacher: LocalTeacher) -> float:
     """Mean KL(student || teacher) on states that the student reaches."""
     rollouts = rollouts_of(OPD(), learner.model, learner.model, PROMPTS, step=-1, progress=0.0)
-    return float(learner.reverse_kl(rollouts, teacher).mean())
+    return float(learner.reverse_kl(rollouts, teacher, rollouts).mean())
 
 
 def accuracy(learner: ModelLearner) -> float:

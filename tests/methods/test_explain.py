@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from functools import reduce
 from pathlib import Path
 from typing import get_args
 
 import pytest
 from rich.console import Console
 
+from tropd.config import RolloutConfig
 from tropd.methods import METHODS, TrOPD
 from tropd.methods.describe import EVIDENCE, OVER, describe, field_docstrings, policy_in_words
 from tropd.methods.explain import explain, explain_as_data, methods, methods_as_data, page
-from tropd.objective.evidence import Needs
+from tropd.objective.evidence import OF_TEACHER, Needs
 from tropd.objective.terms import Over
 from tropd.rollout.policies import TeacherPrefix
+from tropd.teachers.server import CAPABILITIES
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,8 +68,41 @@ def test_every_kind_of_evidence_that_a_method_reads_and_every_denominator_has_wo
 def test_no_server_is_promised_where_none_can_do_it():
     assert describe("tip").teacher.startswith("A teacher in this process: no server gives FULL or REVERSE_KL.")
     assert describe("eopd").teacher.startswith("A teacher in this process: no server gives TEACHER_ENTROPY.")
+    assert describe("many_faces").teacher.startswith("A teacher in this process: no server gives STUDENT_TOPK.")
     assert describe("opd").teacher == "A teacher in this process, or a server that can do what is named above."
     assert describe("seqkd").teacher.startswith("The teacher is never asked for a probability. It also writes text")
+
+
+def test_the_server_that_is_promised_for_some_evidence_is_one_that_gives_it():
+    """What `tropd explain` says of servers is what the clients of servers say of themselves."""
+    offered = reduce(Needs.__or__, CAPABILITIES.values())
+    for need in OF_TEACHER & ~Needs.HIDDEN:
+        if need in EVIDENCE and need != Needs.REFERENCE:  # another teacher's log-probabilities, as SAMPLED
+            assert EVIDENCE[need][1].startswith("no server") == (need not in offered), need.name
+
+
+def test_what_differs_from_the_paper_in_a_runs_defaults_is_said():
+    run = RolloutConfig()
+    text = shown(explain("tropd"), width=1000)
+    assert f"defaults, {run.num_prompts} and {run.max_new_tokens}, suit" in text
+    assert "rollout.num_prompts = 128 and rollout.max_new_tokens = 8096" in text
+    for knob in ("num_prompts", "max_new_tokens"):
+        assert "TrOPD: " in field_docstrings(RolloutConfig)[knob]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("lsm", "masks the first occurrence of each special id"),
+        ("tropd_aopd", "guide_outliers = false counts it once"),
+        ("minillm", "own_reward = 'twice'"),
+        ("opd", "reward_logprobs = 'sampler' is Tinker's"),
+        ("eopd", "The clip does nothing in the first update"),
+        ("eopd", "optimizer.num_updates = 4"),
+    ],
+)
+def test_where_code_and_paper_differ_the_reading_is_said(name, words):
+    assert words in shown(explain(name), width=1000)
 
 
 def test_choices_and_defaults_are_those_of_the_field():

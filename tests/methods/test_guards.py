@@ -8,8 +8,9 @@ import pytest
 
 from tropd.errors import ConfigError, MethodWarning
 from tropd.methods import GKD, JSD, LSM, METHODS, OPD, FullFKL, ManyFaces, TrOPD, find_method
-from tropd.objective import JensenShannon, Objective, PolicyGradient, Schedule
+from tropd.objective import ForwardKL, JensenShannon, Objective, PolicyGradient, Schedule
 from tropd.objective.selectors import STUDENT, TopFraction
+from tropd.objective.targets import GeometricBridge, Temperature
 from tropd.types import Sampling
 
 REFUSED = {
@@ -18,6 +19,10 @@ REFUSED = {
     "Jensen-Shannon at 0": lambda: JSD(beta=0.0),
     "Jensen-Shannon at 1": lambda: JensenShannon(beta=1.0),
     "k3 as a loss": lambda: OPD(estimator="k3"),
+    "k2 with a reward's log-probability": lambda: OPD(estimator="k2", reward_logprobs="sampler"),
+    "a bridge beyond its ends": lambda: GeometricBridge(1.5),
+    "a target at temperature 0": lambda: Temperature(0.0),
+    "a skew of 1": lambda: ForwardKL(skew=1.0),
     "a discount above 1": lambda: OPD(discount=1.5),
     "a trust threshold of 0": lambda: TrOPD(trust="threshold", trust_threshold=0.0),
     "top_k 0": lambda: FullFKL(top_k=0).objective,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tropd.objective import Objective, StudentView, Term, TokenLoss, Tokens
 from tropd.objective.borrow import student_view, teacher_evidence
-from tropd.objective.evidence import Needs
+from tropd.objective.evidence import Needs, around
 from tropd.objective.selectors import STUDENT, Everywhere
 from tropd.objective.terms import Context, Selector
 from tropd.types import Author, key_of
@@ -52,8 +52,11 @@ def describe(
     num = int(sequences.max()) + 1
     positions = torch.cat([torch.arange(int((sequences == s).sum())) for s in range(num)])
     action = (authors == Author.STUDENT) | (authors == Author.TEACHER)
+    num_before_N, num_after_N = around(sequences, authors)
     return Tokens(
         token_ids_N=token_ids,
+        num_before_N=num_before_N,
+        num_after_N=num_after_N,
         authors_N=authors,
         sequences_N=sequences,
         positions_N=positions,

@@ -58,7 +58,10 @@ VARIANTS = {
     "reopold_refine": REOPOLD(switch=0.1),
     "aopd_reverse": AOPD(divergence="reverse_kl", top_k=K),
     "aopd_js": AOPD(divergence="jensen_shannon", top_k=K),
-    "lsm_special": LSM(top_k=K, special_ids=(1, 2, 3)),
+    **{f"lsm_{o}": LSM(top_k=K, special_ids=(1, 2, 3), special_occurrences=o) for o in ("first", "every")},
+    "tropd_aopd_once": TrOPDPlusAOPD(guide_outliers=False, tropd=TrOPD(top_k=K)),
+    "opd_sampler": OPD(reward_logprobs="sampler"),
+    "minillm_twice": MiniLLM(own_reward="twice"),
     **{
         f"faces_{s}_{o}": ManyFaces(support=s, outside=o, top_k=3)
         for s in ("teacher_top_k", "student_top_k", "union", "intersection")

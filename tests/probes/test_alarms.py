@@ -147,6 +147,19 @@ def test_a_resumed_run_raises_what_an_unbroken_one_raises() -> None:
         after.load_state_dict({"lengths": []})
 
 
+def test_evidence_adds_up_over_steps_and_is_forgotten_when_it_speaks_for_the_sampler() -> None:
+    cold = "draws/student/at temperature 0.7"
+    slow, honest = Alarms(), Alarms()
+    raised = [names(check(slow, {**HEALTHY, cold: 8.0}, step)) for step in range(3)]
+    assert raised == [[], [], ["student_draws"]]
+    for step in range(60):
+        assert check(honest, {**HEALTHY, cold: -30.0 if step % 2 else 15.0}, step) == []
+    resumed = Alarms()
+    resumed.load_state_dict(json.loads(json.dumps(slow.state_dict())))
+    [alarm] = check(resumed, {**HEALTHY, cold: 0.0}, 3)
+    assert "it looks drawn at temperature 0.7, by 24 nats of evidence" in alarm.message
+
+
 ACTIONS = [f.name for f in fields(AlarmConfig) if isinstance(f.default, str)]
 BROKEN: dict[str, dict[str, float]] = {
     "uniform_teacher": {"teacher/mean_logprob": -log(V), "entropy/teacher": log(V)},
@@ -155,6 +168,9 @@ BROKEN: dict[str, dict[str, float]] = {
     "support_collapse": {"mass/student_in_teacher_top_k": 0.0},
     "entropy_collapse": {"entropy/student": 0.0},
     "repetition": {"repetition/4gram": 1.0},
+    "student_draws": {"draws/student/at temperature 0.7": 21.0},
+    "teacher_draws": {"draws/teacher/at temperature 0.7": 21.0},
+    "equal_answers": {"draws/alike": 21.0},
 }
 
 
@@ -168,9 +184,9 @@ def raise_everything(config: AlarmConfig) -> list[Alarm]:
 
 def test_every_alarm_can_be_raised_and_names_a_remedy() -> None:
     raised = raise_everything(AlarmConfig())
-    assert sorted(names(raised)) == sorted(ACTIONS) and len(ACTIONS) == 8
+    assert sorted(names(raised)) == sorted(ACTIONS) and len(ACTIONS) == 11
     assert all(len(alarm.message) > 120 for alarm in raised)
-    assert [alarm.action for alarm in raised[:-1]] == ["stop"] * 3 + ["warn"] * 4
+    assert [alarm.action for alarm in raised[:-1]] == ["stop"] * 6 + ["warn"] * 4
 
 
 @pytest.mark.parametrize("name", ACTIONS)

@@ -113,8 +113,9 @@ def test_new_weights_are_used_by_the_next_call():
     assert [c.token_ids for c in after] == [c.token_ids for c in write(model, own=True)[1]]
 
 
-def test_a_layer_that_computes_something_else_is_noticed_and_left_to_itself():
-    model = make(CONFIGS["llama"])
+@pytest.mark.parametrize("width", [32, 320])
+def test_a_layer_that_computes_something_else_is_noticed_and_left_to_itself(width):
+    model = make(tiny_config("llama", width=width))
     mlp = model.model.layers[1].mlp
     plain = type(mlp).forward
     mlp.forward = lambda x: 2.0 * plain(mlp, x)

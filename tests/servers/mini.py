@@ -41,6 +41,7 @@ class QuietServer(ThreadingHTTPServer):
     """Whoever asked may go away in the middle of an answer."""
 
     daemon_threads = True
+    request_queue_size = 128
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), ConnectionError):
@@ -135,6 +136,10 @@ class MiniServer:
             self.adapters[name] = PeftModel.from_pretrained(base, folder).merge_and_unload().eval()
         return {}
 
+    def drawn_from(self, ids: list[int]) -> torch.Tensor:
+        """As `logprobs`, of the tokens of a text when they are drawn: the model's own."""
+        return MiniServer.logprobs(self, ids)
+
     def logprobs(self, ids: list[int]) -> torch.Tensor:
         """Row t describes token t; row 0 is of no use."""
         with torch.no_grad():
@@ -156,7 +161,13 @@ class MiniServer:
             if len(ids) + body["max_tokens"] > self.max_model_len:
                 raise Refusal(400, f"This model's maximum context length is {self.max_model_len} tokens.")
         choices = [self._choice(index, ids, body, top_k) for index, ids in enumerate(prompts)]
-        return {"id": f"cmpl-{request_id}", "object": "text_completion", "model": body["model"], "choices": choices}
+        about = {"object": "text_completion", "model": body["model"]}
+        return {
+            "id": f"cmpl-{request_id}",
+            **about,
+            "choices": choices,
+            "usage": {"prompt_tokens": sum(map(len, prompts))},
+        }
 
     def _choice(self, index: int, ids: list[int], body: dict[str, Any], top_k: int | None) -> dict[str, Any]:
         written = self._write(ids, body) if top_k is None else None
@@ -170,14 +181,20 @@ class MiniServer:
             "logprobs": None,
         }
         if written is not None and body.get("logprobs") is not None:
-            choice["logprobs"] = {
-                "tokens": [f"token_id:{i}" for i in written.token_ids],
-                "token_logprobs": [max(x, -9999.0) for x in written.model_logprobs],
-            }
+            choice["logprobs"] = self._drawn(ids, list(written.token_ids), body["logprobs"])
         if top_k is not None:
             rows_TV = self.logprobs(ids)
             choice["prompt_logprobs"] = [None, *(_row(rows_TV[t], ids[t], top_k) for t in range(1, len(ids)))]
         return choice
+
+    def _drawn(self, ids: list[int], new: list[int], top_k: int) -> dict[str, Any]:
+        """Of a text: the token that was drawn, and the likeliest ones."""
+        rows_TV = self.drawn_from([*ids, *new])[len(ids) :].clamp_min(-9999.0)
+        own = [float(row_V[i]) for row_V, i in zip(rows_TV, new, strict=True)]
+        tops = [{f"token_id:{i}": x for x, i, _ in _top(row_V, top_k)} for row_V in rows_TV]
+        names = [f"token_id:{i}" for i in new]
+        all_ = [{name: x} | top for name, x, top in zip(names, own, tops, strict=True)]
+        return {"tokens": names, "token_logprobs": own, "top_logprobs": all_}
 
     def _write(self, ids: list[int], body: dict[str, Any]) -> Any:
         request = Request(
@@ -208,8 +225,7 @@ class MiniServer:
     def _score(self, ids: list[int], rid: str, top_k: int) -> dict[str, Any]:
         rows_TV = self.logprobs(ids)
         own = [[None if t == 0 else float(rows_TV[t, i]), i, None] for t, i in enumerate(ids)]
-        tops = [rows_TV[t].topk(top_k) for t in range(1, len(ids))]
-        top = [list(zip(x.values.tolist(), x.indices.tolist(), [None] * top_k, strict=True)) for x in tops]
+        top = [_top(row_V, top_k) for row_V in rows_TV[1:]]
         meta = {"id": rid, "prompt_tokens": len(ids), "input_token_logprobs": own, "input_top_logprobs": [None, *top]}
         return {"text": "", "meta_info": meta}
 
@@ -223,7 +239,17 @@ class MiniServer:
         written = self._write(body["input_ids"], {**asked, **values})
         end = {"type": "length" if written.finish is Finish.LENGTH else "stop"}
         meta = {"id": body["rid"], "finish_reason": end, "prompt_tokens": len(body["input_ids"])}
+        if body.get("return_logprob"):
+            ids = list(written.token_ids)
+            rows_TV = self.drawn_from([*body["input_ids"], *ids])[-len(ids) :]
+            meta["output_token_logprobs"] = [[float(row_V[i]), i, None] for row_V, i in zip(rows_TV, ids, strict=True)]
+            meta["output_top_logprobs"] = [_top(row_V, body["top_logprobs_num"]) for row_V in rows_TV]
         return {"text": "", "output_ids": list(written.token_ids), "meta_info": meta}
+
+
+def _top(logprobs_V: torch.Tensor, top_k: int) -> list[Any]:
+    top = logprobs_V.topk(top_k)
+    return list(zip(top.values.tolist(), top.indices.tolist(), [None] * top_k, strict=True))
 
 
 def _row(logprobs_V: torch.Tensor, written: int, top_k: int) -> dict[str, Any]:
@@ -255,6 +281,9 @@ def _handler(server: MiniServer) -> type[BaseHTTPRequestHandler]:
                     status, found = 200, server.answer(self.path, body, request_id)
                 except Refusal as refusal:
                     status, found = refusal.status, {"error": {"message": str(refusal)}}
+                except Exception as defect:  # a refusal too: whoever asked would try again until its deadline
+                    words = f"the tests' small server fails: {type(defect).__name__}: {defect}"
+                    status, found = 400, {"error": {"message": words}}
             content = json.dumps(found).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))

@@ -20,6 +20,7 @@ from tests.servers.proxy import Proxy, Reply, status
 from tests.servers.test_rollouts import nudge
 from tropd.ahead import Source
 from tropd.errors import ConfigError, EngineTimeout, TeacherError
+from tropd.fast_paths import FastPath
 from tropd.loop import resume, train
 from tropd.objective.evidence import Needs
 from tropd.objective.support import NOTHING
@@ -27,6 +28,8 @@ from tropd.report.records import read_records
 
 OPD = {"name": "opd"}
 BATCH = 6
+SERVED = {FastPath.WRITING_AHEAD, FastPath.KEPT_TEXTS, FastPath.KEPT_SCORES, FastPath.FUSED_HEAD}
+"""What a continued run with both models on servers takes."""
 QUICK = {"deadline_seconds": 0.5}
 
 
@@ -135,8 +138,8 @@ def test_a_run_that_is_interrupted_and_killed_ends_like_one_left_alone(case: str
     with MiniServer(models / "student") as student, MiniServer(models / "teacher") as teacher:
         changes: dict[str, Any] = {
             "steps": 6,
-            "rollout": {"servers": [student.url], "staleness": 1},
-            "evaluation": {"every": 4},
+            "rollout": {"servers": [student.url], "staleness": 1, "num_prompts": 2},
+            "evaluation": {"every": 4, "limit": 1},
         }
         if case == "tropd":
             changes["teacher"] = {"servers": [teacher.url], "score_cache": True}
@@ -148,6 +151,8 @@ def test_a_run_that_is_interrupted_and_killed_ends_like_one_left_alone(case: str
         killed = run_case.start(Order(directory=broken)).kill_when(lambda: run_case.num_recorded(broken) >= 4, 0.02)
         ended = run_case.resume(broken)
         assert killed and ended.code == 0, ended.said
+    if case == "tropd":
+        assert ended.took >= SERVED, "what was not taken was not compared"
     assert [r.probes["staleness/max"] for r in read_records(broken / "records.jsonl").steps] == [0.0] + [1.0] * 5
     assert run_case.trace(broken) == run_case.trace(straight)
 

@@ -17,7 +17,7 @@ from tropd import config_file
 from tropd.cli import main
 from tropd.config import Run
 from tropd.doctor import Check, examine
-from tropd.errors import ConfigError
+from tropd.errors import TeacherError
 from tropd.loop import train
 
 QUICK = {"deadline_seconds": 1.5, "answer_seconds": 5.0}
@@ -82,7 +82,7 @@ def test_good_servers_pass_and_what_they_can_do_is_said(world: Path) -> None:
     with MiniServer(teacher, max_logprobs=37) as a, MiniServer(teacher, max_logprobs=50) as b:
         found = of_servers(run_at(world, a.url, b.url), num_prompts=2, max_new_tokens=6)
     names = {"servers", "tokenizer", "top-k", "repeats", "replicas", "prefix cache", "temperature", "parity"}
-    assert set(found) == names | {"context", "speed"}
+    assert set(found) == names | {"own texts", "draws", "context", "speed"}
     assert {check.level for check in found.values()} == {"ok"}, found
     assert "the top-37, and the ids of all tokens come back; the method reads 8" in found["top-k"].found
     assert "they hold 256" in found["context"].found and "tokens per second" in found["speed"].found
@@ -139,6 +139,6 @@ def test_the_command_says_it_in_a_table_and_by_its_exit_code(world: Path, capsys
 
 
 def test_training_does_not_begin_on_a_server_whose_scores_cannot_be_trusted(world: Path) -> None:
-    with Forgetful(world / "teacher") as server, pytest.raises(ConfigError, match="prefix cache: .*as much as"):
+    with Forgetful(world / "teacher") as server, pytest.raises(TeacherError, match="prefix cache: .*as much as"):
         train(run_at(world, server.url))
     assert not (world / "never").exists() or not (world / "never" / "records.jsonl").exists()

@@ -76,7 +76,7 @@ def test_no_step_is_trained_on_spoiled_answers(world: Path, tmp_path: Path) -> N
     kinds = (cut, truncated, corrupt, garbage)
 
     def spoil(number: int, request: bytes, reply: Any) -> Any:
-        spoiled = number in (2, 5, 7, 10) or number > 22
+        spoiled = number in (2, 5, 7, 10) or number > 40
         return kinds[number % 4](number, request, reply) if spoiled else reply
 
     with MiniServer(world / "teacher") as server, Proxy(server.url) as proxy:

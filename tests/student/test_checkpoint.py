@@ -16,6 +16,7 @@ import torch
 from tests import run_case
 from tests.tiny import byte_tokenizer, tiny_model
 from tropd import loop
+from tropd.commands.trained import load_checkpoint
 from tropd.errors import CheckpointError, ConfigError
 from tropd.student import checkpoint as checkpoints
 
@@ -138,10 +139,12 @@ def test_a_student_of_another_shape_is_refused(models: Path, tmp_path: Path) -> 
     assert run_case.train(run_case.write_run(own, directory), directory, stop_after=2).code == 0
     run_case.save_model(tiny_model("qwen3", tied=True, width=16), byte_tokenizer(), own / "student")
     with pytest.raises(CheckpointError, match=r"has shape \(262, 32\), the student's has \(262, 16\).*another model"):
+        load_checkpoint(directory, None, "cpu")
+    with pytest.raises(CheckpointError, match=r"of the student, config\.json changed"):
         loop.resume(directory)
     run_case.save_model(tiny_model("qwen3", tied=True, layers=3), byte_tokenizer(), own / "student")
     with pytest.raises(CheckpointError, match="they differ in 'model.layers.2.* It belongs to another model"):
-        loop.resume(directory)
+        load_checkpoint(directory, None, "cpu")
 
 
 @pytest.mark.parametrize(("case", "whose"), [("tropd", "teacher"), ("lora", "student")])
@@ -151,7 +154,7 @@ def test_weights_that_no_checkpoint_holds_must_be_the_same_on_resuming(
     own, directory = own_models(models, tmp_path), tmp_path / "run"
     assert run_case.train(run_case.write_run(own, directory, case), directory, stop_after=2).code == 0
     run_case.save_model(tiny_model("qwen3", tied=True, seed=7), byte_tokenizer(), own / whose)
-    with pytest.raises(CheckpointError, match=f"other weights of the {whose}"):
+    with pytest.raises(CheckpointError, match=f"of the {whose}, model.safetensors changed"):
         loop.resume(directory)
 
 

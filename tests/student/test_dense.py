@@ -26,7 +26,7 @@ def dense(head, hidden, tokens, objective, tile):
         view = view_of(full_CV.gather(1, ids_NM[rows])).with_(full_logprobs_NV=full_CV)
         return objective(tokens.rows(rows), view, plan.rows(rows)).loss
 
-    return dense_loss(head, hidden, judge, tile)
+    return dense_loss(head, hidden, tokens.token_ids_N, judge, tile)
 
 
 @pytest.mark.parametrize("name", [*FULL, "tropd", "many_faces"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tests.tiny import VOCAB, tiny_config, tiny_model
 from tropd.errors import ConfigError, DataError, EvidenceError, TrainingDiverged, VocabularyError
 from tropd.objective.evidence import Needs
 from tropd.student.forward import Forward, lay_out
+from tropd.types import Author
 
 FAMILIES = ["qwen3", "llama", "gpt2", "gemma2", "cohere", "granite"]
 IN_FLOAT32 = {"gemma2": 1e-6, "cohere": 1e-6}
@@ -143,6 +145,28 @@ def test_reverse_kl_is_the_sum_over_the_whole_vocabulary() -> None:
     assert torch.equal(Forward(student).reverse_kl(rollouts, Forward(student)), torch.zeros_like(found_N))
     with pytest.raises(VocabularyError, match=f"{VOCAB} and 100"):
         Forward(student).reverse_kl(rollouts, Forward(teacher, vocab_size=100))
+
+
+def test_reverse_kl_to_a_teacher_that_reads_another_prompt_is_to_what_it_says_there() -> None:
+    """Longer and shorter prompts than the student's; a copy of the student with another prompt is another teacher."""
+    student, rollouts = tiny_model("qwen3").double(), rollouts_of()
+    told = [
+        dataclasses.replace(
+            r,
+            prompt=dataclasses.replace(r.prompt, token_ids=prompt),
+            token_ids=(*prompt, *r.response_ids),
+            authors=(Author.CONTEXT,) * len(prompt) + r.authors[len(r.prompt.token_ids) :],
+            behavior_logprobs=(0.0,) * (len(prompt) + len(r.response_ids)),
+        )
+        for n, r in enumerate(rollouts)
+        for prompt in [((7, 8, 9, 10, 11) * n)[: 3 * n] or (12,)]
+    ]
+    with torch.no_grad():
+        student_NV, teacher_NV = plain(student, rollouts), plain(student, told)
+    expected_N = (student_NV.exp() * (student_NV - teacher_NV)).sum(-1)
+    found_N = Forward(student, tile_tokens=4).reverse_kl(rollouts, Forward(student), told)
+    torch.testing.assert_close(found_N, expected_N, rtol=1e-10, atol=1e-10)
+    assert float(found_N.mean()) > 0.1
 
 
 def test_measuring_ignores_dropout_and_leaves_modes_alone() -> None:

@@ -18,7 +18,8 @@ from tests.tiny import VOCAB, tiny_config, tiny_model
 from tropd.errors import ConfigError
 from tropd.objective.evidence import Needs
 from tropd.student.forward import Forward
-from tropd.student.head import Head, likeliest
+from tropd.student.head import Head
+from tropd.student.likeliest import likeliest
 
 
 def test_padded_vocabulary_rows_take_no_probability() -> None:
@@ -46,9 +47,14 @@ def test_half_precision_weights_have_float32_statistics() -> None:
     # bfloat16 keeps 3 digits: sums taken in it are off by more than 1e-3
     assert (view.full_logprobs_NV.exp().sum(-1) - 1.0).abs().max() < 1e-5
     with torch.no_grad():
-        logits_NV = forward.head.logits(forward.hidden(rollouts))
+        hidden_NH = forward.hidden(rollouts)
+        logits_NV = forward.head.logits(hidden_NH)
+        exact_NV, rounded_NV = hidden_NH.double() @ model.lm_head.weight.double().t(), model.lm_head(hidden_NH)
     assert logits_NV.dtype == torch.bfloat16
-    torch.testing.assert_close(view.full_logprobs_NV, logits_NV.float().log_softmax(-1), rtol=1e-5, atol=1e-5)
+    peaks_N9 = torch.cat([tokens_of(rollouts).token_ids_N[:, None], rounded_NV.topk(8).indices], 1)
+    mixed_NV = rounded_NV.double().scatter(1, peaks_N9, exact_NV.gather(1, peaks_N9))
+    expected_NV = forward.head.transform(mixed_NV).log_softmax(-1).float()
+    torch.testing.assert_close(view.full_logprobs_NV, expected_NV, rtol=1e-5, atol=1e-5)
     view.logprobs_N.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 

@@ -8,9 +8,10 @@ from torch import nn
 
 from tests.student.cases import assert_same_gradients, gradients, rollouts_of, tokens_of
 from tests.tiny import tiny_model
+from tropd.model.hf import recomputes
 from tropd.objective.evidence import Needs
 from tropd.student.forward import Forward
-from tropd.student.spans import recomputes, worth_it
+from tropd.student.spans import worth_it
 
 RAGGED = [(2, 3), (4, 17), (1, 30)]
 PLAIN = ["qwen3", "llama", "gpt2", "granite"]

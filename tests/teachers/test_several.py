@@ -287,8 +287,8 @@ def test_a_stranger_late_in_a_stream_costs_no_step(world: Path, tmp_path: Path) 
 def test_reverse_kl_is_to_each_ones_own_teacher(world: Path) -> None:
     parts = parts_of(world, **several(world, rollout={"num_prompts": 6}))
     rollouts = write(parts)
-    rows = parts.learner.reverse_kl(rollouts, parts.teacher).split([len(r.response_ids) for r in rollouts])
+    rows = parts.learner.reverse_kl(rollouts, parts.teacher, rollouts).split([len(r.response_ids) for r in rollouts])
     alone = {name: _teacher(path, parts.vocab_size) for name, path in names(world).items()}
     for rollout, kl_T in zip(rollouts, rows, strict=True):
-        expected_T = parts.learner.reverse_kl([rollout], alone[rollout.prompt.teacher])
+        expected_T = parts.learner.reverse_kl([rollout], alone[rollout.prompt.teacher], [rollout])
         torch.testing.assert_close(kl_T, expected_T, rtol=1e-4, atol=1e-5)

@@ -75,6 +75,15 @@ def without_code(run: Run, trusted: bool) -> tuple[Run, list[str]]:
 
 def new_folder(path: Path) -> Path:
     """A folder that is to be written whole must not be there: what stands in it would be lost."""
-    if path.exists():
+    if path.exists() or path.is_symlink():
         raise ConfigError(f"{path} exists already, and nothing is overwritten. Name a folder that does not exist.")
+    unfinished = path.with_name(path.name + ".tmp")
+    if unfinished.exists() or unfinished.is_symlink():
+        raise ConfigError(
+            f"{unfinished} exists, where {path} would be written first: a command that was killed has left it, or it "
+            "is yours. Remove it, or name another folder."
+        )
+    for above in path.expanduser().resolve().parents:
+        if any((above / name).exists() for name in ("config.json", "adapter_config.json", "records.jsonl")):
+            raise ConfigError(f"{path} lies in {above}, which holds a model or a run. Name a folder outside of it.")
     return path

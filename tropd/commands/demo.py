@@ -61,9 +61,10 @@ def _demonstrate(output: Path, num_seeds: int, steps: int | None, workers: int, 
 
 def _renew(output: Path) -> None:
     """Only what an earlier demonstration wrote is removed."""
-    if (output / "results.jsonl").exists():
+    there = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if "results.jsonl" in there and there <= {"results.jsonl", "trials", "report.html"}:
         shutil.rmtree(output)
-    elif output.exists() and any(output.iterdir()):
+    elif there or (output.exists() and not output.is_dir()):
         raise ConfigError(f"{output} holds something else than an earlier demonstration. Name another --output.")
 
 

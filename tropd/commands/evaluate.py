@@ -20,9 +20,11 @@ from tropd.commands import Arguments
 from tropd.commands.trained import Trained, is_run, load_student, stops_of
 from tropd.config import Run
 from tropd.data.prompts import DataConfig, load_prompts
+from tropd.data.rows import nearest
 from tropd.errors import ConfigError, DataError
 from tropd.evaluation.results import EvalConfig
 from tropd.flags import read_flags
+from tropd.student.models import looks_local
 from tropd.terminal import tell
 
 
@@ -49,10 +51,28 @@ def main(argv: list[str]) -> int:
     parser.add_argument("-o", "--output", type=Path, help="where items.jsonl and summary.json go")
     asked, flags = parser.parse_known_args(argv)
     source = Path(asked.model).expanduser()
+    _check_there(source, asked)
     run = config_file.load(source / "run.toml") if is_run(source) else None
     config = _configure(run, asked.data, flags)
     _evaluate(asked, config)
     return 0
+
+
+def _check_there(source: Path, asked: Any) -> None:
+    """A folder that is missing is said first: of its run nothing else can be missing."""
+    if source.is_dir():
+        return
+    if source.exists():
+        raise ConfigError(f"{asked.model} is a file. Give the folder of a run or a model.")
+    if looks_local(asked.model):
+        there = [folder.name for folder in source.parent.glob("*/")] if source.parent.is_dir() else []
+        raise ConfigError(
+            f"there is neither a run nor a model in {asked.model}: no such folder{nearest(source.name, there)}."
+        )
+    if asked.data is None:
+        raise ConfigError(
+            f"{asked.model} is no folder here, and a model of the hub brings no held-out data: give --data PATH too."
+        )
 
 
 def _configure(run: Run | None, data: str | None, flags: list[str]) -> Evaluation:
@@ -83,7 +103,7 @@ def _evaluate(asked: Any, config: Evaluation) -> None:
     batch = trained.run.rollout.max_batch if trained.run else 64
     engine = TransformersEngine(trained.model, vocab_size=size, max_batch=batch)
     loaded = load_prompts(_limited(config, engine.context), trained.tokenizer)
-    version = model_fingerprint(trained.model)
+    version = model_fingerprint(trained.model, whole=True)
     folder = asked.output or _default_folder(asked.model, config, version)
     tell(f"{config.data.path}: {loaded.report}")
     result = evaluate(

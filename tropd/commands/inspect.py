@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
     said = [
         f"step {asked.step} of {asked.run}: {len(kept.ids)} rollouts, {len(kept.places_N)} response tokens",
         f"read from {kept.source}",
+        *(f"note: {note}" for note in (record.notes if record else ())),
         *(f"alarm: {alarm}" for alarm in (record.alarms if record else ())),
         *(() if record else ("- records.jsonl holds no record of this step that can be read.",)),
         *(f"- {finding}" for finding in kept.findings),

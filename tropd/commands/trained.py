@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from tropd import config_file
 from tropd.config import ModelConfig, Run
 from tropd.errors import CheckpointError, ConfigError
-from tropd.reading import refusing
 from tropd.student import checkpoint as checkpoints
 from tropd.student.models import base_of, choose_device, load_model, load_tokenizer, wrap_student
+from tropd.student.weights import load_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,13 +74,8 @@ def _load_folder(source: str, device: str, dtype: Any) -> Trained:
     tokenizer = load_tokenizer(ModelConfig(path=source), "model")
     if not adapter.exists():
         return Trained(model=load_model(ModelConfig(path=source, dtype=dtype), "model", chosen), tokenizer=tokenizer)
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise ConfigError(f"{source} is an adapter, which needs peft: pip install 'tropd[lora]'.") from None
     model: Any = load_model(ModelConfig(path=base_of(adapter.parent), dtype=dtype), "base", chosen)
-    with refusing(lambda why: f"the adapter in {source} cannot be loaded: {why}."):
-        return Trained(model=PeftModel.from_pretrained(model, source).eval(), tokenizer=tokenizer)
+    return Trained(model=load_adapter(model, adapter.parent).eval(), tokenizer=tokenizer)
 
 
 def stops_of(trained: Trained) -> tuple[int, ...]:

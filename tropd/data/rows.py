@@ -56,8 +56,10 @@ def open_table(path: str, *, split: str = "train", name: str | None = None, stre
     elif file.is_file():
         raise DataError(f"{path}: '{file.suffix}' files are not read. Write the rows as one of {', '.join(SUFFIXES)}.")
     elif file.is_dir():
+        inside = sorted(other.name for other in file.iterdir() if other.suffix in SUFFIXES)
+        there = f" It holds {', '.join(inside[:3])}: give one of them." if inside else ""
         raise DataError(
-            f"{shortened(path)} is a folder, but `datasets` saved no data set in it. Give a file "
+            f"{shortened(path)} is a folder, but `datasets` saved no data set in it.{there} Give a file "
             f"({', '.join(SUFFIXES)}), or a folder written by save_to_disk."
         )
     elif path.startswith((".", "/", "~")) or path.count("/") > 1:

@@ -19,10 +19,11 @@ import torch
 from tropd.config import ModelConfig
 from tropd.doctor.check import Check, error, ok, warning
 from tropd.doctor.subject import Subject
-from tropd.errors import TropdError
+from tropd.errors import ConfigError, TropdError
 from tropd.objective.evidence import Needs
+from tropd.run_folder import check_place
 from tropd.student.head import causal_lm_of
-from tropd.student.models import choose_device, choose_dtype, wrap_student
+from tropd.student.models import choose_device, choose_dtype, free_memory, wrap_student
 
 CURE = (
     "Use a smaller teacher, a [student.lora] section, student.gradient_checkpointing = true, a smaller "
@@ -175,10 +176,10 @@ def check_disk(subject: Subject) -> Iterator[Check]:
     """Checkpoints that are kept, the best one, the one being written, and the finished model."""
     run = subject.run
     directory = Path(run.output)
-    if (directory / "run.toml").exists():
-        yield error(
-            "output", f"{directory} holds a run already.", f"Go on with `tropd resume {directory}`, or set output."
-        )
+    try:
+        check_place(run, directory)
+    except ConfigError as refused:
+        yield error("output", str(refused), "Set output to a new folder.")
     try:
         need = need_of(subject)
     except (TropdError, AttributeError, RuntimeError, NotImplementedError, ValueError):
@@ -195,21 +196,6 @@ def check_disk(subject: Subject) -> Iterator[Check]:
         yield ok("disk", said)
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had, where the system says."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    facts = Path("/proc/meminfo")
-    if device.type != "cpu" or not facts.exists():
-        return None
-    lines = dict(line.split(":", 1) for line in facts.read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return free
-
-
 def gib(num_bytes: int) -> str:
     if num_bytes < 2**20:
         return f"{num_bytes / 2**10:.0f} KiB"
@@ -224,4 +210,6 @@ def _without_storage(config: ModelConfig) -> Any:
     extra |= {"gguf_file": config.gguf_file} if config.gguf_file else {}
     found = AutoConfig.from_pretrained(config.path, **options, **extra)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(found, **options)
+        model = AutoModelForCausalLM.from_config(found, **options)
+    model.tie_weights()  # transformers 5.0 leaves that out where there is no storage
+    return model

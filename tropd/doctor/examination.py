@@ -20,14 +20,15 @@ from tropd.doctor.method import (
     check_precision,
     check_support,
 )
-from tropd.doctor.prompts import check_graders, check_lengths, check_prompts
-from tropd.doctor.servers import check_essentials, check_servers
+from tropd.doctor.prompts import check_graders, check_lengths, check_prompts, check_unknown
+from tropd.doctor.servers import check_servers
 from tropd.doctor.subject import Subject, read_subject, subject_of
 from tropd.doctor.texts import check_generation, check_stops, check_templates, check_tokenizers
 from tropd.errors import ConfigError, TropdError
 from tropd.student.models import model_fingerprint
 from tropd.teachers.local import LocalTeacher
 from tropd.teachers.routed import by_name
+from tropd.versions import outside
 
 if TYPE_CHECKING:
     from tropd.assembly import Parts
@@ -40,6 +41,7 @@ OF_A_TEACHER: tuple[Look, ...] = (check_tokenizers, check_stops, check_templates
 QUICK: tuple[Look, ...] = (
     check_lengths,
     check_prompts,
+    check_unknown,
     check_graders,
     check_support,
     check_dropout,
@@ -52,12 +54,12 @@ READ: tuple[Look, ...] = (*QUICK, check_generation, check_needs, check_objection
 
 
 def quick_checks(parts: Parts) -> list[str]:
-    """The checks that need no rollouts, and what changes a server's scores: errors are raised, warnings returned."""
+    """The checks that need no rollouts: errors are raised, warnings returned.  Servers were examined when they were
+    met."""
     subject = subject_of(parts)
     checks = [
         *_of_teachers(subject, OF_A_TEACHER),
         *_looks(subject, QUICK),
-        *_of_teachers(subject, (check_essentials,)),
     ]
     refusals = [check for check in checks if check.level == "error"]
     if refusals:
@@ -72,6 +74,7 @@ def examine(run: Run, *, num_prompts: int = 8, max_new_tokens: int = 64) -> list
     With `num_prompts` = 0 nothing is loaded but configurations, tokenizers and data.
     """
     subject, checks = read_subject(run)
+    checks += check_versions()
     if subject is None:
         return checks
     checks += [*_of_teachers(subject, OF_A_TEACHER), *_looks(subject, READ)]
@@ -79,6 +82,16 @@ def examine(run: Run, *, num_prompts: int = 8, max_new_tokens: int = 64) -> list
     if num_prompts == 0 or any(check.level == "error" for check in checks):
         return checks
     return checks + _measure(run, num_prompts, max_new_tokens)
+
+
+def check_versions() -> Iterator[Check]:
+    """Packages in versions that tropd was not run with."""
+    for package in outside():
+        yield warning(
+            "versions",
+            f"{package.objection}.",
+            "It may be slower or fail. `tropd env` lists all; pip install 'tropd[tested]' goes back to what was run.",
+        )
 
 
 def _looks(subject: Subject, looks: Sequence[Look]) -> Iterator[Check]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from tropd.data import chat
 from tropd.data.graders import GRADERS, Grader, check_answers
 from tropd.doctor.check import Check, error, ok, warning
 from tropd.doctor.subject import Subject
@@ -12,6 +13,8 @@ from tropd.teachers.loading import share_prompts
 from tropd.types import Prompt
 
 _GRADED = 64  # answers: enough to see a wrong column
+_ENCODED = 1024  # answers
+_UNKNOWN = 0.02  # share of tokens: a rare character is no reason to worry
 _GRADED_BY_OWN = 8  # a grader that we do not know may be slow, or cost money
 
 
@@ -94,6 +97,32 @@ def check_lengths(subject: Subject) -> Iterator[Check]:
         )
     else:
         yield ok("lengths", f"{said} fit {known}")
+
+
+def check_unknown(subject: Subject) -> Iterator[Check]:
+    """Text that the tokenizer has no tokens for is lost before a model reads it."""
+    tokenizer = subject.student.tokenizer
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id) or not subject.prompts:
+        return
+    written = [answer for prompt in subject.prompts[:_ENCODED] if (answer := prompt.answer) is not None]
+    texts = {
+        "prompts": [prompt.token_ids for prompt in subject.prompts],
+        "answers": [chat.encode_response(answer, tokenizer, None) for answer in written]
+        + [prompt.response_ids for prompt in subject.prompts if prompt.response_ids],
+    }
+    for what, ids in texts.items():
+        lost, number = sum(row.count(unknown) for row in ids), sum(map(len, ids))
+        if not number or lost / number < _UNKNOWN:
+            continue
+        first = str(tokenizer.decode(list(next(row for row in ids if unknown in row))))
+        yield warning(
+            "unknown tokens",
+            f"{lost} of {number} tokens of the {what} ({lost / number:.0%}) are {tokenizer.unk_token}: the student's "
+            f"tokenizer does not know what stands there, and no model reads it. The first: {first[:100]!r}.",
+            "Use a model whose tokenizer knows these characters (byte-level ones know all), or write the data in those "
+            "that it knows.",
+        )
 
 
 def check_graders(subject: Subject) -> Iterator[Check]:

@@ -217,4 +217,5 @@ def _step(parts: Parts, rollouts: list[Rollout], seconds: dict[str, float]) -> S
             parts.learner,
             Context(progress=1.0),
             tokens_per_micro_batch=run.tokens_per_micro_batch,
+            teacher=parts.teacher,
         )

@@ -9,6 +9,8 @@ from tropd.assembly import Parts
 from tropd.evaluation.shared import evaluate_together
 from tropd.iteration import clock
 from tropd.report.scores import write_scores
+from tropd.rollout.drawn import Overheard
+from tropd.rollout.engine import Engine
 from tropd.state import State
 from tropd.student.checkpoint import writing
 from tropd.types import StepRecord
@@ -19,10 +21,11 @@ def evaluate_student(parts: Parts, directory: Path, version: int) -> tuple[dict[
     if not parts.held_out:
         return {}, 0.0
     seconds: dict[str, float] = {}
+    engine: Engine = Overheard(parts.engine) if parts.run.rollout.servers else parts.engine
     with clock(seconds, "evaluate"):
         result = evaluate_together(
             parts.world,
-            parts.engine,
+            engine,
             parts.held_out,
             parts.eval_grader,
             parts.tokenizer,
@@ -30,6 +33,8 @@ def evaluate_student(parts: Parts, directory: Path, version: int) -> tuple[dict[
             stop_ids=parts.stop_ids,
             version=version,
         )
+        if isinstance(engine, Overheard):
+            engine.check(parts.learner.forward, parts.run.tokens_per_micro_batch)
     if parts.world.leads:
         with writing(directory):
             write_scores(directory / "evaluations", version, result.items)

@@ -21,7 +21,7 @@ from tropd import config_file
 from tropd.errors import ConfigError, MethodWarning
 from tropd.laboratory.lab import Lab, Trial, trials
 from tropd.laboratory.trial import Outcome, fingerprint_of, pair_of, run_of, run_trial
-from tropd.student.checkpoint import alone
+from tropd.run_folder import alone
 from tropd.testbeds import TESTBEDS
 
 _OUTCOME = TypeAdapter(Outcome)
@@ -186,9 +186,9 @@ def _alone() -> None:
 
 def quiet() -> None:
     """transformers draws a bar for every model that it reads or writes: here that is thousands."""
-    from transformers.utils import logging
+    from tropd.model import hf
 
-    logging.disable_progress_bar()
+    hf.quiet()
 
 
 def _line(outcome: Outcome) -> str:

@@ -78,20 +78,26 @@ class MiniLLM(Method):
     """Zero mean and unit deviation over the batch (code)."""
     single_step: bool = True
     """Whether the token's own part is exact; otherwise it is part of the reward."""
+    own_reward: Literal["once", "twice"] = "once"
+    """How often the token's own part counts with single_step: once, exactly (paper's decomposition), or in the reward
+    as well (the authors' code)."""
     ratio_clip: Positive | None = 0.2
-    """PPO clip (code: 0.2). Above 0."""
+    """PPO clip (code: 0.2).  It acts from the second update of a batch on: see optimizer.num_updates. Above 0."""
 
     paper = "2306.08543"
     summary = "reverse KL of whole sequences: return-to-go reward plus an exact single step"
     readings = (
         "Left out: sampling from a mixture of both models, which needs the teacher in the decoding loop, and the "
         "language-modelling loss on a pre-training corpus.",
-        "With single_step the reward excludes the token itself; TRL at discount 0 counts it twice.",
+        "With single_step the reward excludes the token itself, as in the paper's decomposition. The authors' code "
+        "sums rewards from the token itself on and adds the exact single step, so the token's own part counts twice "
+        "there, as in TRL at discount 0: own_reward = 'twice'.",
     )
 
     @property
     def objective(self) -> Objective:
-        future = FutureSum(self.discount, current=not self.single_step, mean=self.length_normalised)
+        current = not self.single_step or self.own_reward == "twice"
+        future = FutureSum(self.discount, current=current, mean=self.length_normalised)
         links = [LogRatio(), future, *([Standardise()] if self.standardised else [])]
         terms = [Term("long", STUDENT, PolicyGradient(chain(*links), clip=self.ratio_clip))]
         if self.single_step:

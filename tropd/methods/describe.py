@@ -36,7 +36,7 @@ EVIDENCE: dict[Needs, tuple[str, str]] = {
     ),
     Needs.STUDENT_TOPK: (
         "the teacher's log-probabilities at the student's top_k tokens",
-        "a server that scores given ids at each position, such as vLLM's prompt_logprob_token_ids (V2 runner)",
+        "no server that tropd speaks to scores given ids at each position: the teacher must be in this process",
     ),
     Needs.FULL: ("both whole next-token distributions", "no server: the teacher must be in this process"),
     Needs.TEACHER_ENTROPY: (

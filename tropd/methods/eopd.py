@@ -35,13 +35,15 @@ class EOPD(Method):
     teacher_renormalised: bool = True
     """Teacher's top-k weights sum to 1 (paper, eq. 10); an audit says the code does not [open]."""
     ratio_clip: Positive = 0.2
-    """PPO clip; not stated, verl's default [inferred]. Above 0."""
+    """PPO clip; not stated, verl's default [inferred].  It acts from the second update of a batch on. Above 0."""
 
     paper = "2603.07079"
     summary = "OPD plus forward KL where the teacher's entropy is high"
     zero_at_teacher = False
     readings = (
         "Summaries say that the loss switches to forward KL; the paper's equation adds it.",
+        "The clip does nothing in the first update after a rollout, where the ratio is 1, and by default a run makes "
+        "one update per batch. The paper makes 4 (batches of 128 in parts of 32): optimizer.num_updates = 4.",
         "Both terms are divided by all trained tokens, not by the gated ones.",
         "Needs the entropy of the teacher's whole distribution: a server that returns top-k only cannot supply it.",
     )

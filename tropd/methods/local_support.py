@@ -8,7 +8,7 @@ from typing import Literal
 from tropd.methods.base import Method, warn
 from tropd.objective.losses import DivergenceLoss, ForwardKL, ReverseKL
 from tropd.objective.objective import Objective
-from tropd.objective.selectors import STUDENT, TokenIn
+from tropd.objective.selectors import STUDENT, FirstOf, TokenIn
 from tropd.objective.support import Outside, Support
 from tropd.objective.terms import Term
 from tropd.ranges import Count, PositiveShare, Whole
@@ -35,13 +35,20 @@ class LSM(Method):
     special_ids: tuple[Whole, ...] = ()
     """Written tokens that teach nothing, such as end-of-turn tokens that the two models use differently (paper's
     special-token masking, off by default). Each at least 0."""
+    special_occurrences: Literal["first", "every"] = "first"
+    """Which of these tokens: the first of each id in a response (paper and code), or every one of them."""
 
     paper = "2603.25562"
     summary = "renormalised reverse KL on the teacher's top-k, rollouts with top-p"
+    readings = (
+        "The paper's code masks the first occurrence of each special id in a response; later ones teach. Where an id "
+        "should never teach, take special_occurrences = 'every'.",
+    )
 
     @property
     def objective(self) -> Objective:
-        where = STUDENT & ~TokenIn(self.special_ids) if self.special_ids else STUDENT
+        special = FirstOf if self.special_occurrences == "first" else TokenIn
+        where = STUDENT & ~special(self.special_ids) if self.special_ids else STUDENT
         loss = ReverseKL(support="teacher_top_k", top_k=self.top_k, outside="renormalise")
         return Objective(Term("reverse_kl", where, loss))
 

@@ -10,8 +10,8 @@ from tropd.methods.tropd import TrOPD
 from tropd.objective.losses import ForwardKL, PolicyGradient
 from tropd.objective.objective import Objective
 from tropd.objective.rewards import LogRatio
-from tropd.objective.selectors import STUDENT, ProbabilityGapAbove
-from tropd.objective.terms import Term
+from tropd.objective.selectors import STUDENT, Everywhere, ProbabilityGapAbove, TrustRegion
+from tropd.objective.terms import Selector, Term
 from tropd.rollout.policies import RolloutPolicy
 from tropd.types import Sampling
 
@@ -31,6 +31,9 @@ class TrOPDPlusAOPD(Method):
     name: Literal["tropd_aopd"] = "tropd_aopd"
     reading: Literal["R1", "R2", "R3"] = "R2"
     """Which reading of the table's caption [inferred]."""
+    guide_outliers: bool = True
+    """With R2: whether the added guidance covers outliers too, whose forward KL then counts twice (the sum that the
+    caption describes, inferred); false adds it to trusted tokens alone."""
     tropd: TrOPD = field(default_factory=TrOPD)
     """The TrOPD that is added to."""
 
@@ -40,6 +43,8 @@ class TrOPDPlusAOPD(Method):
     readings = (
         "R1 is the caption's letter (a positive token is one with a positive advantage); R2 is the only reading that "
         "adds a signal; R3 equals AOPD's gate under TrOPD's prefixes, since every outlier has pi_T < pi_S.",
+        "Every outlier has pi_T < pi_S, so R2 gives it TrOPD's forward KL and AOPD's, because the caption adds one "
+        "objective to the other. guide_outliers = false counts it once.",
     )
 
     @property
@@ -50,12 +55,17 @@ class TrOPDPlusAOPD(Method):
         if self.reading == "R1":
             extra = Term("aopd_reward", STUDENT & better, PolicyGradient(LogRatio()), over=over)
         elif self.reading == "R2":
-            extra = Term("aopd_guide", STUDENT & ~better, guide, over=over)
+            extra = Term("aopd_guide", STUDENT & ~better & self._guided, guide, over=over)
         else:
             base.pop("outlier", None)
             base["trusted"] = Term("trusted", STUDENT & better, PolicyGradient(LogRatio()), over=over)
             extra = Term("outlier", STUDENT & ~better, guide, over=over)
         return Objective(*base.values(), extra)
+
+    @property
+    def _guided(self) -> Selector:
+        tropd = self.tropd
+        return Everywhere() if self.guide_outliers else TrustRegion(tropd.trust, tropd.trust_threshold)
 
     @property
     def rollout(self) -> RolloutPolicy:

@@ -1,18 +1,263 @@
-"""What tropd knows of the insides of `transformers`, each with the versions that it was run with.
+"""What tropd knows of the insides of `transformers`, all of it: names that a new release may change.
 
-Where an inside is not as expected, whoever asked takes the plain path and says so.
+Each entry was run with transformers 5.0 to 5.24 (`make test-oldest`, `make test`).  Where an inside is not as described
+here, whoever asked takes the plain path and says so: a new release costs speed, never the run.
+
+    inside                      fast path                       plain path
+    cache classes and argument  keys and values are kept        each text is read whole for every token
+    parts of a family           `tropd.rollout.decoding`        the model's own forward
+    attention by name           sequences without padding       a padded rectangle
 """
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+
+class Unexpected(Exception):
+    """An inside of transformers is not as this module describes it."""
+
+
+def step_aside(slower: str, reason: BaseException | str) -> str:
+    """Say that a fast path is left and why, which is given back; the numbers are the same."""
+    from transformers import __version__
+
+    why = reason if isinstance(reason, str) else f"{type(reason).__name__}: {str(reason).strip() or 'no message'}"
+    short = why.splitlines()[0][:200].rstrip(" .")
+    warnings.warn(f"{slower} with transformers {__version__}: the same numbers, slower ({short}).", stacklevel=3)
+    return short
+
+
+def _inside(module: str, name: str) -> Any:
+    """A name of transformers; where there is none, an empty class in its place."""
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError):
+        missing.append(f"{module} has no {name}")
+        return type(name, (), {})
+
+
+missing: list[str] = []
+"""The classes that this release does not have."""
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+else:
+    Cache, DynamicCache, DynamicLayer = (
+        _inside("transformers.cache_utils", name) for name in ("Cache", "DynamicCache", "DynamicLayer")
+    )
 
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 """What a model's forward calls its key-value cache: the first since 5.24, the second before."""
 
 
+def takes(model: Any, name: str) -> bool:
+    """Whether the model's forward has an argument of this name."""
+    return name in inspect.signature(model.forward).parameters
+
+
 def cache_argument(model: Any) -> str | None:
-    """The name under which this model's forward takes a key-value cache; None where it takes none."""
-    takes = inspect.signature(model.forward).parameters
-    return next((name for name in CACHE_ARGUMENTS if name in takes), None)
+    """The name under which this model's forward takes a key-value cache; None where it takes none that is known."""
+    return None if missing else next((name for name in CACHE_ARGUMENTS if takes(model, name)), None)
+
+
+def query_length(asked: int | Tensor) -> int:
+    """What a cache is asked the size of a mask with: a number since 5.4, the positions of the queries before."""
+    return asked if isinstance(asked, int) else asked.shape[0]
+
+
+def layers_of(cache: DynamicCache) -> list[DynamicLayer]:
+    """The layers that a forward pass filled."""
+    layers = [layer for layer in cache.layers if type(layer) is DynamicLayer and layer.keys is not None]
+    if not layers or len(layers) != len(cache.layers):
+        raise Unexpected(
+            f"the model did not fill the key-value cache it was handed: {len(layers)} of {len(cache.layers)} layers "
+            "hold keys and values"
+        )
+    return layers
+
+
+def layer_types(model: Any) -> set[str]:
+    """How the layers of a model attend, where its configuration says so."""
+    return set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+
+
+CHECKPOINTING = "gradient_checkpointing"
+_ENABLE = ("activation_checkpointing", "gradient_checkpointing")
+"""The first since 5.24, the second before: `..._enable(..._kwargs=...)`, `is_...`."""
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Let the layers of a model run again in backward instead of keeping what they computed."""
+    name = next((name for name in _ENABLE if hasattr(model, f"{name}_enable")), _ENABLE[0])
+    getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
+
+
+def checkpointed(model: nn.Module) -> list[nn.Module]:
+    """The modules that run again in backward."""
+    # vars, not getattr: a LoRA wrapper answers for the model inside it, and setting it there would leave a copy.
+    return [module for module in model.modules() if vars(module).get(CHECKPOINTING) is True]
+
+
+def recomputes(model: nn.Module) -> bool:
+    """Whether layers run again in backward: where the flag is called otherwise, the model's own word counts."""
+    name = next((name for name in _ENABLE if hasattr(model, f"{name}_enable")), _ENABLE[0])
+    return model.training and bool(checkpointed(model) or getattr(model, f"is_{name}", False))
+
+
+def block_names(model: nn.Module) -> set[str]:
+    """The classes of the layers that a sharded model is cut into."""
+    return set(getattr(model, "_no_split_modules", None) or ())
+
+
+_IMPLEMENTATION = "_attn_implementation_internal"
+PLAIN_ATTENTION = "sdpa"
+
+
+def register_attention(name: str, attention: Callable[..., Any]) -> bool:
+    """Let models attend by this function; False where this release knows no such thing."""
+    register = getattr(_inside("transformers", "AttentionInterface"), "register", None)
+    if register is not None:
+        register(name, attention)
+    return register is not None
+
+
+def attention_of(model: Any) -> str | None:
+    """The name of the attention that a model runs; None where it does not say."""
+    return getattr(getattr(model, "config", None), _IMPLEMENTATION, None)
+
+
+@contextmanager
+def attending(model: Any, name: str) -> Iterator[None]:
+    """For a while the model attends by the function of this name."""
+    config, before = model.config, getattr(model.config, _IMPLEMENTATION)
+    setattr(config, _IMPLEMENTATION, name)
+    try:
+        yield
+    finally:
+        setattr(config, _IMPLEMENTATION, before)
+
+
+def quiet(*, warnings_too: bool = False) -> None:
+    """No bars while models are read and written, and no warnings where asked."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if warnings_too:
+        logging.set_verbosity_error()
+
+
+FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+"""Settings that a family's logits are multiplied by."""
+CAPS = ("final_logit_softcapping", "logits_soft_cap")
+"""Settings that a family's logits are soft-capped at."""
+
+FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+"""Families whose parts are called as below."""
+PARTS = {
+    "embed": "model.embed_tokens",
+    "rotary": "model.rotary_emb",
+    "layers": "model.layers",
+    "norm": "model.norm",
+    "head": "lm_head",
+    "num_query_heads": "config.num_attention_heads",
+    "num_key_heads": "config.num_key_value_heads",
+}
+LAYER_PARTS = {
+    "norm": "input_layernorm",
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "out": "self_attn.o_proj",
+    "scale": "self_attn.scaling",
+    "mlp_norm": "post_attention_layernorm",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+    "act": "mlp.act_fn",
+}
+HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+"""Of Qwen3 alone."""
+EPSILON = "variance_epsilon"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerParts:
+    """One decoder layer, taken apart."""
+
+    norm: Any
+    query: Any
+    key: Any
+    value: Any
+    out: Any
+    scale: float
+    mlp_norm: Any
+    gate: Any
+    up: Any
+    down: Any
+    act: Any
+    head_norms: tuple[Any, Any] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """A model of one of the families, taken apart."""
+
+    embed: Any
+    rotary: Any
+    layers: list[LayerParts]
+    norm: Any
+    head: Any
+    num_query_heads: int
+    num_key_heads: int
+    modules: list[nn.Module]
+    """Whose own forward is gone around."""
+
+
+def parts_of(base: Any) -> Parts:
+    """Take a model apart, or raise `Unexpected`."""
+    name = type(base).__name__
+    if name not in FAMILIES:
+        raise Unexpected(f"{name} is none of {', '.join(FAMILIES)}")
+    parts = {part: _get(base, path) for part, path in PARTS.items()}
+    owners = list(parts["layers"])
+    layers = [_layer_of(layer) for layer in owners]
+    epsilon_of(parts["norm"])
+    around = [base, base.get_decoder(), parts["norm"], *(module for layer in owners for module in layer.modules())]
+    return Parts(**{**parts, "layers": layers}, modules=around)
+
+
+def epsilon_of(norm: Any) -> float:
+    return float(_get(norm, EPSILON))
+
+
+def _layer_of(layer: Any) -> LayerParts:
+    parts = {part: _get(layer, path) for part, path in LAYER_PARTS.items()}
+    query_norm, key_norm = HEAD_NORMS
+    head_norms = (_get(layer, query_norm), _get(layer, key_norm)) if _has(layer, query_norm) else None
+    for norm in (parts["norm"], parts["mlp_norm"], *(head_norms or ())):
+        epsilon_of(norm)
+    return LayerParts(**parts, head_norms=head_norms)
+
+
+def _get(owner: Any, path: str) -> Any:
+    for name in path.split("."):
+        if not hasattr(owner, name):
+            raise Unexpected(f"its {type(owner).__name__} has no {name}")
+        owner = getattr(owner, name)
+    return owner
+
+
+def _has(owner: Any, path: str) -> bool:
+    try:
+        return _get(owner, path) is not None
+    except Unexpected:
+        return False

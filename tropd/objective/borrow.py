@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from tropd.errors import EvidenceError
-from tropd.objective.evidence import ABSENT, Needs, StudentView, Tokens, at_least_float32
+from tropd.objective.checks import check_ids, check_top_k
+from tropd.objective.evidence import ABSENT, Needs, StudentView, Tokens, around, at_least_float32, trained
 from tropd.objective.objective import LossOutput, Objective
 from tropd.objective.plan import Counts
+from tropd.objective.support import expected_gap
 from tropd.objective.terms import Context, Reach
 from tropd.types import Author, key_of
 
@@ -51,6 +53,7 @@ def distillation_loss(
     rollout_ids: Sequence[object] | None = None,
     rewards: Tensor | None = None,
     groups: Tensor | None = None,
+    vocab_size: int | None = None,
     seed: int = 0,
     progress: float = 0.0,
     counts: Counts | None = None,
@@ -60,6 +63,7 @@ def distillation_loss(
     authors            1: the student wrote the token, 2: the teacher did, anything else is context
     logits             the student's, with gradient; or its `logprobs` (and `top_k_logprobs` at the teacher's ids)
     teacher_logits     instead of the other teacher_* evidence, if you hold the whole distribution
+    vocab_size         how many ids are tokens of both models: heads that are padded to different widths are cut to it
     behavior_logprobs  of the sampler; by default the student itself, that is, on-policy
     sequences          which sequence each token of flat input belongs to
     seed, rollout_ids  key the trust draws: the same (seed, rollout id, position) gives the same draw in any batch
@@ -71,8 +75,17 @@ def distillation_loss(
             "this method selects or normalises over the whole batch and cannot be planned one micro-batch at a time. "
             "Call Objective.plan on all tokens, then the objective on `tokens.rows(...)` and `plan.rows(...)`."
         )
+    for name, ids in (("token_ids", token_ids), ("authors", authors), ("sequences", sequences)):
+        if ids is not None:
+            check_ids(ids, name)
     given = _Given(token_ids.shape, token_ids.numel())
     tokens = _describe(given, token_ids, authors, sequences, rollout_ids, seed, rewards, groups)
+    if counts is None and not bool(trained(tokens).any()):
+        raise EvidenceError(
+            f"none of the {len(tokens)} tokens can be trained on: `authors` says 1 where the student wrote a token and "
+            "2 where the teacher did. Where another micro-batch holds such tokens, give the `counts` of both."
+        )
+    logits, teacher_logits = _same_width(logits, teacher_logits, vocab_size)
     view, teacher = _read(given, objective, tokens, (logits, logprobs, top_k_logprobs), teacher_logits, teacher_top_k)
     own_N = view.logprobs_N.detach()
     tokens = tokens.with_(student_logprobs_N=own_N, behavior_logprobs_N=own_N, **teacher)
@@ -82,6 +95,8 @@ def distillation_loss(
         tokens = tokens.with_(teacher_logprobs_N=given.flat(teacher_logprobs, "teacher_logprobs"))
     if teacher_entropy is not None:
         tokens = tokens.with_(teacher_entropy_N=given.flat(teacher_entropy, "teacher_entropy"))
+    if teacher_top_k is not None:
+        check_top_k(tokens, objective.teacher_top_k)
     plan = objective.plan(tokens, Context(progress=progress), counts)
     return objective(tokens, view, plan)
 
@@ -120,20 +135,30 @@ def _describe(
     else:
         raise EvidenceError("flat tokens need `sequences`: which sequence each token belongs to.")
     num_sequences = int(sequences_N.max()) + 1 if given.num_tokens else 0
+    if given.num_tokens and int(sequences_N.min()) < 0:
+        raise EvidenceError(f"`sequences` holds {int(sequences_N.min())}; number the sequences from 0.")
     names = list(rollout_ids) if rollout_ids is not None else list(range(num_sequences))
     if len(names) < num_sequences:
         raise EvidenceError(f"{num_sequences} sequences, but {len(names)} rollout_ids: give one name per sequence.")
+    for name, x in (("rewards", rewards), ("groups", groups)):
+        if x is not None and (x.dim() != 1 or len(x) < len(names)):
+            raise EvidenceError(
+                f"`{name}` has shape {tuple(x.shape)}, but there are {len(names)} sequences: give one number each."
+            )
     action_N = (authors_N == Author.STUDENT) | (authors_N == Author.TEACHER)
     device = token_ids.device
+    num_before_N, num_after_N = around(sequences_N, authors_N)
     return Tokens(
         token_ids_N=token_ids.reshape(-1),
+        num_before_N=num_before_N,
+        num_after_N=num_after_N,
         authors_N=authors_N,
         sequences_N=sequences_N,
         positions_N=positions_of(sequences_N, authors_N != Author.CONTEXT),
         keys_S=torch.tensor([key_of(seed, name) for name in names], dtype=torch.int64, device=device),
         num_actions_S=torch.bincount(sequences_N[action_N], minlength=len(names)),
-        rewards_S=rewards if rewards is not None else ABSENT,
-        groups_S=groups if groups is not None else ABSENT,
+        rewards_S=rewards[: len(names)] if rewards is not None else ABSENT,
+        groups_S=groups[: len(names)] if groups is not None else ABSENT,
     )
 
 
@@ -146,6 +171,21 @@ def positions_of(sequences_N: Tensor, counted_N: Tensor) -> Tensor:
     positions_N = torch.empty_like(sequences_N)
     positions_N[order] = before - before[start]
     return positions_N
+
+
+def _same_width(logits: Tensor | None, other: Tensor | None, size: int | None) -> tuple[Tensor | None, Tensor | None]:
+    """Both heads, cut to the tokens that they share: padding takes no part in a distribution."""
+    widths = {"logits": logits, "teacher_logits": other}
+    found = {name: x.shape[-1] for name, x in widths.items() if x is not None and x.dim()}
+    said = " and ".join(f"`{name}` has {width} columns" for name, width in found.items())
+    if size is not None and not 1 <= size <= min(found.values(), default=size):
+        raise EvidenceError(f"vocab_size = {size} was given, but {said}. Give a number that no head falls short of.")
+    if size is None and len(set(found.values())) > 1:
+        raise EvidenceError(
+            f"{said}: no divergence between them is defined. If the rows beyond the shared tokens are padding, give "
+            f"vocab_size = the number of shared tokens, at most {min(found.values())}."
+        )
+    return tuple(x if x is None else x[..., :size] for x in (logits, other))  # type: ignore[return-value]
 
 
 def _read(
@@ -164,8 +204,18 @@ def _read(
         full_t = at_least_float32(given.flat(teacher_logits, "teacher_logits", 1)).log_softmax(-1).detach()
         evidence |= teacher_evidence(full_t, tokens.token_ids_N, needs, objective.teacher_top_k)
     if teacher_top_k is not None:
-        evidence["teacher_topk_ids_NK"] = given.flat(teacher_top_k[0], "teacher_top_k ids", 1)
-        evidence["teacher_topk_logprobs_NK"] = given.flat(teacher_top_k[1], "teacher_top_k log-probabilities", 1)
+        ids, values = teacher_top_k
+        check_ids(ids, "teacher_top_k ids")
+        evidence["teacher_topk_ids_NK"] = given.flat(ids, "teacher_top_k ids", 1)
+        evidence["teacher_topk_logprobs_NK"] = given.flat(values, "teacher_top_k log-probabilities", 1)
+        widths = {"ids": ids, "log-probabilities": values, "`top_k_logprobs` of the student": top_k_logprobs}
+        said = {name: x.shape[-1] for name, x in widths.items() if x is not None}
+        if len(set(said.values())) > 1:
+            raise EvidenceError(
+                "`teacher_top_k` has, for each token, "
+                + ", ".join(f"{n} {name}" for name, n in said.items())
+                + ". Give as many of each."
+            )
     if logits is None:
         if logprobs is None:
             raise EvidenceError("give the student's `logits`, or its `logprobs` of the written tokens.")
@@ -182,13 +232,18 @@ def teacher_evidence(full_t: Tensor, token_ids_N: Tensor, needs: Needs, top_k: i
     """Everything that `needs` asks of a teacher, from its whole log-distribution [N, V]."""
     top = full_t.topk(min(max(top_k, 1), full_t.shape[-1]), -1)
     return {
-        "teacher_logprobs_N": full_t.gather(-1, token_ids_N[:, None]).squeeze(-1),
+        "teacher_logprobs_N": _written(full_t, token_ids_N),
         "teacher_topk_ids_NK": top.indices,
         "teacher_topk_logprobs_NK": top.values,
         "teacher_entropy_N": torch.special.entr(full_t.exp()).sum(-1),
         "vocab_size": full_t.shape[-1],
         **({"teacher_full_logprobs_NV": full_t} if Needs.FULL in needs else {}),
     }
+
+
+def _written(full: Tensor, token_ids_N: Tensor) -> Tensor:
+    """Log-probabilities of the written tokens; the plan refuses ids out of range by name."""
+    return full.gather(-1, token_ids_N.clamp(0, full.shape[-1] - 1)[:, None]).squeeze(-1)
 
 
 def student_view(
@@ -200,12 +255,11 @@ def student_view(
     evidence: dict[str, Tensor | int],
 ) -> StudentView:
     """The student's view from its whole log-distribution; what only plans read goes into `evidence`."""
-    ids_N = token_ids_N.clamp(0, full_s.shape[-1] - 1)  # ids out of range are refused by the plan, in words
-    view = StudentView(logprobs_N=full_s.gather(-1, ids_N[:, None]).squeeze(-1))
+    view = StudentView(logprobs_N=_written(full_s, token_ids_N))
     fixed = full_s.detach()
     evidence["student_entropy_N"] = torch.special.entr(fixed.exp()).sum(-1)
     if full_t is not None:
-        evidence["reverse_kl_N"] = (fixed.exp() * (fixed - full_t)).sum(-1)
+        evidence["reverse_kl_N"] = expected_gap(fixed.exp(), fixed, full_t)
     if Needs.STUDENT_TOPK in needs and full_t is not None:
         ids_NJ = fixed.topk(min(top_k, fixed.shape[-1]), -1).indices
         evidence["student_topk_ids_NJ"] = ids_NJ

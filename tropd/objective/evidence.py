@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tropd.errors import EvidenceError
+from tropd.types import Author
 
 
 class Needs(Flag):
@@ -122,6 +123,10 @@ class Tokens(Evidence):
     """Random key of each sequence (int64): with `positions_N` it names the token's random numbers."""
     num_actions_S: Tensor
     """Tokens of each sequence that can be trained on, in the whole batch."""
+    num_before_N: Tensor = ABSENT
+    """How many tokens of its sequence by the same author come before it, in the whole batch."""
+    num_after_N: Tensor = ABSENT
+    """How many come after it."""
     behavior_logprobs_N: Tensor = ABSENT
     """log-probability under whatever really sampled the token."""
     student_logprobs_N: Tensor = ABSENT
@@ -177,3 +182,19 @@ class StudentView(Evidence):
 def at_least_float32(x: Tensor) -> Tensor:
     """Half precision loses the sign of small log-ratios, so the objective never computes in it."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def trained(tokens: Tokens) -> Tensor:
+    """Which tokens can be trained on: those that the student or the teacher wrote."""
+    return (tokens.authors_N == Author.STUDENT) | (tokens.authors_N == Author.TEACHER)
+
+
+def around(sequences_N: Tensor, authors_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(num_before_N, num_after_N): the tokens of each sequence stand in their order."""
+    group_N = len(Author) * sequences_N + torch.where(authors_N < len(Author), authors_N, 0).clamp_min(0)
+    order = torch.argsort(group_N, stable=True)
+    size = torch.bincount(group_N)
+    start = size.cumsum(0) - size
+    num_before_N = torch.empty_like(group_N)
+    num_before_N[order] = torch.arange(len(order), device=order.device) - start[group_N[order]]
+    return num_before_N, size[group_N] - 1 - num_before_N

@@ -9,7 +9,6 @@ A divergence may enter the first path only through `StateReward`, which says wha
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from tropd.errors import ConfigError, EvidenceError
 from tropd.objective.evidence import Needs, StudentView, Tokens
 from tropd.objective.rewards import LogRatio
-from tropd.objective.support import Outside, Support, add_bucket, on_support
+from tropd.objective.support import Outside, Support, add_bucket, expected_gap, log_mixture, on_support
 from tropd.objective.targets import Target
 from tropd.objective.terms import Reward, TokenLoss
 from tropd.ranges import Count, Positive, Range
@@ -85,13 +84,6 @@ class SampledForwardKL(TokenLoss):
     def __call__(self, tokens: Tokens, student: StudentView, reward_N: Tensor | None) -> Tensor:
         log_ratio_N = tokens.teacher_logprobs_N - student.logprobs_N
         return log_ratio_N.expm1() - log_ratio_N
-
-
-def _weighted(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """sum_v p (log p - log q) with 0 log 0 = 0, in value and in gradient."""
-    present = p > 0
-    gap = torch.where(present, log_p, 0.0) - torch.where(present, log_q, 0.0)
-    return (p * gap).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -168,8 +160,8 @@ class ForwardKL(DivergenceLoss):
         t, s = log_t.exp(), log_s.exp()
         log_q = log_s
         if self.skew:
-            log_q = torch.logaddexp(log_t + math.log(self.skew), log_s + math.log1p(-self.skew))
-        loss = _weighted(t, log_t, log_q)
+            log_q = log_mixture(log_t, log_s, self.skew)
+        loss = expected_gap(t, log_t, log_q)
         return loss + (s - t).sum(-1) if self.outside == "generalised" else loss
 
 
@@ -190,8 +182,8 @@ class ReverseKL(DivergenceLoss):
     def between(self, log_t: Tensor, log_s: Tensor) -> Tensor:
         t, s = log_t.exp(), log_s.exp()
         if self.outside == "stop_gradient":
-            return _weighted(s, log_s.detach(), log_t)
-        loss = _weighted(s, log_s, log_t)
+            return expected_gap(s, log_s.detach(), log_t)
+        loss = expected_gap(s, log_s, log_t)
         return loss + (t - s).sum(-1) if self.outside == "generalised" else loss
 
 
@@ -214,8 +206,8 @@ class JensenShannon(DivergenceLoss):
             raise ConfigError(f"outside={self.outside!r} is not defined for Jensen-Shannon: use 'bucket'.")
 
     def between(self, log_t: Tensor, log_s: Tensor) -> Tensor:
-        log_m = torch.logaddexp(log_t + math.log(self.beta), log_s + math.log1p(-self.beta))
-        forward, reverse = _weighted(log_t.exp(), log_t, log_m), _weighted(log_s.exp(), log_s, log_m)
+        log_m = log_mixture(log_t, log_s, self.beta)
+        forward, reverse = expected_gap(log_t.exp(), log_t, log_m), expected_gap(log_s.exp(), log_s, log_m)
         return self.beta * forward + (1.0 - self.beta) * reverse
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from tropd.objective.evidence import Needs, Tokens
+from tropd.errors import EvidenceError
+from tropd.objective.evidence import Needs, Tokens, trained
 from tropd.objective.terms import Context, Measure, Reach
 from tropd.types import Author
 
@@ -35,7 +37,7 @@ class ReverseKLAt(Measure):
 class Normalised(Measure):
     """A measure brought to [0, 1] over the student's tokens of the whole batch, on all ranks.
 
-    min_max   (x - min) / (max - min): one huge value squashes the rest
+    min_max   (x - min) / (max - min) of the finite values; an infinite one is 1 or 0.  One huge value squashes the rest
     rank      the share of tokens that score lower
     """
 
@@ -44,14 +46,16 @@ class Normalised(Measure):
     own_reach = Reach.BATCH
 
     def __call__(self, tokens: Tokens, context: Context) -> Tensor:
-        x_N = self.measure(tokens, context)
-        everyone = context.world.gather(x_N[tokens.authors_N == Author.STUDENT])
+        member_N = tokens.authors_N == Author.STUDENT
+        x_N = numbers_of(self.measure, tokens, context, member_N)
+        everyone = context.world.gather(x_N[member_N])
         if everyone.numel() == 0:
             return torch.zeros_like(x_N)
         if self.by == "rank":
             lower_N = torch.searchsorted(everyone.sort().values, x_N.contiguous())
             return lower_N.to(x_N.dtype) / everyone.numel()
-        low, high = everyone.min(), everyone.max()
+        finite = everyone[everyone.isfinite()]
+        low, high = finite.aminmax() if len(finite) else (x_N.new_zeros(()),) * 2
         return ((x_N - low) / (high - low).clamp_min(torch.finfo(x_N.dtype).tiny)).clamp(0.0, 1.0)
 
 
@@ -67,24 +71,33 @@ class EitherHigh(Measure):
         return a_N + b_N - a_N * b_N
 
 
-def group_ranks_of(score_N: Tensor, group_N: Tensor, member_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Per token: how many members of its group come before it when the highest score is first, and their number."""
-    low = torch.where(member_N, score_N, torch.full_like(score_N, -torch.inf))
-    order = torch.argsort(low, descending=True, stable=True)
-    order = order[torch.argsort(group_N[order], stable=True)]
-    sorted_group = group_N[order]
-    start = torch.searchsorted(sorted_group, sorted_group)
-    rank_N = torch.empty_like(group_N)
-    rank_N[order] = torch.arange(len(order), device=order.device) - start
-    num_groups = int(group_N.max()) + 1 if len(group_N) else 0
-    size = torch.bincount(group_N[member_N], minlength=num_groups)
-    return rank_N, size[group_N]
+def numbers_of(measure: Measure, tokens: Tokens, context: Context, member_N: Tensor) -> Tensor:
+    """A measure on the members, 0 elsewhere; NaN is refused, because it would win or lose every comparison."""
+    x_N = measure(tokens, context)
+    x_N = torch.where(member_N, x_N, torch.zeros_like(x_N))
+    if bool(torch.isnan(x_N).any()):
+        raise EvidenceError(
+            f"the measure {measure} is NaN on {int(torch.isnan(x_N).sum())} tokens, so tokens cannot be chosen by it. "
+            "Look at the log-probabilities that it is made from."
+        )
+    return x_N
+
+
+def kth_highest(score_M: Tensor, group_M: Tensor, fraction: float) -> Tensor:
+    """By group 0, 1, ...: the lowest score among the `fraction` of its members, rounded up, that score highest."""
+    order = torch.argsort(score_M, descending=True, stable=True)
+    order = order[torch.argsort(group_M[order], stable=True)]
+    size = torch.bincount(group_M)
+    numbers = [max(1, math.ceil(fraction * n - 1e-9)) for n in size.tolist()]  # .07 of 100 is 7.000000000000001
+    kept = torch.tensor(numbers, device=size.device)
+    last = (size.cumsum(0) - size + kept - 1).clamp(max=max(len(order) - 1, 0))
+    return score_M[order][last]
 
 
 def padded(x_N: Tensor, tokens: Tokens) -> Tensor:
     """[S, T] with 0 where a sequence has no trained token: arithmetic along sequences, whatever the order of rows."""
     length = int(tokens.positions_N.max()) + 1 if len(tokens) else 0
     out = x_N.new_zeros((tokens.keys_S.shape[0], length))
-    rows = (tokens.authors_N == Author.STUDENT) | (tokens.authors_N == Author.TEACHER)
+    rows = trained(tokens)
     out[tokens.sequences_N[rows], tokens.positions_N[rows]] = x_N[rows]
     return out

@@ -47,12 +47,22 @@ class Objective:
 
     @property
     def teacher_top_k(self) -> int:
-        """How many of the teacher's likeliest tokens the terms read."""
-        return max(support_width(term.loss, "teacher") for term in self.terms)
+        """How many of the teacher's likeliest tokens are read: by losses, rewards and selectors."""
+        return self._width("teacher", Needs.TOPK)
 
     @property
     def student_top_k(self) -> int:
-        return max(support_width(term.loss, "student") for term in self.terms)
+        return self._width("student", Needs.STUDENT_TOPK)
+
+    def _width(self, whose: str, need: Needs) -> int:
+        width = max(support_width(piece, whose) for term in self.terms for piece in (term.where, term.loss))
+        if need in self.needs and width < 1:
+            names = ", ".join(repr(term.name) for term in self.terms if need in term.needs)
+            raise ConfigError(
+                f"term {names} reads the {whose}'s likeliest tokens (Needs.{need.name}), but no part of it says how "
+                f"many. Give the piece that reads them `{whose}_top_k = 16`, as a class attribute or a property."
+            )
+        return width
 
     def plan(self, tokens: Tokens, context: Context | None = None, counts: Counts | None = None) -> Plan:
         return make_plan(self.terms, tokens, context or Context(), counts)
@@ -81,7 +91,7 @@ class Objective:
         try:
             per_token_N = term.loss(tokens, student, plan.rewards.get(term.name))
         except EvidenceError as error:
-            raise EvidenceError(f"term {term.name!r}: {error}") from error
+            raise type(error)(f"term {term.name!r}: {error}") from error
         weight_N = plan.weights[term.name]
         total = (weight_N * per_token_N).sum()
         value = float(total.detach())

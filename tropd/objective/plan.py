@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tropd.errors import EvidenceError
-from tropd.objective.evidence import Needs, Tokens
+from tropd.objective.checks import check_tokens
+from tropd.objective.evidence import Needs, Tokens, trained
 from tropd.objective.terms import Both, Context, Over, Reach, Selector, Term
 from tropd.types import Author
 
@@ -86,7 +87,7 @@ def live_rows(terms: Sequence[Term], tokens: Tokens, context: Context, plan: Pla
     live_N = torch.zeros_like(tokens.authors_N, dtype=torch.bool)
     for term in terms:
         live_N |= plan.weights[term.name] != 0 if plan is not None else _bound(term.where, tokens, context) > 0
-    return live_N & ((tokens.authors_N == Author.STUDENT) | (tokens.authors_N == Author.TEACHER))
+    return live_N & trained(tokens)
 
 
 def _bound(where: Selector, tokens: Tokens, context: Context) -> Tensor:
@@ -99,7 +100,7 @@ def _bound(where: Selector, tokens: Tokens, context: Context) -> Tensor:
 
 
 def _weigh(term: Term, tokens: Tokens, context: Context, counts: Counts) -> Tensor:
-    actions_N = (tokens.authors_N == Author.STUDENT) | (tokens.authors_N == Author.TEACHER)
+    actions_N = trained(tokens)
     weight_N = term.where(tokens, context).to(tokens.dtype) * actions_N
     if not bool(torch.isfinite(weight_N).all()) or bool((weight_N < 0).any()):
         raise EvidenceError("its selector gave a weight that is negative or not finite. " + _where(weight_N, tokens))
@@ -136,39 +137,3 @@ def _where(x_N: Tensor, tokens: Tokens) -> str:
     bad = (~torch.isfinite(x_N) | (x_N < 0)).nonzero().flatten()
     n = int(bad[0])
     return f"First: {float(x_N[n])} at sequence {int(tokens.sequences_N[n])}, position {int(tokens.positions_N[n])}."
-
-
-_LOGPROBS = (
-    "behavior_logprobs_N",
-    "student_logprobs_N",
-    "teacher_logprobs_N",
-    "teacher_topk_logprobs_NK",
-    "teacher_at_student_topk_NJ",
-    "teacher_full_logprobs_NV",
-    "reference_logprobs_N",
-)
-_SLACK = 1e-2  # a bfloat16 log-softmax can exceed 0 by rounding; logits exceed it by far more
-
-
-def check_tokens(tokens: Tokens) -> None:
-    """Refuse evidence that cannot be right, before anything is computed from it."""
-    for name in _LOGPROBS:
-        x = tokens.peek(name)
-        if x is None or x.numel() == 0:
-            continue
-        if bool(torch.isnan(x).any()):
-            raise EvidenceError(f"`{name}` holds NaN in {int(torch.isnan(x).sum())} places: its source is broken.")
-        if float(x.max()) > _SLACK:
-            raise EvidenceError(
-                f"`{name}` holds {float(x.max()):.4g}, but a log-probability is never above 0. "
-                "Were logits given? Apply log_softmax over the whole vocabulary first."
-            )
-    vocab_size = tokens.peek("vocab_size")
-    for name in ("token_ids_N", "teacher_topk_ids_NK", "student_topk_ids_NJ"):
-        ids = tokens.peek(name)
-        if ids is None or ids.numel() == 0:
-            continue
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or (vocab_size is not None and high >= int(vocab_size)):
-            limit = f"0..{int(vocab_size) - 1}" if vocab_size is not None else ">= 0"
-            raise EvidenceError(f"`{name}` holds ids from {low} to {high}, but the vocabulary is {limit}.")

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from tropd.objective.evidence import Needs, Tokens
+from tropd.objective.evidence import Needs, Tokens, at_least_float32
 from tropd.objective.measures import padded
 from tropd.objective.terms import Context, Reach, Reward
 from tropd.ranges import Finite, Positive, PositiveShare, Range, Share
@@ -37,13 +37,20 @@ class chain(Reward):
 
 @dataclass(frozen=True)
 class LogRatio(Reward):
-    """+ log pi_T - log pi_S.  Gradient: that of KL(student || teacher)."""
+    """+ log pi_T - log pi_S.  Gradient: that of KL(student || teacher).
+
+    `against` "behavior" has the log-probability of whatever drew the token instead of the student's own.
+    """
 
     scale: Finite = 1.0
+    against: Literal["student", "behavior"] = "student"
     own_needs = Needs.SAMPLED
 
     def __call__(self, reward_N: Tensor, tokens: Tokens, context: Context) -> Tensor:
-        return reward_N + self.scale * tokens.log_ratio_N
+        if self.against == "student":
+            return reward_N + self.scale * tokens.log_ratio_N
+        gap_N = at_least_float32(tokens.teacher_logprobs_N) - at_least_float32(tokens.behavior_logprobs_N)
+        return reward_N + self.scale * gap_N
 
 
 @dataclass(frozen=True)
@@ -94,9 +101,9 @@ class DivergenceWeight(Reward):
         if self.divergence == "reverse_kl":
             return reward_N if self.naive else reward_N - 1.0
         if self.divergence == "forward_kl":
-            return -u_N * reward_N if self.naive else u_N
+            return torch.special.entr(u_N) if self.naive else u_N
         if self.naive:
-            return -0.5 * (u_N * reward_N - (1.0 + u_N) * log_mean_N)
+            return 0.5 * (torch.special.entr(u_N) + (1.0 + u_N) * log_mean_N)  # entr(u) = -u log u, 0 at 0
         return 0.5 * log_mean_N
 
 
@@ -118,7 +125,7 @@ class FutureSum(Reward):
         total_S, left_S = torch.zeros_like(reward_ST[:, :1]), torch.zeros_like(reward_ST[:, :1])
         columns = []
         for t in range(reward_ST.shape[1] - 1, -1, -1):
-            after, num_after = self.discount * total_S, left_S
+            after, num_after = self._discounted(total_S), left_S
             total_S, left_S = reward_ST[:, t : t + 1] + after, left_S + count_ST[:, t : t + 1]
             column, summed = (total_S, left_S) if self.current else (after, num_after)
             columns.append(column / summed.clamp_min(1.0) if self.mean else column)
@@ -126,6 +133,10 @@ class FutureSum(Reward):
             return reward_N
         future_ST = torch.cat(columns[::-1], dim=1)
         return future_ST[tokens.sequences_N, tokens.positions_N]
+
+    def _discounted(self, total: Tensor) -> Tensor:
+        """A later reward may be -inf, and 0 * inf is NaN."""
+        return self.discount * total if self.discount else torch.zeros_like(total)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tropd.objective.draws import uniform
-from tropd.objective.evidence import Needs, Tokens
-from tropd.objective.measures import group_ranks_of
+from tropd.objective.evidence import Needs, Tokens, at_least_float32, trained
+from tropd.objective.measures import kth_highest, numbers_of
 from tropd.objective.terms import Context, Measure, Reach, Selector
 from tropd.ranges import Finite, Positive, PositiveShare, Range, Share, Whole
 from tropd.types import Author
@@ -104,7 +104,7 @@ class TeacherEntropyAbove(Selector):
 
 @dataclass(frozen=True)
 class TopFraction(Selector):
-    """1 on the `fraction` of the student's tokens that score highest; ties at the cut are kept.
+    """1 on the `fraction` of the student's tokens that score highest, rounded up; ties at the cut are kept.
 
     The cut is taken over the whole batch of all ranks, or within each sequence: never within a micro-batch, where the
     top 20 % of one token is that token.
@@ -119,17 +119,16 @@ class TopFraction(Selector):
         return max(self.score.reach, Reach.BATCH if self.scope == "batch" else Reach.SEQUENCE)
 
     def __call__(self, tokens: Tokens, context: Context) -> Tensor:
-        score_N = self.score(tokens, context)
         member_N = tokens.authors_N == Author.STUDENT
-        if self.scope == "sequence":
-            rank_N, size_N = group_ranks_of(score_N, tokens.sequences_N, member_N)
-            kept_N = rank_N < (size_N * self.fraction).ceil()
-            return as_weight(kept_N & member_N, score_N)
-        everyone = context.world.gather(score_N[member_N])
-        if everyone.numel() == 0:
+        score_N = numbers_of(self.score, tokens, context, member_N)
+        group_N = tokens.sequences_N if self.scope == "sequence" else torch.zeros_like(tokens.sequences_N)
+        scores, groups = score_N[member_N], group_N[member_N]
+        if self.scope == "batch":
+            scores, groups = context.world.gather(scores), context.world.gather(groups)
+        if scores.numel() == 0:
             return torch.zeros_like(score_N)
-        k = max(1, math.ceil(self.fraction * everyone.numel() - 1e-9))
-        return as_weight((score_N >= everyone.topk(k).values[-1]) & member_N, score_N)
+        cut_G = kth_highest(scores, groups, self.fraction)
+        return as_weight((score_N >= cut_G[group_N.clamp(max=len(cut_G) - 1)]) & member_N, score_N)
 
 
 @dataclass(frozen=True)
@@ -144,29 +143,51 @@ class TokenIn(Selector):
 
 
 @dataclass(frozen=True)
+class FirstOf(Selector):
+    """1 where a response holds one of these ids for the first time, each id by itself; only the student's count."""
+
+    ids: tuple[Whole, ...]
+    own_reach = Reach.SEQUENCE
+
+    def __call__(self, tokens: Tokens, context: Context) -> Tensor:
+        first_N = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.token_ids_N.device)
+        for token_id in self.ids:
+            here_N = (tokens.token_ids_N == token_id) & (tokens.authors_N == Author.STUDENT)
+            place_N = torch.where(here_N, tokens.num_before_N, torch.iinfo(tokens.num_before_N.dtype).max)
+            earliest_S = place_N.new_full((len(tokens.keys_S),), torch.iinfo(place_N.dtype).max)
+            earliest_S.scatter_reduce_(0, tokens.sequences_N, place_N, "amin")
+            first_N |= here_N & (place_N == earliest_S[tokens.sequences_N])
+        return as_weight(first_N, tokens.token_ids_N)
+
+
+@dataclass(frozen=True)
 class PositionBelow(Selector):
-    """1 on the first `limit` tokens of each response."""
+    """1 on the first `limit` tokens of each response, counting those of the token's own author only.
+
+    Neither a teacher's prefix nor a tool's answer takes the place of a token that the student wrote.
+    """
 
     limit: Whole
 
     def __call__(self, tokens: Tokens, context: Context) -> Tensor:
-        return as_weight(tokens.positions_N < self.limit, tokens.positions_N)
+        return as_weight((tokens.num_before_N < self.limit) & trained(tokens), tokens.num_before_N)
 
 
 @dataclass(frozen=True)
 class LastPositions(Selector):
-    """1 on the last `count` trained tokens of each response."""
+    """1 on the last `count` tokens of each response, counting those of the token's own author only."""
 
     count: Whole
 
     def __call__(self, tokens: Tokens, context: Context) -> Tensor:
-        left_N = tokens.num_actions_S[tokens.sequences_N] - tokens.positions_N
-        return as_weight(left_N <= self.count, tokens.positions_N)
+        return as_weight((tokens.num_after_N < self.count) & trained(tokens), tokens.num_after_N)
 
 
 @dataclass(frozen=True)
 class PerplexityWeight(Selector):
     """Weights of the sequences of a group by perplexity^(1 / temperature), summing to their number (SCOPE).
+
+    The perplexity is that of the student's tokens; a prefix that the teacher wrote takes no part in it.
 
     `who` is the model whose perplexity counts; `sign` +1 favours the surprising sequences, -1 the likely ones; only
     sequences that `among` selects take part.
@@ -181,11 +202,13 @@ class PerplexityWeight(Selector):
 
     def __call__(self, tokens: Tokens, context: Context) -> Tensor:
         logprobs_N = tokens.student_logprobs_N if self.who == "student" else tokens.teacher_logprobs_N
-        member_N = self.among(tokens, context) * (tokens.authors_N == Author.STUDENT)
-        num_S = tokens.num_actions_S.clamp_min(1).to(logprobs_N.dtype)
-        mean_S = torch.zeros_like(num_S).index_add_(0, tokens.sequences_N, logprobs_N * member_N) / num_S
-        there_S = torch.zeros_like(num_S).index_add_(0, tokens.sequences_N, member_N.to(num_S.dtype)) > 0
-        score_S = torch.where(there_S, -self.sign * mean_S / self.temperature, -torch.inf)
+        logprobs_N = at_least_float32(logprobs_N)
+        member_N = (self.among(tokens, context) * (tokens.authors_N == Author.STUDENT)).to(logprobs_N.dtype)
+        surprise_N = torch.where(member_N > 0, -logprobs_N * member_N, 0.0)
+        num_S = logprobs_N.new_zeros(len(tokens.keys_S)).index_add_(0, tokens.sequences_N, member_N)
+        mean_S = torch.zeros_like(num_S).index_add_(0, tokens.sequences_N, surprise_N) / num_S.clamp_min(1e-30)
+        score_S = (self.sign * mean_S / self.temperature).clamp(-1e30, 1e30)  # a perplexity may be infinite
+        score_S = score_S.masked_fill(num_S == 0, -torch.inf)
         groups, scores = context.world.gather(tokens.groups_S), context.world.gather(score_S)
         names, index = torch.unique(groups, return_inverse=True)
         slot_S = torch.searchsorted(names, tokens.groups_S)

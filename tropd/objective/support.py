@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from tropd.errors import EvidenceError
+from tropd.errors import EvidenceError, TopKLeftOut
 from tropd.objective.evidence import StudentView, Tokens, at_least_float32
 
 Support = Literal["full", "teacher_top_k", "student_top_k", "union", "intersection"]
@@ -17,6 +18,21 @@ Outside = Literal["ignore", "stop_gradient", "generalised", "bucket", "renormali
 
 NOTHING = -1e4
 """A log-probability whose exp is 0 in every dtype, finite so that no gradient turns into inf - inf."""
+
+
+def expected_gap(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """sum_v p (log p - log q) with 0 log 0 = 0, in value and in gradient."""
+    present = p > 0
+    gap = torch.where(present, log_p, 0.0) - torch.where(present, log_q, 0.0)
+    return (p * gap).sum(-1)
+
+
+def log_mixture(log_t: Tensor, log_s: Tensor, share: float) -> Tensor:
+    """log(share T + (1 - share) S), 0 < share < 1; where both are 0 it is -inf and has no gradient instead of NaN."""
+    nowhere = (log_t == -torch.inf) & (log_s == -torch.inf)
+    log_t, log_s = log_t.masked_fill(nowhere, 0.0), log_s.masked_fill(nowhere, 0.0)
+    mixed = torch.logaddexp(log_t + math.log(share), log_s + math.log1p(-share))
+    return mixed.masked_fill(nowhere, -torch.inf)
 
 
 def on_support(kind: Support, top_k: int, tokens: Tokens, student: StudentView) -> tuple[Tensor, Tensor]:
@@ -46,10 +62,10 @@ def _teacher(top_k: int, tokens: Tokens, student: StudentView) -> tuple[Tensor, 
     log_t = tokens.teacher_topk_logprobs_NK
     _check_width("the teacher's", top_k, log_t, tokens)
     if log_t.numel() and float(log_t[:, 0].min()) <= NOTHING:
-        raise EvidenceError(
+        raise TopKLeftOut(
             f"the teacher's top-k was left out for {int((log_t[:, 0] <= NOTHING).sum())} tokens that this term reads: "
-            "the student's log-probabilities have moved further than expected since the rollout. Plan from a pass of "
-            "its own (optimizer.num_updates = 1 and float32 weights), or report this as a defect."
+            "the student's log-probabilities have moved further than expected since the rollout. Give the teacher to "
+            "`train_step`, so that the micro-batch can be scored again."
         )
     return at_least_float32(log_t[:, :top_k]), at_least_float32(student.topk_logprobs_NK[:, :top_k])
 

@@ -34,4 +34,6 @@ class GeometricBridge(Target):
     share: Share
 
     def __call__(self, log_t: Tensor, log_s: Tensor) -> Tensor:
+        if self.share in (0.0, 1.0):  # 0 * log 0 is NaN
+            return log_s if self.share else log_t
         return ((1.0 - self.share) * log_t + self.share * log_s).log_softmax(-1)

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tropd.doctor.cost import free_memory
 from tropd.errors import ConfigError
-from tropd.student.models import choose_device, choose_dtype
+from tropd.student.models import choose_device, choose_dtype, free_memory
 
 REACHED = {"score": 0.5, "train": 0.35, "write": 0.5}
 """Share of a GPU's peak that each kind of work is taken to reach: assumed, not measured with tropd."""
@@ -30,6 +29,10 @@ class Device:
     """Per second, dense, in bfloat16 (float32 on a CPU)."""
     bandwidth: float
     """Bytes of memory per second."""
+    launch: float = 5e-6
+    """Seconds from one operation to the next where each is started by Python: what a tiny model's step consists of."""
+    token: float = 2e-6
+    """Seconds that this process spends on each token, whatever the model: lists, masks, records."""
     link: float = float("inf")
     """Bytes per second and direction to the other devices of its machine."""
     disk: float = DISK
@@ -69,6 +72,11 @@ def measure_here(seconds: float = 0.3) -> Device:
     large = torch.empty(1 << 26, dtype=torch.uint8, device=where)
     products = _rate(lambda: a @ b, seconds, where)
     copies = _rate(lambda: large.clone(), seconds, where)
+    row, square = torch.randn(8, 32, device=where), torch.randn(32, 32, device=where)
+    own = {}
+    if where.type == "cpu":  # elsewhere an operation is started without waiting for the one before
+        launch = 1 / _rate(lambda: row @ square, seconds / 3, where)
+        own = {"launch": launch, "token": 4 * launch}  # 4: measured with models of 1 to 8 layers of width 32
     return Device(
         name=f"this {where.type}",
         memory=float(free_memory(where) or 0),
@@ -76,6 +84,7 @@ def measure_here(seconds: float = 0.3) -> Device:
         bandwidth=copies * 2 * large.numel(),
         kind=where.type,
         reached=REACHED_HERE if where.type == "cpu" else REACHED,
+        **own,
     )
 
 

@@ -159,7 +159,7 @@ def make_plan(run: Run, device: Device, num_devices: int = 1) -> Plan:
     share = need_of(subject, where, num_devices)
     tied = subject.student.config.get_text_config().tie_word_embeddings
     weights = need.gradients if run.student.lora else need.student + (student.head * student.width if tied else 0)
-    per_token = 8 + 12 * getattr(run.method, "top_k", 0)  # a log-probability, and ids with theirs
+    per_token = 8 + 12 * run.method.objective.teacher_top_k  # a log-probability, and ids with theirs
     return Plan(
         run=run,
         device=device,

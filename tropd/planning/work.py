@@ -1,11 +1,14 @@
 """What each phase of a step asks of the devices that carry it out.
 
 A phase takes the longer of its arithmetic and its traffic (the roofline of Williams et al. 2009) over the share of the
-peak that real kernels reach:
+peak that real kernels reach,
 
     score, measure   2 P tokens                                       the teacher; the student before it is trained
     train            4 P tokens, 2 more for what is trained, 2 more where gradient checkpointing repeats the forward
     write, prefix    2 P tokens, or P bytes and the cache read once per token of an answer and batch of answers
+
+and never less than its floor: what this process spends on each token and on starting each operation.  A tiny model's
+step is hardly anything else.
 
 P are the parameters that a token meets: those of the layers always, the head's where a token is written, and those of
 the input embedding, which is looked up, never.
@@ -29,6 +32,14 @@ from tropd.rollout.policies import Mixture, TeacherPrefix, TeacherText
 from tropd.servers.settings import ServerConfig
 from tropd.step import PASS_NEEDS, recall_needed
 from tropd.student.models import choose_dtype
+
+OPERATIONS = {"started": 50, "replayed": 5}
+"""Of a layer in one pass: started one by one by Python (measured with tiny models on a CPU), or replayed by a server as
+one CUDA graph of fused kernels, in units of one start (assumed)."""
+AROUND = 2
+"""Embedding, head and sampling start as many operations as so many layers."""
+TRAINING = 5
+"""Forward, backward and optimiser start so many times the operations of a forward pass (measured on a CPU)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +81,17 @@ class Size:
     """Parameters."""
     head: float
     width: int
+    num_layers: int
     cached: int
     """Bytes of keys and values per token."""
 
     @property
     def bytes(self) -> float:
         return (self.layers + self.head) * self.width
+
+    def starts(self, how: str = "started") -> int:
+        """Operations of one pass."""
+        return OPERATIONS[how] * (self.num_layers + AROUND)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +103,14 @@ class Phase:
     """Bytes that each of so many devices reads and writes."""
     received: float = 0.0
     """Bytes that each device has from the others."""
+    starts: Callable[[int], float] = lambda number: 0.0
+    """Operations that each of so many devices starts, one after another."""
+    tokens: float = 0.0
 
     def seconds(self, device: Device, number: int) -> float:
         busy = max(self.operations / device.operations / number, self.traffic(number) / device.bandwidth)
-        return max(busy / device.reached[self.kind], self.received / device.link)
+        floor = self.starts(number) * device.launch + self.tokens / number * device.token
+        return max(busy / device.reached[self.kind], self.received / device.link, floor)
 
 
 def texts_of(run: Run, subject: Subject) -> Texts:
@@ -126,7 +146,8 @@ def size_of(config: Any, parameters: float, width: int) -> Size:
     config = config.get_text_config()
     head = float(config.vocab_size * config.hidden_size)
     layers = parameters - head * (1 if config.tie_word_embeddings else 2)
-    return Size(layers=layers, head=head, width=width, cached=cached(config, width))
+    num_layers = int(config.num_hidden_layers)
+    return Size(layers=layers, head=head, width=width, num_layers=num_layers, cached=cached(config, width))
 
 
 def sizes_of(subject: Subject, need: Need, teacher: float, device: torch.device) -> tuple[Size, Size]:
@@ -153,10 +174,10 @@ def phases_of(run: Run, texts: Texts, student: Size, teacher: Size, need: Need, 
     theirs = at_once(run, texts, run.teacher.server if run.teacher.servers else None)
     objective = run.method.objective
     phases = {
-        "prefix": _writing(teacher, texts.by_teacher, texts.prompt, texts.new, theirs),
-        "write": _writing(student, texts.by_student, texts.prompt + texts.prefix, new, own),
-        "score": _scoring(teacher, texts),
-        "measure": _scoring(student, texts),
+        "prefix": _writing(teacher, texts.by_teacher, texts.prompt, texts.new, theirs, _how(run.teacher.servers)),
+        "write": _writing(student, texts.by_student, texts.prompt + texts.prefix, new, own, _how(run.rollout.servers)),
+        "score": _scoring(run, teacher, texts),
+        "measure": _scoring(run, student, texts),
         "train": _training(run, texts, student, need, trainers),
     }
     if run.parallel.teacher == "sharded" and trainers > 1:
@@ -171,21 +192,48 @@ def phases_of(run: Run, texts: Texts, student: Size, teacher: Size, need: Need, 
     return {name: phase for name, phase in phases.items() if asked.get(name, True)}
 
 
-def _scoring(model: Size, texts: Texts) -> Phase:
+def _how(servers: tuple[str, ...]) -> str:
+    return "replayed" if servers else "started"
+
+
+def _passes(run: Run, texts: Texts) -> Callable[[int], float]:
+    """Micro-batches on each of so many devices."""
+    return lambda number: float(ceil(texts.read / number / run.tokens_per_micro_batch))
+
+
+def _scoring(run: Run, model: Size, texts: Texts) -> Phase:
     operations = 2 * (model.layers * texts.read + model.head * texts.answered)
-    return Phase(kind="score", operations=operations, traffic=lambda number: model.bytes)
+    passes = _passes(run, texts)
+    return Phase(
+        kind="score",
+        operations=operations,
+        traffic=lambda number: model.bytes,
+        starts=lambda number: passes(number) * model.starts(),
+        tokens=texts.read,
+    )
 
 
-def _writing(model: Size, number_of_texts: float, given: float, new: float, batch: int) -> Phase:
+def _writing(model: Size, number_of_texts: float, given: float, new: float, batch: int, how: str) -> Phase:
     """Answers of `new` tokens after `given` ones."""
 
-    def traffic(number: int) -> float:
+    def batches(number: int) -> tuple[int, int]:
+        """How many on each of so many devices, and the answers in one."""
         each = ceil(number_of_texts / number)
         rows = min(batch, each)
-        return ceil(each / max(rows, 1)) * new * (model.bytes + rows * (given + new / 2) * model.cached)
+        return ceil(each / max(rows, 1)), rows
+
+    def traffic(number: int) -> float:
+        times, rows = batches(number)
+        return times * new * (model.bytes + rows * (given + new / 2) * model.cached)
 
     operations = 2 * number_of_texts * (model.layers * (given + new) + model.head * new)
-    return Phase(kind="write", operations=operations, traffic=traffic)
+    return Phase(
+        kind="write",
+        operations=operations,
+        traffic=traffic,
+        starts=lambda number: batches(number)[0] * new * model.starts(how),
+        tokens=number_of_texts * new,
+    )
 
 
 def _training(run: Run, texts: Texts, model: Size, need: Need, trainers: int) -> Phase:
@@ -202,7 +250,15 @@ def _training(run: Run, texts: Texts, model: Size, need: Need, trainers: int) ->
         received = updates * 2 * 4 * trained * (1 - 1 / trainers)
     moments = 2 * need.moments * updates / (trainers if is_sharded(run, trainers) else 1)
     traffic = passes * 3 * need.student + moments
-    return Phase(kind="train", operations=operations, traffic=lambda number: traffic, received=received)
+    starts = passes * TRAINING * model.starts()
+    return Phase(
+        kind="train",
+        operations=operations,
+        traffic=lambda number: traffic,
+        received=received,
+        starts=lambda number: starts,
+        tokens=2 * texts.read,  # forward and backward
+    )
 
 
 def is_sharded(run: Run, trainers: int) -> bool:

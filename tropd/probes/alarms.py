@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any, Literal, get_args
 
 from tropd.errors import CheckpointError, ConfigError
+from tropd.probes.draws import ENOUGH, Gathered, too_alike
 from tropd.probes.teachers import by_teacher
 from tropd.ranges import Count, Positive, PositiveShare, Ranged
 
@@ -58,6 +59,14 @@ class AlarmConfig(Ranged):
     """Answers repeat themselves."""
     repetition_share: PositiveShare = 0.5
     """Largest mean share of repeated 4-grams. In (0, 1]."""
+    student_draws: Action = "stop"
+    """What servers wrote was not drawn from the student."""
+    teacher_draws: Action = "stop"
+    """What a served teacher wrote was not drawn with the log-probabilities that it gives."""
+    equal_answers: Action = "stop"
+    """Answers to one prompt are too much alike to have been drawn apart."""
+    draws_nats: Positive = ENOUGH
+    """Evidence from which these three are raised: by chance once in exp(20.7) = 1e9 looks. Above 0."""
     no_signal: Action = "warn"
     """The gradient of the first step is exactly zero although the models differ."""
 
@@ -99,6 +108,7 @@ class Alarms:
         self._lengths: deque[float] = deque(maxlen=int(self.config.length_window))
         self._first_entropy: float | None = None
         self._started = False
+        self._draws = Gathered()
 
     def check(
         self,
@@ -111,6 +121,7 @@ class Alarms:
         max_new_tokens: int,
     ) -> list[Alarm]:
         """The alarms of this step, those that stop the run first."""
+        self._draws.add(probes)
         moment = _Moment(
             probes=probes,
             vocab_size=vocab_size,
@@ -136,7 +147,8 @@ class Alarms:
         return sorted(alarms, key=lambda alarm: alarm.action != "stop")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"lengths": list(self._lengths), "first_entropy": self._first_entropy, "started": self._started}
+        state = {"lengths": list(self._lengths), "first_entropy": self._first_entropy, "started": self._started}
+        return state | {"draws": dict(self._draws.evidence)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         missing = {"lengths", "first_entropy", "started"} - set(state)
@@ -147,6 +159,7 @@ class Alarms:
         self._lengths = deque(state["lengths"], maxlen=int(self.config.length_window))
         self._first_entropy = state["first_entropy"]
         self._started = state["started"]
+        self._draws = Gathered(state.get("draws", {}))
 
     def _remember(self, probes: Mapping[str, float]) -> None:
         self._started = True
@@ -165,6 +178,9 @@ class Alarms:
             "support_collapse": self._support_collapse,
             "entropy_collapse": self._entropy_collapse,
             "repetition": self._repetition,
+            "student_draws": lambda now: self._draws.objection("student", self.config.draws_nats),
+            "teacher_draws": lambda now: self._draws.objection("teacher", self.config.draws_nats),
+            "equal_answers": lambda now: too_alike(now.probes, self.config.draws_nats),
             "no_signal": self._no_signal,
         }
 

@@ -24,6 +24,8 @@ def gathered(table: Any, world: Ranks) -> Any:
 class NoRecords:
     """Instead of a RecordWriter on all ranks but the first."""
 
+    missing: tuple[int, ...] = ()
+
     def write(self, record: StepRecord) -> None:
         pass
 

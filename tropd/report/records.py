@@ -65,21 +65,26 @@ class RecordWriter:
                 "Put the file back, or start a new run from the checkpoint in another directory."
             )
         read_header(path)
-        kept, last_step = [], None
+        kept, last_step, there = [], None, set()
         for line in path.read_bytes().splitlines(keepends=True):
             written = _step_of(line)
             if not line.endswith(b"\n") or (written is not None and written >= step):
                 break
             kept.append(line)
-            last_step = last_step if written is None else written
+            if written is not None:
+                last_step = written
+                there.add(written)
         _replace(path, b"".join(kept))
         writer = cls.__new__(cls)
         writer._open(path, last_step)
+        writer.missing = [number for number in range(step) if number not in there]
         return writer
 
     def _open(self, path: Path, last_step: int | None) -> None:
         self.path = path
         self.last_step = last_step
+        self.missing: list[int] = []
+        """Steps before the one that a run goes on at, which are not in the file."""
         self._file = path.open("ab")
 
     def write(self, record: StepRecord) -> None:

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from tropd.errors import EngineError
+from tropd.fast_paths import TAKEN, FastPath
+from tropd.model import hf
+from tropd.model.hf import Cache, DynamicCache, DynamicLayer
 
 _MIN_SLACK = 64
 _SLACK_SHARE = 8
@@ -58,8 +59,8 @@ class RowLayer(DynamicLayer):
         self.keys, self.values = (b[: at.num_rows, :, at.first : at.end + 1] for b in self.buffers)
         return self.keys, self.values
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        return self.get_seq_length() + hf.query_length(query_length), 0
 
     def get_seq_length(self) -> int:
         return self.columns.end - self.columns.first
@@ -97,12 +98,12 @@ class RowCache(Cache):
     def admit(self, prefilled: DynamicCache, source: Sequence[int], lengths: Sequence[int], rows: int) -> None:
         """Append one row for each entry of `source`, a row of a left-padded prefill.  Room is made for `rows` rows."""
         if not self.layers:
-            self.layers = [RowLayer(self.columns, like) for like in _filled_layers(prefilled)]
+            self.layers = [RowLayer(self.columns, like) for like in hf.layers_of(prefilled)]
         at, first_row = self.columns, self.columns.num_rows
         self.reserve(max(rows, first_row + len(source)), width=prefilled.get_seq_length())
         at.starts.extend(at.end - length for length in lengths)
         source_R = torch.tensor(source, device=self._row_layers[0].device)
-        for layer, states in zip(self._row_layers, _filled_layers(prefilled), strict=True):
+        for layer, states in zip(self._row_layers, hf.layers_of(prefilled), strict=True):
             layer.write(first_row, states, source_R)
         self._settle()
 
@@ -127,6 +128,8 @@ class RowCache(Cache):
         at, buffer = self.columns, self._row_layers[0].buffers[0]
         if rows <= buffer.shape[0] and width <= at.end < buffer.shape[2]:
             return
+        if at.starts:
+            TAKEN.add(FastPath.GROWN_CACHE)
         end = max(at.end - at.first, width)
         capacity = end + max(_MIN_SLACK, end // _SLACK_SHARE)
         for layer in self._row_layers:
@@ -163,14 +166,3 @@ class RowCache(Cache):
     def _settle(self) -> None:
         self.columns.first = min(self.columns.starts, default=self.columns.end)
         self._starts_B = None
-
-
-def _filled_layers(prefilled: DynamicCache) -> list[DynamicLayer]:
-    layers = [layer for layer in prefilled.layers if type(layer) is DynamicLayer and layer.keys is not None]
-    if not layers or len(layers) != len(prefilled.layers):
-        raise EngineError(
-            "generation was asked of a model that did not fill the key-value cache it was handed: "
-            f"{len(layers)} of {len(prefilled.layers)} layers hold keys and values.  In-process generation needs "
-            "plain attention in every layer; use a vLLM server for this model."
-        )
-    return layers

@@ -13,7 +13,6 @@ Axes: B live rows, D width of a head, Q query heads, J key and value heads, T co
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,11 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from tropd.fast_paths import TAKEN, FastPath
+from tropd.model import hf
 from tropd.rollout.cache import RowCache
 from tropd.rollout.packing import Product, are_large, fit_twice, packed
 from tropd.student.head import differ
 
-_FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _MIN_STEPS = 16
 """Making the joint matrices costs about as much as three steps."""
 
@@ -36,12 +36,10 @@ class Decoder:
     """A step of generation for the families above."""
 
     def __init__(self, base: Any, pack: bool) -> None:
-        self.base, self.backbone = base, base.model
-        config = base.config
-        self.num_key_heads: int = config.num_key_value_heads
-        self.num_query_heads: int = config.num_attention_heads
-        self.layers = [_Layer(layer, self.num_query_heads, self.num_key_heads, pack) for layer in self.backbone.layers]
-        self.norm = _Norm(self.backbone.norm)
+        self.parts = parts = hf.parts_of(base)
+        self.num_query_heads, self.num_key_heads = parts.num_query_heads, parts.num_key_heads
+        self.layers = [_Layer(layer, self.num_query_heads, self.num_key_heads, pack) for layer in parts.layers]
+        self.norm = _Norm(parts.norm)
 
     def copied(self) -> set[int]:
         """The modules whose weights are copied here."""
@@ -50,8 +48,9 @@ class Decoder:
 
     def __call__(self, last_ids_B1: Tensor, cache: RowCache) -> Tensor:
         """The logits [B, V] after each row's last token, whose keys and values enter the cache."""
-        hidden_BH = self.backbone.embed_tokens(last_ids_B1)[:, 0]
-        cos_B1D, sin_B1D = self.backbone.rotary_emb(hidden_BH, cache.positions())
+        TAKEN.add(FastPath.DECODER)
+        hidden_BH = self.parts.embed(last_ids_B1)[:, 0]
+        cos_B1D, sin_B1D = self.parts.rotary(hidden_BH, cache.positions())
         half = sin_B1D.shape[-1] // 2
         turn = cos_B1D, torch.cat([-sin_B1D[..., :half], sin_B1D[..., half:]], dim=-1)
         looks_BT = cache.mask()
@@ -63,7 +62,7 @@ class Decoder:
             hidden_BH = self._attend(layer, index, hidden_BH, turn, bias, cache)
             gate, up = layer.gate_up(layer.mlp_norm(hidden_BH)).chunk(2, dim=-1)
             hidden_BH = hidden_BH + layer.down(layer.act(gate) * up)
-        return self.base.lm_head(self.norm(hidden_BH))
+        return self.parts.head(self.norm(hidden_BH))
 
     def _attend(
         self,
@@ -94,7 +93,7 @@ class _Norm:
     def __init__(self, module: Any, weight: Tensor | None = None) -> None:
         self.weight: Tensor = module.weight.detach() if weight is None else weight
         self.width = self.weight.shape[-1]
-        self.epsilon = torch.tensor(float(module.variance_epsilon))
+        self.epsilon = torch.tensor(hf.epsilon_of(module))
 
     def __call__(self, x: Tensor) -> Tensor:
         wide = x.float()
@@ -115,34 +114,38 @@ class _Layer:
     down: Product
     scale: float
 
-    def __init__(self, layer: Any, num_queries: int, num_keys: int, pack: bool) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self.norm, self.mlp_norm = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
-        self.qkv = Product([attention.q_proj, attention.k_proj, attention.v_proj], pack)
-        self.out, self.scale = Product([attention.o_proj], pack), attention.scaling
-        self.gate_up, self.down = Product([mlp.gate_proj, mlp.up_proj], pack), Product([mlp.down_proj], pack)
-        self.act, self.head_norm = mlp.act_fn, None
-        if hasattr(attention, "q_norm"):
-            weights = [(attention.q_norm, num_queries), (attention.k_norm, num_keys)]
+    def __init__(self, layer: hf.LayerParts, num_queries: int, num_keys: int, pack: bool) -> None:
+        self.norm, self.mlp_norm = _Norm(layer.norm), _Norm(layer.mlp_norm)
+        self.qkv = Product([layer.query, layer.key, layer.value], pack)
+        self.out, self.scale = Product([layer.out], pack), layer.scale
+        self.gate_up, self.down = Product([layer.gate, layer.up], pack), Product([layer.down], pack)
+        self.act, self.head_norm = layer.act, None
+        if layer.head_norms:
+            weights = zip(layer.head_norms, (num_queries, num_keys), strict=True)
             of_heads = [norm.weight.detach().expand(heads, -1) for norm, heads in weights]
-            self.head_norm = _Norm(attention.q_norm, torch.cat(of_heads))
+            self.head_norm = _Norm(layer.head_norms[0], torch.cat(of_heads))
 
 
 def obstacle(model: nn.Module, base: Any) -> str:
     """Why the decoder cannot run this model as it is now; empty where it can."""
-    name, weight = type(base).__name__, next(base.parameters())
-    if name not in _FAMILIES:
-        return f"{name} is none of {', '.join(_FAMILIES)}"
+    weight = next(base.parameters())
+    try:
+        parts = hf.parts_of(base)
+    except hf.Unexpected as other:
+        return str(other)
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return f"its weights are {weight.dtype} on {weight.device.type}"
-    if any(kind != "full_attention" for kind in getattr(base.config, "layer_types", None) or ()):
+    if hf.layer_types(base) - {"full_attention"}:
         return "it has sliding windows"
     if hasattr(model, "_orig_mod"):
         return "it is compiled"
-    parts = [base, base.model, base.model.norm, *(m for layer in base.model.layers for m in layer.modules())]
-    if any(m._forward_hooks or m._forward_pre_hooks for m in parts):
+    if any(m._forward_hooks or m._forward_pre_hooks for m in parts.modules):
         return "it has hooks"
     return "" if fit_twice(list(base.modules())) else "its frozen weights are too large to keep a copy of them"
+
+
+class Misread(Exception):
+    """The decoder does not compute what the model does.  The call begins anew without it, as later calls will."""
 
 
 class Stepper:
@@ -163,9 +166,12 @@ class Stepper:
         linear, head = [m for m in self.base.modules() if type(m) is nn.Linear], self.base.get_output_embeddings()
         chosen = linear if are_large(linear) and fit_twice(linear) else [head] if are_large([head]) else []
         if not self.misread and not obstacle(self.model, self.base):
-            self.decoder = Decoder(self.base, pack=bool(chosen))
-            copied = self.decoder.copied()
-            chosen = [m for m in chosen if id(m) not in copied]
+            try:
+                self.decoder = Decoder(self.base, pack=bool(chosen))
+                copied = self.decoder.copied()
+                chosen = [m for m in chosen if id(m) not in copied]
+            except Exception as error:  # whatever parts of another shape may raise
+                self._leave_it(error)
         try:
             with packed(chosen):
                 yield
@@ -183,15 +189,17 @@ class Stepper:
         if self.compared:
             return self.decoder(last_ids_B1, cache)
         own_BV = self.own(last_ids_B1, cache)
-        logits_BV = self.decoder(last_ids_B1, cache)
+        try:
+            logits_BV, failure = self.decoder(last_ids_B1, cache), None
+        except Exception as error:  # whatever a part that takes or gives something else may raise
+            logits_BV, failure = own_BV, error
         self.compared = bool(own_BV.isfinite().all())  # else the caller is about to refuse them
-        self.misread = self.compared and differ(logits_BV[:, : own_BV.shape[1]], own_BV)
-        if not self.misread:
+        if failure is None and not (self.compared and differ(logits_BV[:, : own_BV.shape[1]], own_BV)):
             return logits_BV
-        self.decoder = None
-        warnings.warn(
-            f"{type(self.base).__name__} gives other logits than tropd.rollout.decoding reads from its "
-            "layers, so its own forward writes instead: the same tokens, slower.",
-            stacklevel=2,
-        )
-        return self.own(last_ids_B1, cache)
+        self._leave_it(failure or "they differ")
+        raise Misread
+
+    def _leave_it(self, reason: Exception | str) -> None:
+        self.decoder, self.misread = None, True
+        reads = "gives other logits than tropd.rollout.decoding reads from its layers, so its own forward writes"
+        hf.step_aside(f"{type(self.base).__name__} {reads}", reason)

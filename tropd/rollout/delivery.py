@@ -24,8 +24,10 @@ import torch
 from tropd.background import in_background
 from tropd.config import Run
 from tropd.errors import CheckpointError, EngineError, EngineOutOfSync, ServerRefused, TropdError
+from tropd.probes import draws
 from tropd.rollout import canary
-from tropd.rollout.jobs import sing
+from tropd.rollout.drawn import check_single
+from tropd.rollout.jobs import draw_after, sing
 from tropd.servers import sleeping, updates
 from tropd.servers.pool import Pool
 from tropd.student.export import export_adapter, export_untied
@@ -34,6 +36,8 @@ log = logging.getLogger("tropd.rollout")
 NOT_FOUND = 404
 _NATS = {torch.float32: 2e-3, torch.float64: 2e-3}
 _NATS_OF_HALF_PRECISION = 0.1
+_NUM_DRAWS, _NUM_DRAWN_AGAIN = 24, 8
+"""Tokens by which a server shows how it draws."""
 _SLEEPLESS = (
     f"rollout.servers_sleep asks for servers that do: start vLLM with {sleeping.FLAG} and {updates.DEV_MODE} in its "
     "environment, or leave it out."
@@ -57,11 +61,12 @@ class Delivery:
         sync_nats: float | None = None,
         kept: bool = True,
         sleeps: bool = False,
+        wary: bool = False,
         version: int = 0,
         export: Callable[[Any, Any, Path], Path] | None = None,
     ) -> None:
         """`pools` has one server each, which serves the student, or its base, under `name`.  `kept`: the folder stays
-        when this is closed."""
+        when this is closed.  `wary`: servers show how they draw at every update, not at the first alone."""
         self.pools, self.name, self.text = pools, name, text
         self.model, self.tokenizer, self.folder, self.kept = model, tokenizer, folder, kept
         self.vocab_size, self.version = vocab_size, version
@@ -74,6 +79,8 @@ class Delivery:
         self._expected: canary.Expected | None = None  # until the servers have been given weights
         self._found: dict[str, canary.Found] = {}
         self._loaded: set[str] = set()  # names of adapters
+        self._strange, self.wary = True, wary  # they have not shown yet how they draw
+        self._drawn: dict[str, draws.Gathered] = {}
         self.notes = self._meet()
 
     @property
@@ -91,6 +98,7 @@ class Delivery:
         model = self.model if weights is None else weights
         before, old = (self._expected, dict(self._found)), self.asked
         self._expected, self.version = None, version
+        self._strange = self._strange or self.wary
         expected = canary.expect(model, self.text, self.vocab_size)
         self._write_down(model)
         if self.level:
@@ -106,11 +114,14 @@ class Delivery:
     def repeat(self) -> None:
         """Give every server the weights of `version` again: one of them has lost them."""
         assert self._expected is not None, "weights are given again after they were given"
+        self._strange = True
         self._push(self._expected)
 
-    def check(self) -> None:
-        """Make sure that every server still computes with the weights that it was given."""
+    def check(self, anew: bool = False) -> None:
+        """Make sure that every server still computes with the weights that it was given; `anew`: one of them was away,
+        so it shows again how it draws."""
         assert self._expected is not None, "weights are compared after they were given"
+        self._strange = self._strange or anew
         self._verify(self._expected)
 
     def rest(self) -> None:
@@ -207,6 +218,18 @@ class Delivery:
             except EngineOutOfSync as error:
                 raise EngineOutOfSync(f"{error}{self._advice()}") from error
             self._found[url] = found
+        if self._strange:
+            self._examine(expected)
+
+    def _examine(self, expected: canary.Expected) -> None:
+        """How every server draws single tokens."""
+        how: dict[str, Any] = {"model": self.asked, "version": self.version, "vocab_size": self.vocab_size}
+        for url, pool in self.pools.items():
+            first = draw_after(pool, self.text, range(1, _NUM_DRAWS + 1), **how)
+            again = draw_after(pool, self.text, range(1, _NUM_DRAWN_AGAIN + 1), **how)
+            gathered = self._drawn.setdefault(url, draws.Gathered())
+            check_single(url, expected.after_V, first, again, gathered)
+        self._strange = False
 
     def _cure(self, url: str, error: ServerRefused) -> str:
         mode = f"--enable-lora and {updates.LORA_MODE}" if self.adapter else updates.DEV_MODE

@@ -34,11 +34,20 @@ def text_job(request: Request, name: str, *, model: str, version: int, vocab_siz
     return Job(
         name=name,
         path=vllm.TEXT,
-        body=vllm.text_body(model, request, logprobs=neutral),
+        body=vllm.text_body(model, request, top_k=0 if neutral else None),
         read=read,
         num_tokens=len(request.token_ids) + request.max_new_tokens,
         limit_bytes=vllm.text_limit(request),
     )
+
+
+def draw_after(
+    pool: Pool, text: Sequence[int], seeds: Sequence[int], *, model: str, version: int, vocab_size: int
+) -> list[int]:
+    """Single tokens that the server draws after a text."""
+    requests = [Request(token_ids=tuple(text), max_new_tokens=1, seed=seed) for seed in seeds]
+    how = {"model": model, "version": version, "vocab_size": vocab_size}
+    return [found.token_ids[0] for found in pool.run([text_job(request, _CANARY, **how) for request in requests])]
 
 
 def sing(pool: Pool, text: Sequence[int], *, model: str, version: int, vocab_size: int) -> canary.Found:

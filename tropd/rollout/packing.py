@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tropd.fast_paths import TAKEN, FastPath
+
 _MIN_WEIGHTS = 2**20
 """Models with fewer weights stay in the processor's caches, where the layout hardly matters."""
 _MIN_MATRIX = 2**15
@@ -35,6 +37,7 @@ class Product:
         self.bias = None if first.bias is None else torch.cat([m.bias.detach() for m in self.modules])
         self.is_packed = pack and self.weight.numel() >= _MIN_MATRIX and multiplies(self.weight)
         if self.is_packed:
+            TAKEN.add(FastPath.PACKED_MATRICES)
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, _TYPICAL_ROWS)
 
     def __call__(self, hidden: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
 
 from tropd.errors import EngineError
+from tropd.fast_paths import TAKEN, FastPath
+from tropd.model.hf import Cache, DynamicCache
 from tropd.rollout.cache import RowCache
 from tropd.rollout.decoding import Stepper
 from tropd.rollout.sampling import draw, draw_uniform_rows
@@ -41,6 +42,8 @@ class Reader(Protocol):
         self, input_ids_BT: Tensor, mask_BT: Tensor | None, positions_BT: Tensor, cache: Cache
     ) -> Tensor: ...
 
+    def whole_logits(self, input_ids_BT: Tensor) -> Tensor: ...
+
 
 @dataclass(slots=True)
 class Row:
@@ -58,6 +61,10 @@ class Row:
         self.stop_ids = frozenset(self.request.stop_ids)
 
     @property
+    def text(self) -> tuple[int, ...]:
+        return (*self.request.token_ids, *self.token_ids)
+
+    @property
     def finish(self) -> Finish | None:
         if self.token_ids[-1] in self.stop_ids:
             return Finish.STOP
@@ -67,14 +74,15 @@ class Row:
 class Batch:
     """The live rows of one call, those that wait, and those that are done."""
 
-    def __init__(self, engine: Reader, requests: Sequence[Request]) -> None:
+    def __init__(self, engine: Reader, requests: Sequence[Request], *, rereads: bool = False) -> None:
+        """`rereads`: without a cache, every text is read whole for each of its tokens."""
         # Longest prompt first: a later row never needs more columns than there are.  Equal prompts come together.
         order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].token_ids), requests[i].token_ids))
         self.waiting = deque(Row(i, requests[i]) for i in order)
         self.engine, self.version = engine, engine.version
         self.device = next(engine.model.parameters()).device
         self.live: list[Row] = []
-        self.cache = RowCache()
+        self.cache = None if rereads else RowCache()
         self.done: dict[int, Completion] = {}
 
     def run(self) -> list[Completion]:
@@ -83,14 +91,19 @@ class Batch:
             # Rows enter several at a time: a prefill of one row costs about as much as one of several.
             if free >= min(len(self.waiting), max(1, self.engine.max_batch // 8)):
                 while self.waiting and len(self.live) < self.engine.max_batch:
-                    self.admit()
+                    self.admit(self.cache)
             if self.live:
-                self.step()
+                self.step(self.cache)
         return [self.done[i] for i in range(len(self.done))]
 
-    def admit(self) -> None:
+    def admit(self, cache: RowCache | None) -> None:
         """Prefill some waiting rows, draw their first token, and let those that go on into the cache."""
+        if cache is None:
+            self.live.append(self.waiting.popleft())
+            return
         rows, prompts, source = self._take()
+        if self.live:
+            TAKEN.add(FastPath.REFILLED_BATCH)
         width = len(prompts[0])
         padded = [(self.engine.pad_id,) * (width - len(p)) + p for p in prompts]
         lengths_B = torch.tensor([len(p) for p in prompts], device=self.device)
@@ -101,22 +114,40 @@ class Batch:
             torch.tensor(padded, device=self.device), mask_BT, positions_BT.clamp(min=0), prefilled
         )
         shared = len(prompts) < len(rows)
+        if shared:
+            TAKEN.add(FastPath.SHARED_PROMPTS)
         alive = self._draw(rows, logits_BV[torch.tensor(source, device=self.device)] if shared else logits_BV)
         if alive:
             num_rows = min(self.engine.max_batch, len(self.live) + len(alive) + len(self.waiting))
             lengths = [len(rows[i].request.token_ids) for i in alive]
-            self.cache.admit(prefilled, [source[i] for i in alive], lengths, num_rows)
+            cache.admit(prefilled, [source[i] for i in alive], lengths, num_rows)
             self.live += [rows[i] for i in alive]
 
-    def step(self) -> None:
+    def step(self, cache: RowCache | None) -> None:
         """One token for every live row."""
-        self.cache.reserve(len(self.live))
+        if cache is None:
+            alive = self._draw(self.live, self._reread())
+            self.live = [self.live[i] for i in alive]
+            return
+        cache.reserve(len(self.live))
         last_ids_B1 = torch.tensor([[row.token_ids[-1]] for row in self.live], device=self.device)
-        logits_BV = self.engine.stepper.logits(last_ids_B1, self.cache)[:, : self.engine.vocab_size]
-        self.cache.advance()
+        logits_BV = self.engine.stepper.logits(last_ids_B1, cache)[:, : self.engine.vocab_size]
+        cache.advance()
         alive = self._draw(self.live, logits_BV)
         if len(alive) < len(self.live):
-            self.live = [self.live[i] for i in self.cache.keep(alive)]
+            self.live = [self.live[i] for i in cache.keep(alive)]
+
+    def _reread(self) -> Tensor:
+        """The logits [B, V] after each live row's text.  Texts of one length go together, so that nothing is padded."""
+        texts = [row.text for row in self.live]
+        logits_V: dict[tuple[int, ...], Tensor] = {}
+        for length in {len(text) for text in texts}:
+            some = list({text for text in texts if len(text) == length})
+            for start in range(0, len(some), num := max(1, PREFILL_TOKENS // length)):
+                part = some[start : start + num]
+                logits_BV = self.engine.whole_logits(torch.tensor(part, device=self.device))
+                logits_V |= zip(part, logits_BV, strict=True)
+        return torch.stack([logits_V[text] for text in texts])
 
     def _take(self) -> tuple[list[Row], list[tuple[int, ...]], list[int]]:
         """The next rows to prefill, their different prompts, and which prompt each row has."""
@@ -127,6 +158,7 @@ class Batch:
             prompt = self.waiting[0].request.token_ids
             if not prompts or prompt != prompts[-1]:
                 if prompts and len(prompts[0]) * (len(prompts) + 1) > PREFILL_TOKENS:
+                    TAKEN.add(FastPath.SEVERAL_PREFILLS)
                     break
                 prompts.append(prompt)
             rows.append(self.waiting.popleft())

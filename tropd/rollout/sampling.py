@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tropd.errors import DataError
+from tropd.fast_paths import TAKEN, FastPath
 from tropd.objective.draws import uniform
 from tropd.types import Request, Sampling
 
@@ -61,6 +62,8 @@ def draw(logits_BV: Tensor, uniforms: list[float], sampling: Sampling) -> Tensor
     neutral = sampling.temperature == 1.0 and not sampling.truncates
     scratch_BV = torch.empty_like(logits_BV[:step], dtype=torch.float32, memory_format=torch.contiguous_format)
     drawn = []
+    if step < len(logits_BV):
+        TAKEN.add(FastPath.DRAWS_IN_PARTS)
     for start in range(0, len(logits_BV), step):
         part_BV, part_uniforms = logits_BV[start : start + step], uniforms[start : start + step]
         probs_BV = scratch_BV[: len(part_BV)]

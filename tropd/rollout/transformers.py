@@ -11,22 +11,23 @@ Axes: B live rows, T tokens of a prompt, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
-from tropd.errors import ConfigError, DataError
-from tropd.model.hf import cache_argument
+from tropd.errors import ConfigError, DataError, TropdError
+from tropd.model import hf
+from tropd.model.hf import Cache
 from tropd.rollout.cache import RowCache
-from tropd.rollout.decoding import Stepper, obstacle
+from tropd.rollout.decoding import Misread, Stepper, obstacle
 from tropd.rollout.rows import Batch
 from tropd.rollout.sampling import check_request
 from tropd.types import Completion, Request
+
+_REREADS = "reads each text whole for every token, since no key-value cache works"
 
 
 class TransformersEngine:
@@ -54,21 +55,44 @@ class TransformersEngine:
             raise ConfigError(f"max_batch is {max_batch}, but a batch needs at least one row.")
         self.model, self.max_batch, self.pad_id, self.version = model, max_batch, pad_id, version
         self.context: int | None = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-        takes_last = "logits_to_keep" in inspect.signature(base.forward).parameters
-        self._cache_argument = cache_argument(base)
-        self._last_only = {"logits_to_keep": 1} if takes_last else {}
+        self._cache_argument = hf.cache_argument(base)
+        self._last_only = {"logits_to_keep": 1} if hf.takes(base, "logits_to_keep") else {}
+        self._no_cache = {"use_cache": False} if hf.takes(base, "use_cache") else {}
+        unknown = f"none of its arguments is {' or '.join(hf.CACHE_ARGUMENTS)}"
+        self.rereads = "" if self._cache_argument else "; ".join(hf.missing) or unknown
+        """Why each text is read whole for every token; empty where keys and values are kept."""
+        self._has_written = False
         self.stepper = Stepper(model, base, self._own_step)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion per request, in order."""
         for i, request in enumerate(requests):
             self._check(request, i)
-        with generating(self.model), self.stepper.ready([r.max_new_tokens for r in requests]):
-            return Batch(self, requests).run()
+        with generating(self.model):
+            if self.rereads:
+                return Batch(self, requests, rereads=True).run()
+            try:
+                completions = self._write(requests)
+            except Exception as error:  # whatever a cache that is read or filled in another way may raise
+                if self._has_written or isinstance(error, TropdError | torch.OutOfMemoryError):
+                    raise
+                completions = Batch(self, requests, rereads=True).run()
+                self.rereads = hf.step_aside(f"{type(self.model).__name__} {_REREADS}", error)
+            self._has_written = True
+            return completions
+
+    def _write(self, requests: Sequence[Request]) -> list[Completion]:
+        try:
+            with self.stepper.ready([r.max_new_tokens for r in requests]):
+                return Batch(self, requests).run()
+        except Misread:
+            return self._write(requests)
 
     @property
     def notes(self) -> list[str]:
         """What is slower than it could be on this machine."""
+        if self.rereads:
+            return [f"{type(self.model).__name__} {_REREADS}: the same tokens, much slower ({self.rereads})."]
         reason = obstacle(self.model, _base_model(self.model))
         if not reason or next(self.model.parameters()).device.type != "cpu":
             return []
@@ -87,11 +111,16 @@ class TransformersEngine:
             input_ids=input_ids_BT,
             attention_mask=mask_BT,
             position_ids=positions_BT,
-            **{self._cache_argument: cache},
+            **{self._cache_argument or "": cache},
             use_cache=True,
             return_dict=True,
             **self._last_only,
         )
+        return output.logits[:, -1, : self.vocab_size]
+
+    def whole_logits(self, input_ids_BT: Tensor) -> Tensor:
+        """The logits [B, V] after texts of one length, by nothing but a plain forward pass."""
+        output = self.model(input_ids=input_ids_BT, return_dict=True, **self._no_cache, **self._last_only)
         return output.logits[:, -1, : self.vocab_size]
 
     def _own_step(self, last_ids_B1: Tensor, cache: RowCache) -> Tensor:
@@ -124,17 +153,16 @@ class TransformersEngine:
 def generating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradient and no gradient checkpointing (which would drop the cache); then all as it was."""
     training = [module for module in model.modules() if module.training]
-    # vars, not getattr: a LoRA wrapper answers for the model inside it, and setting it there would leave a copy.
-    checkpointed = [module for module in model.modules() if vars(module).get("gradient_checkpointing") is True]
+    checkpointed = hf.checkpointed(model)
     try:
         model.eval()
         for module in checkpointed:
-            module.__dict__["gradient_checkpointing"] = False
+            module.__dict__[hf.CHECKPOINTING] = False
         with torch.no_grad():
             yield
     finally:
         for module in checkpointed:
-            module.__dict__["gradient_checkpointing"] = True
+            module.__dict__[hf.CHECKPOINTING] = True
         for module in training:
             module.training = True
 
@@ -146,12 +174,9 @@ def _base_model(model: nn.Module) -> Any:
 
 
 def _check_model(base: Any) -> None:
-    """Left padding and row compaction need plain attention, explicit positions and a cache that can be handed in."""
-    takes = inspect.signature(base.forward).parameters
-    missing = [name for name in ("attention_mask", "position_ids") if name not in takes]
-    missing += [] if cache_argument(base) else ["key-value cache"]
-    layer_types = set(getattr(base.config.get_text_config(), "layer_types", None) or ())
-    foreign = sorted(layer_types - {"full_attention", "sliding_attention"})
+    """Left padding and row compaction need plain attention and explicit positions."""
+    missing = [name for name in ("attention_mask", "position_ids") if not hf.takes(base, name)]
+    foreign = sorted(hf.layer_types(base) - {"full_attention", "sliding_attention"})
     reason = (
         "it is an encoder-decoder model"
         if getattr(base.config, "is_encoder_decoder", False)

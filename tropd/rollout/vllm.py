@@ -112,7 +112,8 @@ class VllmEngine:
         held = self.weights
         how: dict[str, Any] = {"model": held.asked, "version": held.version, "vocab_size": self.vocab_size}
         texts = self.pool.run([text_job(request, f"rollout request {n}", **how) for n, request in enumerate(requests)])
-        held.check()
+        held.check(anew=bool(self.pool.returned))
+        self.pool.returned.clear()
         return texts
 
     def _served(self, url: str) -> updates.Served:
@@ -144,6 +145,7 @@ def open_engine(
         folder=weights_folder(run, directory),
         kept=run.rollout.weights_folder is None,
         sleeps=run.rollout.servers_sleep,
+        wary=run.rollout.staleness > 0,
         vocab_size=vocab_size,
         sync_nats=run.rollout.sync_nats,
         notes=tuple(notes),

@@ -80,6 +80,8 @@ class Pool:
         self.settings = settings
         self.clients = [Client(url, settings) for url in urls]
         self.tally = Tally(by_server={client.url: 0 for client in self.clients})
+        self.returned: set[str] = set()
+        """Servers that answered again after they had failed: they may have been started anew."""
         self._servers = [_Server(client) for client in self.clients]
         self._changed = threading.Condition()
 
@@ -195,6 +197,7 @@ class Pool:
             else:
                 if server.failures:
                     log.warning("%s answers again.", server.client.url)
+                    self.returned.add(server.client.url)
                 server.failures, server.why = 0, ""
                 server.garbled = 0 if failure is None else server.garbled + 1
                 self.tally.garbled += failure is not None

@@ -13,6 +13,10 @@ from tropd.errors import ConfigError
 from tropd.ranges import Count, Positive, Ranged, Seconds
 from tropd.reading import shortened
 
+NATS = {"float32": 0.002}
+NATS_OF_HALF_PRECISION = 0.1
+"""By how many nats per token a server may differ from itself, or from a forward pass of the same weights."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig(Ranged):
@@ -33,16 +37,22 @@ class ServerConfig(Ranged):
     answer_seconds: Seconds = 300.0
     """An answer that takes longer is given up, and the request is tried again. In (0, 1000000]."""
     connect_seconds: Seconds = 10.0
-    """In (0, 1000000]."""
+    """A server that does not take a connection in so long is asked again later. In (0, 1000000]."""
     max_tokens_in_flight: Count = 32768
     """Tokens that one server is asked about at the same time; fewer need less memory there. At least 1."""
     max_requests: Count = 32
     """Requests that one server is asked at the same time. At least 1."""
-    canary_nats: Positive = 0.1
-    """Every scoring request brings a known text along.  By how much its log-probabilities may differ, on average, from
-    those of the start: more, and another model answers. Above 0."""
+    canary_nats: Positive | None = None
+    """By how many nats per token a teacher's server may differ from itself: in the known text that every scoring
+    request brings along, in texts that it wrote, in shared beginnings.  By default 0.1, for half precision, and 0.002
+    where teacher.dtype is float32. Above 0."""
     allow_plain_http: bool = False
     """Send the key over http:// to another machine, readable to whoever is in between."""
+
+    def nats_for(self, dtype: str = "auto") -> float:
+        """`canary_nats`, or what is usual of servers that compute in `dtype`."""
+        usual = NATS.get(dtype, NATS_OF_HALF_PRECISION)
+        return usual if self.canary_nats is None else self.canary_nats
 
 
 def base_url(url: str) -> str:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from tropd.errors import ServerGarbled
 from tropd.servers.answers import parsed
-from tropd.servers.vllm import Logprob, Scored, TokenId, check_echo
+from tropd.servers.vllm import Logprob, Row, Scored, TokenId, check_echo, joined
 from tropd.types import Completion, Finish, Request
 
 SCORE = TEXT = "/generate"
@@ -48,6 +48,8 @@ class _Written(TypedDict):
     id: str
     finish_reason: _End
     prompt_tokens: int
+    output_token_logprobs: NotRequired[list[tuple[Logprob, TokenId, Any]] | None]
+    output_top_logprobs: NotRequired[list[list[_Top] | None] | None]
 
 
 class _WrittenAnswer(TypedDict):
@@ -90,9 +92,11 @@ def read_scores(
     return [_scored(f["meta_info"], ids, at, top_k) for f, ids, at in zip(found, sequences, firsts, strict=True)]
 
 
-def text_body(model: str, request: Request, *, logprobs: bool = False) -> dict[str, Any]:
+def text_body(model: str, request: Request, *, top_k: int | None = None) -> dict[str, Any]:
     sampling = request.sampling
+    wanted = {} if top_k is None else {"return_logprob": True, "top_logprobs_num": top_k}
     return {
+        **wanted,
         "input_ids": list(request.token_ids),
         "sampling_params": {
             "max_new_tokens": request.max_new_tokens,
@@ -109,6 +113,24 @@ def text_body(model: str, request: Request, *, logprobs: bool = False) -> dict[s
 
 
 def read_text(answer: bytes, *, model: str, request: Request, request_id: str) -> Completion:
+    return _read_text(answer, request, request_id)[0]
+
+
+def read_own_text(
+    answer: bytes, *, model: str, request: Request, top_k: int, request_id: str
+) -> tuple[Completion, Scored]:
+    """A text, and what the server said of each token when it drew it."""
+    text, meta = _read_text(answer, request, request_id)
+    own, tops = meta.get("output_token_logprobs") or [], meta.get("output_top_logprobs") or [[]] * len(text.token_ids)
+    if [token for _, token, _ in own] != list(text.token_ids) or len(tops) != len(own):
+        raise ServerGarbled(f"a text of {len(text.token_ids)} tokens came with {len(own)} log-probabilities.")
+    rows = [
+        _likeliest(place, logprob, token, tops[place] or [], top_k) for place, (logprob, token, _) in enumerate(own)
+    ]
+    return text, joined(rows)
+
+
+def _read_text(answer: bytes, request: Request, request_id: str) -> tuple[Completion, _Written]:
     found = parsed(_WRITTEN, answer)
     ids, reason = tuple(found["output_ids"]), found["meta_info"]["finish_reason"]["type"]
     _check_id(found["meta_info"]["id"], request_id)
@@ -119,7 +141,7 @@ def read_text(answer: bytes, *, model: str, request: Request, request_id: str) -
     if not ids or not (stopped or (cut and len(ids) == request.max_new_tokens)):
         raise ServerGarbled(f"a text of {len(ids)} tokens with stop tokens at {ends} ended for the reason {reason!r}.")
     finish = Finish.STOP if stopped else Finish.LENGTH
-    return Completion(token_ids=ids, behavior_logprobs=(), model_logprobs=(), finish=finish)
+    return Completion(token_ids=ids, behavior_logprobs=(), model_logprobs=(), finish=finish), found["meta_info"]
 
 
 def _check_id(found: str, asked: str) -> None:
@@ -133,17 +155,19 @@ def _scored(meta: _Scores, sequence: Sequence[int], first: int, top_k: int) -> S
     tops = meta["input_top_logprobs"] if top_k else [None] * len(own)
     if tops is None or len(tops) != len(own):
         raise ServerGarbled(f"{len(own)} tokens came back with {len(tops or [])} rows of top-{top_k}.")
-    logprobs, ids_TK, logprobs_TK = [], [], []
+    rows = []
     for place in range(max(first, 1), len(sequence)):
         value = own[place][0]
         if value is None:
             raise ServerGarbled(f"position {place} has no log-probability.")
-        top = sorted(tops[place] or [], key=lambda entry: -entry[0])
-        _check_row(place, value, sequence[place], top, top_k)
-        logprobs.append(min(value, 0.0))
-        ids_TK.append([token for _, token, _ in top])
-        logprobs_TK.append([min(x, 0.0) for x, _, _ in top])
-    return Scored(logprobs=logprobs, topk_ids_TK=ids_TK, topk_logprobs_TK=logprobs_TK)
+        rows.append(_likeliest(place, value, sequence[place], tops[place] or [], top_k))
+    return joined(rows)
+
+
+def _likeliest(place: int, value: float, written: int, top: list[_Top], top_k: int) -> Row:
+    top = sorted(top, key=lambda entry: -entry[0])
+    _check_row(place, value, written, top, top_k)
+    return min(value, 0.0), [(token, min(x, 0.0)) for x, token, _ in top]
 
 
 def _check_row(place: int, value: float, written: int, top: list[_Top], top_k: int) -> None:

@@ -2,7 +2,8 @@
 
 A scoring request holds two texts: a canary whose log-probabilities are known, and the sequence in question.  Both are
 answered by the same process, so an answer comes with proof of who gave it.  vLLM puts, at each position, the written
-token and the k likeliest with their ranks; nothing is there at position 0.  It writes -9999 for minus infinity.
+token and the k likeliest with their ranks; nothing is there at position 0.  It writes -9999 where it has no number,
+and a softmax gives every token one, so that is refused.
 
 Axes as in `tropd.types`: T positions that were asked for, K the teacher's top-k.
 """
@@ -13,7 +14,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
@@ -23,7 +24,7 @@ from tropd.servers.answers import parsed
 from tropd.types import Completion, Finish, Request
 
 SCORE = TEXT = "/v1/completions"
-_MINUS_INFINITY = -9999.0
+_NO_NUMBER = -9999.0
 _ROUNDING = 1e-3
 _STRICT = ConfigDict(strict=True, extra="ignore")
 
@@ -41,6 +42,18 @@ class Scored:
     topk_logprobs_TK: list[list[float]]
 
 
+Row = tuple[float, list[tuple[int, float]]]
+"""Log-probability of the written token; the likeliest tokens with theirs."""
+
+
+def joined(rows: Sequence[Row]) -> Scored:
+    return Scored(
+        logprobs=[logprob for logprob, _ in rows],
+        topk_ids_TK=[[token for token, _ in top] for _, top in rows],
+        topk_logprobs_TK=[[logprob for _, logprob in top] for _, top in rows],
+    )
+
+
 class _Entry(TypedDict):
     __pydantic_config__ = _STRICT  # type: ignore[misc]
     logprob: Logprob
@@ -54,17 +67,24 @@ class _ScoredChoice(TypedDict):
     prompt_logprobs: list[dict[TokenId, _Entry] | None]
 
 
+class _Usage(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    prompt_tokens: int
+
+
 class _ScoredAnswer(TypedDict):
     __pydantic_config__ = _STRICT  # type: ignore[misc]
     id: str
     model: str
     choices: list[_ScoredChoice]
+    usage: NotRequired[_Usage | None]
 
 
 class _Sampled(TypedDict):
     __pydantic_config__ = _STRICT  # type: ignore[misc]
     tokens: list[str]
     token_logprobs: list[Logprob]
+    top_logprobs: NotRequired[list[dict[str, Logprob] | None] | None]
 
 
 class _WrittenChoice(TypedDict):
@@ -120,14 +140,18 @@ def read_scores(
     """For each sequence the positions from `firsts` on.  Anything missing, odd or about other tokens is refused."""
     found = parsed(_SCORED, answer)
     choices = _in_order(found, model, len(sequences), request_id)
+    read, asked = (found.get("usage") or {}).get("prompt_tokens"), sum(map(len, sequences))
+    if read not in (None, asked):
+        raise ServerGarbled(f"{asked} tokens were asked about, and {read} were read. Does it add one at the beginning?")
     return [
         _scored(choice, sequence, first, top_k)
         for choice, sequence, first in zip(choices, sequences, firsts, strict=True)
     ]
 
 
-def text_body(model: str, request: Request, *, logprobs: bool = False) -> dict[str, Any]:
-    """The stop tokens are the request's alone, and part of the text."""
+def text_body(model: str, request: Request, *, top_k: int | None = None) -> dict[str, Any]:
+    """The stop tokens are the request's alone, and part of the text.  `top_k` asks for log-probabilities: those of the
+    written tokens and of so many likely ones."""
     sampling = request.sampling
     return {
         "model": model,
@@ -140,7 +164,7 @@ def text_body(model: str, request: Request, *, logprobs: bool = False) -> dict[s
         "return_tokens_as_token_ids": True,
         "add_special_tokens": False,
         "skip_special_tokens": False,
-        "logprobs": 0 if logprobs else None,
+        "logprobs": top_k,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
@@ -151,12 +175,38 @@ def text_body(model: str, request: Request, *, logprobs: bool = False) -> dict[s
     }
 
 
-def text_limit(request: Request) -> int:
-    return 2**20 + 1000 * (len(request.token_ids) + request.max_new_tokens)
+def text_limit(request: Request, top_k: int = 0) -> int:
+    return 2**20 + 1000 * (len(request.token_ids) + request.max_new_tokens) + 100 * top_k * request.max_new_tokens
 
 
 def read_text(answer: bytes, *, model: str, request: Request, request_id: str) -> Completion:
     """Behaviour log-probabilities are () unless they were asked for."""
+    return _read_text(answer, model, request, request_id)[0]
+
+
+def read_own_text(
+    answer: bytes, *, model: str, request: Request, top_k: int, request_id: str
+) -> tuple[Completion, Scored]:
+    """A text, and what the server said of each token when it drew it."""
+    text, sampled = _read_text(answer, model, request, request_id)
+    rows = (sampled or {}).get("top_logprobs") or []
+    if not text.behavior_logprobs or len(rows) != len(text.token_ids):
+        raise ServerGarbled(f"a text of {len(text.token_ids)} tokens came with {len(rows)} rows of log-probabilities.")
+    pairs = zip(text.behavior_logprobs, rows, strict=True)
+    return text, joined([(logprob, _likeliest(row or {}, top_k)) for logprob, row in pairs])
+
+
+def _likeliest(row: Mapping[str, float], top_k: int) -> list[tuple[int, float]]:
+    try:
+        named = [(int(name.removeprefix("token_id:")), _logprob(x)) for name, x in row.items()]
+    except ValueError:
+        raise ServerGarbled("the likely tokens of a text are not named by their ids.") from None
+    if len(named) < top_k:
+        raise ServerGarbled(f"the top-{top_k} of a text was asked for, and {len(named)} came.")
+    return sorted(named, key=lambda pair: -pair[1])[:top_k]
+
+
+def _read_text(answer: bytes, model: str, request: Request, request_id: str) -> tuple[Completion, _Sampled | None]:
     (choice,) = _in_order(parsed(_WRITTEN, answer), model, 1, request_id)
     check_echo(choice["prompt_token_ids"], request.token_ids)
     ids = tuple(choice["token_ids"])
@@ -170,11 +220,11 @@ def read_text(answer: bytes, *, model: str, request: Request, request_id: str) -
         )
     sampled = choice["logprobs"]
     if sampled is None:
-        return Completion(token_ids=ids, behavior_logprobs=(), model_logprobs=(), finish=finish)
+        return Completion(token_ids=ids, behavior_logprobs=(), model_logprobs=(), finish=finish), None
     if sampled["tokens"] != [f"token_id:{token}" for token in ids] or len(sampled["token_logprobs"]) != len(ids):
         raise ServerGarbled("the log-probabilities of a text are those of other tokens.")
     logprobs = tuple(_logprob(x) for x in sampled["token_logprobs"])
-    return Completion(token_ids=ids, behavior_logprobs=logprobs, model_logprobs=(), finish=finish)
+    return Completion(token_ids=ids, behavior_logprobs=logprobs, model_logprobs=(), finish=finish), sampled
 
 
 def _in_order(found: Any, model: str, number: int, request_id: str) -> list[Any]:
@@ -202,18 +252,11 @@ def _scored(choice: _ScoredChoice, sequence: Sequence[int], first: int, top_k: i
     rows = choice["prompt_logprobs"]
     if len(rows) != len(sequence) or (rows and rows[0] is not None):
         raise ServerGarbled(f"{len(sequence)} tokens came back with {len(rows)} rows of log-probabilities.")
-    read = [_read_row(rows[place], sequence[place], place, top_k) for place in range(max(first, 1), len(sequence))]
-    return Scored(
-        logprobs=[row[0] for row in read],
-        topk_ids_TK=[[token for token, _ in row[1]] for row in read],
-        topk_logprobs_TK=[[logprob for _, logprob in row[1]] for row in read],
-    )
+    return joined([_read_row(rows[at], sequence[at], at, top_k) for at in range(max(first, 1), len(sequence))])
 
 
-def _read_row(
-    row: dict[int, _Entry] | None, written: int, place: int, top_k: int
-) -> tuple[float, list[tuple[int, float]]]:
-    """(log-probability of the written token, the top-k).  The written token stands apart unless it is one of them."""
+def _read_row(row: dict[int, _Entry] | None, written: int, place: int, top_k: int) -> Row:
+    """The written token stands apart unless it is one of the likeliest."""
     if row is None or written not in row:
         raise ServerGarbled(f"position {place} has no log-probability for the token {written} that stands there.")
     own = row[written]
@@ -239,4 +282,6 @@ def _read_row(
 
 
 def _logprob(x: float) -> float:
-    return -math.inf if x <= _MINUS_INFINITY else min(x, 0.0)
+    if x <= _NO_NUMBER:
+        raise ServerGarbled(f"a token has the log-probability {x:g}, which vLLM writes where it has no number.")
+    return min(x, 0.0)

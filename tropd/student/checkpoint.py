@@ -13,8 +13,6 @@ the previous ones as they were.  Everything is checked on loading.  No pickle.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -124,22 +122,6 @@ def writing(directory: Path) -> Iterator[None]:
             f"the run's folder {directory} cannot be written: {error}. The checkpoints in it are untouched: free the "
             f"disk or mend the folder, then go on with `tropd resume {directory}`."
         ) from error
-
-
-@contextmanager
-def alone(directory: Path, locked: str = "run.toml") -> Iterator[None]:
-    """One process for a run: two would write into each other's records and checkpoints."""
-    with (directory / locked).open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
-        except BlockingIOError:
-            raise CheckpointError(
-                f"another process is at work on the run in {directory}. Wait for it, stop it, or use another folder."
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # file systems that know no locks
-                raise
-        yield
 
 
 @contextmanager

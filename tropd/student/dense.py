@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tropd.objective.evidence import at_least_float32
+from tropd.fast_paths import TAKEN, FastPath
 from tropd.student.head import Head, tiles
+from tropd.student.peaks import is_matrix
 
 Judge = Callable[[slice, Tensor], Tensor]
 """(rows, log-probabilities of the whole vocabulary [C, V] with gradient) -> loss of these rows."""
@@ -24,12 +25,13 @@ Judge = Callable[[slice, Tensor], Tensor]
 
 def can_tile(head: Head) -> bool:
     """Whether the head is a plain matrix, so that its gradient can be formed here."""
-    return type(head.module) is torch.nn.Linear and not head.module._forward_hooks
+    return is_matrix(head.module)
 
 
-def dense_loss(head: Head, hidden_NH: Tensor, judge: Judge, tile_tokens: int) -> Tensor:
+def dense_loss(head: Head, hidden_NH: Tensor, written_N: Tensor, judge: Judge, tile_tokens: int) -> Tensor:
     """The judged loss of all rows, its gradient already formed."""
-    return _Dense.apply(hidden_NH, head.weight_VH, head.bias_V, head, judge, tile_tokens)
+    TAKEN.add(FastPath.DENSE_HEAD)
+    return _Dense.apply(hidden_NH, head.weight_VH, head.bias_V, head, written_N, judge, tile_tokens)
 
 
 class _Dense(torch.autograd.Function):
@@ -40,6 +42,7 @@ class _Dense(torch.autograd.Function):
         weight_VH: Tensor,
         bias_V: Tensor | None,
         head: Head,
+        written_N: Tensor,
         judge: Judge,
         tile_tokens: int,
     ) -> Tensor:
@@ -54,7 +57,8 @@ class _Dense(torch.autograd.Function):
             z_CV = torch.nn.functional.linear(hidden_CH, weight_VH[:size], None if bias_V is None else bias_V[:size])
             z_CV.requires_grad_()
             with torch.enable_grad():
-                loss = judge(rows, at_least_float32(head.transform(z_CV)).log_softmax(-1))
+                logits_CV = head.widened(z_CV, hidden_CH, written_N[rows])
+                loss = judge(rows, logits_CV.log_softmax(-1))
             (g_CV,) = torch.autograd.grad(loss, z_CV)
             hidden_gradient[rows] = (g_CV @ weight_VH[:size]).to(wide)
             if weight_gradient is not None:
@@ -71,4 +75,4 @@ class _Dense(torch.autograd.Function):
         (scale,) = upstream
         dtypes = ctx.dtypes[0], ctx.dtypes[1], ctx.dtypes[1]
         found = zip(ctx.saved_tensors, dtypes, strict=True)
-        return *(None if g is None else (g * scale).to(dtype) for g, dtype in found), None, None, None
+        return *(None if g is None else (g * scale).to(dtype) for g, dtype in found), None, None, None, None

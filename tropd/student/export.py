@@ -14,9 +14,9 @@ import tropd
 from tropd.config import Run
 from tropd.config_file import dump
 from tropd.errors import CheckpointError, ConfigError
-from tropd.reading import refusing
 from tropd.student.checkpoint import atomic_folder
-from tropd.student.models import base_of
+from tropd.student.models import base_of, load_as_stored
+from tropd.student.weights import load_adapter
 
 
 def export(model: Any, tokenizer: Any, run: Run, folder: Path, *, step: int, results: dict[str, float]) -> Path:
@@ -57,19 +57,19 @@ def export_adapter(model: Any, tokenizer: Any, folder: Path) -> Path:
 
 def merge(adapter: Path, folder: Path, *, device: torch.device) -> Path:
     """An adapter and its base as one plain model."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     if not (adapter / "adapter_config.json").exists():
         raise ConfigError(f"{adapter} holds no adapter_config.json: name the folder of an exported LoRA student.")
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise ConfigError("merging an adapter needs peft: pip install 'tropd[lora]'.") from None
     base = base_of(adapter)
-    where = "It is named as in the run file: a path that is not absolute counts from where the run was started."
-    with refusing(lambda why: f"the base {base} of {adapter} cannot be loaded: {why}. {where}"):
-        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-        merged: Any = PeftModel.from_pretrained(model.to(device), str(adapter))
+    try:
+        model = load_as_stored(base, "base", device)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error} It is the base of {adapter}, named as in the run file: a path that is not absolute counts from "
+            "the folder where the run was started."
+        ) from error
+    merged = load_adapter(model, adapter)
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     with atomic_folder(folder) as temporary:
         merged.merge_and_unload().save_pretrained(temporary, safe_serialization=True)

@@ -16,10 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from tropd.errors import ConfigError, DataError, TrainingDiverged, VocabularyError
+from tropd.fast_paths import TAKEN, FastPath
+from tropd.model.hf import recomputes
 from tropd.objective.evidence import ABSENT, Needs, StudentView, Tokens, at_least_float32
+from tropd.objective.support import expected_gap
 from tropd.student.head import Head, at_rest, causal_lm_of, differ, tiles
 from tropd.student.one_pass import TopRows, can_fuse, read_rows
-from tropd.student.spans import attends_by_span, recomputes, spans, worth_it
+from tropd.student.spans import attends_by_span, spans, worth_it
 from tropd.types import Rollout
 
 Arrangement = Literal["padded", "packed"]
@@ -140,6 +143,7 @@ class Forward:
         sequences = [r.token_ids for r in rollouts]
         lengths = [len(sequence) for sequence in sequences]
         if self.by_span and worth_it(lengths) and not recomputes(self.backbone):
+            TAKEN.add(FastPath.SPANS)
             return self._hidden(lay_out(sequences, num_prompts, "packed"), lengths)
         return self._hidden(lay_out(sequences, num_prompts, self.layout))
 
@@ -203,14 +207,23 @@ class Forward:
         )
 
     @torch.no_grad()
-    def full_logprobs(self, hidden_CH: Tensor) -> Tensor:
-        """[C, V]: whole distributions from hidden states, such as those of `measure`."""
+    def full_logprobs(self, hidden_CH: Tensor, written_C: Tensor) -> Tensor:
+        """[C, V]: whole distributions from hidden states, such as those of `measure`, before these tokens."""
         with self._at_rest():
-            return at_least_float32(self.head.logits(hidden_CH)).log_softmax(-1)
+            return self.head.wide_logits(hidden_CH, written_C.to(hidden_CH.device)).log_softmax(-1)
 
     @torch.no_grad()
-    def reverse_kl(self, rollouts: Sequence[Rollout], teacher: Forward) -> Tensor:
-        """[N]: sum_v pi_S(v) (log pi_S(v) - log pi_T(v)) over the whole vocabulary, where self is the student."""
+    def reverse_kl(
+        self, rollouts: Sequence[Rollout], teacher: Forward, as_read: Sequence[Rollout] | None = None
+    ) -> Tensor:
+        """[N]: sum_v pi_S(v) (log pi_S(v) - log pi_T(v)) over the whole vocabulary, where self is the student.
+
+        `as_read` are the rollouts as the teacher reads them, where another prompt stands before the same responses.
+        """
+        as_read = rollouts if as_read is None else as_read
+        assert [r.response_ids for r in as_read] == [r.response_ids for r in rollouts], (
+            "the teacher reads other answers"
+        )
         if self.vocab_size != teacher.vocab_size:
             raise VocabularyError(
                 f"a divergence between vocabularies of {self.vocab_size} and {teacher.vocab_size} tokens was asked "
@@ -219,16 +232,12 @@ class Forward:
         with self._at_rest():
             student_NH = self.hidden(rollouts)
         with teacher._at_rest():
-            teacher_NH = teacher.hidden(rollouts)
-        found = [student_NH.new_zeros(0, dtype=at_least_float32(student_NH).dtype)]
+            teacher_NH = teacher.hidden(as_read)
+        ids_N, found = self._response_ids(rollouts), [student_NH.new_zeros(0, dtype=at_least_float32(student_NH).dtype)]
         for tile in tiles(student_NH.shape[0], self.tile_tokens):
-            with self._at_rest():
-                student_NV = at_least_float32(self.head.logits(student_NH[tile])).log_softmax(-1)
-            with teacher._at_rest():
-                teacher_NV = at_least_float32(teacher.head.logits(teacher_NH[tile])).log_softmax(-1)
-            share_NV = student_NV.exp()
-            gap_NV = student_NV - teacher_NV.to(student_NV.device)
-            found.append(torch.where(share_NV > 0, share_NV * gap_NV, 0.0).sum(-1))  # 0 * inf is 0 here
+            student_NV = self.full_logprobs(student_NH[tile], ids_N[tile])
+            teacher_NV = teacher.full_logprobs(teacher_NH[tile], ids_N[tile])
+            found.append(expected_gap(student_NV.exp(), student_NV, teacher_NV.to(student_NV.device)))
         return torch.cat(found)
 
     def _hidden(self, layout: Layout, lengths: Sequence[int] | None = None) -> Tensor:

@@ -8,8 +8,8 @@
     d h = -diag(a) p W   + sum_m c_m W[id_m]                     matrix product 2, sparse rows
     d W = -p^T diag(a) h + scatter(c_m h)                        matrix product 3, sparse rows
 
-Nothing of size [tokens, V] outlives its tile.  Half-precision tiles read the sampled token's logit again in float32:
-rounded to bfloat16 it would flip the sign of small log-ratios.
+Nothing of size [tokens, V] outlives its tile.  In a half-precision tile the logits that decide a row are computed again
+in float32 (`tropd.student.peaks`); their part of the gradient is taken out of the tile and added in float32 too.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -24,7 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tropd.fast_paths import TAKEN, FastPath
 from tropd.student.head import Head, tiles
+from tropd.student.peaks import Peaks, find_peaks, products_at
 from tropd.student.products import add_product_
 
 Judge = Callable[[slice, Tensor], Tensor]
@@ -65,19 +68,6 @@ def logits_of(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, scale
     else:
         torch.addmm(bias_V, hidden_CH, weight_VH.t(), out=z_CV)
     return z_CV.mul_(scale) if scale != 1.0 else z_CV
-
-
-def exact_written(
-    wanted_CM: Tensor, hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, ids_CM: Tensor, scale: float
-) -> Tensor:
-    """Logits at the wanted ids in float32 at least; the written token's computed so where the tile was not."""
-    wide = torch.promote_types(hidden_CH.dtype, torch.float32)
-    wanted_CM = wanted_CM.to(wide)
-    if hidden_CH.dtype != wide and ids_CM.shape[1]:
-        ids_C = ids_CM[:, 0]
-        logits_C = (hidden_CH.to(wide) * weight_VH[ids_C].to(wide)).sum(-1)
-        wanted_CM[:, 0] = scale * (logits_C if bias_V is None else logits_C + bias_V[ids_C].to(wide))
-    return wanted_CM
 
 
 class Fused(torch.autograd.Function):
@@ -130,22 +120,26 @@ def _tile(
 ) -> Tensor:
     """One tile: read, judge, and add its gradients."""
     ids_CM = work.ids_NM[rows]
-    wide = sums.hidden_NH.dtype
-    wanted_CM = exact_written(z_CV.gather(1, ids_CM), hidden_CH, weight_VH, bias_V, ids_CM, work.scale)
-    logprobs_CM = (wanted_CM - soften_rows_(z_CV)[:, None]).requires_grad_()
+    peaks = find_peaks(z_CV, ids_CM[:, 0], partial(products_at, hidden_CH, weight_VH, bias_V, work.scale))
+    wanted_CM = peaks.patch(ids_CM, z_CV.gather(1, ids_CM))
+    rounded_log_sum_C = soften_rows_(z_CV, peaks.highest_C)
+    log_sum_C = peaks.log_sum(rounded_log_sum_C)
+    logprobs_CM = (wanted_CM - log_sum_C[:, None]).requires_grad_()
     with torch.enable_grad():
         loss = work.judge(rows, logprobs_CM)
     (c_CM,) = torch.autograd.grad(loss, logprobs_CM)
     c_CM = c_CM * work.scale
-    dense_C = c_CM.sum(1)
-    hidden_wide = hidden_CH.to(wide)
-    sums.hidden_NH[rows] = torch.mm(z_CV, weight_VH).to(wide).mul_(-dense_C[:, None])
+    dense_C = -c_CM.sum(1)
+    hidden_wide = hidden_CH.to(sums.hidden_NH.dtype)
+    z_CV[torch.arange(len(z_CV), device=z_CV.device)[:, None], peaks.ids_CE] = 0.0
+    tile_C = dense_C * (rounded_log_sum_C - log_sum_C).exp()
+    sums.hidden_NH[rows] = torch.mm(z_CV, weight_VH).to(hidden_wide.dtype).mul_(tile_C[:, None])
     if sums.weight_VH is not None:
-        pulled_CH = (hidden_wide * -dense_C[:, None]).to(z_CV.dtype)
-        add_product_(sums.weight_VH, z_CV.t(), pulled_CH)
+        add_product_(sums.weight_VH, z_CV.t(), (hidden_wide * tile_C[:, None]).to(z_CV.dtype))
     if sums.bias_V is not None:
-        sums.bias_V.add_(torch.mv(z_CV.t(), -dense_C.to(z_CV.dtype)))
+        sums.bias_V.add_(torch.mv(z_CV.t(), tile_C.to(z_CV.dtype)))
     add_sparse(rows, hidden_wide, weight_VH, ids_CM, c_CM, sums)
+    add_peaks(rows, hidden_wide, weight_VH, peaks, log_sum_C, dense_C, sums)
     return loss.detach()
 
 
@@ -156,30 +150,43 @@ def kernels_for(z_CV: Tensor) -> ModuleType | None:
         return None
     from tropd.student import kernels
 
-    return kernels if kernels.agree(z_CV.device, z_CV.dtype) else None
+    if not kernels.agree(z_CV.device, z_CV.dtype):
+        return None
+    TAKEN.add(FastPath.KERNELS)
+    return kernels
 
 
-def soften_rows_(z_CV: Tensor) -> Tensor:
+def soften_rows_(z_CV: Tensor, highest_C: Tensor | None = None) -> Tensor:
     """In place z <- softmax(z); gives log sum exp z of each row, in float32 at least.
 
     On a CPU a few rows at a time, so that they stay in cache.  The sum is read off the largest probability, which is at
-    least 1/V: log sum exp z = max z - log max p.
+    least 1/V: log sum exp z = max z - log max p.  `highest_C` are the ids of the largest logits, where they are known.
     """
     if kernels := kernels_for(z_CV):
         return kernels.softmax_rows_(z_CV)
     wide = torch.promote_types(z_CV.dtype, torch.float32)
     step = _rows_at_once(z_CV)
+    if step < len(z_CV):
+        TAKEN.add(FastPath.SOFTMAX_IN_PARTS)
     log_sum_C = z_CV.new_empty(len(z_CV), dtype=wide)
     scratch = z_CV.new_empty(min(step, len(z_CV)), z_CV.shape[1], dtype=wide) if z_CV.dtype != wide else None
     for start in range(0, len(z_CV), step):
         x = z_CV[start : start + step]
         p = x if scratch is None else scratch[: len(x)].copy_(x)
-        highest_C = p.amax(-1)
-        torch.softmax(p, -1, out=p)
-        log_sum_C[start : start + step] = highest_C - p.amax(-1).log()
+        log_sum_C[start : start + step] = _soften_(p, None if highest_C is None else highest_C[start : start + step])
         if p is not x:
             x.copy_(p)
     return log_sum_C
+
+
+def _soften_(p_rV: Tensor, highest_r: Tensor | None) -> Tensor:
+    if highest_r is None:
+        most_r = p_rV.amax(-1)
+        torch.softmax(p_rV, -1, out=p_rV)
+        return most_r - p_rV.amax(-1).log()
+    most_r1 = p_rV.gather(1, highest_r[:, None])
+    torch.softmax(p_rV, -1, out=p_rV)
+    return (most_r1 - p_rV.gather(1, highest_r[:, None]).log())[:, 0]
 
 
 def _rows_at_once(z_CV: Tensor) -> int:
@@ -188,7 +195,7 @@ def _rows_at_once(z_CV: Tensor) -> int:
     return max(_ROWS_IN_CACHE, _IN_CACHE // max(z_CV.shape[1], 1))
 
 
-def log_sum_exp(z_CV: Tensor, entropy: bool = False) -> tuple[Tensor, Tensor]:
+def log_sum_exp(z_CV: Tensor, entropy: bool = False, highest_C: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """log sum exp z of each row, and the entropy where asked (else no rows); z is left as it was."""
     if kernels := kernels_for(z_CV):
         return kernels.log_sum_rows(z_CV, entropy)
@@ -200,7 +207,7 @@ def log_sum_exp(z_CV: Tensor, entropy: bool = False) -> tuple[Tensor, Tensor]:
     for start in range(0, len(z_CV), step):
         part = slice(start, start + step)
         p = scratch[: len(z_CV[part])].copy_(z_CV[part])
-        log_sum_C[part] = soften_rows_(p)
+        log_sum_C[part] = _soften_(p, None if highest_C is None else highest_C[part])
         if entropy:  # H = log Z - sum p z
             entropy_C[part] = log_sum_C[part] - torch.where(p > 0, p * z_CV[part], 0.0).sum(-1)
     return log_sum_C, entropy_C
@@ -219,9 +226,37 @@ def add_sparse(
     if ids_CM.shape[1] == 1:
         return
     busy = (c_CM[:, 1:] != 0).any(1).nonzero().flatten()
-    for some in busy.split(_GATHERED):  # bounds the [rows, M, H] gather
-        ids, c = ids_CM[some, 1:], c_CM[some, 1:]
-        gradient_CH[some] += torch.bmm(c[:, None], weight_VH[ids].to(wide)).squeeze(1)
+    if len(busy) > _GATHERED:
+        TAKEN.add(FastPath.SUPPORTS_IN_PARTS)
+    _spread(busy, gradient_CH, hidden_CH, weight_VH, ids_CM[:, 1:], c_CM[:, 1:], sums)
+
+
+def add_peaks(
+    rows: slice, hidden_CH: Tensor, weight_VH: Tensor, peaks: Peaks, log_sum_C: Tensor, dense_C: Tensor, sums: Gradients
+) -> None:
+    """-a p~ at the peaks, which the tile does not hold."""
+    if not peaks.ids_CE.shape[1]:
+        return
+    c_CE = dense_C[:, None] * (peaks.exact_CE - log_sum_C[:, None]).exp()
+    every = torch.arange(len(c_CE), device=c_CE.device)
+    _spread(every, sums.hidden_NH[rows], hidden_CH, weight_VH, peaks.ids_CE, c_CE, sums)
+    if sums.bias_V is not None:
+        sums.bias_V.index_add_(0, peaks.ids_CE.flatten(), c_CE.flatten())
+
+
+def _spread(
+    rows: Tensor,
+    gradient_CH: Tensor,
+    hidden_CH: Tensor,
+    weight_VH: Tensor,
+    ids_CM: Tensor,
+    c_CM: Tensor,
+    sums: Gradients,
+) -> None:
+    """sum_m c_m W[id_m] into d h and c_m h into d W, for some rows."""
+    for some in rows.split(_GATHERED):  # bounds the [rows, M, H] gather
+        ids, c = ids_CM[some], c_CM[some]
+        gradient_CH[some] += torch.bmm(c[:, None], weight_VH[ids].to(c.dtype)).squeeze(1)
         if sums.weight_VH is not None:
             spread = (hidden_CH[some][:, None] * c[:, :, None]).flatten(0, 1)
             sums.weight_VH.index_add_(0, ids.flatten(), spread)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,13 +21,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tropd.errors import ConfigError
+from tropd.fast_paths import TAKEN, FastPath
+from tropd.model import hf
 from tropd.objective.evidence import at_least_float32
+from tropd.student.likeliest import likeliest
+from tropd.student.peaks import find_peaks, has_peaks, is_matrix, products_at
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Relative differences that kernels of other shapes may make; a wrong head or a leak makes one near 1."""
-
-_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 
 @contextmanager
@@ -97,13 +99,13 @@ class Head:
                 f"{num_rows} rows. Give a number from 1 to {num_rows}, or None for all."
             )
         factor = divisor = 1.0
-        for name in _FACTORS:
+        for name in hf.FACTORS:
             factor *= _number(config, name, 1.0)
         if getattr(config, "model_type", "").startswith("hyperclovax"):  # multiplies by what Granite divides by
             factor *= _number(config, "logits_scaling", 1.0)
         else:
             divisor = _number(config, "logits_scaling", 1.0)
-        softcap = next((cap for name in _CAPS if (cap := _number(config, name, 0.0))), None)
+        softcap = next((cap for name in hf.CAPS if (cap := _number(config, name, 0.0))), None)
         head = cls(module=module, vocab_size=vocab_size or num_rows, factor=factor, divisor=divisor, softcap=softcap)
         _check(head, model, inside)
         return head
@@ -131,6 +133,21 @@ class Head:
             logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
         return logits_NV
 
+    def wide_logits(self, hidden_CH: Tensor, written_C: Tensor) -> Tensor:
+        """`logits` in float32 at least; where the matrix rounds, the row's peaks are exact (`tropd.student.peaks`)."""
+        return self.widened(self.module(hidden_CH)[..., : self.vocab_size], hidden_CH, written_C)
+
+    def widened(self, z_CV: Tensor, hidden_CH: Tensor, written_C: Tensor) -> Tensor:
+        """Logits of what the matrix gave.  The gradient of the peaks is that of the others."""
+        wide_CV = self.transform(at_least_float32(z_CV))
+        if not (has_peaks(z_CV.dtype) and is_matrix(self.module)):
+            return wide_CV
+        with torch.no_grad():
+            exact = partial(products_at, hidden_CH, self.weight_VH, self.bias_V, 1.0)
+            ids_CE, exact_CE = (peaks := find_peaks(z_CV, written_C, exact)).ids_CE, self.transform(peaks.exact_CE)
+            changes_CE = torch.where(peaks.twice_CE, 0.0, exact_CE - wide_CV.gather(1, ids_CE))
+        return wide_CV.scatter_add(1, ids_CE, changes_CE)
+
     def read(
         self,
         hidden_NH: Tensor,
@@ -147,7 +164,7 @@ class Head:
         """
 
         def read_tile(hidden_NH: Tensor, ids_NM: Tensor) -> dict[str, Tensor]:
-            return read_logits(at_least_float32(self.logits(hidden_NH)), ids_NM, top_k, entropy, full)
+            return read_logits(self.wide_logits(hidden_NH, ids_NM[:, 0]), ids_NM, top_k, entropy, full)
 
         found = []
         for tile in tiles(hidden_NH.shape[0], tile_tokens):
@@ -160,6 +177,8 @@ class Head:
 
 def tiles(num_tokens: int, tile_tokens: int) -> Iterator[slice]:
     """At least one, if an empty one, so that shapes are right without tokens."""
+    if num_tokens > tile_tokens:
+        TAKEN.add(FastPath.SEVERAL_TILES)
     for start in range(0, max(num_tokens, 1), tile_tokens):
         yield slice(start, start + tile_tokens)
 
@@ -178,24 +197,6 @@ def read_logits(
     if full:
         found["full"] = logits_NV - log_z_N1
     return found
-
-
-def likeliest(logits_NV: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Ids and logits of the `top_k` likeliest tokens, likeliest first, equal ones by id.
-
-    torch.topk promises nothing about equal logits, and in half precision many are equal: so more candidates are taken
-    than needed, and where even their last one equals the k-th, the whole row is looked through.
-    """
-    num_candidates = min(4 * top_k + 16, logits_NV.shape[1])
-    ids_NC = logits_NV.topk(num_candidates, dim=-1).indices.sort(dim=-1).values
-    logits_NC, order_NC = logits_NV.gather(1, ids_NC).sort(dim=-1, descending=True, stable=True)
-    logits_NK, ids_NK = logits_NC[:, :top_k].clone(), ids_NC.gather(1, order_NC)[:, :top_k].clone()
-    spills_N = (logits_NC[:, -1] == logits_NK[:, -1]) & (num_candidates < logits_NV.shape[1])
-    rows = spills_N.nonzero().squeeze(1)
-    if rows.numel():
-        ordered = logits_NV[rows].sort(dim=-1, descending=True, stable=True)
-        ids_NK[rows], logits_NK[rows] = ordered.indices[:, :top_k], ordered.values[:, :top_k]
-    return ids_NK, logits_NK
 
 
 def _number(config: Any, name: str, default: float) -> float:

@@ -138,11 +138,10 @@ def _be_quiet() -> None:
     """Rank 0 shows the bars and warnings that all would show."""
     import warnings
 
-    from transformers.utils import logging
+    from tropd.model import hf
 
     warnings.simplefilter("ignore")
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    hf.quiet(warnings_too=True)
 
 
 @cache

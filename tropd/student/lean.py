@@ -12,25 +12,29 @@ and what it reads there is thrown away: unclamped it would read a neighbour's co
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tropd.errors import ConfigError, VocabularyError
+from tropd.fast_paths import TAKEN, FastPath
 from tropd.student.fused import (
     Fused,
     Gradients,
     Judge,
     TileWork,
+    add_peaks,
     add_sparse,
-    exact_written,
     kernels_for,
     log_sum_exp,
     logits_of,
     matrix_of,
 )
-from tropd.student.head import Head, likeliest, tiles
+from tropd.student.head import Head, tiles
+from tropd.student.likeliest import largest, likeliest
+from tropd.student.peaks import NUM_PEAKS, Peaks, has_peaks, make_peaks, products_at
 from tropd.student.products import add_product_
 
 _ROWS_IN_CACHE = 8
@@ -38,6 +42,7 @@ _ROWS_IN_CACHE = 8
 
 def lean_loss(head: Head, hidden_NH: Tensor, ids_NM: Tensor, judge: Judge, tile_tokens: int, tile_vocab: int) -> Tensor:
     """What `fused_loss` gives, from a workspace of tile_tokens * tile_vocab logits."""
+    TAKEN.add(FastPath.LEAN_HEAD)
     weight_VH, bias_V, scale = matrix_of(head)
     _check(ids_NM, tile_vocab, head.vocab_size)
     work = TileWork(ids_NM=ids_NM, judge=judge, tile_tokens=tile_tokens, scale=scale, tile_vocab=tile_vocab)
@@ -56,15 +61,16 @@ def lean_rows(
     entropy: bool = False,
 ) -> dict[str, Tensor]:
     """What `read_rows` gives, from a workspace of tile_tokens * tile_vocab logits."""
+    TAKEN.add(FastPath.LEAN_READ)
     weight_VH, bias_V, scale = matrix_of(head)
     _check(ids_NM, tile_vocab, head.vocab_size)
     found, buffer = [], _buffer(hidden_NH, weight_VH, tile_tokens, tile_vocab)
     for rows in tiles(len(hidden_NH), tile_tokens):
         visit = _Visit(hidden_NH[rows], weight_VH, bias_V, scale, tile_vocab, buffer)
-        wanted_CM, log_sum_C, extra = visit.read(ids_NM[rows], top_k=top_k, entropy=entropy)
+        wanted_CM, log_sum_C, _, extra = visit.read(ids_NM[rows], top_k=top_k, entropy=entropy)
         part = {"at": wanted_CM - log_sum_C[:, None], "log_z": log_sum_C[:, None], **extra}
         if top_k:
-            part["topk"] = part["topk"].to(log_sum_C.dtype) - log_sum_C[:, None]
+            part["topk"] = part["topk"] - log_sum_C[:, None]
         found.append(part)
     return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
@@ -97,49 +103,70 @@ class _Visit:
             self.held = part
         return z_Cv
 
-    def read(self, ids_CM: Tensor, top_k: int = 0, entropy: bool = False) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Logits at the wanted ids, log sum exp z, and the likeliest tokens and the entropy where asked.
+    def read(
+        self, ids_CM: Tensor, top_k: int = 0, entropy: bool = False
+    ) -> tuple[Tensor, Tensor, Peaks, dict[str, Tensor]]:
+        """Logits at the wanted ids, log sum exp z, the peaks, and the likeliest tokens and the entropy where asked.
 
         H = L + sum_j exp(L_j - L) (H_j - L_j).
         """
         wide = torch.promote_types(self.hidden_CH.dtype, torch.float32)
         wanted_CM = self.hidden_CH.new_zeros(ids_CM.shape, dtype=wide)
-        log_sums, entropies, best = [], [], None
+        log_sums, entropies, best, high = [], [], None, []
+        pool = top_k + (NUM_PEAKS + 1 if has_peaks(self.hidden_CH.dtype) else 0)
         for part in self.parts:
             z_Cv = self.logits(part)
             wanted_CM = torch.where(*_within(z_Cv, ids_CM - part.start), wanted_CM)
             if top_k:
-                ids_CK, z_CK = likeliest(z_Cv, min(top_k, z_Cv.shape[1]))
-                best = _merged(best, (ids_CK + part.start, z_CK), top_k)
+                ids_CK, z_CK = likeliest(z_Cv, min(pool, z_Cv.shape[1]))
+                best = _merged(best, (ids_CK + part.start, z_CK), pool)
+            if has_peaks(z_Cv.dtype):
+                ids_CE = largest(z_Cv, min(NUM_PEAKS, z_Cv.shape[1]))
+                high.append((ids_CE + part.start, z_Cv.gather(1, ids_CE)))
             log_sum_C, entropy_C = log_sum_exp(z_Cv, entropy)
             log_sums.append(log_sum_C)
             entropies.append(entropy_C)
         log_sums_CJ = torch.stack(log_sums, 1)
-        log_sum_C = log_sums_CJ.logsumexp(1)
+        rounded_C = log_sums_CJ.logsumexp(1)
+        peaks = self._peaks(ids_CM, wanted_CM, high)
+        log_sum_C = peaks.log_sum(rounded_C)
         extra = {}
         if best is not None:
-            extra["topk_ids"], extra["topk"] = best
+            extra["topk_ids"], extra["topk"] = peaks.best(*best, top_k)
         if entropy:
-            share_CJ = (log_sums_CJ - log_sum_C[:, None]).exp()
-            extra["entropy"] = log_sum_C + (share_CJ * (torch.stack(entropies, 1) - log_sums_CJ)).sum(1)
-        exact_CM = exact_written(wanted_CM, self.hidden_CH, self.weight_VH, self.bias_V, ids_CM, self.scale)
-        return exact_CM, log_sum_C, extra
+            share_CJ = (log_sums_CJ - rounded_C[:, None]).exp()
+            entropy_C = rounded_C + (share_CJ * (torch.stack(entropies, 1) - log_sums_CJ)).sum(1)
+            extra["entropy"] = peaks.entropy(entropy_C, rounded_C, log_sum_C)
+        return peaks.patch(ids_CM, wanted_CM), log_sum_C, peaks, extra
 
-    def descend(self, rows: slice, log_sum_C: Tensor, dense_C: Tensor, sums: Gradients) -> None:
-        """The dense part of the gradient: -diag(a) p W into d h, -p^T diag(a) h into d W, -p^T a into d b."""
+    def _peaks(self, ids_CM: Tensor, wanted_CM: Tensor, high: list[tuple[Tensor, Tensor]]) -> Peaks:
+        """The peaks of the whole vocabulary, from the largest logits of its parts."""
+        if not high:
+            none = wanted_CM[:, :0]
+            return Peaks(ids_CM[:, :0], none, none)
+        ids_CA, z_CA = (torch.cat(columns, 1) for columns in zip(*high, strict=True))
+        chosen_CE = largest(z_CA, min(NUM_PEAKS, z_CA.shape[1]))
+        ids_CE = torch.cat([ids_CM[:, :1], ids_CA.gather(1, chosen_CE)], 1)
+        rounded_CE = torch.cat([wanted_CM[:, :1], z_CA.gather(1, chosen_CE).to(wanted_CM.dtype)], 1)
+        exact = partial(products_at, self.hidden_CH, self.weight_VH, self.bias_V, self.scale)
+        return make_peaks(ids_CE, rounded_CE, exact)
+
+    def descend(self, rows: slice, log_sum_C: Tensor, peaks: Peaks, dense_C: Tensor, sums: Gradients) -> None:
+        """The dense gradient without the peaks: diag(a) p W into d h, p^T diag(a) h into d W, p^T a into d b."""
         wide, narrow = sums.hidden_NH.dtype, self.hidden_CH.dtype
-        pulled_CH = (self.hidden_CH.to(wide) * -dense_C[:, None]).to(narrow)
+        pulled_CH = (self.hidden_CH.to(wide) * dense_C[:, None]).to(narrow)
         gradient_CH = sums.hidden_NH[rows].zero_()
         for part in reversed(self.parts):
             p_Cv = self.logits(part)
             exponentials_(p_Cv, log_sum_C)
             self.held = None
+            without_(p_Cv, peaks.ids_CE - part.start)
             add_product_(gradient_CH, p_Cv, self.weight_VH[part])
             if sums.weight_VH is not None:
                 add_product_(sums.weight_VH[part], p_Cv.t(), pulled_CH)
             if sums.bias_V is not None:
-                sums.bias_V[part] += torch.mv(p_Cv.t(), -dense_C.to(narrow))
-        gradient_CH.mul_(-dense_C[:, None])
+                sums.bias_V[part] += torch.mv(p_Cv.t(), dense_C.to(narrow))
+        gradient_CH.mul_(dense_C[:, None])
 
 
 class _Lean(Fused):
@@ -161,14 +188,16 @@ class _Lean(Fused):
 def _tile(rows: slice, visit: _Visit, work: TileWork, sums: Gradients) -> Tensor:
     """One tile of tokens: read, judge, and add its gradients."""
     ids_CM = work.ids_NM[rows]
-    wanted_CM, log_sum_C, _ = visit.read(ids_CM)
+    wanted_CM, log_sum_C, peaks, _ = visit.read(ids_CM)
     logprobs_CM = (wanted_CM - log_sum_C[:, None]).requires_grad_()
     with torch.enable_grad():
         loss = work.judge(rows, logprobs_CM)
     (c_CM,) = torch.autograd.grad(loss, logprobs_CM)
     c_CM = c_CM * work.scale
-    visit.descend(rows, log_sum_C, c_CM.sum(1), sums)
-    add_sparse(rows, visit.hidden_CH.to(sums.hidden_NH.dtype), visit.weight_VH, ids_CM, c_CM, sums)
+    dense_C, hidden_wide = -c_CM.sum(1), visit.hidden_CH.to(sums.hidden_NH.dtype)
+    visit.descend(rows, log_sum_C, peaks, dense_C, sums)
+    add_sparse(rows, hidden_wide, visit.weight_VH, ids_CM, c_CM, sums)
+    add_peaks(rows, hidden_wide, visit.weight_VH, peaks, log_sum_C, dense_C, sums)
     return loss.detach()
 
 
@@ -182,6 +211,13 @@ def exponentials_(z_CV: Tensor, log_sum_C: Tensor) -> None:
             z_rV.sub_(log_sum_r[:, None]).exp_()
         else:
             z_rV.copy_((z_rV - log_sum_r[:, None]).exp_())
+
+
+def without_(p_Cv: Tensor, ids_CE: Tensor) -> None:
+    """In place p <- 0 at those ids, counted from the tile's first, that lie in the tile."""
+    inside_CE = (ids_CE >= 0) & (ids_CE < p_Cv.shape[1])
+    rows, columns = inside_CE.nonzero(as_tuple=True)
+    p_Cv[rows, ids_CE[rows, columns]] = 0.0
 
 
 def _buffer(hidden_NH: Tensor, weight_VH: Tensor, tile_tokens: int, tile_vocab: int) -> Tensor:

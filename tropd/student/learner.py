@@ -50,7 +50,8 @@ class ModelLearner:
         self.vocab_size: int | None = vocab_size
         self.device = next(model.parameters()).device
         exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
-        self.margin = 0.02 if exact else None
+        drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+        self.margin: float | None = None if shards is not None or drops else 0.02 if exact else 0.25
         self.expands = teacher is not None and can_tile(self.forward.head)
 
     def learn(self, rollouts: Sequence[Rollout], judge: Judge, needs: Needs) -> None:
@@ -81,10 +82,10 @@ class ModelLearner:
             if not whole:
                 return judge(rows, view)
             assert self.teacher is not None
-            teacher_CV = self.teacher.full_logprobs(tokens.teacher_hidden_NH[rows])
+            teacher_CV = self.teacher.full_logprobs(tokens.teacher_hidden_NH[rows], tokens.token_ids_N[rows])
             return judge(rows, view.with_(full_logprobs_NV=full_CV), teacher_full_logprobs_NV=teacher_CV)
 
-        dense_loss(forward.head, hidden_NH, judge_whole, forward.tile_tokens).backward()
+        dense_loss(forward.head, hidden_NH, ids_NM[:, 0], judge_whole, forward.tile_tokens).backward()
 
     def measure(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int) -> dict[str, Tensor]:
         wanted = top_k if Needs.STUDENT_TOPK in needs else 0
@@ -99,18 +100,20 @@ class ModelLearner:
             }
             return {name: x for name, x in fields.items() if x is not None}
 
-        return self._in_parts(rollouts, ask)
+        return self._in_parts(rollouts, ask, [len(r.token_ids) for r in rollouts])
 
-    def reverse_kl(self, rollouts: Sequence[Rollout], teacher: Teacher) -> Tensor:
+    def reverse_kl(self, rollouts: Sequence[Rollout], teacher: Teacher, as_read: Sequence[Rollout]) -> Tensor:
         found: dict[int, Tensor] = {}
+        theirs = {rollout.id: read for rollout, read in zip(rollouts, as_read, strict=True)}
         for chosen, one in by_teacher(teacher, rollouts):
             other: Any = one  # REVERSE_KL is offered only by teachers in this process, which have a forward pass
 
             def ask(part: list[Rollout], other: Any = other) -> dict[str, Tensor]:
-                return {"x": self.forward.reverse_kl(part, other.forward)}
+                return {"x": self.forward.reverse_kl(part, other.forward, [theirs[r.id] for r in part])}
 
             own = [rollouts[i] for i in chosen]
-            rows_N = self._in_parts(own, ask, other.more_passes)["x"]
+            longest = [max(len(r.token_ids), len(theirs[r.id].token_ids)) for r in own]
+            rows_N = self._in_parts(own, ask, longest, other.more_passes)["x"]
             found |= zip(chosen, rows_N.split([len(r.response_ids) for r in own]), strict=True)
         return torch.cat([found[i] for i in range(len(rollouts))])
 
@@ -130,11 +133,15 @@ class ModelLearner:
             self.shards.fill()
 
     def _in_parts(
-        self, rollouts: Sequence[Rollout], ask: Any, more_passes: Callable[[int], int] = lambda number: 0
+        self,
+        rollouts: Sequence[Rollout],
+        ask: Any,
+        num_tokens: Sequence[int],
+        more_passes: Callable[[int], int] = lambda number: 0,
     ) -> dict[str, Tensor]:
         """Ask under the token budget, similar lengths together; rows come back in the order of the rollouts."""
         pieces: list[dict[str, Tensor]] = [{} for _ in rollouts]
-        groups = similar_lengths([len(r.token_ids) for r in rollouts], self.tokens_per_batch)
+        groups = similar_lengths(num_tokens, self.tokens_per_batch)
         for _ in range(more_passes(len(groups))):
             ask([rollouts[groups[0][0]]])
         for group in groups:

@@ -11,7 +11,10 @@ from torch import nn
 
 from tropd.config import LoraConfig, ModelConfig, StudentConfig
 from tropd.errors import ConfigError
+from tropd.model import hf
 from tropd.reading import check_file, first_line, read_json, refusing
+from tropd.student.weights import check_read
+from tropd.versions import cannot_import
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("tropd.models")
 LARGEST_SIZE, MOST_LAYERS = 10**9, 10**4
 """Of a model: sizes beyond these are a slip or an attack, and would be built for hours before they fail."""
+
+_AT_ONCE = 1 << 24
+"""Values that are named at once: 64 MiB of float32."""
 
 
 def choose_device(asked: str) -> torch.device:
@@ -56,27 +62,49 @@ def load_tokenizer(config: ModelConfig, whose: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(config: ModelConfig, whose: str, device: torch.device) -> Any:
-    """The causal language model of a configuration, in evaluation mode."""
+    """The causal language model of a configuration, in evaluation mode and with weights of its own in every tensor."""
+    _check_path(config.path, f"{whose}.path")
+    return _read(config, choose_dtype(config.dtype, device), whose).to(device).eval()
+
+
+def load_as_stored(path: str, whose: str, device: torch.device) -> Any:
+    """The causal language model in a folder, in the precision of its files."""
+    return _read(ModelConfig(path=path), "auto", whose).to(device).eval()
+
+
+def _read(config: ModelConfig, dtype: torch.dtype | str, whose: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    _check_path(config.path, f"{whose}.path")
-    with refusing(
-        lambda why: (
-            f"the {whose} {config.path} cannot be loaded as a causal language model: {why}. tropd trains and "
-            "asks models that AutoModelForCausalLM reads."
-        )
-    ):
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            config.path, dtype=choose_dtype(config.dtype, device), **_options(config)
-        )
-    return model.to(device).eval()
+    # With sizes ignored, a tensor of another shape is listed with the others that do not fit.
+    how: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    said = f"the {whose} {config.path} cannot be loaded as a causal language model"
+    with refusing(lambda why: f"{said}: {why}. tropd trains and asks models that AutoModelForCausalLM reads."):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(config.path, dtype=dtype, **how, **_options(config))
+    model, info = loaded
+    check_read(model, info, config.path, whose)
+    return model
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be had, where the system says."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    facts = Path("/proc/meminfo")
+    if device.type != "cpu" or not facts.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in facts.read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
 
 
 def wrap_student(model: Any, config: StudentConfig, seed: int) -> nn.Module:
     """The student as it is trained: adapter, gradient checkpointing, modes."""
     student: Any = add_adapter(model, config.lora, seed) if config.lora else model.requires_grad_(True)
     if config.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        hf.enable_checkpointing(student)
     return student
 
 
@@ -84,8 +112,8 @@ def add_adapter(model: Any, lora: LoraConfig, seed: int) -> nn.Module:
     try:
         from peft import LoraConfig as PeftConfig
         from peft import get_peft_model
-    except ImportError:
-        raise ConfigError("a [student.lora] section needs peft: pip install 'tropd[lora]'.") from None
+    except ImportError as error:
+        raise cannot_import(error, "peft", "lora", "a [student.lora] section") from None
     widest = max((min(p.shape) for p in model.parameters() if p.dim() == 2), default=0)
     if lora.rank > widest:
         raise ConfigError(
@@ -125,11 +153,15 @@ def _options(config: ModelConfig) -> dict[str, Any]:
     return options
 
 
+def looks_local(path: str) -> bool:
+    """Whether it is a path on this machine, there or not, rather than a hub id."""
+    return path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).expanduser().parent.is_dir()
+
+
 def _check_path(path: str, field: str) -> None:
     """A path that looks like a folder but is none would be taken for a hub id, and end in a confusing error."""
     place = Path(path).expanduser()
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or place.parent.is_dir()
-    if looks_local and not place.is_dir():
+    if looks_local(path) and not place.is_dir():
         raise ConfigError(f"{field} is {path}, but there is no such folder.")
     if place.is_dir():
         check_folder(place, field)
@@ -156,8 +188,8 @@ def check_folder(folder: Path, field: str) -> None:
         raise ConfigError(f"{field} is {folder}, but its config.json says {said}: no model is that large.")
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """Names the weights: shapes, types and 64 values of every parameter, spread evenly."""
+def model_fingerprint(model: nn.Module, *, whole: bool = False) -> str:
+    """Names the weights: shapes, types and 64 values of every parameter, spread evenly; or all of them."""
     import hashlib
 
     digest = hashlib.sha256()
@@ -165,5 +197,6 @@ def model_fingerprint(model: nn.Module) -> str:
         flat = parameter.detach().reshape(-1)
         stride = max(1, flat.numel() // 64)
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(flat[::stride][:64].float().cpu().numpy().tobytes())
+        for part in flat.split(_AT_ONCE) if whole else [flat[::stride][:64]]:
+            digest.update(part.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -8,15 +8,19 @@ read_rows    log-probabilities, entropy and top-k without a gradient
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from tropd.fast_paths import TAKEN, FastPath
 from tropd.objective.evidence import ABSENT, Needs, StudentView, Tokens
 from tropd.objective.support import NOTHING
-from tropd.student.fused import Fused, Judge, TileWork, exact_written, log_sum_exp, logits_of, matrix_of
-from tropd.student.head import Head, likeliest, tiles
+from tropd.student.fused import Fused, Judge, TileWork, log_sum_exp, logits_of, matrix_of
+from tropd.student.head import Head, tiles
 from tropd.student.lean import lean_loss, lean_rows
+from tropd.student.likeliest import column_maxima, likeliest
+from tropd.student.peaks import Peaks, find_peaks, has_peaks, is_matrix, products_at
 
 TopRows = Callable[[slice, Tensor], Tensor]
 """(rows, log-probabilities of their written tokens) -> for which of them the top-k is wanted."""
@@ -43,8 +47,7 @@ def wanted(tokens: Tokens, needs: Needs) -> tuple[Tensor, Callable[[Tensor], Stu
 
 def can_fuse(head: Head) -> bool:
     """Whether the head is a plain matrix, perhaps scaled: no adapter, no hooks, no soft-capping."""
-    plain = type(head.module) is torch.nn.Linear and not head.module._forward_hooks
-    return plain and head.softcap is None
+    return is_matrix(head.module) and head.softcap is None
 
 
 def fused_loss(
@@ -56,6 +59,7 @@ def fused_loss(
     """
     if tile_vocab is not None:
         return lean_loss(head, hidden_NH, ids_NM, judge, tile_tokens, tile_vocab)
+    TAKEN.add(FastPath.FUSED_HEAD)
     weight, bias, scale = matrix_of(head)
     work = TileWork(ids_NM=ids_NM, judge=judge, tile_tokens=tile_tokens, scale=scale)
     return Fused.apply(hidden_NH, weight, bias, work)
@@ -79,34 +83,41 @@ def read_rows(
     """
     if tile_vocab is not None:
         return lean_rows(head, hidden_NH, ids_NM, tile_tokens, tile_vocab, top_k=top_k, entropy=entropy)
+    TAKEN.add(FastPath.FUSED_READ)
     weight, bias, scale = matrix_of(head)
     found = []
     buffer_CV = hidden_NH.new_empty(min(tile_tokens, max(len(hidden_NH), 1)), head.vocab_size)
     for rows in tiles(len(hidden_NH), tile_tokens):
         hidden_CH, ids_CM = hidden_NH[rows], ids_NM[rows]
         z_CV = logits_of(hidden_CH, weight, bias, scale, buffer_CV)
-        part = {"at": exact_written(z_CV.gather(1, ids_CM), hidden_CH, weight, bias, ids_CM, scale)}
-        log_sum_C, entropy_C = log_sum_exp(z_CV, entropy)
-        part["log_z"] = log_sum_C[:, None]
-        part["at"] = part["at"].to(log_sum_C.dtype) - log_sum_C[:, None]
+        maxima_CW = column_maxima(z_CV) if has_peaks(z_CV.dtype) else None
+        peaks = find_peaks(z_CV, ids_CM[:, 0], partial(products_at, hidden_CH, weight, bias, scale), maxima_CW)
+        rounded_C, entropy_C = log_sum_exp(z_CV, entropy, peaks.highest_C)
+        log_sum_C = peaks.log_sum(rounded_C)
+        part = {"log_z": log_sum_C[:, None]}
+        part["at"] = peaks.patch(ids_CM, z_CV.gather(1, ids_CM)) - log_sum_C[:, None]
         if top_k:
             chosen_C = None if top_rows is None else top_rows(rows, part["at"][:, 0])
-            part["topk_ids"], part["topk"] = _top(z_CV, log_sum_C, top_k, chosen_C)
+            part["topk_ids"], part["topk"] = _top(z_CV, maxima_CW, peaks, log_sum_C, top_k, chosen_C)
         if entropy:
-            part["entropy"] = entropy_C
+            part["entropy"] = peaks.entropy(entropy_C, rounded_C, log_sum_C)
         found.append(part)
     return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 
-def _top(z_CV: Tensor, log_sum_C: Tensor, top_k: int, chosen_C: Tensor | None) -> tuple[Tensor, Tensor]:
+def _top(
+    z_CV: Tensor, maxima_CW: Tensor | None, peaks: Peaks, log_sum_C: Tensor, top_k: int, chosen_C: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Ids and log-probabilities of the likeliest tokens, for the chosen rows only."""
+    pool = peaks.pool(top_k, z_CV.shape[1])
     if chosen_C is None or bool(chosen_C.all()):
-        ids_CK, logits_CK = likeliest(z_CV, top_k)
-        return ids_CK, logits_CK.to(log_sum_C.dtype) - log_sum_C[:, None]
+        ids_CK, logits_CK = peaks.best(*likeliest(z_CV, pool, maxima_CW), top_k)
+        return ids_CK, logits_CK - log_sum_C[:, None]
+    TAKEN.add(FastPath.SOME_TOP_K)
     ids_CK = z_CV.new_zeros((len(z_CV), top_k), dtype=torch.int64)
     logprobs_CK = log_sum_C.new_full((len(z_CV), top_k), NOTHING)
     rows = chosen_C.nonzero().flatten()
     if len(rows):
-        ids_CK[rows], logits = likeliest(z_CV[rows], top_k)
-        logprobs_CK[rows] = logits.to(log_sum_C.dtype) - log_sum_C[rows, None]
+        ids_CK[rows], logits = peaks.rows(rows).best(*likeliest(z_CV, pool, maxima_CW, rows), top_k)
+        logprobs_CK[rows] = logits - log_sum_C[rows, None]
     return ids_CK, logprobs_CK

@@ -7,18 +7,23 @@ from functools import cache
 import torch
 from torch import Tensor
 
+_ROWS = 4096
+"""Rows whose product is rounded at a time: it stays in cache until it is added."""
+
 
 def add_product_(sum_AB: Tensor, a_AC: Tensor, b_CB: Tensor) -> None:
     """sum <- sum + a b, where the sum may be wider than the factors.
 
-    On CUDA one product with a float32 result; elsewhere the product is rounded to the factors' precision first.
+    On CUDA one product with a float32 result; elsewhere it is rounded to the factors' precision, some rows at a time.
     """
     if sum_AB.dtype == a_AC.dtype:
         sum_AB.addmm_(a_AC, b_CB)
     elif a_AC.is_cuda and sums_wide(a_AC.device, a_AC.dtype):
         torch.addmm(sum_AB, a_AC, b_CB, out_dtype=torch.float32, out=sum_AB)
     else:
-        sum_AB.add_(torch.mm(a_AC, b_CB))
+        rounded_aB = b_CB.new_empty(min(_ROWS, len(a_AC)), b_CB.shape[1])
+        for sum_aB, a_aC in zip(sum_AB.split(_ROWS), a_AC.split(_ROWS), strict=True):
+            sum_aB.add_(torch.mm(a_aC, b_CB, out=rounded_aB[: len(a_aC)]))
 
 
 @cache

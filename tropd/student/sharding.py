@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from tropd.errors import ConfigError
+from tropd.model import hf
 from tropd.student.forward import Forward
 from tropd.student.head import causal_lm_of
 from tropd.student.parallel import Ranks
@@ -166,7 +167,7 @@ def _twin_of(model: nn.Module) -> Any:
 
 def _cut(model: Any, mesh: DeviceMesh, policy: MixedPrecisionPolicy, sources: dict[str, nn.Parameter] | None) -> None:
     """Cut layer by layer, so that never more than one is there whole beside the source; then what is left over."""
-    blocks = set(getattr(model, "_no_split_modules", None) or ())
+    blocks = hf.block_names(model)
     layers = {name: m for name, m in model.named_modules() if type(m).__name__ in blocks}
     if not layers:
         raise ConfigError(

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+
+from tropd.model import hf
 
 _NAME = "tropd_spans"
 _LENGTHS: ContextVar[tuple[int, ...] | None] = ContextVar("lengths", default=None)
@@ -56,19 +57,17 @@ def by_span(
     return torch.cat(mixed, dim=1), None
 
 
-AttentionInterface.register(_NAME, by_span)
+_KNOWN = hf.register_attention(_NAME, by_span)
 
 
 @contextmanager
 def spans(backbone: Any, lengths: Sequence[int]) -> Iterator[None]:
     """For a while the backbone attends within spans of these lengths."""
-    config, token = backbone.config, _LENGTHS.set(tuple(lengths))
-    before = config._attn_implementation_internal
-    config._attn_implementation_internal = _NAME
+    token = _LENGTHS.set(tuple(lengths))
     try:
-        yield
+        with hf.attending(backbone, _NAME):
+            yield
     finally:
-        config._attn_implementation_internal = before
         _LENGTHS.reset(token)
 
 
@@ -82,16 +81,17 @@ def attends_by_span(backbone: Any, same: Callable[[], bool]) -> bool:
     config: Any = getattr(backbone, "config", None)
     kinds = getattr(config, "layer_types", None) or ()
     plain = all(kind == "full_attention" for kind in kinds) and (kinds or not getattr(config, "sliding_window", None))
-    if getattr(config, "_attn_implementation_internal", None) != "sdpa" or not plain:
+    if hf.attention_of(backbone) != hf.PLAIN_ATTENTION or not plain:
         return False
     if next(backbone.parameters()).device.type != "cpu":
+        return False
+    if not _KNOWN:
+        hf.step_aside("Sequences are padded", "attention cannot be registered by name")
         return False
     try:
         return same()
     except NoSpans:
         return False
-
-
-def recomputes(backbone: nn.Module) -> bool:
-    """Whether layers run again in backward, where the spans are gone."""
-    return backbone.training and any(vars(m).get("gradient_checkpointing") is True for m in backbone.modules())
+    except Exception as error:  # whatever a release that hands attention other arguments may raise
+        hf.step_aside("Sequences are padded", error)
+        return False

@@ -13,6 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from tropd.errors import EvidenceError, TeacherError
+from tropd.fast_paths import TAKEN, FastPath
 from tropd.objective.evidence import OF_TEACHER, Needs
 from tropd.teachers.teacher import RunTeacher, TopKRows
 from tropd.types import Rollout, TeacherScores
@@ -66,6 +67,8 @@ class Cached:
             raise EvidenceError(f"Needs.TOPK was asked of a cached teacher with top_k = {top_k}; give top_k >= 1.")
         keys = [self._key(rollout, needs, top_k) for rollout in rollouts]
         known = self._read(set(keys))
+        if known:
+            TAKEN.add(FastPath.KEPT_SCORES)
         missing = list({key: rollout for key, rollout in zip(keys, rollouts, strict=True) if key not in known}.items())
         for start in range(0, len(missing), _SLICE):
             part = missing[start : start + _SLICE]

@@ -19,10 +19,11 @@ import torch
 from tropd.config import Run, TeacherConfig
 from tropd.data.stream import LazyPromptStream, PromptStream
 from tropd.errors import DataError, EngineError, TeacherError, TropdError
+from tropd.origins import Origin, name_of, origin_of
 from tropd.rollout.engine import Engine
 from tropd.rollout.transformers import TransformersEngine
 from tropd.student.forward import Forward
-from tropd.student.models import load_model, load_tokenizer, model_fingerprint
+from tropd.student.models import load_model, load_tokenizer
 from tropd.student.parallel import Ranks
 from tropd.teachers.local import BaseAsTeacher, LocalTeacher, same_vocabulary, shared_vocab_size, without_adapter
 from tropd.teachers.routed import Routed, RoutedWriter
@@ -74,8 +75,6 @@ class Engaged:
     """Scores for all of them."""
     forward: Forward | None
     """Of the only one, if it computes in this process: its head makes whole distributions here."""
-    origins: dict[str, str]
-    """Names their weights."""
     notes: tuple[str, ...]
 
 
@@ -132,23 +131,26 @@ def engage(
 ) -> Engaged:
     """`shape` is what forward passes share: how large the vocabulary is, and their tiles."""
     teachers: dict[str, RunTeacher] = {}
-    origins: dict[str, str] = {}
     notes: list[str] = []
     for one in found:
         if one.config.servers:
             with _named(run, one.name):
                 one.served = meet_teacher(one.run, shape["vocab_size"], one.tokenizer, directory, world, name=one.name)
-            teachers[one.name], origins[one.origin] = one.served.teacher, one.served.identity
+            teachers[one.name] = one.served.teacher
             notes += one.says(one.served.notes)
         elif one.model is not None:
             teachers[one.name] = LocalTeacher(one.model, name=one.name, **shape)
-            origins[one.origin] = model_fingerprint(one.model)
         else:
             teachers[one.name] = BaseAsTeacher(student, name=one.name, **shape)
     if run.teachers:
-        return Engaged(teacher=Routed(teachers), forward=None, origins=origins, notes=tuple(notes))
+        return Engaged(teacher=Routed(teachers), forward=None, notes=tuple(notes))
     (teacher,) = teachers.values()
-    return Engaged(teacher=teacher, forward=getattr(teacher, "forward", None), origins=origins, notes=tuple(notes))
+    return Engaged(teacher=teacher, forward=getattr(teacher, "forward", None), notes=tuple(notes))
+
+
+def origin_of_teacher(one: Found) -> Origin:
+    """The whole content of its files, or what its servers call themselves."""
+    return origin_of(one.config, one.model) if one.served is None else {"server": one.served.identity}
 
 
 def writer_of(
@@ -157,7 +159,7 @@ def writer_of(
     student: Any,
     size: int,
     prompts: tuple[PreTrainedTokenizerBase, PromptStream | LazyPromptStream],
-    origins: Mapping[str, str],
+    origins: Mapping[str, Origin],
     path: Path,
 ) -> tuple[Engine | None, list[str]]:
     """Whoever writes the teachers' texts, if the method asks for any, and what to know about it.  Texts are kept at
@@ -169,12 +171,12 @@ def writer_of(
     for one in found:
         if one.served is not None:
             with _named(run, one.name):
-                writer, remarks = serve_writer(one.config, one.served, *prompts, name=one.name)
+                writer, remarks = serve_writer(one.config, one.served, *prompts, size, name=one.name)
             notes += one.says(remarks)
         else:
             writer = _local_writer(one, run, student, size)
         if one.config.text_cache:
-            writer = CachedTexts(writer, path, origins.get(one.origin) or origins["student"])
+            writer = CachedTexts(writer, path, name_of(origins.get(one.origin) or origins["student"]))
         writers[one.name] = writer
     return (RoutedWriter(writers) if run.teachers else writers["default"]), notes
 

@@ -120,7 +120,7 @@ def meet(urls: Sequence[str], settings: ServerConfig, model: str, canary: Canary
     first = Canary(ids=canary.ids, logprobs=tuple(found[0]))
     for url, logprobs in zip(urls, found, strict=True):
         try:
-            (canary if canary.logprobs else first).check(logprobs, settings.canary_nats)
+            (canary if canary.logprobs else first).check(logprobs, settings.nats_for())
         except ServerGarbled as gap:
             raise TeacherRefused(f"{url}: {gap}") from gap
     return canary if canary.logprobs else first

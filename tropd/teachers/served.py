@@ -19,6 +19,8 @@ from tropd.servers.settings import check_addresses
 from tropd.student.parallel import ALONE, Ranks
 from tropd.teachers.cached import Cached
 from tropd.teachers.meeting import CANARY, canary_of, keep, recall
+from tropd.teachers.questions import text_of
+from tropd.teachers.reference import reference_of
 from tropd.teachers.server import ServerTeacher
 from tropd.teachers.teacher import RunTeacher
 from tropd.teachers.writer import ChatWriter, ServerWriter
@@ -56,16 +58,24 @@ def meet_teacher(
     own = "" if name == "default" else f".{quote(name, safe='')}"
     path = directory / f"teacher_canary{own}.json"
     canary = canary_of(tokenizer.encode(CANARY, add_special_tokens=False), vocab_size)
+    text = tokenizer.encode(SPELLING, add_special_tokens=False)
     before = recall(path, canary.ids) if (directory / "run.toml").exists() else None
     teacher = ServerTeacher(
         config.servers,
         config.server,
         vocab_size=vocab_size,
         num_rows=_num_rows(config),
+        num_known=max(tokenizer.get_vocab().values()) + 1,
         canary=before or canary,
         top_k=run.method.objective.teacher_top_k,
         name=name,
+        dtype=config.dtype,
+        text=text,
+        reference=reference_of(config, text_of(text, vocab_size), run.method.objective.teacher_top_k)
+        if world.leads
+        else None,
     )
+    notes += teacher.notes
     notes += compare_tokenizers(teacher.pool.clients, teacher.card.id, tokenizer)
     if teacher.canary.logprobs and before is None and world.leads:
         keep(teacher.canary, path)
@@ -130,12 +140,13 @@ def serve_writer(
     served: Served,
     tokenizer: PreTrainedTokenizerBase,
     stream: PromptStream | LazyPromptStream,
+    vocab_size: int,
     name: str = "default",
 ) -> tuple[Engine, list[str]]:
     """Whoever writes the teacher's texts, and what to know about it.  `tokenizer` is the student's."""
     pool = Pool(config.servers, config.server)
     if config.server.text == "chat":
-        return ChatWriter(pool, served.model, tokenizer, conversations(stream), name), [
+        return ChatWriter(pool, served.model, vocab_size, tokenizer, conversations(stream), name), [
             "the teacher's texts come from a chat endpoint and are tokenised again: their tokens may be cut otherwise "
             "than the teacher wrote them, and its own template is used."
         ]
@@ -144,7 +155,7 @@ def serve_writer(
             "the method asks for the teacher's texts as token ids, which an OpenAI-compatible server does not give. "
             'Set teacher.server.text = "chat", or serve the teacher with vLLM or SGLang.'
         )
-    return ServerWriter(pool, served.model, name), []
+    return ServerWriter(pool, served.model, vocab_size, name), []
 
 
 def conversations(stream: PromptStream | LazyPromptStream) -> Mapping[tuple[int, ...], tuple[Message, ...]]:

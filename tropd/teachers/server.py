@@ -1,13 +1,15 @@
 """A teacher behind inference servers: token ids go out, the written token's log-probability and the top-k come back.
 
 One request scores one rollout.  What is answered is kept while the rest is asked again; what cannot be right is asked
-again a few times and then ends the step.  Nothing is filled in.
+again a few times and then ends the step.  Nothing is filled in.  Servers are examined when they are met and watched
+from then on (`tropd.teachers.watch`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,10 +27,13 @@ from tropd.errors import (
 )
 from tropd.objective.evidence import OF_TEACHER, Needs
 from tropd.servers.pool import Job, Pool
-from tropd.servers.settings import ServerConfig
+from tropd.servers.settings import NATS_OF_HALF_PRECISION, ServerConfig
 from tropd.servers.vllm import Scored, score_limit
+from tropd.teachers.audit import Known
 from tropd.teachers.meeting import Canary, Card, card_of, dialect_of, meet
+from tropd.teachers.questions import Questions, text_of
 from tropd.teachers.teacher import TopKRows
+from tropd.teachers.watch import Watch
 from tropd.types import Rollout, TeacherScores
 
 CAPABILITIES = {
@@ -38,16 +43,8 @@ CAPABILITIES = {
 }
 _MORE = (16, 64)
 """Further likely tokens to ask for where some of the top-k are not in the shared vocabulary."""
-_NATS_OF_HALF_PRECISION = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Asked:
-    rollout: Rollout
-    top_k: int
-    """To be given."""
-    more: int = 0
-    """To be asked for beyond that."""
+_UNUSED = 0.01
+"""Probability that a model may give to rows of its head that stand for no token."""
 
 
 class ServerTeacher:
@@ -61,21 +58,42 @@ class ServerTeacher:
         vocab_size: int,
         canary: Canary,
         num_rows: int | None = None,
+        num_known: int | None = None,
         top_k: int = 0,
         name: str = "default",
+        dtype: str = "auto",
+        text: Sequence[int] = (),
+        reference: Known | None = None,
     ) -> None:
-        """`num_rows` is how many tokens the server's model knows, padding included, where that is known."""
-        self.name, self.settings, self.vocab_size = name, settings, vocab_size
+        """`num_rows` is how many rows the head of the server's model has, and `num_known` how many of them stand for
+        tokens, where that is known; `dtype` is what it computes in; `text` is one of many scripts; `reference` what a
+        forward pass in this process makes of a text."""
+        self.name, self.vocab_size = name, vocab_size
+        self.settings = replace(settings, canary_nats=settings.nats_for(dtype))
         self.num_rows = max(num_rows or vocab_size, vocab_size)
+        self.num_known = max(num_known or self.num_rows, vocab_size)
         self.capabilities = CAPABILITIES[settings.kind]
-        self.noise = _NATS_OF_HALF_PRECISION
-        self.pool = Pool(urls, settings)
+        self.noise = NATS_OF_HALF_PRECISION
+        self.pool = Pool(urls, self.settings)
         self.canary = canary
         self.card = Card(id=settings.model or "")
+        self.watch: Watch | None = None
+        self.notes: list[str] = []
         with said_by(name):
-            self.card = card_of(urls, settings)
+            self.card = card_of(urls, self.settings)
             if self.capabilities:
-                self.canary = meet(urls, settings, self.card.id, canary, min(top_k, self.vocab_size))
+                width = min(top_k, self.vocab_size)
+                self.canary = meet(urls, self.settings, self.card.id, canary, width)
+                questions = Questions(
+                    urls=tuple(dict.fromkeys(client.url for client in self.pool.clients)),
+                    settings=self.settings,
+                    card=self.card,
+                    top_k=width,
+                    vocab_size=vocab_size,
+                    text=text_of(text or canary.ids, vocab_size, self.context),
+                )
+                self.watch = Watch(questions, self._ask_again, reference)
+                self.notes = self.watch.notes
 
     @property
     def context(self) -> int | None:
@@ -99,19 +117,26 @@ class ServerTeacher:
             for index, rollout in enumerate(rollouts)
             if not rollout.response_ids
         }
-        open_ = {i: _Asked(rollout=r, top_k=width) for i, r in enumerate(rollouts) if i not in scores}
+        open_ = {index: rollout for index, rollout in enumerate(rollouts) if index not in scores}
+        batch: list[tuple[Rollout, Scored]] = []
+        answers, wider = dict(self.pool.tally.by_server), width
         for more in (*_MORE, None):
             with said_by(self.name):
-                found = self.pool.run([self._job(asked) for asked in open_.values()])
+                jobs = [
+                    self._job(f"rollout {r.id}", r.token_ids, len(r.prompt.token_ids), wider) for r in open_.values()
+                ]
+                found = self.pool.run(jobs)
+            batch = batch or list(zip(open_.values(), found, strict=True))
             short = {}
-            for (index, asked), scored in zip(open_.items(), found, strict=True):
+            for (index, rollout), scored in zip(open_.items(), found, strict=True):
                 kept = self._within_vocabulary(scored, width)
                 if kept is None:
-                    short[index] = _Asked(rollout=asked.rollout, top_k=width, more=more or 0)
+                    short[index] = rollout
                 else:
                     scores[index] = _scores(*kept, width, Needs.TOPK in needs, self.name)
-            open_ = short
+            open_, wider = short, width + (more or 0)
             if not open_:
+                self._check_servers(answers, batch, width)
                 return [scores[index] for index in range(len(rollouts))]
         raise TeacherRefused(
             f"teacher {self.name}: {len(open_)} rollouts have tokens among the teacher's {width + _MORE[-1]} likeliest "
@@ -122,27 +147,24 @@ class ServerTeacher:
     def close(self) -> None:
         self.pool.close()
 
-    def _job(self, asked: _Asked) -> Job[Scored]:
-        rollout, canary = asked.rollout, self.canary
+    def _job(
+        self, name: str, token_ids: Sequence[int], first: int, top_k: int, before_canary: bool = False
+    ) -> Job[Scored]:
+        canary, order = self.canary, -1 if before_canary else 1
         speech = dialect_of(self.settings)
-        top_k = min(asked.top_k + asked.more, self.num_rows)
-        sequences, first = [canary.ids, rollout.token_ids], len(rollout.prompt.token_ids)
-        num_tokens = len(canary.ids) + len(rollout.token_ids) + len(sequences)
+        top_k = min(top_k, self.num_rows)
+        sequences, firsts = [canary.ids, token_ids][::order], [1, first][::order]
+        num_tokens = len(canary.ids) + len(token_ids) + len(sequences)
 
         def read(answer: bytes, request_id: str) -> Scored:
-            known, scored = speech.read_scores(
-                answer,
-                model=self.card.id,
-                sequences=sequences,
-                firsts=[1, first],
-                top_k=top_k,
-                request_id=request_id,
-            )
-            canary.check(known.logprobs, self.settings.canary_nats)
+            how: dict[str, Any] = {"model": self.card.id, "top_k": top_k, "request_id": request_id}
+            known, scored = speech.read_scores(answer, sequences=sequences, firsts=firsts, **how)[::order]
+            canary.check(known.logprobs, self.settings.nats_for())
+            self._check_unused(scored)
             return scored
 
         return Job(
-            name=f"rollout {rollout.id}",
+            name=name,
             path=speech.SCORE,
             body=speech.score_body(self.card.id, sequences, top_k),
             named=speech.named,
@@ -150,6 +172,34 @@ class ServerTeacher:
             num_tokens=num_tokens,
             limit_bytes=score_limit(num_tokens, top_k),
         )
+
+    def _check_servers(self, answers: Mapping[str, int], batch: Sequence[tuple[Rollout, Scored]], width: int) -> None:
+        """`answers` is how many each server had given before the batch."""
+        if self.watch is None:
+            return
+        with said_by(self.name):
+            urls = [url for url, number in self.pool.tally.by_server.items() if number > answers.get(url, 0)]
+            self.watch.check(urls, self.pool.returned, batch, width)
+
+    def _ask_again(
+        self, urls: Sequence[str], texts: Sequence[tuple[int, ...]], first: int, top_k: int, before_canary: bool
+    ) -> list[Scored]:
+        """As about rollouts; `urls` name servers, by default whichever is free."""
+        pool = Pool(urls, self.settings) if urls else self.pool
+        try:
+            return pool.run([self._job("a known text", text, first, top_k, before_canary) for text in texts])
+        finally:
+            if pool is not self.pool:
+                pool.close()
+
+    def _check_unused(self, scored: Scored) -> None:
+        for ids, logprobs in zip(scored.topk_ids_TK, scored.topk_logprobs_TK, strict=True):
+            unused = math.fsum(math.exp(x) for i, x in zip(ids, logprobs, strict=True) if i >= self.num_known)
+            if unused > _UNUSED:
+                raise ServerGarbled(
+                    f"{unused:.1%} of a distribution lie on ids from {self.num_known} on, which stand for no token of "
+                    "teacher.path: the rows that pad its head have probability there."
+                )
 
     def _within_vocabulary(
         self, scored: Scored, width: int

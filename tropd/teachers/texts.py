@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tropd.errors import TeacherError
+from tropd.fast_paths import TAKEN, FastPath
 from tropd.rollout.engine import Engine
 from tropd.types import Completion, Finish, Request
 
@@ -36,6 +37,8 @@ class CachedTexts:
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         keys = [self._key(request) for request in requests]
         known = self._read(set(keys))
+        if known:
+            TAKEN.add(FastPath.KEPT_TEXTS)
         missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in known}
         if missing:
             written = self.engine.generate(list(missing.values()))

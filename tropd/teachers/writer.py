@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from tropd.errors import ServerGarbled, TeacherError
+from tropd.errors import ServerGarbled, TeacherError, TeacherRefused
 from tropd.servers.pool import Job, Pool
 from tropd.servers.vllm import text_limit
 from tropd.teachers.meeting import dialect_of
@@ -26,12 +26,21 @@ if TYPE_CHECKING:
 class ServerWriter:
     """An engine that continues token ids on the teacher's servers."""
 
-    def __init__(self, pool: Pool, model: str, name: str = "default") -> None:
-        self.pool, self.model, self.name = pool, model, name
+    def __init__(self, pool: Pool, model: str, vocab_size: int, name: str = "default") -> None:
+        """`vocab_size` is how many tokens the student shares."""
+        self.pool, self.model, self.vocab_size, self.name = pool, model, vocab_size, name
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         with said_by(self.name):
-            return self.pool.run([self._job(number, request) for number, request in enumerate(requests)])
+            texts = self.pool.run([self._job(number, request) for number, request in enumerate(requests)])
+        for text in texts:
+            if max(text.token_ids, default=0) >= self.vocab_size:
+                raise TeacherRefused(
+                    f"teacher {self.name} wrote token {max(text.token_ids)}, but student and teacher share "
+                    f"{self.vocab_size}. Use a teacher with the student's vocabulary, or a method without "
+                    "the teacher's texts."
+                )
+        return texts
 
     def sync(self, weights: Any, version: int) -> None:
         """A teacher does not change."""
@@ -79,11 +88,12 @@ class ChatWriter(ServerWriter):
         self,
         pool: Pool,
         model: str,
+        vocab_size: int,
         tokenizer: PreTrainedTokenizerBase,
         messages: Mapping[tuple[int, ...], tuple[Message, ...]],
         name: str = "default",
     ) -> None:
-        super().__init__(pool, model, name)
+        super().__init__(pool, model, vocab_size, name)
         self.tokenizer, self.messages = tokenizer, messages
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:

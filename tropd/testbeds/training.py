@@ -21,10 +21,11 @@ _KINSHIP = 0.4
 
 def make_model(task: Task, shape: Shape, max_length: int, seed: int) -> Any:
     """A Llama with weights of variance 1/fan-in: small models learn much sooner from them than from 0.02."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     vocabulary = vocabulary_of(task)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        "llama",
         vocab_size=num_rows(task),
         hidden_size=shape.width,
         intermediate_size=shape.hidden,
@@ -36,7 +37,7 @@ def make_model(task: Task, shape: Shape, max_length: int, seed: int) -> Any:
         bos_token_id=vocabulary[BOS],
         eos_token_id=vocabulary[EOS],
     )
-    model = LlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():

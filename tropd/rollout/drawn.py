@@ -1,0 +1,193 @@
+"""Whether a server draws as it was asked to: what it wrote against the trainer's own distributions.
+
+A server that has the right weights, and gives the right log-probabilities, may still draw at another temperature, take
+the likeliest tokens or ignore seeds.  So some of what it writes is read by the trainer too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tropd.batches import ScoredBatch
+from tropd.errors import EngineError
+from tropd.objective.evidence import Needs
+from tropd.probes import draws
+from tropd.rollout.engine import Engine
+from tropd.student.forward import Forward, similar_lengths
+from tropd.student.head import tiles
+from tropd.types import Author, Completion, Prompt, Request, Rollout, Sampling, key_of
+
+if TYPE_CHECKING:
+    from tropd.assembly import Parts
+
+MOST_TOKENS = 4096
+"""That are read of a step or an evaluation, in whole texts chosen at random."""
+
+
+@dataclass
+class Drawn:
+    """Tokens that were drawn, and what speaks for another way to draw them."""
+
+    evidence: draws.Evidence = field(default_factory=dict)
+    tokens: int = 0
+    surprise: float = 0.0
+    """Sum of -log p."""
+    entropy: float = 0.0
+    """Sum of what -log p is on average."""
+
+
+def read(forward: Forward, rollouts: Sequence[Rollout], sampling: Sampling, tokens_per_batch: int) -> Drawn:
+    """What the student wrote of some of these, by its own forward pass."""
+    found, chosen, number = Drawn(), [], 0
+    for rollout in sorted(rollouts, key=lambda r: key_of(0, "draws", r.id)):
+        if Author.STUDENT in rollout.authors and number < MOST_TOKENS:
+            chosen.append(rollout)
+            number += rollout.authors.count(Author.STUDENT)
+    for group in similar_lengths([len(r.token_ids) for r in chosen], tokens_per_batch):
+        _read(forward, [chosen[i] for i in group], sampling, found)
+    return found
+
+
+def _read(forward: Forward, rollouts: list[Rollout], sampling: Sampling, found: Drawn) -> None:
+    hidden_NH = forward.measure(rollouts, Needs.HIDDEN).hidden_NH
+    assert hidden_NH is not None, "hidden states were asked for"
+    authors = [author for r in rollouts for author in r.authors[len(r.prompt.token_ids) :]]
+    ids_N = torch.tensor([i for r in rollouts for i in r.response_ids], device=hidden_NH.device)
+    own_N = torch.tensor(authors, device=hidden_NH.device) == Author.STUDENT
+    hidden_NH, ids_N = hidden_NH[own_N], ids_N[own_N]
+    for tile in tiles(len(ids_N), forward.tile_tokens):
+        logprobs_CV = forward.full_logprobs(hidden_NH[tile])
+        found.evidence = draws.total([found.evidence, draws.evidence(logprobs_CV, ids_N[tile], sampling)])
+        found.tokens += len(logprobs_CV)
+        found.surprise -= float(logprobs_CV.gather(1, ids_N[tile, None]).double().sum())
+        found.entropy -= float((logprobs_CV.exp() * logprobs_CV.clamp_min(-1e4)).double().sum())
+
+
+def alike(rollouts: Iterable[Rollout]) -> float:
+    """Nats against that what the student wrote after one beginning is so much alike."""
+    groups: dict[tuple[int, ...], list[tuple[tuple[int, ...], tuple[float, ...]]]] = {}
+    for rollout in rollouts:
+        if Author.STUDENT in rollout.authors:
+            start = rollout.authors.index(Author.STUDENT)
+            own = rollout.token_ids[start:], rollout.behavior_logprobs[start:]
+            groups.setdefault(rollout.token_ids[:start], []).append(own)
+    each = (draws.coincidence(*zip(*group, strict=True)) for group in groups.values() if len(group) > 1)
+    return max(each, default=0.0)
+
+
+def probes_of_student(parts: Parts, rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """What is seen of the rollouts of a step, of all ranks, before the student is trained on them.  With staleness an
+    older student wrote them; then servers draw after a known text at every update instead."""
+    run, world = parts.run, parts.world
+    if not run.rollout.servers:
+        return {}
+    fresh = rollouts if run.rollout.staleness == 0 else ()
+    own = read(parts.learner.forward, fresh, run.sampling, run.tokens_per_micro_batch)
+    told = world.gather_json([own.evidence, own.tokens, own.surprise, own.entropy, alike(rollouts)])
+    evidence, tokens = draws.total(part[0] for part in told), sum(part[1] for part in told)
+    found = {f"draws/student/{name}": nats for name, nats in evidence.items()}
+    found["draws/alike"] = max(part[4] for part in told)
+    if tokens:
+        found["draws/surprise"] = sum(part[2] for part in told) / tokens
+        found["draws/entropy"] = sum(part[3] for part in told) / tokens
+    return found
+
+
+def probes_of_teacher(parts: Parts, batch: ScoredBatch) -> dict[str, float]:
+    """What its servers say of the texts that they drew, on the first visit to a prompt: later ones bring them again."""
+    run, tokens = parts.run, batch.tokens
+    top_NK = tokens.peek("teacher_topk_logprobs_NK")
+    drawn = {n for n, t in run.all_teachers.items() if t.servers and t.server.text == "tokens"}
+    if top_NK is None or run.rollout.teacher_sampling != Sampling():
+        evidence: draws.Evidence = {}
+    else:
+        chosen = _first_texts([r for r in batch.rollouts if r.prompt.teacher in drawn and not r.prompt.response_ids])
+        rows_N = batch.rows_of([n for n, r in enumerate(batch.rollouts) if r.id in chosen])
+        rows_N = rows_N[(tokens.authors_N == Author.TEACHER)[rows_N]][:MOST_TOKENS]
+        rows_N = rows_N[~torch.isin(tokens.token_ids_N[rows_N], torch.tensor(parts.stop_ids).to(rows_N))]
+        fields = ("token_ids_N", "teacher_logprobs_N", "teacher_topk_ids_NK", "teacher_topk_logprobs_NK")
+        evidence = draws.evidence_of_rows(*(getattr(tokens, name)[rows_N] for name in fields), never=parts.stop_ids)
+    told = parts.world.gather_json(evidence)
+    return {f"draws/teacher/{name}": nats for name, nats in draws.total(told).items()}
+
+
+def _first_texts(rollouts: Sequence[Rollout]) -> set[str]:
+    """Rollouts of a first visit with the longest text of the teacher's; texts that several share count once."""
+    longest: dict[tuple[int, ...], Rollout] = {}
+    for rollout in sorted(rollouts, key=lambda r: -r.authors.count(Author.TEACHER)):
+        text = tuple(i for i, a in zip(rollout.token_ids, rollout.authors, strict=True) if a != Author.STUDENT)
+        if rollout.id.startswith("0/") and not any(known[: len(text)] == text for known in longest):
+            longest[text] = rollout
+    return {rollout.id for rollout in longest.values()}
+
+
+def check_single(
+    url: str, after_V: Tensor, first: Sequence[int], again: Sequence[int], gathered: draws.Gathered
+) -> None:
+    """Refuse a server by single tokens that it drew after one text, each with a seed of its own; `again` with the seeds
+    of the first ones; `gathered` is what was seen of it before."""
+    drawn_N = torch.tensor(first)
+    found = draws.evidence(after_V.float().expand(len(first), -1), drawn_N)
+    gathered.add({f"draws/student/{name}": nats for name, nats in found.items()})
+    said = (
+        f"{url} was asked for {len(first)} tokens after a known text, each with its own seed, and drew {first[:8]}..."
+    )
+    odds = -(len(first) - 1) * float(after_V[first[0]])
+    if (objection := gathered.objection("student", draws.ENOUGH)) is not None:
+        raise EngineError(f"{said} By these, and those before, {objection}")
+    if len(set(first)) == 1 and odds > draws.ENOUGH:
+        raise EngineError(f"{said} All are the same, against odds of {odds:.0f} nats. {draws.CURE}")
+    others = sum(a != b for a, b in zip(first, again, strict=False))
+    if 2 * others > len(again):
+        raise EngineError(
+            f"{said} With the first {len(again)} seeds it then drew {list(again)}: it ignores seeds, so a run could "
+            f"not be repeated. {draws.CURE}"
+        )
+
+
+class Overheard:
+    """An engine whose texts are read by the trainer."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.heard: list[tuple[Request, Completion]] = []
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        texts = self.engine.generate(requests)
+        self.heard += zip(requests, texts, strict=True)
+        return texts
+
+    def sync(self, weights: Any, version: int) -> None:
+        self.engine.sync(weights, version)
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def check(self, forward: Forward, tokens_per_batch: int) -> None:
+        """Refuse texts that were drawn otherwise than was asked."""
+        for sampling in {request.sampling for request, _ in self.heard}:
+            pairs = [pair for pair in self.heard if pair[0].sampling == sampling]
+            rollouts = [_rollout(f"{n}", *pair) for n, pair in enumerate(pairs)]
+            found = read(forward, rollouts, sampling, tokens_per_batch)
+            if (how := draws.explained(found.evidence)) is not None:
+                raise EngineError(
+                    f"the answers of this evaluation were to be drawn with {sampling}, but {found.tokens} tokens of "
+                    f"them look drawn {how} ({found.evidence[how]:.0f} nats of evidence), so its score is another "
+                    f"student's. {draws.CURE}"
+                )
+
+
+def _rollout(name: str, request: Request, text: Completion) -> Rollout:
+    given, new = len(request.token_ids), len(text.token_ids)
+    return Rollout(
+        id=name,
+        prompt=Prompt(id=name, token_ids=request.token_ids),
+        token_ids=request.token_ids + text.token_ids,
+        authors=(Author.CONTEXT,) * given + (Author.STUDENT,) * new,
+        behavior_logprobs=(0.0,) * (given + new),
+    )
