@@ -9,7 +9,9 @@ FOR_SLOW := .venv/.installed-slow
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 TESTED := -c constraints.txt
 
-.PHONY: demo test test-slow test-gpu test-server test-oldest test-newest vllm lint format install clean
+DEVICE ?= cuda
+
+.PHONY: demo test test-slow test-gpu test-server test-oldest test-newest gpu-check gpu-wheels vllm lint format install clean
 
 demo: $(INSTALLED)
 	$(BIN)/tropd demo
@@ -24,6 +26,13 @@ test-slow: $(FOR_SLOW)
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
+
+# On a GPU with the Python that has its torch, and no environment: the machine may be bare.
+gpu-check: $(if $(filter cpu,$(DEVICE)),$(INSTALLED))
+	$(if $(filter cpu,$(DEVICE)),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check --device $(DEVICE)
+
+gpu-wheels: | $(BIN)/python
+	$(BIN)/python -m benchmarks.gpu_check.wheels
 
 test-server: $(INSTALLED) vllm
 	$(BIN)/python -m pytest -m server

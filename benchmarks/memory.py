@@ -61,8 +61,8 @@ def measure(case: Case, folder: Path) -> tuple[int, int]:
     from tropd.probes.alarms import Alarms
     from tropd.startup import assemble
 
-    models.NUM_PROMPTS = case.prompts
-    models.prepare(folder, models.Settings(vocabulary=case.vocabulary, dtype=case.dtype))  # type: ignore[arg-type]
+    settings = {"vocabulary": case.vocabulary, "dtype": case.dtype, "num_prompts": case.prompts}
+    models.prepare(folder, models.Settings(**settings))  # type: ignore[arg-type]
     student = {"path": f"{folder}/student", "dtype": case.dtype, "gradient_checkpointing": case.checkpointing}
     run = build(
         {

@@ -91,8 +91,8 @@ def write_with_generate(model: Any, requests: list[Request]) -> int:
     ids_BT = torch.tensor([[0] * pads + list(r.token_ids) for pads, r in zip(num_pads, requests, strict=True)])
     mask_BT = torch.tensor([[0] * pads + [1] * (width - pads) for pads in num_pads])
     written_BT = model.generate(
-        ids_BT,
-        attention_mask=mask_BT,
+        ids_BT.to(model.device),
+        attention_mask=mask_BT.to(model.device),
         do_sample=True,
         temperature=1.0,
         top_k=0,

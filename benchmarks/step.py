@@ -5,13 +5,12 @@
     python benchmarks/step.py --vocabulary 8192 --ragged
 
 tropd_tropd, tropd_opd   `tropd.iteration.iterate`: roll out, score, loss and gradient, optimiser, probes and record
-trl                      `DistillationTrainer`, reverse KL over the whole vocabulary, its own loop; no gradient
-                         checkpointing and no autocast, which would only slow it down here
+trl                      `DistillationTrainer`, reverse KL over the whole vocabulary; no checkpointing, no autocast
 
 Random models: student 4 x 256, teacher 6 x 384; 8 prompts of 64 tokens, up to 128 new.  Ragged: one token in 50 stops.
 A useful token is one that a completion keeps.  One thread, CPU seconds, sides turn about in one process; a rate is all
-tokens over all seconds, since lengths differ from step to step.  Peak memory of each side in a process of its own,
-above what it held before its first step.
+tokens over all seconds.  Peak memory of each side in a process of its own, above what it held before its first step.
+`benchmarks/gpu_check` runs the same on a GPU, in seconds of the clock.
 """
 
 from __future__ import annotations
@@ -37,17 +36,36 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
-NUM_PROMPTS, PROMPT_TOKENS, NEW_TOKENS, STOP_EVERY = 8, 64, 128, 50
 METHODS = {"tropd_tropd": {"name": "tropd", "guidance": False}, "tropd_opd": {"name": "opd"}}
 SIDES = (*METHODS, "trl")
 LEARNING_RATE = 1e-6
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Fields of `Qwen3Config`."""
+
+    num_hidden_layers: int = 4
+    hidden_size: int = 256
+    intermediate_size: int = 768
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 64
+    tie_word_embeddings: bool = False
 
 
 @dataclass
 class Settings:
     vocabulary: int = 151_936
     dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["cpu", "cuda"] = "cpu"
     ragged: bool = False
+    stop_every: int = 50
+    num_prompts: int = 8
+    prompt_tokens: int = 64
+    new_tokens: int = 128
+    student: Shape = Shape()
+    teacher: Shape = Shape(num_hidden_layers=6, hidden_size=384, intermediate_size=1152, num_attention_heads=6)
     repeats: int = 3
     memory: bool = True
     """Measure peak memory too."""
@@ -57,43 +75,36 @@ class Settings:
     """Run two steps of one side and print its peak memory (used by the script itself)."""
 
 
+def make_model(shape: Shape, s: Settings) -> Any:
+    torch.manual_seed(shape.num_hidden_layers)
+    rest = {"max_position_embeddings": 4096, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+    with torch.device(s.device):
+        return Qwen3ForCausalLM(Qwen3Config(**asdict(shape), vocab_size=s.vocabulary, **rest)).to(
+            getattr(torch, s.dtype)
+        )
+
+
 def prepare(folder: Path, s: Settings) -> None:
     """Both models, a tokenizer of one token per word, and eight prompts, on disk."""
     vocab = {"<pad>": 0, "<eos>": 1} | {f"t{i}": i for i in range(2, s.vocabulary)}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
-    for name, layers, width in (("student", 4, 256), ("teacher", 6, 384)):
-        torch.manual_seed(layers)
-        model = Qwen3ForCausalLM(
-            Qwen3Config(
-                vocab_size=s.vocabulary,
-                hidden_size=width,
-                intermediate_size=3 * width,
-                num_hidden_layers=layers,
-                num_attention_heads=width // 64,
-                num_key_value_heads=2,
-                head_dim=64,
-                max_position_embeddings=1024,
-                tie_word_embeddings=False,
-                bos_token_id=None,
-                eos_token_id=1,
-                pad_token_id=0,
-            )
-        ).to(getattr(torch, s.dtype))
-        model.generation_config.eos_token_id = list(range(1, s.vocabulary, STOP_EVERY)) if s.ragged else 1
+    for name, shape in (("student", s.student), ("teacher", s.teacher)):
+        model = make_model(shape, s)
+        model.generation_config.eos_token_id = list(range(1, s.vocabulary, s.stop_every)) if s.ragged else 1
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    ids = torch.randint(2, s.vocabulary, (NUM_PROMPTS, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(2, s.vocabulary, (s.num_prompts, s.prompt_tokens), generator=torch.Generator().manual_seed(0))
     rows = [{"prompt": " ".join(f"t{i}" for i in row)} for row in ids.tolist()]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
-Step = Callable[[], int]
-"""Runs one step and says how many tokens its completions kept."""
+Step = Callable[[], int]  # runs one step and says how many tokens its completions kept
 
 
-def tropd_side(side: str, folder: Path, s: Settings) -> Step:
+def tropd_side(side: str, folder: Path, s: Settings, tell: Callable[[Any], None] = lambda record: None) -> Step:
+    """`tell` is given each step's record."""
     from tropd.ahead import Source
     from tropd.config_file import build
     from tropd.iteration import iterate
@@ -103,16 +114,16 @@ def tropd_side(side: str, folder: Path, s: Settings) -> Step:
     run = build(
         {
             "steps": 1_000_000,
-            "device": "cpu",
+            "device": s.device,
             "student": {"path": str(folder / "student"), "dtype": s.dtype},
             "teacher": {"path": str(folder / "teacher"), "dtype": s.dtype},
             "data": {"path": str(folder / "prompts.jsonl")},
             "method": METHODS[side],
             "rollout": {
-                "num_prompts": NUM_PROMPTS,
+                "num_prompts": s.num_prompts,
                 "num_rollouts": 1,
-                "max_new_tokens": NEW_TOKENS,
-                "save_every": 0,
+                "max_new_tokens": s.new_tokens,
+                "save_every": 1_000_000,  # the first step's, which warms up
             },
             "optimizer": {"learning_rate": LEARNING_RATE},
         },
@@ -125,7 +136,8 @@ def tropd_side(side: str, folder: Path, s: Settings) -> Step:
 
     def step() -> int:
         record, _, _ = iterate(parts, source, directory, next(steps), alarms)
-        assert record.tokens["prompt"] == NUM_PROMPTS * PROMPT_TOKENS
+        assert record.tokens["prompt"] == s.num_prompts * s.prompt_tokens
+        tell(record)
         return record.tokens["student"]
 
     return step
@@ -142,7 +154,7 @@ def run_trl(folder: Path, s: Settings, num_steps: int, begin: Callable[[], None]
 
         def _generate_and_score_completions(self, inputs: Any) -> Any:
             batch = super()._generate_and_score_completions(inputs)
-            assert int(batch["prompt_mask"].sum()) == NUM_PROMPTS * PROMPT_TOKENS
+            assert int(batch["prompt_mask"].sum()) == s.num_prompts * s.prompt_tokens
             self.num_tokens = int(batch["completion_mask"].sum())
             return batch
 
@@ -155,11 +167,11 @@ def run_trl(folder: Path, s: Settings, num_steps: int, begin: Callable[[], None]
 
     config = DistillationConfig(
         output_dir=str(folder / "trl"),
-        use_cpu=True,
+        use_cpu=s.device == "cpu",
         bf16=False,
         gradient_checkpointing=False,
-        per_device_train_batch_size=NUM_PROMPTS,
-        max_completion_length=NEW_TOKENS,
+        per_device_train_batch_size=s.num_prompts,
+        max_completion_length=s.new_tokens,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         max_steps=num_steps,
@@ -179,6 +191,14 @@ def run_trl(folder: Path, s: Settings, num_steps: int, begin: Callable[[], None]
     trainer.train()
 
 
+def now(s: Settings) -> float:
+    """CPU seconds; on a GPU seconds of the clock, once it is idle."""
+    if s.device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def measure(folder: Path, s: Settings) -> dict[str, list[tuple[int, float]]]:
     """Useful tokens and CPU seconds of each side, one pair per repeat; the first, unmeasured turn warms up."""
     ours = {side: tropd_side(side, folder, s) for side in METHODS}
@@ -186,14 +206,14 @@ def measure(folder: Path, s: Settings) -> dict[str, list[tuple[int, float]]]:
     started = [0.0]
 
     def begin() -> None:
-        started[0] = time.process_time()
+        started[0] = now(s)
 
     def end(num_tokens: int) -> None:
-        steps["trl"].append((num_tokens, time.process_time() - started[0]))
+        steps["trl"].append((num_tokens, now(s) - started[0]))
         for side, step in ours.items():
-            start = time.process_time()
+            start = now(s)
             num_tokens = step()
-            steps[side].append((num_tokens, time.process_time() - start))
+            steps[side].append((num_tokens, now(s) - start))
 
     run_trl(folder, s, s.repeats + 1, begin, end)
     return {side: pairs[1:] for side, pairs in steps.items()}
@@ -253,11 +273,9 @@ def main(s: Settings) -> None:
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name), s)
         if s.only:
-            print(peak_megabytes(s.only, Path(name), s))
-            return
+            return print(peak_megabytes(s.only, Path(name), s))
         if s.profile:
-            profile(s.profile, Path(name), s)
-            return
+            return profile(s.profile, Path(name), s)
         steps = measure(Path(name), s)
     rows: dict[str, dict[str, float]] = {}
     for side, pairs in steps.items():

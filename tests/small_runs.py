@@ -39,7 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dense": {"method": {"name": "minillm"}},
     "wide": {
         **WIDE,
-        "method": {"name": "full_fkl"},
+        "method": {"name": "full_fkl", "top_k": 8},
         "rollout": {"num_rollouts": 4},
         "tokens_per_micro_batch": 1000,
         "tile_tokens": 512,
@@ -55,9 +55,9 @@ TAKES: dict[str, set[P]] = {
     "lora": ALWAYS | TEXTS | HEAD | {P.SPANS},
     "updates": ALWAYS | TEXTS | HEAD | {P.SPANS},
     "streaming": ALWAYS | TEXTS | {P.SPANS, P.LEAN_HEAD, P.LEAN_READ, P.SEVERAL_TILES},
-    "bfloat16": ALWAYS | TEXTS | HEAD,
+    "bfloat16": ALWAYS | TEXTS | HEAD | {P.PEAKS},
     "dense": ALWAYS | {P.DENSE_HEAD, P.SEVERAL_TILES},
-    "wide": ALWAYS | {P.PACKED_MATRICES, P.FUSED_HEAD, P.SOFTMAX_IN_PARTS, P.SUPPORTS_IN_PARTS},
+    "wide": ALWAYS | {P.PACKED_MATRICES, P.FUSED_HEAD, P.SOFTMAX_IN_PARTS, P.SUPPORTS_IN_PARTS, P.COLUMNS},
 }
 """What each case has to take, whether it is left alone or continued."""
 

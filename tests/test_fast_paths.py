@@ -23,6 +23,7 @@ import torch
 from tests import run_case
 from tests.integration.runs import parts_of, prepare
 from tests.rollout.plain import some_prompts
+from tests.rollout.recorded import record
 from tests.servers.mini import MiniServer
 from tests.servers.test_ahead import SERVED
 from tests.small_runs import TAKES, write_models, write_run
@@ -39,6 +40,7 @@ from tropd.rollout.scripted import ScriptedEngine
 from tropd.rollout.transformers import TransformersEngine
 from tropd.student.forward import Forward
 from tropd.student.head import Head
+from tropd.student.likeliest import largest
 from tropd.student.one_pass import fused_loss, read_rows
 from tropd.teachers.cached import Cached
 from tropd.teachers.local import LocalTeacher
@@ -48,10 +50,11 @@ from tropd.types import Request, Sampling
 INTERPRETED = {P.KERNELS, P.FUSED_HEAD, P.FUSED_READ, P.DECODER}
 TOGETHER = {P.DECODER, P.DRAWS_IN_PARTS, P.PACKED_MATRICES, P.SHARED_PROMPTS, P.REFILLED_BATCH, P.GROWN_CACHE}
 LONG_PROMPTS = {P.DECODER, P.SEVERAL_PREFILLS}
+FIXED = {P.FIXED_SHAPES, P.RECORDED_STEPS, P.REFILLED_BATCH, P.GROWN_CACHE}
 
 
 def test_every_fast_path_is_reached_by_a_test_that_compares_whole_runs_or_batches() -> None:
-    reached = set().union(*TAKES.values(), SERVED, INTERPRETED, TOGETHER, LONG_PROMPTS)
+    reached = set().union(*TAKES.values(), SERVED, INTERPRETED, TOGETHER, LONG_PROMPTS, FIXED)
     assert reached == set(FastPath) == {P.KERNELS, *SMALLEST}
 
 
@@ -116,9 +119,32 @@ def test_what_is_written_after_many_long_prompts_is_what_is_written_alone() -> N
         assert alone.token_ids == together[index].token_ids
 
 
-def generate(num_new: int = 2, num: int = 1, prompt: tuple[int, ...] = (1, 2, 3), max_batch: int = 64, **shape: Any):
+def test_what_recorded_steps_of_fixed_shape_write_is_what_is_written_alone() -> None:
+    model = tiny_model()
+    prompts = some_prompts((5, 9, 9, 3))
+    requests = [Request(token_ids=p, max_new_tokens=28 + 40 * i, seed=i) for i, p in enumerate(prompts)]
+    engine = TransformersEngine(model, max_batch=3, fixed=True)
+    engine.stepper.graphs.recorder = record
+    with taking() as took:
+        together = engine.generate(requests)
+    assert took >= FIXED
+    for request, completion in zip(requests, together, strict=True):
+        (alone,) = TransformersEngine(model).generate([request])
+        assert alone.token_ids == completion.token_ids
+
+
+def generate(
+    num_new: int = 2,
+    num: int = 1,
+    prompt: tuple[int, ...] = (1, 2, 3),
+    max_batch: int = 64,
+    fixed: bool | None = None,
+    **shape: Any,
+):
     requests = [Request(token_ids=prompt, max_new_tokens=num_new + i % 2, seed=i) for i in range(num)]
-    TransformersEngine(tiny_model(**shape), max_batch=max_batch).generate(requests)
+    engine = TransformersEngine(tiny_model(**shape), max_batch=max_batch, fixed=fixed)
+    engine.stepper.graphs.recorder = record if fixed else None
+    engine.generate(requests)
 
 
 def generate_with_weights(num_weights: int) -> None:
@@ -138,10 +164,12 @@ def lay_out_two(shorter: int) -> None:
     Forward(tiny_model()).hidden(rollouts_of([(4, 12), (4, shorter - 4)]))
 
 
-def lose(num_tokens: int, tile_vocab: int | None = None, vocab: int = VOCAB) -> None:
+def lose(
+    num_tokens: int, tile_vocab: int | None = None, vocab: int = VOCAB, dtype: torch.dtype = torch.float32
+) -> None:
     """Loss and gradient at as many tokens, each with a support of two, in tiles of at most 512 tokens."""
-    head = Head.of(tiny_model(vocab=vocab))
-    hidden_NH = torch.zeros(num_tokens, 32, requires_grad=True)
+    head = Head.of(tiny_model(vocab=vocab).to(dtype))
+    hidden_NH = torch.zeros(num_tokens, 32, requires_grad=True, dtype=dtype)
     ids_NM = torch.zeros(num_tokens, 2, dtype=torch.long)
     fused_loss(head, hidden_NH, ids_NM, lambda rows, logprobs_CM: logprobs_CM.sum(), 512, tile_vocab).backward()
 
@@ -192,6 +220,8 @@ SMALLEST: dict[FastPath, tuple[str, int, int, Callable[..., Any]]] = {
     P.REFILLED_BATCH: ("requests for two rows", 2, 3, lambda n: generate(num=n, max_batch=2)),
     P.SEVERAL_PREFILLS: ("prompts of 250 tokens", 65, 66, read_long_prompts),
     P.GROWN_CACHE: ("new tokens after a short prompt", 65, 66, generate),
+    P.FIXED_SHAPES: ("new tokens of a request, on CUDA", 15, 16, lambda n: generate(n, fixed=True)),
+    P.RECORDED_STEPS: ("new tokens of a request, on CUDA", 15, 16, lambda n: generate(n, fixed=True)),
     P.DRAWS_IN_PARTS: (
         "rows of a batch with 2^16 tokens in the vocabulary",
         16,
@@ -209,6 +239,8 @@ SMALLEST: dict[FastPath, tuple[str, int, int, Callable[..., Any]]] = {
     P.SEVERAL_TILES: ("tokens, in tiles of 512", 512, 513, read),
     P.SOFTMAX_IN_PARTS: ("tokens with 2^15 in the vocabulary", 8, 9, lambda n: lose(n, vocab=2**15)),
     P.SUPPORTS_IN_PARTS: ("tokens with a support, in one tile", 256, 257, lose),
+    P.COLUMNS: ("tokens in the vocabulary, for the likeliest one", 191, 192, lambda n: largest(torch.zeros(1, n), 1)),
+    P.PEAKS: ("tokens in half precision", ANY, 1, lambda n: lose(n, dtype=torch.bfloat16)),
     P.KEPT_TEXTS: ("times that a text is asked for", 1, 2, ask_for_texts),
     P.KEPT_SCORES: ("times that a score is asked for", 1, 2, ask_for_scores),
     P.WRITING_AHEAD: ("rollout.staleness", 0, 1, write_ahead),

@@ -16,6 +16,7 @@ from tests import run_case
 from tests.run_case import Order
 from tests.small_runs import write_run
 from tropd import config_file, loop
+from tropd.cli import main
 from tropd.config import ModelConfig
 from tropd.environment import changes
 from tropd.errors import CheckpointError
@@ -190,3 +191,15 @@ def test_lines_that_are_missing_from_the_records_are_told_and_recorded(tmp_path:
     assert [record.step for record in found.steps] == [1, 2, 3]
     assert "missing from the records" in found.steps[1].notes[0]
     assert config_file.load(directory / "run.toml").steps == 4
+
+
+def test_an_evaluation_does_not_take_answers_of_a_model_that_differs_in_one_weight(tmp_path: Path) -> None:
+    models, answers = run_case.write_models(tmp_path / "models"), tmp_path / "answers"
+    ask = ["evaluate", str(models / "student"), "--data", str(models / "data.jsonl"), "--grader", "exact"]
+    ask += ["--output", str(answers), "--num-samples", "1", "--max-new-tokens", "2"]
+    found = []
+    for change in (lambda folder: None, change_one_weight, lambda folder: None):
+        change(models / "student")
+        assert main(ask) == 0
+        found.append(len((answers / "items.jsonl").read_text().splitlines()))
+    assert found[0] < found[1] == found[2]

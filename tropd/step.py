@@ -126,7 +126,7 @@ def score(
     recall: bool,
     context: Context | None = None,
     scores: Sequence[TeacherScores] | None = None,
-    as_read: Sequence[Rollout] | None = None,
+    as_read: Sequence[Rollout] = (),
 ) -> ScoredBatch:
     """Join everything known about the rollouts.  `recall`: plan from the student as it is now, not as it will be.
     `scores` are the teacher's, where it has been asked already.  `as_read` are the rollouts as the teacher reads them,

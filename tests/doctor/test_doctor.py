@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from tests.doctor import cases
 from tests.tiny import byte_tokenizer, tiny_model
@@ -72,44 +70,6 @@ def test_a_teacher_with_other_tokens_is_named_and_the_rest_is_looked_at_all_the_
     assert one(checks, "tokenizers").level == "error"
     assert "'hello' is 262 for the student" in one(checks, "tokenizers").found
     assert one(checks, "grader").level == "ok" and one(checks, "lengths").level == "ok"
-
-
-def lettered(folder: Path, **special: str) -> Path:
-    """A model whose tokenizer knows digits and a few signs, and nothing else."""
-    known = {text: n for n, text in enumerate(["<unk>", "<end>", *"0123456789+= "])}
-    core = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    names = {"unk_token": "<unk>", "eos_token": "<end>", **special}
-    return cases.save_model(folder, tokenizer=PreTrainedTokenizerFast(tokenizer_object=core, **names))
-
-
-@pytest.mark.parametrize(("num_bad", "num_warnings"), [(0, 0), (1, 0), (4, 1), (60, 2)])
-def test_text_that_the_tokenizer_does_not_know_is_warned_of_from_a_few_percent(
-    world: Path, tmp_path: Path, num_bad: int, num_warnings: int
-) -> None:
-    """Of 240 tokens of prompts and 120 of answers: 4 are 1.7 % of the ones and 3.3 % of the others."""
-    model = lettered(tmp_path / "model")
-    rows = [{"prompt": f"{n:02}+1", "answer": "12"} for n in range(60)]
-    for row in rows[:num_bad]:
-        row["prompt"] = row["prompt"].replace("+", "\u00d7")
-        row["answer"] = "1\u00bd"
-    data = cases.write_rows(tmp_path / "data.jsonl", rows)
-    both = {side: {"path": str(model)} for side in ("student", "teacher")}
-    checks = read(cases.run_of(world, tmp_path / "run", data={"path": str(data)}, grader=None, **both))
-    found = [check for check in checks if check.name == "unknown tokens"]
-    assert [check.level for check in found] == ["warning"] * num_warnings
-    if num_bad == 60:
-        assert "60 of 240 tokens of the prompts (25%) are <unk>" in found[0].found and "'0 0 <unk> 1'" in found[0].found
-        assert "60 of 120 tokens of the answers (50%)" in found[1].found
-
-
-def test_an_unknown_token_that_is_the_end_of_text_is_not_counted(world: Path, tmp_path: Path) -> None:
-    """GPT-2's tokenizer calls its end of text unknown too, and knows every byte."""
-    model = lettered(tmp_path / "model", eos_token="<unk>")
-    data = cases.write_rows(tmp_path / "data.jsonl", [{"prompt": f"{n}\u00d7", "answer": "1"} for n in range(9)])
-    both = {side: {"path": str(model)} for side in ("student", "teacher")}
-    checks = read(cases.run_of(world, tmp_path / "run", data={"path": str(data)}, grader=None, **both))
-    assert not [check for check in checks if check.name == "unknown tokens"]
 
 
 def test_padded_rows_are_cut_and_missing_rows_are_warned_of(world: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ here, whoever asked takes the plain path and says so: a new release costs speed,
     cache classes and argument  keys and values are kept        each text is read whole for every token
     parts of a family           `tropd.rollout.decoding`        the model's own forward
     attention by name           sequences without padding       a padded rectangle
+    masks of four axes          steps recorded as CUDA graphs   steps launched one by one
 """
 
 from __future__ import annotations
@@ -159,6 +160,34 @@ FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 """Settings that a family's logits are multiplied by."""
 CAPS = ("final_logit_softcapping", "logits_soft_cap")
 """Settings that a family's logits are soft-capped at."""
+
+MASK_DRIVEN = (
+    "CohereForCausalLM",
+    "GPT2LMHeadModel",
+    "GPTNeoXForCausalLM",
+    "Gemma2ForCausalLM",
+    "GraniteForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
+"""Families whose layers look exactly where a mask of four axes lets them, wherever in the cache the keys lie."""
+
+
+def windows_of(model: Any) -> dict[str, int | None]:
+    """How far back each kind of layer looks, None for everything; "" where one mask serves all layers.
+
+    Empty where a model's masks cannot be made for it.
+    """
+    config = model.config.get_text_config()
+    if type(model).__name__ not in MASK_DRIVEN or attention_of(model) not in ("eager", PLAIN_ATTENTION):
+        return {}
+    window, kinds = getattr(config, "sliding_window", None), layer_types(model)
+    if not kinds:
+        return {"": window}
+    return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}
+
 
 FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Families whose parts are called as below."""

@@ -70,35 +70,22 @@ def distillation_loss(
     counts             global denominators (`Objective.plan(...).counts`) when this is one of several micro-batches
     """
     objective = method if isinstance(method, Objective) else method.objective
-    if counts is not None and objective.reach > Reach.TOKEN:
-        raise EvidenceError(
-            "this method selects or normalises over the whole batch and cannot be planned one micro-batch at a time. "
-            "Call Objective.plan on all tokens, then the objective on `tokens.rows(...)` and `plan.rows(...)`."
-        )
-    for name, ids in (("token_ids", token_ids), ("authors", authors), ("sequences", sequences)):
-        if ids is not None:
-            check_ids(ids, name)
     given = _Given(token_ids.shape, token_ids.numel())
     tokens = _describe(given, token_ids, authors, sequences, rollout_ids, seed, rewards, groups)
-    if counts is None and not bool(trained(tokens).any()):
-        raise EvidenceError(
-            f"none of the {len(tokens)} tokens can be trained on: `authors` says 1 where the student wrote a token and "
-            "2 where the teacher did. Where another micro-batch holds such tokens, give the `counts` of both."
-        )
+    _check_counts(counts, objective, tokens)
     logits, teacher_logits = _same_width(logits, teacher_logits, vocab_size)
     view, teacher = _read(given, objective, tokens, (logits, logprobs, top_k_logprobs), teacher_logits, teacher_top_k)
     own_N = view.logprobs_N.detach()
-    tokens = tokens.with_(student_logprobs_N=own_N, behavior_logprobs_N=own_N, **teacher)
-    if behavior_logprobs is not None:
-        tokens = tokens.with_(behavior_logprobs_N=given.flat(behavior_logprobs, "behavior_logprobs"))
-    if teacher_logprobs is not None:
-        tokens = tokens.with_(teacher_logprobs_N=given.flat(teacher_logprobs, "teacher_logprobs"))
-    if teacher_entropy is not None:
-        tokens = tokens.with_(teacher_entropy_N=given.flat(teacher_entropy, "teacher_entropy"))
+    asked = {
+        "behavior_logprobs": behavior_logprobs,
+        "teacher_logprobs": teacher_logprobs,
+        "teacher_entropy": teacher_entropy,
+    }
+    known = {f"{name}_N": given.flat(x, name) for name, x in asked.items() if x is not None}
+    tokens = tokens.with_(**{"student_logprobs_N": own_N, "behavior_logprobs_N": own_N, **teacher, **known})
     if teacher_top_k is not None:
         check_top_k(tokens, objective.teacher_top_k)
-    plan = objective.plan(tokens, Context(progress=progress), counts)
-    return objective(tokens, view, plan)
+    return objective(tokens, view, objective.plan(tokens, Context(progress=progress), counts))
 
 
 @dataclass(frozen=True)
@@ -108,6 +95,10 @@ class _Given:
     shape: torch.Size
     num_tokens: int
 
+    def ids(self, x: Tensor, name: str, extra: int = 0) -> Tensor:
+        check_ids(x, name)
+        return self.flat(x, name, extra)
+
     def flat(self, x: Tensor, name: str, extra: int = 0) -> Tensor:
         if x.shape[: x.dim() - extra] != self.shape:
             raise EvidenceError(
@@ -115,6 +106,20 @@ class _Given:
                 "their leading shape."
             )
         return x.reshape(self.num_tokens, *x.shape[x.dim() - extra :])
+
+
+def _check_counts(counts: Counts | None, objective: Objective, tokens: Tokens) -> None:
+    """One of several micro-batches can be planned alone only where no token looks further, and may hold nothing."""
+    if counts is not None and objective.reach > Reach.TOKEN:
+        raise EvidenceError(
+            "this method selects or normalises over the whole batch and cannot be planned one micro-batch at a time. "
+            "Call Objective.plan on all tokens, then the objective on `tokens.rows(...)` and `plan.rows(...)`."
+        )
+    if counts is None and not bool(trained(tokens).any()):
+        raise EvidenceError(
+            f"none of the {len(tokens)} tokens can be trained on: `authors` says 1 where the student wrote a token and "
+            "2 where the teacher did. Where another micro-batch holds such tokens, give the `counts` of both."
+        )
 
 
 def _describe(
@@ -127,9 +132,9 @@ def _describe(
     rewards: Tensor | None,
     groups: Tensor | None,
 ) -> Tokens:
-    authors_N = given.flat(authors, "authors")
+    token_ids_N, authors_N = given.ids(token_ids, "token_ids"), given.ids(authors, "authors")
     if sequences is not None:
-        sequences_N = given.flat(sequences, "sequences")
+        sequences_N = given.ids(sequences, "sequences")
     elif token_ids.dim() == 2:
         sequences_N = torch.arange(given.shape[0], device=token_ids.device).repeat_interleave(given.shape[1])
     else:
@@ -149,7 +154,7 @@ def _describe(
     device = token_ids.device
     num_before_N, num_after_N = around(sequences_N, authors_N)
     return Tokens(
-        token_ids_N=token_ids.reshape(-1),
+        token_ids_N=token_ids_N,
         num_before_N=num_before_N,
         num_after_N=num_after_N,
         authors_N=authors_N,
@@ -205,8 +210,7 @@ def _read(
         evidence |= teacher_evidence(full_t, tokens.token_ids_N, needs, objective.teacher_top_k)
     if teacher_top_k is not None:
         ids, values = teacher_top_k
-        check_ids(ids, "teacher_top_k ids")
-        evidence["teacher_topk_ids_NK"] = given.flat(ids, "teacher_top_k ids", 1)
+        evidence["teacher_topk_ids_NK"] = given.ids(ids, "teacher_top_k ids", 1)
         evidence["teacher_topk_logprobs_NK"] = given.flat(values, "teacher_top_k log-probabilities", 1)
         widths = {"ids": ids, "log-probabilities": values, "`top_k_logprobs` of the student": top_k_logprobs}
         said = {name: x.shape[-1] for name, x in widths.items() if x is not None}

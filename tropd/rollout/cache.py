@@ -109,16 +109,12 @@ class RowCache(Cache):
 
     def keep(self, alive: Sequence[int]) -> list[int]:
         """Let the other rows go: the last rows move into their places.  Gives the old index of each row left."""
-        order = list(range(len(alive)))
-        holes = sorted(set(order) - set(alive))
-        movers = [row for row in alive if row >= len(alive)]
+        order, movers, holes = compaction(alive)
         if movers:
             device = self._row_layers[0].device
             source_R, target_R = torch.tensor(movers, device=device), torch.tensor(holes, device=device)
             for layer in self._row_layers:
                 layer.move(source_R, target_R)
-        for hole, mover in zip(holes, movers, strict=True):
-            order[hole] = mover
         self.columns.starts = [self.columns.starts[row] for row in order]
         self._settle()
         return order
@@ -142,13 +138,21 @@ class RowCache(Cache):
         """Every layer has written column `end`."""
         self.columns.end += 1
 
-    def mask(self) -> Tensor | None:
+    def load(self, last_ids_B1: Tensor) -> Tensor:
+        """The tokens to feed: a cache whose shape follows the rows takes them as they are."""
+        return last_ids_B1
+
+    def looks(self) -> Tensor | None:
         """1 where a row may look, the new column included, [B, columns]; None where every row may look everywhere."""
         at = self.columns
         if all(start == at.first for start in at.starts):
             return None
         starts_B = self._starts()
         return (torch.arange(at.first, at.end + 1, device=starts_B.device) >= starts_B[:, None]).long()
+
+    def mask(self) -> Tensor | None:
+        """The same, as the model's own forward takes it."""
+        return self.looks()
 
     def positions(self) -> Tensor:
         """The position of the new column in each row, [B, 1]."""
@@ -166,3 +170,13 @@ class RowCache(Cache):
     def _settle(self) -> None:
         self.columns.first = min(self.columns.starts, default=self.columns.end)
         self._starts_B = None
+
+
+def compaction(alive: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+    """How rows move together: the old index of each row that is left, and which rows move into which places."""
+    order = list(range(len(alive)))
+    holes = sorted(set(order) - set(alive))
+    movers = [row for row in alive if row >= len(alive)]
+    for hole, mover in zip(holes, movers, strict=True):
+        order[hole] = mover
+    return order, movers, holes

@@ -6,7 +6,7 @@ are one product, so are the two halves of the gated layer, masks are made once a
     h <- h + W_o attention(rotate(norm(W_qkv norm(h)))),    h <- h + W_down (act(W_gate norm(h)) * W_up norm(h))
 
 The modules' own weights, embedding, rotary table and head are used, in the order of operations of `transformers`.
-Families that are built otherwise, hooks and other devices run the model's own forward: `obstacle` says why.
+Families that are built otherwise and hooks run the model's own forward: `obstacle` says why.
 
 Axes: B live rows, D width of a head, Q query heads, J key and value heads, T columns of the cache.
 """
@@ -25,11 +25,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from tropd.fast_paths import TAKEN, FastPath
 from tropd.model import hf
 from tropd.rollout.cache import RowCache
+from tropd.rollout.graphs import Graphs
 from tropd.rollout.packing import Product, are_large, fit_twice, packed
+from tropd.rollout.slots import SlotCache
 from tropd.student.head import differ
 
-_MIN_STEPS = 16
-"""Making the joint matrices costs about as much as three steps."""
+MIN_STEPS = 16
+"""Making the joint matrices costs about as much as three steps, and so does recording one."""
 
 
 class Decoder:
@@ -46,17 +48,22 @@ class Decoder:
         products = [p for layer in self.layers for p in (layer.qkv, layer.out, layer.gate_up, layer.down)]
         return {id(module) for product in products if product.joined for module in product.modules}
 
-    def __call__(self, last_ids_B1: Tensor, cache: RowCache) -> Tensor:
+    def refresh(self) -> None:
+        """Read the norms of heads again, which are copies."""
+        for layer in self.layers:
+            layer.refresh()
+
+    def __call__(self, last_ids_B1: Tensor, cache: RowCache | SlotCache) -> Tensor:
         """The logits [B, V] after each row's last token, whose keys and values enter the cache."""
         TAKEN.add(FastPath.DECODER)
         hidden_BH = self.parts.embed(last_ids_B1)[:, 0]
         cos_B1D, sin_B1D = self.parts.rotary(hidden_BH, cache.positions())
         half = sin_B1D.shape[-1] // 2
         turn = cos_B1D, torch.cat([-sin_B1D[..., :half], sin_B1D[..., half:]], dim=-1)
-        looks_BT = cache.mask()
+        looks_BT = cache.looks()
         bias = None
         if looks_BT is not None:
-            bias = torch.zeros(looks_BT.shape, dtype=hidden_BH.dtype).masked_fill_(looks_BT == 0, -torch.inf)
+            bias = hidden_BH.new_zeros(looks_BT.shape).masked_fill_(looks_BT == 0, -torch.inf)
             bias = bias[:, None, None].expand(-1, -1, self.num_query_heads // self.num_key_heads, -1)
         for index, layer in enumerate(self.layers):
             hidden_BH = self._attend(layer, index, hidden_BH, turn, bias, cache)
@@ -71,7 +78,7 @@ class Decoder:
         hidden_BH: Tensor,
         turn: tuple[Tensor, Tensor],
         bias: Tensor | None,
-        cache: RowCache,
+        cache: Any,
     ) -> Tensor:
         num_queries, num_keys = self.num_query_heads, self.num_key_heads
         states_BAD = layer.qkv(layer.norm(hidden_BH)).view(len(hidden_BH), num_queries + 2 * num_keys, -1)
@@ -93,7 +100,7 @@ class _Norm:
     def __init__(self, module: Any, weight: Tensor | None = None) -> None:
         self.weight: Tensor = module.weight.detach() if weight is None else weight
         self.width = self.weight.shape[-1]
-        self.epsilon = torch.tensor(hf.epsilon_of(module))
+        self.epsilon = torch.tensor(hf.epsilon_of(module), device=self.weight.device)
 
     def __call__(self, x: Tensor) -> Tensor:
         wide = x.float()
@@ -107,6 +114,8 @@ class _Layer:
     norm: _Norm
     qkv: Product
     head_norm: _Norm | None
+    of_heads: list[Tensor]
+    """The weights that `head_norm` joins."""
     out: Product
     mlp_norm: _Norm
     gate_up: Product
@@ -119,11 +128,15 @@ class _Layer:
         self.qkv = Product([layer.query, layer.key, layer.value], pack)
         self.out, self.scale = Product([layer.out], pack), layer.scale
         self.gate_up, self.down = Product([layer.gate, layer.up], pack), Product([layer.down], pack)
-        self.act, self.head_norm = layer.act, None
+        self.act, self.head_norm, self.of_heads = layer.act, None, []
         if layer.head_norms:
             weights = zip(layer.head_norms, (num_queries, num_keys), strict=True)
-            of_heads = [norm.weight.detach().expand(heads, -1) for norm, heads in weights]
-            self.head_norm = _Norm(layer.head_norms[0], torch.cat(of_heads))
+            self.of_heads = [norm.weight.detach().expand(heads, -1) for norm, heads in weights]
+            self.head_norm = _Norm(layer.head_norms[0], torch.cat(self.of_heads))
+
+    def refresh(self) -> None:
+        if self.head_norm is not None:
+            torch.cat(self.of_heads, out=self.head_norm.weight)
 
 
 def obstacle(model: nn.Module, base: Any) -> str:
@@ -133,7 +146,8 @@ def obstacle(model: nn.Module, base: Any) -> str:
         parts = hf.parts_of(base)
     except hf.Unexpected as other:
         return str(other)
-    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
+    dtypes = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
+    if weight.dtype not in dtypes.get(weight.device.type, ()):
         return f"its weights are {weight.dtype} on {weight.device.type}"
     if hf.layer_types(base) - {"full_attention"}:
         return "it has sliding windows"
@@ -149,23 +163,40 @@ class Misread(Exception):
 
 
 class Stepper:
-    """How a model is stepped: by the decoder where that is possible, else by its own forward, packed if that pays."""
+    """How a model is stepped: by the decoder where that is possible, else by its own forward, packed if that pays.
 
-    def __init__(self, model: nn.Module, base: Any, own: Callable[[Tensor, RowCache], Tensor]) -> None:
+    `slots`, where the caller has one, makes every step one of fixed shape, which a GPU records and replays.
+    """
+
+    def __init__(self, model: nn.Module, base: Any, own: Callable[[Tensor, Any], Tensor]) -> None:
         """`own`: the logits [B, V] after each row's last token, by the model's own forward."""
         self.model, self.base, self.own = model, base, own
         self.decoder: Decoder | None = None
         self.compared = self.misread = False
+        self.slots: SlotCache | None = None
+        self.graphs = Graphs()
+
+    def new_cache(self) -> RowCache | SlotCache:
+        """An empty one."""
+        if self.slots is None:
+            return RowCache()
+        self.slots.clear()
+        return self.slots
 
     @contextmanager
     def ready(self, num_steps: Sequence[int]) -> Iterator[None]:
         """Make the copies that a call of generate uses."""
-        if max(num_steps, default=0) < _MIN_STEPS:
+        if max(num_steps, default=0) < MIN_STEPS:
             yield
             return
         linear, head = [m for m in self.base.modules() if type(m) is nn.Linear], self.base.get_output_embeddings()
         chosen = linear if are_large(linear) and fit_twice(linear) else [head] if are_large([head]) else []
-        if not self.misread and not obstacle(self.model, self.base):
+        recorded = self.slots is not None and (self.slots.device.type == "cuda" or self.graphs.recorder is not None)
+        if recorded and self.graphs.begin(self.model):
+            self.decoder = None
+        if self.decoder is not None:
+            self.decoder.refresh()
+        elif not self.misread and not obstacle(self.model, self.base):
             try:
                 self.decoder = Decoder(self.base, pack=bool(chosen))
                 copied = self.decoder.copied()
@@ -176,21 +207,21 @@ class Stepper:
             with packed(chosen):
                 yield
         finally:
-            self.decoder = None
+            if not recorded:  # a recording holds the addresses of the copies
+                self.decoder = None
 
-    def logits(self, last_ids_B1: Tensor, cache: RowCache) -> Tensor:
+    def logits(self, last_ids_B1: Tensor, cache: RowCache | SlotCache) -> Tensor:
         """The logits [B, V] after each row's last token.  The decoder's first are compared with the model's.
 
         Both write the cache's newest column, so the one whose logits are used goes last: a process that compares
         then goes on as one that does not.
         """
-        if self.decoder is None:
-            return self.own(last_ids_B1, cache)
-        if self.compared:
-            return self.decoder(last_ids_B1, cache)
-        own_BV = self.own(last_ids_B1, cache)
+        last_ids, live = cache.load(last_ids_B1), slice(len(last_ids_B1))
+        if self.decoder is None or self.compared:
+            return self.graphs(self.decoder or self.own, last_ids, cache)[live]
+        own_BV = self.own(last_ids, cache)[live]
         try:
-            logits_BV, failure = self.decoder(last_ids_B1, cache), None
+            logits_BV, failure = self.decoder(last_ids, cache)[live], None
         except Exception as error:  # whatever a part that takes or gives something else may raise
             logits_BV, failure = own_BV, error
         self.compared = bool(own_BV.isfinite().all())  # else the caller is about to refuse them

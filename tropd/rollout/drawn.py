@@ -61,7 +61,7 @@ def _read(forward: Forward, rollouts: list[Rollout], sampling: Sampling, found: 
     own_N = torch.tensor(authors, device=hidden_NH.device) == Author.STUDENT
     hidden_NH, ids_N = hidden_NH[own_N], ids_N[own_N]
     for tile in tiles(len(ids_N), forward.tile_tokens):
-        logprobs_CV = forward.full_logprobs(hidden_NH[tile])
+        logprobs_CV = forward.full_logprobs(hidden_NH[tile], ids_N[tile])
         found.evidence = draws.total([found.evidence, draws.evidence(logprobs_CV, ids_N[tile], sampling)])
         found.tokens += len(logprobs_CV)
         found.surprise -= float(logprobs_CV.gather(1, ids_N[tile, None]).double().sum())

@@ -21,6 +21,7 @@ from tropd.model.hf import Cache, DynamicCache
 from tropd.rollout.cache import RowCache
 from tropd.rollout.decoding import Stepper
 from tropd.rollout.sampling import draw, draw_uniform_rows
+from tropd.rollout.slots import SlotCache
 from tropd.types import Completion, Finish, Request, Sampling
 
 PREFILL_TOKENS = 16384
@@ -39,7 +40,7 @@ class Reader(Protocol):
     version: int
 
     def last_logits(
-        self, input_ids_BT: Tensor, mask_BT: Tensor | None, positions_BT: Tensor, cache: Cache
+        self, input_ids_BT: Tensor, mask: Tensor | dict[str, Tensor] | None, positions_BT: Tensor, cache: Cache
     ) -> Tensor: ...
 
     def whole_logits(self, input_ids_BT: Tensor) -> Tensor: ...
@@ -82,7 +83,7 @@ class Batch:
         self.engine, self.version = engine, engine.version
         self.device = next(engine.model.parameters()).device
         self.live: list[Row] = []
-        self.cache = None if rereads else RowCache()
+        self.cache = None if rereads else engine.stepper.new_cache()
         self.done: dict[int, Completion] = {}
 
     def run(self) -> list[Completion]:
@@ -96,7 +97,7 @@ class Batch:
                 self.step(self.cache)
         return [self.done[i] for i in range(len(self.done))]
 
-    def admit(self, cache: RowCache | None) -> None:
+    def admit(self, cache: RowCache | SlotCache | None) -> None:
         """Prefill some waiting rows, draw their first token, and let those that go on into the cache."""
         if cache is None:
             self.live.append(self.waiting.popleft())
@@ -123,7 +124,7 @@ class Batch:
             cache.admit(prefilled, [source[i] for i in alive], lengths, num_rows)
             self.live += [rows[i] for i in alive]
 
-    def step(self, cache: RowCache | None) -> None:
+    def step(self, cache: RowCache | SlotCache | None) -> None:
         """One token for every live row."""
         if cache is None:
             alive = self._draw(self.live, self._reread())

@@ -1,6 +1,7 @@
 """In-process generation with any causal `transformers` model: CPU, one GPU, full weights or LoRA.
 
-`tropd.rollout.rows` is the loop, `tropd.rollout.decoding` a step of it.
+`tropd.rollout.rows` is the loop, `tropd.rollout.decoding` a step of it.  On CUDA a step has a fixed shape and is
+recorded and replayed (`tropd.rollout.slots`, `tropd.rollout.graphs`) for families whose masks can be made for them.
 
 A request draws token t of *its own new tokens* with uniform(key=seed, position=t), so its tokens do not depend on
 batch-mates, order or `max_batch`: in float32 up to rounding of the logits, which moves a boundary between two tokens
@@ -22,16 +23,21 @@ from tropd.errors import ConfigError, DataError, TropdError
 from tropd.model import hf
 from tropd.model.hf import Cache
 from tropd.rollout.cache import RowCache
-from tropd.rollout.decoding import Misread, Stepper, obstacle
+from tropd.rollout.decoding import MIN_STEPS, Misread, Stepper, obstacle
+from tropd.rollout.fixed import FixedShapes
 from tropd.rollout.rows import Batch
 from tropd.rollout.sampling import check_request
+from tropd.rollout.slots import SlotCache
 from tropd.types import Completion, Request
 
 _REREADS = "reads each text whole for every token, since no key-value cache works"
 
 
 class TransformersEngine:
-    """Writes tokens with the trainer's own model.  `vocab_size` leaves out padded rows of the head."""
+    """Writes tokens with the trainer's own model.  `vocab_size` leaves out padded rows of the head.
+
+    `fixed`: steps of fixed shape, the same tokens; None: on CUDA, where they can be recorded.
+    """
 
     def __init__(
         self,
@@ -41,6 +47,7 @@ class TransformersEngine:
         max_batch: int = 64,
         pad_id: int = 0,
         version: int = 0,
+        fixed: bool | None = None,
     ) -> None:
         base: Any = _base_model(model)
         _check_model(base)
@@ -63,6 +70,7 @@ class TransformersEngine:
         """Why each text is read whole for every token; empty where keys and values are kept."""
         self._has_written = False
         self.stepper = Stepper(model, base, self._own_step)
+        self.fixed_shapes = FixedShapes(fixed)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion per request, in order."""
@@ -82,11 +90,17 @@ class TransformersEngine:
             return completions
 
     def _write(self, requests: Sequence[Request]) -> list[Completion]:
+        num_steps = [r.max_new_tokens for r in requests]
+        long = max(num_steps, default=0) >= MIN_STEPS
+        self.stepper.slots = self.fixed_shapes.cache_for(self, _base_model(self.model)) if long else None
         try:
-            with self.stepper.ready([r.max_new_tokens for r in requests]):
+            with self.stepper.ready(num_steps):
                 return Batch(self, requests).run()
         except Misread:
             return self._write(requests)
+        finally:
+            if self.fixed_shapes.give_back():
+                self.stepper.graphs.forget()
 
     @property
     def notes(self) -> list[str]:
@@ -105,11 +119,13 @@ class TransformersEngine:
     def close(self) -> None:
         pass
 
-    def last_logits(self, input_ids_BT: Tensor, mask_BT: Tensor | None, positions_BT: Tensor, cache: Cache) -> Tensor:
+    def last_logits(
+        self, input_ids_BT: Tensor, mask: Tensor | dict[str, Tensor] | None, positions_BT: Tensor, cache: Cache
+    ) -> Tensor:
         """The logits after the last token of each row, without the padded part of the vocabulary.  [B, V]."""
         output = self.model(
             input_ids=input_ids_BT,
-            attention_mask=mask_BT,
+            attention_mask=mask,
             position_ids=positions_BT,
             **{self._cache_argument or "": cache},
             use_cache=True,
@@ -123,7 +139,7 @@ class TransformersEngine:
         output = self.model(input_ids=input_ids_BT, return_dict=True, **self._no_cache, **self._last_only)
         return output.logits[:, -1, : self.vocab_size]
 
-    def _own_step(self, last_ids_B1: Tensor, cache: RowCache) -> Tensor:
+    def _own_step(self, last_ids_B1: Tensor, cache: RowCache | SlotCache) -> Tensor:
         return self.last_logits(last_ids_B1, cache.mask(), cache.positions(), cache)
 
     def _check(self, request: Request, index: int) -> None:

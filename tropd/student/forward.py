@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from tropd.errors import ConfigError, DataError, TrainingDiverged, VocabularyError
-from tropd.fast_paths import TAKEN, FastPath
 from tropd.model.hf import recomputes
 from tropd.objective.evidence import ABSENT, Needs, StudentView, Tokens, at_least_float32
 from tropd.objective.support import expected_gap
@@ -137,13 +136,10 @@ class Forward:
         """[N, H]: for each response token, whoever wrote it, the state that predicts it."""
         self._check_rollouts(rollouts)
         if not rollouts:
-            weight_VH = self.head.weight_VH
-            return weight_VH.new_zeros((0, weight_VH.shape[-1]))
-        num_prompts = [len(r.prompt.token_ids) for r in rollouts]
-        sequences = [r.token_ids for r in rollouts]
+            return self.head.weight_VH.new_zeros((0, self.head.weight_VH.shape[-1]))
+        sequences, num_prompts = [r.token_ids for r in rollouts], [len(r.prompt.token_ids) for r in rollouts]
         lengths = [len(sequence) for sequence in sequences]
-        if self.by_span and worth_it(lengths) and not recomputes(self.backbone):
-            TAKEN.add(FastPath.SPANS)
+        if self.by_span and not recomputes(self.backbone) and worth_it(lengths):
             return self._hidden(lay_out(sequences, num_prompts, "packed"), lengths)
         return self._hidden(lay_out(sequences, num_prompts, self.layout))
 
@@ -213,17 +209,13 @@ class Forward:
             return self.head.wide_logits(hidden_CH, written_C.to(hidden_CH.device)).log_softmax(-1)
 
     @torch.no_grad()
-    def reverse_kl(
-        self, rollouts: Sequence[Rollout], teacher: Forward, as_read: Sequence[Rollout] | None = None
-    ) -> Tensor:
+    def reverse_kl(self, rollouts: Sequence[Rollout], teacher: Forward, as_read: Sequence[Rollout] = ()) -> Tensor:
         """[N]: sum_v pi_S(v) (log pi_S(v) - log pi_T(v)) over the whole vocabulary, where self is the student.
 
         `as_read` are the rollouts as the teacher reads them, where another prompt stands before the same responses.
         """
-        as_read = rollouts if as_read is None else as_read
-        assert [r.response_ids for r in as_read] == [r.response_ids for r in rollouts], (
-            "the teacher reads other answers"
-        )
+        as_read = as_read or rollouts
+        assert [r.response_ids for r in as_read] == [r.response_ids for r in rollouts], "the same answers are read"
         if self.vocab_size != teacher.vocab_size:
             raise VocabularyError(
                 f"a divergence between vocabularies of {self.vocab_size} and {teacher.vocab_size} tokens was asked "

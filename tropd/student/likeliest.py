@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tropd.fast_paths import TAKEN, FastPath
+
 _HEIGHT = 64
 _SLACK = 32
 """Columns beyond `top_k`, so that few rows have an equal logit in a column that was not looked at."""
@@ -72,6 +74,7 @@ def _pool(
         logits_NV = chosen(logits_CV)
         every = torch.arange(size, device=device).expand(len(logits_NV), -1)
         return every, logits_NV, torch.full_like(logits_NV[:, 0], -torch.inf)
+    TAKEN.add(FastPath.COLUMNS)
     maxima_NW = column_maxima(chosen(logits_CV)) if maxima_CW is None else chosen(maxima_CW)
     highest_NC, columns_NC = maxima_NW.topk(number + 1, dim=-1)
     down = torch.arange(_HEIGHT, device=device) * width

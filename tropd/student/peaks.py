@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tropd.fast_paths import TAKEN, FastPath
 from tropd.student.likeliest import largest
 
 NUM_PEAKS = 8
@@ -102,6 +103,7 @@ def find_peaks(
     if not has_peaks(z_CV.dtype):
         none = z_CV.new_empty(len(z_CV), 0)
         return Peaks(none.long(), none, none)
+    TAKEN.add(FastPath.PEAKS)
     likely_CE = largest(z_CV, min(NUM_PEAKS, z_CV.shape[1]), maxima_CW)
     rounded_CE = torch.cat([z_CV.gather(1, written_C[:, None]), z_CV.gather(1, likely_CE)], dim=1)
     return make_peaks(torch.cat([written_C[:, None], likely_CE], dim=1), rounded_CE, exact)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from tropd.fast_paths import TAKEN, FastPath
 from tropd.model import hf
 
 _NAME = "tropd_spans"
@@ -73,7 +74,10 @@ def spans(backbone: Any, lengths: Sequence[int]) -> Iterator[None]:
 
 def worth_it(lengths: Sequence[int]) -> bool:
     rectangle = max(lengths) * len(lengths)
-    return (rectangle - sum(lengths)) * _WORTH > rectangle
+    worth = (rectangle - sum(lengths)) * _WORTH > rectangle
+    if worth:
+        TAKEN.add(FastPath.SPANS)
+    return worth
 
 
 def attends_by_span(backbone: Any, same: Callable[[], bool]) -> bool:

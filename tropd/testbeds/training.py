@@ -73,10 +73,11 @@ def fine_tune(model: nn.Module, task: Task, training: Training, seed: int) -> No
         model.parameters(), lr=training.learning_rate, betas=(0.9, 0.98), weight_decay=training.weight_decay
     )
     model.train()
+    device = next(model.parameters()).device
     for step in range(training.steps):
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate * _pace(step, training)
-        ids_BT, labels_BT = texts.batch(rng)
+        ids_BT, labels_BT = (x.to(device) for x in texts.batch(rng))
         logits_BTV = model(input_ids=ids_BT[:, :-1], use_cache=False).logits
         loss = F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=IGNORED)
         optimizer.zero_grad()
