@@ -100,7 +100,7 @@ def test_an_interval_is_students_and_one_seed_has_none():
 
 
 def test_a_setting_that_cannot_run_is_refused():
-    with pytest.raises(ConfigError, match="num_steps too small"):
+    with pytest.raises(ConfigError, match="num_steps = 0 was asked for"):
         Setting(num_steps=0)
     with pytest.raises(ConfigError, match="vocab_size"):
         Setting(vocab_size=1)

@@ -77,6 +77,32 @@ def test_a_run_that_has_begun_is_resumed(models: Path, tmp_path: Path, capsys: p
     assert "is a run that has begun" in refused(capsys, str(folder), "--steps", "9", "--print")
 
 
+def test_what_is_printed_is_quoted_whatever_the_names_are(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = tmp_path / "a $(touch gone) 'b' \"c\"; #"
+    path = write_run(models, odd / "run", teacher={"servers": ["http://10.0.0.5:8001"], "server": {"model": "$(x)"}})
+    (server,), (torchrun,), *_ = printed(capsys, str(path)).values()
+    words = shlex.split(server)
+    assert words[words.index("--served-model-name") + 1] == "$(x)"
+    assert shlex.split(torchrun)[-1] == str(path)
+    said = subprocess.run(
+        ["bash", "-c", f"printf '%s\\n' {torchrun}"], capture_output=True, text=True, check=True
+    ).stdout
+    assert said.splitlines()[-1] == str(path)
+
+
+@pytest.mark.parametrize("name", ["--trust-remote-code", "a\x1b[2J"])
+def test_a_name_that_no_command_should_hold_is_refused(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    server = {"servers": ["http://10.0.0.5:8001"], "server": {"model": name}}
+    path = write_run(models, tmp_path / "run", teacher=server)
+    assert main(["launch", str(path), "--print"]) == 2
+    said = capsys.readouterr()
+    assert "\x1b" not in said.out + said.err and ("flags" in said.err or "control character" in said.err)
+
+
 def test_servers_get_commands(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     there = {
         "servers": ["http://10.0.0.5:8001", "http://10.0.0.6:8001"],

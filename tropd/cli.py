@@ -23,6 +23,8 @@ from rich.text import Text
 
 from tropd import hub
 from tropd.errors import MethodWarning, TropdError
+from tropd.reading import printable
+from tropd.terminal import PrintableConsole
 
 Command = Callable[[list[str]], int] | str
 """The command itself, or the module whose `main` it is."""
@@ -88,14 +90,14 @@ SHARED = ("train", "resume")
 def main(argv: list[str] | None = None, commands: Mapping[str, tuple[Command, str]] = COMMANDS) -> int:
     """Run a command; the number is the exit code."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["help"]
-    errors = Console(stderr=True, highlight=False)
+    errors = PrintableConsole(stderr=True, highlight=False)
     if not errors.is_terminal:  # read by transformers too: its bars are noise in a log
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     hub.say_once()
     follows = os.environ.get("RANK", "0") not in ("", "0")  # of several processes, the first speaks for all
     if follows and name not in SHARED:
         return 0
-    with _one_line_warnings(Console(stderr=True, quiet=True) if follows else errors):
+    with _one_line_warnings(PrintableConsole(stderr=True, quiet=True) if follows else errors):
         try:
             if name in ("help", "-h", "--help"):
                 make_console().print(_overview(commands))
@@ -108,6 +110,11 @@ def main(argv: list[str] | None = None, commands: Mapping[str, tuple[Command, st
         except BrokenPipeError:  # `tropd ... | head`: whoever read has enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
+        except OSError as error:  # of a disk or a name, which no command can foresee everywhere
+            if error.filename is None:
+                raise
+            _say(errors, "error: ", "bold red", f"{printable(str(error.filename))}: {error.strerror}.")
+            return 2
         except KeyboardInterrupt:
             _say(errors, "", "", "interrupted")
             return 130
@@ -154,7 +161,7 @@ def _paragraph(error: TropdError) -> str:
 
 def _say(console: Console, label: str, style: str, text: str) -> None:
     # soft_wrap: a message stays one line in a log; a terminal wraps it by itself.
-    console.print(Text(label, style=style).append(text, style="not bold default"), soft_wrap=True)
+    console.print(Text(label, style=style).append(printable(text), style="not bold default"), soft_wrap=True)
 
 
 @contextmanager
@@ -218,5 +225,5 @@ def show(as_json: bool, data: Callable[[], Any], picture: Callable[[], Renderabl
 
 def make_console() -> Console:
     """As wide as the terminal; a pipe has no width, so what is written there has a readable one."""
-    console = Console(highlight=False)
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(highlight=False, width=120)
+    console = PrintableConsole(highlight=False)
+    return console if console.is_terminal or "COLUMNS" in os.environ else PrintableConsole(highlight=False, width=120)

@@ -13,25 +13,35 @@ from tropd.errors import ConfigError
 from tropd.evaluation.results import EvalConfig
 from tropd.methods import AnyMethod, TrOPD
 from tropd.probes.alarms import AlarmConfig
+from tropd.ranges import Count, LearningRate, NotNegative, Positive, Range, Ranged, Whole
 from tropd.refusals import check
 from tropd.servers.settings import ServerConfig
 from tropd.types import Sampling
 
+_Beta = Annotated[float, Range(at_least=0, below=1)]
+MOST_ROLLOUTS = 2**20
+"""Of a step.  More are a slip of the keyboard, and would be prepared for hours before the first token."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig:
+class LoraConfig(Ranged):
     """Train an adapter instead of the weights."""
 
-    rank: int = 32
-    alpha: int = 64
-    dropout: float = 0.0
-    """Above 0 the student that samples differs from the student that is trained."""
+    section = "student.lora"
+
+    rank: Count = 32
+    """Columns of the adapter's matrices. At least 1."""
+    alpha: Count = 64
+    """What the adapter adds is multiplied by alpha / rank. At least 1."""
+    dropout: Annotated[float, Range(at_least=0, below=1)] = 0.0
+    """Above 0 the student that samples differs from the student that is trained. In [0, 1)."""
     targets: tuple[str, ...] = ("all-linear",)
     """Module names, or "all-linear"."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"student.lora.rank is {self.rank}; give at least 1.")
+        super().__post_init__()
+        if not self.targets:
+            raise ConfigError('student.lora.targets is empty. Name modules, or leave it out for "all-linear".')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,19 +82,21 @@ class TeacherConfig(ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
-    num_prompts: int = 16
-    """Prompts per step (TrOPD: 128; 16 is for a small GPU)."""
-    num_rollouts: int = 4
-    """Responses per prompt (TrOPD: 4)."""
-    max_new_tokens: int = 512
-    """Tokens of an answer at most (TrOPD: 8,096; 512 is for a small GPU)."""
+class RolloutConfig(Ranged):
+    section = "rollout"
+
+    num_prompts: Count = 16
+    """Prompts per step (TrOPD: 128; 16 is for a small GPU). At least 1."""
+    num_rollouts: Count = 4
+    """Responses per prompt (TrOPD: 4). At least 1."""
+    max_new_tokens: Count = 512
+    """Tokens of an answer at most (TrOPD: 8,096; 512 is for a small GPU). At least 1."""
     sampling: Sampling | None = None
     """By default what the method prescribes, or the student itself."""
     teacher_sampling: Sampling = field(default_factory=Sampling)
     """How the teacher's texts are drawn."""
-    max_batch: int = 64
-    """Rollouts that are written at the same time."""
+    max_batch: Count = 64
+    """Rollouts that are written at the same time. At least 1."""
     servers: tuple[str, ...] = ()
     """Addresses of vLLM servers that write the rollouts; without any this process does."""
     server: ServerConfig = field(default_factory=ServerConfig)
@@ -94,22 +106,28 @@ class RolloutConfig:
     makes a folder of its own in it, and removes that at its end."""
     servers_sleep: bool = False
     """They give their GPU memory back while this process trains, for servers that share a GPU with it."""
-    sync_nats: float | None = None
+    sync_nats: Positive | None = None
     """By how much, on average, the log-probabilities of a known text may differ between a server and this process once
-    it was given the weights.  By default 0.002, in half precision 0.1."""
-    staleness: int = 0
-    """1: the servers write the next step's rollouts while this one trains, one step behind; 0: they wait for it."""
-    save_every: int = 10
-    """Keep the rollouts of every n-th step as parquet; 0 keeps none."""
+    it was given the weights.  By default 0.002, in half precision 0.1. Above 0."""
+    staleness: Annotated[
+        int,
+        Range(
+            at_least=0,
+            at_most=1,
+            advice="weights reach the servers between batches only, so batches further ahead would be no earlier",
+        ),
+    ] = 0
+    """1: the servers write the next step's rollouts while this one trains, one step behind; 0: they wait for it. In
+    [0, 1]."""
+    save_every: Whole = 10
+    """Keep the rollouts of every n-th step as parquet; 0 keeps none. At least 0."""
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts", "num_rollouts", "max_new_tokens", "max_batch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"rollout.{name} is {getattr(self, name)}; give at least 1.")
-        if self.staleness not in (0, 1):
+        super().__post_init__()
+        if self.num_prompts * self.num_rollouts > MOST_ROLLOUTS:
             raise ConfigError(
-                f"rollout.staleness is {self.staleness}. Give 1, one batch written ahead, or 0: weights reach the "
-                "servers between batches only, so batches further ahead would be older and no earlier."
+                f"rollout.num_prompts = {self.num_prompts} times rollout.num_rollouts = {self.num_rollouts} is "
+                f"{self.num_prompts * self.num_rollouts} rollouts per step; give at most {MOST_ROLLOUTS}."
             )
         if self.weights_folder is not None and not self.servers:
             raise ConfigError(
@@ -131,67 +149,73 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Ranged):
     """AdamW."""
 
-    learning_rate: float = 5e-6
-    """(TrOPD: 5e-6, fixed)"""
+    section = "optimizer"
+
+    learning_rate: LearningRate = 5e-6
+    """(TrOPD: 5e-6, fixed) In (0, 1]."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = 0
-    betas: tuple[float, float] = (0.9, 0.95)
-    epsilon: float = 1e-8
-    weight_decay: float = 0.0
-    max_gradient_norm: float = 1.0
-    """Longer gradients are scaled down to it; the norm before that is recorded."""
-    num_updates: int = 1
-    """Optimiser steps per batch of rollouts; above 1 importance ratios correct for the drift."""
+    warmup_steps: Whole = 0
+    """The learning rate rises to its full value over so many updates. At least 0, and no more than the run has."""
+    betas: tuple[_Beta, _Beta] = (0.9, 0.95)
+    """How much of the running means of the gradient and of its square stays. Each in [0, 1)."""
+    epsilon: Positive = 1e-8
+    """Added to the root of the second mean. Above 0."""
+    weight_decay: NotNegative = 0.0
+    """Each update takes this share, times the learning rate, off every weight. At least 0."""
+    max_gradient_norm: Annotated[float, Range(above=0, unbounded=True)] = 1.0
+    """Longer gradients are scaled down to it; the norm before that is recorded. Above 0; inf scales nothing."""
+    num_updates: Count = 1
+    """Optimiser steps per batch of rollouts; above 1 importance ratios correct for the drift. At least 1."""
 
     def __post_init__(self) -> None:
-        if self.num_updates < 1:
-            raise ConfigError(f"optimizer.num_updates is {self.num_updates}; give at least 1.")
-        if not self.learning_rate > 0:
-            raise ConfigError(f"optimizer.learning_rate is {self.learning_rate}; give a positive number.")
+        super().__post_init__()
+        if self.learning_rate * self.weight_decay >= 1:
+            raise ConfigError(
+                f"optimizer.learning_rate = {self.learning_rate:g} times optimizer.weight_decay = "
+                f"{self.weight_decay:g} is the share that an update takes off every weight; it must be below 1."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunEvalConfig(EvalConfig):
     data: DataConfig | None = None
     """Held-out prompts; without it nothing is evaluated."""
-    every: int = 50
-    """Evaluate after every n-th step, and at the end."""
+    every: Count = 50
+    """Evaluate after every n-th step, and at the end. At least 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    every: int = 50
-    """Save after every n-th step, and at the end."""
-    keep: int = 2
-    """The newest ones that stay on disk; the best by evaluation stays as well."""
+class CheckpointConfig(Ranged):
+    section = "checkpoint"
 
-    def __post_init__(self) -> None:
-        if self.every < 1 or self.keep < 1:
-            raise ConfigError(f"checkpoint.every is {self.every} and checkpoint.keep {self.keep}; give at least 1.")
+    every: Count = 50
+    """Save after every n-th step, and at the end. At least 1."""
+    keep: Count = 2
+    """The newest ones that stay on disk; the best by evaluation stays as well. At least 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
+class ParallelConfig(Ranged):
     """What several processes (torchrun) share; a single process reads none of it."""
+
+    section = "parallel"
 
     student: Literal["auto", "sharded", "replicated"] = "auto"
     """sharded: each holds a part of weights and optimiser (FSDP2); replicated: all.  auto: sharded, but not LoRA."""
     teacher: Literal["replicated", "sharded"] = "replicated"
     """sharded: each holds a part of the teacher and gathers it layer by layer."""
-    timeout_minutes: float = 30.0
-    """How long a process waits for the others before the run ends."""
-
-    def __post_init__(self) -> None:
-        if not self.timeout_minutes > 0:
-            raise ConfigError(f"parallel.timeout_minutes is {self.timeout_minutes}; give a positive number.")
+    timeout_minutes: Annotated[float, Range(above=0, at_most=10**5)] = 30.0
+    """How long a process waits for the others before the run ends. In (0, 100000]."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Run(Ranged):
     """Everything that a run is made of."""
+
+    section = ""
 
     student: StudentConfig
     data: DataConfig
@@ -207,21 +231,24 @@ class Run:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     grader: str | None = None
     """Judges training rollouts: exact, numeric, multiple_choice, math, chain, gym, or "package.module:function"."""
-    steps: int = 200
-    """(TrOPD: 200)"""
-    seed: int = 0
+    steps: Count = 200
+    """(TrOPD: 200) At least 1."""
+    seed: Whole = 0
+    """Of all that is drawn. At least 0."""
     output: str = "runs/tropd"
     """The run's folder."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    tokens_per_micro_batch: int = 8192
-    """Prompt and response tokens in one forward and backward pass; changes memory and speed, never the result."""
-    tile_tokens: int = 512
-    """Tokens whose logits exist at the same time."""
-    tile_vocab: int | None = None
-    """Also tile the vocabulary, so many tokens of it at a time: less memory, one more matrix product."""
+    tokens_per_micro_batch: Count = 8192
+    """Prompt and response tokens in one forward and backward pass; changes memory and speed, never the result. At least
+    1."""
+    tile_tokens: Count = 512
+    """Tokens whose logits exist at the same time. At least 1."""
+    tile_vocab: Count | None = None
+    """Also tile the vocabulary, so many tokens of it at a time: less memory, one more matrix product. At least 1."""
     trackers: tuple[Literal["trackio", "wandb", "tensorboard"], ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self)
 
     @property

@@ -10,22 +10,21 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-import io
 import json
-import sys
-import tomllib
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import redirect_stderr
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import tyro
 from pydantic import TypeAdapter, ValidationError
+from tyro.conf import AvoidSubcommands
 
 from tropd.config import Run
-from tropd.errors import ConfigError
+from tropd.errors import ConfigError, OutOfRange
+from tropd.flags import read_flags
 from tropd.methods import METHODS
+from tropd.reading import check_path, read_toml
 
 
 def parts(cls: Any) -> Iterator[Any]:
@@ -85,43 +84,19 @@ def _merged(default: Any, asked: dict[str, Any]) -> dict[str, Any]:
 
 def load(path: Path, flags: Sequence[str] = ()) -> Run:
     """A run from a TOML file, changed by flags such as `--method.top-k 32`."""
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
+    check_path(path, "the run file")
+    if not os.path.lexists(path):
         near = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
         there = f" TOML files there: {', '.join(near)}." if near else ""
-        raise ConfigError(f"there is no file {path}.{there}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not TOML: {error}.") from None
+        raise ConfigError(f"there is no file {path}.{there}")
+    values = read_toml(path)
     named, flags = _method_flag(flags)
     run = build(values, str(path))
     if named not in (None, run.method.name):
         run = build({**values, "method": {"name": named}}, f"--method {named}")
     if not flags:
         return run
-    return read_flags(run, tyro.conf.AvoidSubcommands[Run], flags, "tropd train RUN.toml")
-
-
-def read_flags(default: Any, kind: Any, flags: Sequence[str], prog: str) -> Any:
-    """`default` as flags change it.  What tropd itself refuses is said as in a file, without tyro's box around it."""
-    boxed = io.StringIO()
-    try:
-        with redirect_stderr(boxed):
-            return tyro.cli(kind, default=default, args=list(flags), prog=prog)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        reason: BaseException | None = stop
-        while reason is not None and not isinstance(reason, ConfigError):
-            reason = reason.__cause__ or reason.__context__
-        if reason is not None:
-            raise reason from None
-        sys.stderr.write(boxed.getvalue())
-        raise ConfigError(f"the flags above are not understood. `{prog} --help` lists those there are.") from None
+    return read_flags(AvoidSubcommands[Run], flags, "tropd train RUN.toml", default=run)
 
 
 def _method_flag(flags: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -143,7 +118,9 @@ def _method_flag(flags: Sequence[str]) -> tuple[str | None, list[str]]:
 
 def explain_error(error: Any, root: type) -> str:
     """One of pydantic's errors about a `root`, in words."""
-    path = [str(x) for x in error["loc"] if not (len(error["loc"]) > 1 and x in METHODS)]
+    loc = error["loc"]
+    tags = range(1, len(loc) - (error["type"] == "unexpected_keyword_argument"))  # the method's name, said by pydantic
+    path = [str(x) for place, x in enumerate(loc) if not (place in tags and x in METHODS)]
     where, last = ".".join(path), path[-1] if path else ""
     if error["type"] == "unexpected_keyword_argument":
         known = _fields_at(error["loc"][:-1], root)
@@ -157,6 +134,9 @@ def explain_error(error: Any, root: type) -> str:
         return f"there is no method {name!r};{hint} known: {', '.join(METHODS)}."
     if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{where!r} is missing."
+    refusal = error.get("ctx", {}).get("error")
+    if isinstance(refusal, OutOfRange):
+        return ".".join(filter(None, (where, refusal.message)))
     message = str(error["msg"]).removeprefix("Value error, ")
     return f"{where!r}: {message} (given: {error['input']!r})" if error["type"] != "value_error" else message
 

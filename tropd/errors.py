@@ -2,6 +2,7 @@
 
     TropdError
       ConfigError(ValueError)          the run cannot be what it says
+        OutOfRange                     a number that its field cannot have
         EvidenceError                  a term reads what nobody supplied, or what cannot be right
           TopKLeftOut                  a row's top-k was not asked for, but a term reads it
         VocabularyError                student and teacher do not share tokens
@@ -29,6 +30,17 @@ class TropdError(Exception):
 
 class ConfigError(TropdError, ValueError):
     """The run cannot be what it says."""
+
+
+class OutOfRange(ConfigError):
+    """The run cannot be what it says."""
+
+    def __init__(self, section: str, message: str) -> None:
+        super().__init__(section, message)
+        self.section, self.message = section, message
+
+    def __str__(self) -> str:
+        return ".".join(filter(None, (self.section, self.message)))
 
 
 class EvidenceError(ConfigError):

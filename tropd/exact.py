@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from typing import Annotated
 
 import torch
 
 from tropd.errors import ConfigError
 from tropd.methods import OPD, FullFKL, Method, SeqKD, TrOPD
 from tropd.objective.terms import Context
+from tropd.ranges import Count, Positive, Range, Ranged, Share
 from tropd.rollout.stage import RolloutJob, roll_out
 from tropd.step import recall_needed, score, train_step
 from tropd.tabular import END, TabularLM, sequence_kl, total_variation
@@ -25,36 +27,38 @@ from tropd.types import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class Setting(Ranged):
     """What is distilled, and for how long."""
 
-    num_prompts: int = 4
-    vocab_size: int = 32
-    max_new_tokens: int = 12
-    num_rollouts: int = 16
-    """Responses to each prompt in a step."""
-    num_steps: int = 100
-    num_seeds: int = 5
-    """Each seed is another pair of tables; every method starts from the same ones."""
-    learning_rates: tuple[float, ...] = (0.03, 0.1, 0.3)
-    """Of Adam, constant."""
-    top_k: int = 8
-    """Of the teacher's tokens, for the methods that read them."""
-    sharpness: float = 6.0
-    """Standard deviation of the student's logits where it goes its own way."""
-    astray: float = 0.5
-    """Share of the states where it does; elsewhere it is close to the teacher."""
-    tokens_per_micro_batch: int = 300
-    measure_every: int = 5
+    num_prompts: Count = 4
+    """At least 1."""
+    vocab_size: Annotated[int, Range(at_least=2)] = 32
+    """At least 2."""
+    max_new_tokens: Count = 12
+    """At least 1."""
+    num_rollouts: Count = 16
+    """Responses to each prompt in a step. At least 1."""
+    num_steps: Count = 100
+    """At least 1."""
+    num_seeds: Count = 5
+    """Each seed is another pair of tables; every method starts from the same ones. At least 1."""
+    learning_rates: tuple[Positive, ...] = (0.03, 0.1, 0.3)
+    """Of Adam, constant. Each above 0."""
+    top_k: Count = 8
+    """Of the teacher's tokens, for the methods that read them. At least 1."""
+    sharpness: Positive = 6.0
+    """Standard deviation of the student's logits where it goes its own way. Above 0."""
+    astray: Share = 0.5
+    """Share of the states where it does; elsewhere it is close to the teacher. In [0, 1]."""
+    tokens_per_micro_batch: Count = 300
+    """At least 1."""
+    measure_every: Count = 5
+    """At least 1."""
 
     def __post_init__(self) -> None:
-        counts = ("num_prompts", "max_new_tokens", "num_rollouts", "num_steps", "num_seeds", "top_k", "measure_every")
-        low = [name for name in counts if getattr(self, name) < 1]
-        if low or self.vocab_size < 2 or not self.learning_rates:
-            raise ConfigError(
-                f"the demonstration was asked for with {', '.join(low) or 'vocab_size or learning_rates'} too small. "
-                "Give counts of at least 1, a vocabulary of at least 2 tokens and at least one learning rate."
-            )
+        super().__post_init__()
+        if not self.learning_rates:
+            raise ConfigError("the demonstration was asked for without any learning rate. Give at least one.")
 
 
 ARMS: dict[str, Callable[[int], Method]] = {

@@ -12,24 +12,29 @@ from urllib.parse import urlsplit
 
 from tropd.config import ModelConfig, Run
 from tropd.errors import ConfigError
+from tropd.ranges import Count, Ranged
+from tropd.reading import printable
 from tropd.servers.settings import ServerConfig, is_loopback
 
 
 @dataclass(frozen=True, kw_only=True)
-class Launch:
+class Launch(Ranged):
     """A run as so many processes."""
 
     run: Run
     command: tuple[str, ...]
     """What tropd is asked: train RUN.toml, or resume FOLDER."""
-    processes: int = 1
-    nodes: int = 1
+    processes: Count = 1
+    """At least 1."""
+    nodes: Count = 1
+    """At least 1."""
 
     def __post_init__(self) -> None:
-        if self.processes < 1 or self.nodes < 1 or self.processes % self.nodes:
+        super().__post_init__()
+        if self.processes % self.nodes:
             raise ConfigError(
-                f"{self.processes} processes on {self.nodes} machines were asked for; give at least 1 of each, and as "
-                "many processes on every machine."
+                f"{self.processes} processes on {self.nodes} machines were asked for; give as many processes on "
+                "every machine."
             )
 
 
@@ -79,6 +84,13 @@ def _once(servers: Iterable[Server]) -> list[Server]:
 def _server(
     url: str, settings: ServerConfig, model: ModelConfig, more: list[str], variables: dict[str, str]
 ) -> Server | None:
+    for name, value in (
+        ("the model's path", model.path),
+        ("server.model", settings.model),
+        ("revision", model.revision),
+    ):
+        if value and value.startswith("-"):
+            raise ConfigError(f"{name} is {value!r}, which a server would read as one of its flags. Give another name.")
     program = {"vllm": ["vllm", "serve"], "sglang": ["python", "-m", "sglang.launch_server", "--model-path"]}
     if settings.kind not in program:
         return None
@@ -108,4 +120,7 @@ def lines(launch: Launch) -> str:
         "SLURM, now": [f"srun {' '.join(place)} bash -c {inner}"],
         "SLURM, in the queue: save as run.sbatch, then `sbatch run.sbatch`": script,
     }
+    for line in (line for commands in parts.values() for line in commands):
+        if not line.isprintable():
+            raise ConfigError(f"{printable(line)[:300]!r} holds a control character, which no command line should.")
     return "\n\n".join("\n".join([f"# {title}", *commands]) for title, commands in parts.items() if commands) + "\n"

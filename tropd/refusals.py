@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from tropd.errors import ConfigError
+from tropd.reading import check_path, printable
+from tropd.servers.settings import base_url
 
 if TYPE_CHECKING:
-    from tropd.config import Run
+    from tropd.config import ModelConfig, Run
 
 
 def check(run: Run) -> None:
-    if run.steps < 1:
-        raise ConfigError(f"steps is {run.steps}; give at least 1.")
+    updates = run.steps * run.optimizer.num_updates
+    if run.optimizer.warmup_steps > updates:
+        raise ConfigError(
+            f"optimizer.warmup_steps = {run.optimizer.warmup_steps} was asked for, but the run has {updates} updates: "
+            "its learning rate would never be reached. Give at most as many."
+        )
+    for asked in (run.rollout, run.teacher, *run.teachers.values()):
+        variable = asked.server.api_key_env
+        if variable is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
+            raise ConfigError(f"api_key_env is {printable(variable)!r}, but no variable is called that. Give its name.")
+    for url in (u for asked in (run.rollout, run.teacher, *run.teachers.values()) for u in asked.servers):
+        base_url(url)
+    for name, path in _paths(run).items():
+        if path is not None and not path.strip():
+            raise ConfigError(f"{name} is empty. Name a file or a folder.")
+        check_path(path or "", name)
     if run.optimizer.num_updates > run.rollout.num_prompts * run.rollout.num_rollouts:
         raise ConfigError(
             f"optimizer.num_updates = {run.optimizer.num_updates} shares of "
@@ -28,6 +45,16 @@ def check(run: Run) -> None:
         _check_teachers(run)
     else:
         _check_teacher(run)
+
+
+def _paths(run: Run) -> dict[str, str | None]:
+    """Everything in a run that is the name of a file."""
+    found = {"output": run.output, "rollout.weights_folder": run.rollout.weights_folder}
+    models: dict[str, ModelConfig] = {"student": run.student, "teacher": run.teacher}
+    for whose, model in (models | {f"teachers.{name}": model for name, model in run.teachers.items()}).items():
+        found |= {f"{whose}.{name}": getattr(model, name) for name in ("path", "tokenizer", "gguf_file")}
+    held_out = run.evaluation.data
+    return found | {"data.path": run.data.path, "evaluation.data.path": held_out.path if held_out else None}
 
 
 def _check_teacher(run: Run) -> None:

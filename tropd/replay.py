@@ -18,6 +18,7 @@ from torch import Tensor
 from tropd.batches import ScoredBatch
 from tropd.errors import CheckpointError, ConfigError
 from tropd.objective.evidence import Tokens
+from tropd.reading import check_file, parse_json, read_lines
 from tropd.student.checkpoint import atomic_folder
 from tropd.types import Author, Finish, Message, Prompt, Rollout
 
@@ -44,15 +45,22 @@ def load_batch(directory: Path, step: int) -> ScoredBatch:
         kept = sorted(int(p.name[5:]) for p in (directory / "batches").glob("step_*"))
         there = ", ".join(map(str, kept)) or "none"
         raise ConfigError(f"no batch of step {step} was kept in {directory}. Kept: {there}.")
+    check_file(folder / "tokens.safetensors", CheckpointError)
+    lines = read_lines(folder / "rollouts.jsonl", CheckpointError)
     try:
         with safe_open(folder / "tokens.safetensors", "pt") as file:
             tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is no dict)
             facts = file.metadata()
         if facts["vocab_size"]:
             tensors["vocab_size"] = int(facts["vocab_size"])
-        rollouts = [_rollout(json.loads(line)) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
+        rollouts = [_rollout(parse_json(line, f"line {n}", CheckpointError)) for n, line in lines]
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, CheckpointError) as error:
         raise CheckpointError(f"the batch in {folder} is damaged: {error}. Run the step again to keep it.") from error
+    if len(rollouts) != len(tensors["groups_S"]):
+        raise CheckpointError(
+            f"the batch in {folder} is damaged: it has {len(rollouts)} rollouts and the evidence of "
+            f"{len(tensors['groups_S'])}. Run the step again to keep it."
+        )
     return ScoredBatch(rollouts=tuple(rollouts), tokens=Tokens(**tensors), measured=facts["measured"] == "True")
 
 

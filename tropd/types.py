@@ -14,9 +14,12 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from tropd.ranges import NotNegative, PositiveShare, Ranged, Share, Whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Author(IntEnum):
@@ -62,15 +65,19 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
+class Sampling(Ranged):
     """How an engine draws tokens.  The neutral values sample from the model itself."""
 
-    temperature: float = 1.0
-    """0 takes the likeliest token."""
-    top_p: float = 1.0
-    top_k: int = 0
-    """0 keeps every token."""
-    min_p: float = 0.0
+    section = "sampling"
+
+    temperature: NotNegative = 1.0
+    """0 takes the likeliest token. At least 0."""
+    top_p: PositiveShare = 1.0
+    """The likeliest tokens that together have this probability; 1 keeps every token. In (0, 1]."""
+    top_k: Whole = 0
+    """0 keeps every token. At least 0."""
+    min_p: Share = 0.0
+    """Tokens with at least this share of the likeliest one's probability; 0 keeps every token. In [0, 1]."""
 
     @property
     def truncates(self) -> bool:

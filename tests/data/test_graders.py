@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -122,7 +123,19 @@ def test_an_expression_that_takes_for_ever_scores_zero_with_a_warning_and_the_ne
     grader = Math(seconds=1.0)
     with pytest.warns(RuntimeWarning, match="Scored 0"):
         assert one(grader, r"\boxed{9^{9^{9^{9}}}}", "5") == 0
-    grader.seconds = 60.0
+    grader.process.seconds = 60.0
+    assert one(grader, r"\boxed{\frac{10}{2}}", "5") == 1
+    grader.close()
+
+
+def test_an_expression_that_takes_all_memory_scores_zero_and_the_next_is_graded() -> None:
+    grader = Math(seconds=60.0, memory=2**26)
+    assert one(grader, r"\boxed{2^{2^{31}}}", "5") == 0  # a number of 256 MB
+    worker = grader.process._worker
+    assert worker is not None and worker.poll() is None
+    limits = Path(f"/proc/{worker.pid}/limits").read_text()
+    (space,) = (line.split() for line in limits.splitlines() if line.startswith("Max address space"))
+    assert int(space[3]) < 2**33
     assert one(grader, r"\boxed{\frac{10}{2}}", "5") == 1
     grader.close()
 

@@ -61,7 +61,7 @@ def test_knobs_that_would_do_nothing_are_refused(tmp_path: Path) -> None:
             load(tmp_path, [{"prompt": "x"}], apply_chat_template=False, **knob)
     with pytest.raises(ConfigError, match="tokenize"):
         DataConfig(path="x", chat_template_kwargs={"tokenize": True})
-    with pytest.raises(ConfigError, match="limit is 0"):
+    with pytest.raises(ConfigError, match="data.limit = 0 was asked for"):
         DataConfig(path="x", limit=0)
 
 

@@ -159,7 +159,7 @@ def test_seeds_come_before_methods_so_that_a_part_is_a_smaller_comparison():
         ('testbeds = ["nano-hard"]\nbaseline = "B"\n[methods.A]\nname = "opd"', "none of the methods: A"),
         ('testbeds = ["nano-hard"]\nseeds = [1, 1]\n[methods.A]\nname = "opd"', "says something twice"),
         ('testbeds = ["there/is/none.toml"]\n[methods.A]\nname = "opd"', "does not exist"),
-        ("testbeds = [", "cannot be read as TOML"),
+        ("testbeds = [", "is not TOML"),
     ],
 )
 def test_a_wrong_comparison_is_refused_in_words(text, said, tmp_path, capsys):

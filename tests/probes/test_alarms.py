@@ -199,5 +199,5 @@ def test_every_alarm_can_be_silenced_or_made_to_stop(name: str) -> None:
 def test_a_misspelt_action_or_a_senseless_threshold_is_refused() -> None:
     with pytest.raises(ConfigError, match="alarm 'mismatch' was set to 'ignore'"):
         AlarmConfig(mismatch="ignore")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="threshold 'repetition_share' was set to 0"):
+    with pytest.raises(ConfigError, match="alarms.repetition_share = 0.0 was asked for"):
         AlarmConfig(repetition_share=0.0)

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.report.examples import step_record
 from tropd.errors import CheckpointError, ConfigError
-from tropd.report.records import RecordWriter, read_records, require
+from tropd.report.records import RecordWriter, find_step, read_records, require
 
 
 def write_run(path: Path, steps: int) -> None:
@@ -145,3 +147,35 @@ def test_a_file_that_is_no_record_of_a_run_is_refused(tmp_path: Path, content: s
 def test_a_missing_package_is_refused_with_the_line_that_installs_it() -> None:
     with pytest.raises(ConfigError, match=r"saving rollouts was asked for.*pip install 'tropd\[data\]'"):
         require("a_package_that_nobody_has", "data", "saving rollouts")
+
+
+def test_one_record_is_found_without_reading_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    with RecordWriter(path, {}) as writer:
+        for step in range(0, 300, 2):
+            writer.write(step_record(step, loss=float(step) if step % 3 else float("nan")))
+    known = {record.step: record for record in read_records(path).steps}
+    for chunk in (200, 257, 2**22):
+        for step in (0, 2, 4, 150, 298, 1, 299, -2, 10**30):
+            found = find_step(path, step, chunk=chunk)
+            assert repr(found) == repr(known.get(step))
+
+
+def test_a_record_of_another_writer_is_found_as_well(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    with RecordWriter(path, {}) as writer:
+        writer.write(step_record(0))
+    header, line = path.read_text().splitlines()
+    values = json.loads(line)
+    odd = [json.dumps({**{k: v for k, v in values.items() if k != "step"}, "step": step}) for step in (0, 1)]
+    path.write_text("\n".join([header, *odd]) + "\n")
+    assert (found := find_step(path, 1)) is not None and found.step == 1
+
+
+def test_records_are_read_without_torch() -> None:
+    """It would take more memory than the records of a long run."""
+    code = (
+        "import sys, tropd.report.page, tropd.report.verdict, tropd.report.transcripts; print('torch' in sys.modules)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "False"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests import run_case
 from tests.tiny import byte_tokenizer, tiny_model
@@ -173,3 +174,12 @@ def test_checkpoints_are_ordered_by_their_number(tmp_path: Path) -> None:
     (tmp_path / "checkpoints/step_000009.bak").mkdir()
     assert checkpoints.steps_kept(tmp_path) == [7, 999_999, 1_000_000]
     assert checkpoints.find(tmp_path) == checkpoints.place_of(tmp_path, 1_000_000)
+
+
+def test_all_files_of_a_checkpoint_have_the_mode_of_the_users_other_files(tmp_path: Path) -> None:
+    (tmp_path / "own").write_text("x")
+    saved = checkpoints.save(
+        tmp_path, 1, weights={"w": torch.ones(2)}, optimizer={"m": torch.ones(2)}, run="steps = 1\n", state={}
+    )
+    modes = {path.name: oct(path.stat().st_mode) for path in saved.iterdir()}
+    assert len(modes) == 4 and set(modes.values()) == {oct((tmp_path / "own").stat().st_mode)}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
+from tyro.conf import AvoidSubcommands
 
 from tropd import config_file
 from tropd.commands import Arguments
@@ -23,7 +23,9 @@ from tropd.data.prompts import DataConfig, load_prompts
 from tropd.data.rows import nearest
 from tropd.errors import ConfigError, DataError
 from tropd.evaluation.results import EvalConfig
+from tropd.flags import read_flags
 from tropd.student.models import looks_local
+from tropd.terminal import tell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,7 @@ def _configure(run: Run | None, data: str | None, flags: list[str]) -> Evaluatio
     if held_out is None:
         raise ConfigError("there is nothing to evaluate on: give --data PATH, or a run with [evaluation.data].")
     default = Evaluation(**values, data=held_out)
-    return config_file.read_flags(default, tyro.conf.AvoidSubcommands[Evaluation], flags, "tropd evaluate")
+    return read_flags(AvoidSubcommands[Evaluation], flags, "tropd evaluate", default=default)
 
 
 def _evaluate(asked: Any, config: Evaluation) -> None:
@@ -105,7 +107,7 @@ def _evaluate(asked: Any, config: Evaluation) -> None:
     folder = asked.output or _default_folder(asked.model, config, version)
     if (folder / "summary.json").exists() and not (folder / "items.jsonl").exists():
         raise ConfigError(f"{folder} holds a summary.json that is no evaluation's. Name another folder with -o.")
-    print(f"{config.data.path}: {loaded.report}")
+    tell(f"{config.data.path}: {loaded.report}")
     result = evaluate(
         engine,
         loaded.prompts,
@@ -116,11 +118,11 @@ def _evaluate(asked: Any, config: Evaluation) -> None:
         progress_path=folder / "items.jsonl",
         version=version,
     )
-    print(result.describe())
+    tell(result.describe())
     if grader is None:
         print("no grader: only lengths were measured. Give --grader for scores.")
     _write_summary(folder / "summary.json", asked.model, trained, config, version, result.summary())
-    print(f"answers: {folder / 'items.jsonl'}   numbers: {folder / 'summary.json'}")
+    tell(f"answers: {folder / 'items.jsonl'}   numbers: {folder / 'summary.json'}")
 
 
 def _limited(config: Evaluation, context: int | None) -> DataConfig:

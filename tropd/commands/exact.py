@@ -18,6 +18,7 @@ from tropd import exact_report as report
 from tropd.cli import make_console
 from tropd.errors import ConfigError
 from tropd.exact import ARMS, Curve, Setting, run_all, smallest_log_ratio
+from tropd.flags import read_flags
 
 DEFAULT = Setting()
 
@@ -75,7 +76,7 @@ def _flags(
 
 
 def main(argv: list[str]) -> int:
-    setting, output, workers, figure = tyro.cli(_flags, args=argv, prog="tropd exact")
+    setting, output, workers, figure = read_flags(_flags, argv, "tropd exact")
     if workers < 0:
         raise ConfigError(f"--workers is {workers}: give a number of processes, or 0 for one for each core.")
     torch.set_num_threads(1)

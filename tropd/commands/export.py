@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tropd.commands import Arguments, new_folder
 from tropd.commands.trained import load_checkpoint
+from tropd.terminal import tell
 
 
 def main(argv: list[str]) -> int:
@@ -21,15 +22,15 @@ def main(argv: list[str]) -> int:
     assert trained.run is not None and trained.step is not None
     results = _results(asked.run, trained.step)
     export(trained.model, trained.tokenizer, trained.run, asked.output, step=trained.step, results=results)
-    print(f"the student after {trained.step} steps is in {asked.output}")
+    tell(f"the student after {trained.step} steps is in {asked.output}")
     return 0
 
 
 def _results(directory: Path, step: int) -> dict[str, float]:
     """The evaluation of exactly these weights, if there was one: a card must not show another step's numbers."""
-    from tropd.report.records import read_records
+    from tropd.report.records import find_step
 
     if not (directory / "records.jsonl").exists():
         return {}
-    records = read_records(directory / "records.jsonl").steps
-    return next((r.evaluation for r in records if r.step == step - 1 and r.evaluation), {})
+    record = find_step(directory / "records.jsonl", step - 1)
+    return (record and record.evaluation) or {}

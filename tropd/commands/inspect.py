@@ -12,9 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from tropd.cli import make_console
-from tropd.commands import Arguments
+from tropd.commands import TRUST, Arguments, without_code
 from tropd.commands.trained import is_run
 from tropd.errors import ConfigError
+from tropd.reading import printable
 from tropd.types import StepRecord
 
 if TYPE_CHECKING:
@@ -29,13 +30,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--step", type=int, required=True, help="a step whose batch or rollouts were kept")
     parser.add_argument("--worst", type=int, default=10, help="how many tokens to show (10)")
+    parser.add_argument(TRUST, action="store_true", help="run the code that comes with the student's tokenizer")
     asked = parser.parse_args(argv)
+    if asked.worst < 0:
+        raise ConfigError(f"--worst is {asked.worst}: give a number of tokens, or 0 for none.")
     if not is_run(asked.run):
         raise ConfigError(f"{asked.run} is no run's folder: it holds no run.toml.")
     from tropd import config_file
     from tropd.doctor.inspection import read_record, read_step
 
-    run = config_file.load(asked.run / "run.toml")
+    run, _ = without_code(config_file.load(asked.run / "run.toml"), asked.trust_code)
     kept, record = read_step(asked.run, asked.step, run), read_record(asked.run, asked.step)
     console = make_console()
     said = [
@@ -43,6 +47,7 @@ def main(argv: list[str]) -> int:
         f"read from {kept.source}",
         *(f"note: {note}" for note in (record.notes if record else ())),
         *(f"alarm: {alarm}" for alarm in (record.alarms if record else ())),
+        *(() if record else ("- records.jsonl holds no record of this step that can be read.",)),
         *(f"- {finding}" for finding in kept.findings),
     ]
     console.print(Text("\n".join(said)))
@@ -96,15 +101,10 @@ def _tokens(kept: Kept, number: int, decode: Decode) -> Text:
         counted = ", ".join(f"{name} {weight:.3g}" for name, weight in weights.items() if weight != 0) or "none"
         said.append(f"\nx = {x}", style="bold")
         said.append(f"  student {student}  teacher {teacher}  weight: {counted}\n")
-        said.append(f"  {kept.name(n)}, by the {kept.authors_N[n].name.lower()}\n  {_escaped(before)}")
-        said.append(f"[{_escaped(token)}]\n", style="reverse")
+        said.append(f"  {kept.name(n)}, by the {kept.authors_N[n].name.lower()}\n  {printable(before)}")
+        said.append(f"[{printable(token)}]\n", style="reverse")
     return said
 
 
 def _number(x: float) -> str:
     return "unknown" if math.isnan(x) else f"{round(x, 3) + 0.0:.3f}"  # + 0: never -0.000
-
-
-def _escaped(text: str) -> str:
-    """One line, and nothing that a terminal would obey."""
-    return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in text)

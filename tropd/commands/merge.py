@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tropd.commands import Arguments, new_folder
+from tropd.terminal import tell
 
 
 def main(argv: list[str]) -> int:
@@ -18,5 +19,5 @@ def main(argv: list[str]) -> int:
     from tropd.student.models import choose_device
 
     merge(asked.adapter, asked.output, device=choose_device(asked.device))
-    print(f"the merged model is in {asked.output}")
+    tell(f"the merged model is in {asked.output}")
     return 0

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from tropd.cli import make_console
-from tropd.commands import Arguments, read_run
+from tropd.commands import TRUST, Arguments, read_run, without_code
+from tropd.reading import printable
 
 if TYPE_CHECKING:
     from tropd.doctor.cost import Need
@@ -31,17 +32,21 @@ def main(argv: list[str]) -> int:
     parser = Arguments(prog="tropd plan", add_help=False, allow_abbrev=False)
     parser.add_argument("--cluster", default="here")
     parser.add_argument("--dollars-per-hour", type=float)
+    parser.add_argument(TRUST, action="store_true")
     asked, rest = parser.parse_known_args(argv)
     if rest in (["-h"], ["--help"]):
         print(
             "tropd plan RUN.toml [--cluster 8xh100] [--dollars-per-hour X] [--any.key value]\n\n"
             "--cluster 8xh100      devices that train, and write and score unless the run names servers for that;\n"
             "                      each server is one more of them. `here` (the default) measures this machine\n"
-            "--dollars-per-hour X  of one device, for the cost of the run\n\n"
+            "--dollars-per-hour X  of one device, for the cost of the run\n"
+            f"{TRUST}          run the code that comes with a model (trust_remote_code)\n\n"
             "Any other flag changes the run: `tropd train RUN.toml --help` lists them."
         )
         return 0
-    run = read_run(rest, "tropd plan")
+    run, notes = without_code(read_run(rest, "tropd plan"), asked.trust_code)
+    for note in notes:
+        make_console().print(printable(note), markup=False, soft_wrap=True)
     from tropd.planning import make_plan, read_cluster
 
     plan = make_plan(run, *read_cluster(asked.cluster))

@@ -8,6 +8,9 @@ from pathlib import Path
 from tropd.cli import make_console
 from tropd.commands import Arguments
 from tropd.errors import ConfigError
+from tropd.reading import printable
+
+SHOWN_PROBLEMS = 5
 
 
 def main(argv: list[str]) -> int:
@@ -33,6 +36,12 @@ def main(argv: list[str]) -> int:
     console = make_console()
     verdict = judge(runs[0]) if len(runs) == 1 else judge_groups(runs)
     console.print(verdict.headline, markup=False, soft_wrap=True)
+    for run in runs:
+        for text in run.problems[:SHOWN_PROBLEMS]:
+            console.print(f"{run.name}: {printable(text)}", markup=False, soft_wrap=True)
+        if len(run.problems) > SHOWN_PROBLEMS:
+            more = len(run.problems) - SHOWN_PROBLEMS
+            console.print(f"{run.name}: and {more} more of that kind; all are in the report.", markup=False)
     size, seconds = output.stat().st_size / 1e6, time.perf_counter() - start
     console.print(f"Written: {output} ({size:.1f} MB, {seconds:.1f} s)", markup=False, soft_wrap=True)
     return 0

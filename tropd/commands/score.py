@@ -18,6 +18,8 @@ from torch import Tensor
 
 from tropd.commands import Arguments, read_run
 from tropd.errors import ConfigError, DataError
+from tropd.reading import read_lines
+from tropd.terminal import tell
 from tropd.types import Rollout
 
 
@@ -58,7 +60,7 @@ def main(argv: list[str]) -> int:
         temporary.replace(asked.output)
     except OSError as error:
         raise ConfigError(f"{asked.output} cannot be written: {error}. Name another file.") from error
-    print(f"{len(lines)} rollouts scored in {asked.output}")
+    tell(f"{len(lines)} rollouts scored in {asked.output}")
     return 0
 
 
@@ -67,20 +69,32 @@ def _finite(logprobs_T: Tensor) -> list[float | None]:
     return [x if math.isfinite(x) else None for x in logprobs_T.tolist()]
 
 
+def _problem(rollout: Rollout) -> str:
+    """What its parts say against each other."""
+    ids, prompt = rollout.token_ids, rollout.prompt.token_ids
+    if ids[: len(prompt)] != prompt or len(ids) == len(prompt):
+        return "token_ids are not those of the prompt and at least one more"
+    if min(ids) < 0:
+        return f"it holds token id {min(ids)}"
+    for name in ("authors", "behavior_logprobs"):
+        if len(getattr(rollout, name)) != len(ids):
+            return f"{name} has {len(getattr(rollout, name))} entries for {len(ids)} tokens"
+    return ""
+
+
 def _read(path: Path) -> list[Rollout]:
     adapter = TypeAdapter(Rollout)
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise DataError(f"the rollouts {path} cannot be read: {error}.") from error
     rollouts = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in read_lines(path, DataError):
         try:
-            rollouts.append(adapter.validate_json(line))
+            rollout = adapter.validate_json(line)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise DataError(f"line {number} of {path} is no rollout: {where}: {first['msg']}.") from None
+        if problem := _problem(rollout):
+            raise DataError(f"line {number} of {path} is no rollout: {problem}.")
+        rollouts.append(rollout)
     if not rollouts:
         raise DataError(f"{path} holds no rollouts. Give one per line, as tropd keeps them in rollouts.jsonl.")
     return rollouts

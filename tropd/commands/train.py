@@ -7,6 +7,7 @@ import re
 
 from tropd.commands import Arguments, read_run
 from tropd.errors import ConfigError
+from tropd.terminal import tell
 
 
 def main(argv: list[str]) -> int:
@@ -25,9 +26,9 @@ def main(argv: list[str]) -> int:
         from tropd.student.export import push
 
         if not (directory / "model").is_dir():
-            print(f"nothing was pushed to {asked.push_to_hub}: the run has not finished.")
+            tell(f"nothing was pushed to {asked.push_to_hub}: the run has not finished.")
             return 0
-        print(f"pushed to {push(directory / 'model', asked.push_to_hub)}")
+        tell(f"pushed to {push(directory / 'model', asked.push_to_hub)}")
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from tropd import config_file
 from tropd.config import ModelConfig, Run
 from tropd.errors import CheckpointError, ConfigError
 from tropd.student import checkpoint as checkpoints
-from tropd.student.models import choose_device, load_model, load_tokenizer, wrap_student
+from tropd.student.models import base_of, choose_device, load_model, load_tokenizer, wrap_student
 from tropd.student.weights import load_adapter
 
 if TYPE_CHECKING:
@@ -75,8 +74,7 @@ def _load_folder(source: str, device: str, dtype: Any) -> Trained:
     tokenizer = load_tokenizer(ModelConfig(path=source), "model")
     if not adapter.exists():
         return Trained(model=load_model(ModelConfig(path=source, dtype=dtype), "model", chosen), tokenizer=tokenizer)
-    base = json.loads(adapter.read_text())["base_model_name_or_path"]
-    model: Any = load_model(ModelConfig(path=base, dtype=dtype), "base", chosen)
+    model: Any = load_model(ModelConfig(path=base_of(adapter.parent), dtype=dtype), "base", chosen)
     return Trained(model=load_adapter(model, adapter.parent).eval(), tokenizer=tokenizer)
 
 

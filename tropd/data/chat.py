@@ -10,7 +10,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tropd.data.template import check_template, limited
 from tropd.errors import ConfigError, DataError
+from tropd.reading import refusing
 from tropd.types import Message
 
 if TYPE_CHECKING:
@@ -151,15 +153,11 @@ def _render_text(
             "a conversation cannot be rendered: the tokenizer has no chat template. "
             "Use an instruction-tuned student, set `tokenizer.chat_template`, or give prompts as text."
         )
-    from jinja2.exceptions import TemplateError
-
     turns = [{"role": message.role, "content": message.content} for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation, **kwargs)
-    except (TemplateError, TypeError, ValueError) as error:
-        roles = ", ".join(message.role for message in messages)
-        raise DataError(f"the chat template refuses a conversation of {roles}: {error}") from error
-    return str(text)
+    roles = ", ".join(message.role for message in messages)
+    check_template(tokenizer.chat_template)
+    with refusing(lambda why: f"the chat template refuses a conversation of {roles}: {why}", DataError), limited():
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation, **kwargs))
 
 
 def _one_bos(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -6,29 +6,25 @@ grader: name it "package.module:function".
 
 from __future__ import annotations
 
-import atexit
 import importlib
 import importlib.util
 import inspect
-import json
-import subprocess
-import sys
-import threading
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from math import isfinite
 from numbers import Real
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from tropd.data.answers import final_text, last_boxed, normalize, read_choice, read_number
 from tropd.data.chat import parse_messages
 from tropd.data.gym import gym
+from tropd.data.math_process import MathProcess
 from tropd.data.rows import nearest
 from tropd.errors import DataError
+from tropd.ranges import NotNegative, Ranged
+from tropd.reading import refusing, shortened
 from tropd.types import Prompt, Rollout
 
 if TYPE_CHECKING:
@@ -55,13 +51,13 @@ def chain(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) ->
 
 
 @dataclass(frozen=True, kw_only=True)
-class Numeric:
+class Numeric(Ranged):
     """1 where the last number equals the answer's last number; integers exactly, others within a relative tolerance.
 
     A percentage also equals its bare number and its hundredth part: 50% = 50 = 0.5.
     """
 
-    tolerance: float = 1e-6
+    tolerance: NotNegative = 1e-6
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         return [self._score(text, answer) for text, answer in _pairs("numeric", completions, columns)]
@@ -96,88 +92,32 @@ def multiple_choice(prompts: Sequence[Any], completions: Sequence[Any], **column
 class Math:
     """1 where math-verify finds the completion equal to the answer, or where both are the same text.
 
-    math-verify runs in a process of its own, which is killed and started again when an expression takes more than
-    `seconds`; that scores 0 with a warning.
+    What it cannot compare within the limits of its process scores 0, with a warning.
     """
 
-    def __init__(self, *, seconds: float = 10.0) -> None:
-        self.seconds = seconds
-        self._lock = threading.Lock()
-        self._worker: subprocess.Popen[str] | None = None
-        atexit.register(self.close)
+    def __init__(self, *, seconds: float = 10.0, memory: int = 2**31) -> None:
+        self.process = MathProcess(seconds, memory)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         return [self._score(text, answer) for text, answer in _pairs("math", completions, columns)]
 
-    def require(self) -> None:
-        """Refuse at once when math-verify is not installed."""
-        if importlib.util.find_spec("math_verify") is None:
-            raise DataError("grader 'math' needs math-verify, which is not installed. Run: pip install 'tropd[math]'")
-
     def close(self) -> None:
-        if self._worker is not None:
-            self._worker.kill()
-            for pipe in _pipes(self._worker):
-                with suppress(BrokenPipeError):
-                    pipe.close()
-            self._worker.wait()
-            self._worker = None
+        self.process.close()
 
     def _score(self, text: str, answer: str) -> float:
         said = last_boxed(text)
         if normalize(text if said is None else said) == normalize(answer):
             return 1.0
         has_delimiters = "$" in answer or "\\boxed" in answer or "\\(" in answer or "\\[" in answer
-        gold = answer if has_delimiters else f"\\boxed{{{answer}}}"
-        with self._lock:
-            right = self._ask({"gold": gold, "completion": text, "seconds": self.seconds})
+        right = self.process.compare(answer if has_delimiters else f"\\boxed{{{answer}}}", text)
         if right is None:
             warnings.warn(
-                f"math-verify did not compare {text[-80:]!r} with {answer!r}: it took more than {self.seconds:g} s "
-                "or its process died. Scored 0.",
+                f"math-verify did not compare {text[-80:]!r} with {answer!r}: it took more than "
+                f"{self.process.seconds:g} s or {self.process.memory >> 20} MiB, or its process died. Scored 0.",
                 RuntimeWarning,
                 stacklevel=2,
             )
         return float(right or False)
-
-    def _ask(self, task: Mapping[str, Any]) -> bool | None:
-        worker = self._start()
-        requests, replies = _pipes(worker)
-        deadline = threading.Timer(self.seconds, worker.kill)
-        deadline.start()
-        try:
-            requests.write(json.dumps(task) + "\n")
-            requests.flush()
-            reply = replies.readline()
-        except BrokenPipeError:
-            reply = ""
-        finally:
-            deadline.cancel()
-        if not reply:
-            self.close()
-            return None
-        return json.loads(reply)
-
-    def _start(self) -> subprocess.Popen[str]:
-        if self._worker is None or self._worker.poll() is not None:
-            self.close()
-            self.require()
-            script = str(Path(__file__).with_name("math_worker.py"))
-            # -P: modules beside the script must not hide those of the library
-            command = [sys.executable, "-P", script]
-            self._worker = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", errors="strict"
-            )
-            if _pipes(self._worker)[1].readline().strip() != "ready":
-                code = self._worker.wait()
-                self._worker = None
-                raise DataError(f"grader 'math': its process ended with code {code}; what it said stands above.")
-        return self._worker
-
-
-def _pipes(worker: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
-    assert worker.stdin is not None and worker.stdout is not None
-    return worker.stdin, worker.stdout
 
 
 numeric = Numeric()
@@ -198,7 +138,7 @@ def resolve_grader(name: str) -> Grader:
     if name in GRADERS:
         grader = GRADERS[name]
         if isinstance(grader, Math):
-            grader.require()
+            grader.process.require()
         return grader
     module_name, colon, attribute = name.partition(":")
     if not colon:
@@ -207,10 +147,13 @@ def resolve_grader(name: str) -> Grader:
             f"there is no grader '{name}'{nearest(name, GRADERS)}; there are {known}. "
             "Give one of these, or your own as 'package.module:function'."
         )
-    try:
+    words = [*module_name.split("."), attribute]
+    if not all(word.isidentifier() for word in words) or len(name) > 200:
+        raise DataError(f"grader {shortened(name)!r} is no name. Give one of your own as 'package.module:function'.")
+    with refusing(
+        lambda why: f"grader '{name}': {module_name} cannot be imported ({why}). Is it on the path?", DataError
+    ):
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise DataError(f"grader '{name}': {module_name} cannot be imported ({error}). Is it on the path?") from error
     grader = getattr(module, attribute, None)
     if not callable(grader):
         there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]

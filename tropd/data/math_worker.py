@@ -1,12 +1,12 @@
 """The process in which math-verify runs; started as a script by tropd.data.graders and never imported.
 
-One JSON object per line each way: {"gold", "completion", "seconds"} -> true or false.  Symbolic algebra can take for
+One JSON object per line each way: {"gold", "completion", "seconds", "memory"} -> true, false, or null where the memory
+did not do.  Symbolic algebra can take for
 ever on what a model writes (9^9^9^9), inside calls that no signal or thread can interrupt: a process can be killed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -27,6 +27,20 @@ def _limit_time(seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (soft if hard < 0 else min(soft, hard), hard))
 
 
+def _limit_memory(more: int) -> None:
+    """So many bytes beyond what the process has now: (10^10)^10^10 must not take the machine's."""
+    try:
+        import resource
+
+        with open("/proc/self/statm") as facts:
+            pages = int(facts.read().split()[0])
+    except (ImportError, OSError):  # only Linux says what a process has
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = pages * resource.getpagesize() + more
+    resource.setrlimit(resource.RLIMIT_AS, (most if hard < 0 else min(most, hard), hard))
+
+
 def _is_right(gold: str, completion: str) -> bool:
     from math_verify import parse, verify
 
@@ -44,12 +58,20 @@ def main() -> None:
         logging.disable()
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what the parser prints is not a reply
         print("ready", file=replies, flush=True)
+        limited = False
         for line in sys.stdin:
             task = json.loads(line)
             _limit_time(task["seconds"])
-            right = False
-            with contextlib.suppress(Exception):  # any text may come here, and what cannot be read is not right
+            if not limited:
+                _limit_memory(task["memory"])
+                limited = True
+            right: bool | None = False
+            try:
                 right = _is_right(task["gold"], task["completion"])
+            except MemoryError:
+                right = None
+            except Exception:  # any text may come here, and what cannot be read is not right
+                right = False
             print(json.dumps(right), file=replies, flush=True)
 
 

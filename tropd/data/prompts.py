@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tropd.data import chat
 from tropd.data.rows import Row, Table, nearest, open_table, read_scalar, read_text
 from tropd.errors import ConfigError, DataError
+from tropd.ranges import Count, Ranged
 from tropd.types import Message, Prompt
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ _OWN_KWARGS = {"conversation", "tokenize", "add_generation_prompt", "chat_templa
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Ranged):
+    section = "data"
+
     path: str
     """A .jsonl, .json or .parquet file, a folder saved by `datasets`, or the id of a data set on the hub."""
     split: str = "train"
@@ -50,12 +53,12 @@ class DataConfig:
     """A written answer, kept as off-policy text."""
     last_assistant: Literal["drop", "prefix"] = "drop"
     """What becomes of an assistant's turn at the end of a conversation: forgotten, or kept as off-policy text."""
-    max_prompt_tokens: int | None = None
-    """Longer prompts are skipped."""
+    max_prompt_tokens: Count | None = None
+    """Longer prompts are skipped. At least 1."""
     on_bad_row: Literal["skip", "refuse"] = "skip"
     """Whether rows that are empty, malformed, too long or duplicates are left out or stop the run."""
-    limit: int | None = None
-    """Stop after this many prompts."""
+    limit: Count | None = None
+    """Stop after this many prompts. At least 1."""
     streaming: bool = False
     """Render rows when they are needed, in the data set's order, instead of all at the start."""
     system_prompt: str | None = None
@@ -66,10 +69,7 @@ class DataConfig:
     """Whether a prompt that is plain text becomes a user's message (if the tokenizer has a chat template)."""
 
     def __post_init__(self) -> None:
-        for knob in ("max_prompt_tokens", "limit"):
-            value = getattr(self, knob)
-            if value is not None and value < 1:
-                raise ConfigError(f"data.{knob} is {value}; give a number of at least 1, or leave it out.")
+        super().__post_init__()
         if taken := sorted(_OWN_KWARGS & set(self.chat_template_kwargs)):
             raise ConfigError(f"data.chat_template_kwargs sets {taken[0]}, which tropd decides. Leave it out.")
 

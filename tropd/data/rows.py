@@ -6,8 +6,8 @@ number is the line.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,9 +15,22 @@ from types import ModuleType
 from typing import Any
 
 from tropd.errors import DataError
+from tropd.reading import (
+    check_file,
+    check_path,
+    opened,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_lines,
+    refusing,
+    shortened,
+)
 
 Row = Mapping[str, Any]
 SUFFIXES = (".jsonl", ".json", ".parquet")
+_MARKS = ("state.json", "dataset_dict.json")
+"""By which a folder is known that `datasets` saved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +43,15 @@ class Table:
 
 def open_table(path: str, *, split: str = "train", name: str | None = None, streaming: bool = False) -> Table:
     """The rows behind `path`; nothing but the head is read when `streaming`."""
+    check_path(path, "the data set", DataError)
     file = Path(path).expanduser()
+    if file.exists() and not file.is_dir():
+        check_file(file, DataError)
     if file.suffix in SUFFIXES:
         if not file.is_file():
             raise _missing(path, file)
         table = _parquet_table(file) if file.suffix == ".parquet" else _json_table(file, streaming)
-    elif file.is_dir() and any((file / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+    elif file.is_dir() and any((file / mark).is_file() for mark in _MARKS):
         table = _saved_table(file, split)
     elif file.is_file():
         raise DataError(f"{path}: '{file.suffix}' files are not read. Write the rows as one of {', '.join(SUFFIXES)}.")
@@ -43,8 +59,8 @@ def open_table(path: str, *, split: str = "train", name: str | None = None, stre
         inside = sorted(other.name for other in file.iterdir() if other.suffix in SUFFIXES)
         there = f" It holds {', '.join(inside[:3])}: give one of them." if inside else ""
         raise DataError(
-            f"{path} is a folder, but `datasets` saved no data set in it.{there} Give a file ({', '.join(SUFFIXES)}), "
-            "or a folder written by save_to_disk."
+            f"{shortened(path)} is a folder, but `datasets` saved no data set in it.{there} Give a file "
+            f"({', '.join(SUFFIXES)}), or a folder written by save_to_disk."
         )
     elif path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise _missing(path, file)
@@ -85,27 +101,20 @@ def _missing(path: str, file: Path) -> DataError:
 
 
 def _parse_object(raw: bytes, file: Path, number: int) -> Row:
-    try:
-        row = json.loads(raw)
-    except ValueError as error:
-        raise DataError(f"{file}, line {number} is not JSON ({error}). Write one JSON object per line.") from error
+    row = parse_json(raw, f"{file}, line {number}", DataError)
     if not isinstance(row, dict):
         raise DataError(f"{file}, line {number} holds a {type(row).__name__}. Write one JSON object per line.")
     return row
 
 
 def _read_lines(file: Path) -> Iterator[tuple[int, Row]]:
-    with file.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
-            if raw.strip():
-                yield number, _parse_object(raw, file, number)
+    for number, raw in read_lines(file, DataError):
+        if raw.strip():
+            yield number, _parse_object(raw, file, number)
 
 
 def _read_array(file: Path) -> Iterator[tuple[int, Row]]:
-    try:
-        rows = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{file} is not JSON ({error}). Write an array of objects or one object per line.") from error
+    rows = parse_json(read_bytes(file, DataError, limit=None), str(file), DataError)
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise DataError(f"{file}, element {number} holds a {type(row).__name__}. Write an array of objects.")
@@ -113,7 +122,7 @@ def _read_array(file: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _json_table(file: Path, streaming: bool) -> Table:
-    with file.open("rb") as head:
+    with opened(file, DataError) as head:
         start = head.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
     read = _read_array if file.suffix == ".json" and start == b"[" else _read_lines
     if streaming:
@@ -126,26 +135,25 @@ def _json_table(file: Path, streaming: bool) -> Table:
 
 def _parquet_table(file: Path) -> Table:
     try:
-        import pyarrow
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise DataError(
             f"{file}: parquet needs pyarrow, which is not installed. Run: pip install 'tropd[data]'"
         ) from error
 
+    def broken() -> AbstractContextManager[None]:
+        return refusing(lambda why: f"{file} is not a readable parquet file ({why}). Write it again.", DataError)
+
     def read() -> Iterator[tuple[int, Row]]:
         number = 0
-        with parquet.ParquetFile(file) as content:
+        with broken(), parquet.ParquetFile(file) as content:
             for batch in content.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
 
-    try:
-        with parquet.ParquetFile(file) as content:
-            columns = tuple(content.schema_arrow.names) if content.metadata.num_rows else ()
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{file} is not a readable parquet file ({error}). Write it again.") from error
+    with broken(), parquet.ParquetFile(file) as content:
+        columns = tuple(content.schema_arrow.names) if content.metadata.num_rows else ()
     return Table(source=str(file), columns=columns, read=read)
 
 
@@ -162,10 +170,11 @@ def _import_datasets(path: str) -> ModuleType:
 
 def _saved_table(folder: Path, split: str) -> Table:
     datasets = _import_datasets(str(folder))
-    try:
+    for mark in _MARKS:
+        if (folder / mark).exists():
+            read_json(folder / mark, DataError)
+    with refusing(lambda why: f"{folder} cannot be read as a saved data set ({why}). Save it again.", DataError):
         data = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder} cannot be read as a saved data set ({error}). Save it again.") from error
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
             known = ", ".join(data)
@@ -179,15 +188,15 @@ def _saved_table(folder: Path, split: str) -> Table:
 def _hub_table(path: str, split: str, name: str | None, streaming: bool) -> Table:
     datasets = _import_datasets(path)
     what = f"data set '{path}'" + (f" ({name})" if name else "") + f", split '{split}'"
-    try:
+    with refusing(
+        lambda why: (
+            f"{what} cannot be loaded: {why}. It is no file or folder here, so it was looked for on the hub: "
+            f"check the spelling, `name` and `split`, and the network; or give a local file ({', '.join(SUFFIXES)})."
+        ),
+        DataError,
+    ):
         data = datasets.load_dataset(path, name, split=split, streaming=streaming)
         first = next(iter(data), {})
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"{what} cannot be loaded: {type(error).__name__}: {error}. "
-            f"It is no file or folder here, so it was looked for on the hub: check the spelling, `name` and `split`, "
-            f"and the network; or give a local file ({', '.join(SUFFIXES)})."
-        ) from error
     return Table(source=what, columns=tuple(data.column_names or first), read=lambda: _numbered(data, what))
 
 

@@ -7,6 +7,7 @@ stored evidence and says, term by term, what comes of it.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +18,13 @@ from torch import Tensor
 
 from tropd.batches import ScoredBatch
 from tropd.config import Run
-from tropd.errors import ConfigError, EvidenceError, TrainingDiverged
+from tropd.errors import CheckpointError, ConfigError, EvidenceError, TrainingDiverged
 from tropd.objective.evidence import StudentView, Tokens
 from tropd.objective.objective import Objective
 from tropd.objective.terms import Context
+from tropd.reading import check_file, refusing
 from tropd.replay import load_batch
-from tropd.report.records import read_records, require
+from tropd.report.records import find_step, require
 from tropd.types import Author, StepRecord
 
 Decode = Callable[[Sequence[int]], str]
@@ -83,7 +85,7 @@ def read_step(directory: Path, step: int, run: Run) -> Kept:
     if (directory / "batches" / f"step_{step:06d}").is_dir():
         return _of_batch(directory / "batches" / f"step_{step:06d}", load_batch(directory, step), run, step)
     saved = directory / "rollouts" / f"step_{step:06d}.parquet"
-    if saved.exists():
+    if os.path.lexists(saved):
         return _of_parquet(saved)
     there = {
         what: ", ".join(str(int(p.stem[5:])) for p in sorted((directory / folder).glob("step_*"))) or "none"
@@ -98,7 +100,7 @@ def read_step(directory: Path, step: int, run: Run) -> Kept:
 
 def read_record(directory: Path, step: int) -> StepRecord | None:
     path = directory / "records.jsonl"
-    return next((r for r in read_records(path).steps if r.step == step), None) if path.exists() else None
+    return find_step(path, step) if path.exists() else None
 
 
 def _of_batch(source: Path, batch: ScoredBatch, run: Run, step: int) -> Kept:
@@ -169,7 +171,12 @@ def _of_parquet(path: Path) -> Kept:
     require("pyarrow", "data", "reading saved rollouts")
     import pyarrow.parquet as pq
 
-    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    check_file(path, CheckpointError)
+    with refusing(lambda why: f"{path} cannot be read as saved rollouts: {why}.", CheckpointError):
+        return _of_rows(path, pq.read_table(path).to_pylist())
+
+
+def _of_rows(path: Path, rows: list[dict[str, Any]]) -> Kept:
     authors = [[Author[a.upper()] for a in row["authors"]] for row in rows]
     places = [[t for t, a in enumerate(of) if a is not Author.CONTEXT] for of in authors]
 

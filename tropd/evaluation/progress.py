@@ -15,6 +15,7 @@ from typing import Any
 
 from tropd.errors import ConfigError, DataError
 from tropd.evaluation.results import EvalAnswer, EvalItem
+from tropd.reading import check_file
 from tropd.types import Finish, Prompt
 
 KIND = "tropd evaluation"
@@ -34,6 +35,8 @@ class ProgressFile:
     def __init__(self, path: Path, settings: Mapping[str, object]) -> None:
         self.path = path
         header = {"kind": KIND, "schema": SCHEMA, "settings": dict(settings)}
+        if path.exists():
+            check_file(path)
         if not path.exists() or path.stat().st_size == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             started = path.with_name(path.name + ".tmp")
@@ -53,7 +56,7 @@ class ProgressFile:
                 row = json.loads(line)
                 if keys.get(row["id"]) == row["key"]:
                     items[row["id"]] = item_of(row)
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise DataError(
                     f"line {number} of {self.path} is no evaluated prompt ({type(error).__name__}: {error}). "
                     "Something else wrote into the file: remove the line, or use another file."
@@ -72,7 +75,7 @@ class ProgressFile:
         try:
             found = json.loads(self._lines[0])
             kind, schema, there = found["kind"], found["schema"], found["settings"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             kind, schema, there = None, None, {}
         if kind != KIND or schema != SCHEMA:
             raise ConfigError(

@@ -8,42 +8,41 @@ from statistics import fmean
 
 from tropd.errors import ConfigError
 from tropd.evaluation.statistics import bootstrap_interval, pass_at_k
+from tropd.ranges import Count, Finite, Ranged, Whole
 from tropd.types import Finish, Sampling
 
 GREEDY = Sampling(temperature=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(Ranged):
     """How answers are drawn and judged."""
 
-    num_samples: int = 4
-    """Sampled answers per prompt; their mean score is avg@n."""
-    pass_k: tuple[int, ...] = (1,)
-    """For which k to estimate pass@k; none above num_samples."""
-    correct_from: float = 1.0
-    """An answer is correct, for pass@k, from this score on."""
+    section = "evaluation"
+
+    num_samples: Count = 4
+    """Sampled answers per prompt; their mean score is avg@n. At least 1."""
+    pass_k: tuple[Count, ...] = (1,)
+    """For which k to estimate pass@k; none above num_samples. Each at least 1."""
+    correct_from: Finite = 1.0
+    """An answer is correct, for pass@k, from this score on. Any finite number."""
     greedy: bool = True
     """Also take the likeliest answer of each prompt."""
     sampling: Sampling = field(default_factory=Sampling)
-    max_new_tokens: int = 256
-    limit: int | None = None
-    """Only the first so many prompts."""
-    seed: int = 0
+    max_new_tokens: Count = 256
+    """At least 1."""
+    limit: Count | None = None
+    """Only the first so many prompts. At least 1."""
+    seed: Whole = 0
+    """At least 0."""
     grader: str | None = None
     """A name in tropd.data.graders, or "package.module:function"."""
-    prompts_per_call: int = 64
-    """Prompts handed to the engine at once; progress is saved after each call."""
+    prompts_per_call: Count = 64
+    """Prompts handed to the engine at once; progress is saved after each call. At least 1."""
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "max_new_tokens", "prompts_per_call"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"evaluation with {name} = {getattr(self, name)}. Give at least 1.")
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError(
-                f"evaluation with limit = {self.limit}. Give at least 1, or leave it out for all prompts."
-            )
-        bad = [k for k in self.pass_k if not 1 <= k <= self.num_samples]
+        super().__post_init__()
+        bad = [k for k in self.pass_k if k > self.num_samples]
         if bad:
             raise ConfigError(
                 f"pass@{bad[0]} was asked of {self.num_samples} samples per prompt. "

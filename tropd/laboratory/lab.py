@@ -15,8 +15,8 @@ beta = 1.0
 from __future__ import annotations
 
 import json
+import os
 import re
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +28,18 @@ from tropd import config_file
 from tropd.data.rows import nearest
 from tropd.errors import ConfigError
 from tropd.methods import AnyMethod
+from tropd.ranges import Count, PositiveShare, Ranged, Whole
+from tropd.reading import read_toml
 from tropd.testbeds import TESTBEDS, Testbed
 
 EMBEDDED = "embedded/"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lab:
+class Lab(Ranged):
     """A comparison, as its TOML file says it."""
+
+    section = ""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
@@ -46,29 +50,32 @@ class Lab:
     testbeds: tuple[str, ...]
     """Names from tropd.testbeds, "embedded/NAME" for models that come with the package (the same for every seed), or
     run files (.toml) with models of your own."""
-    learning_rates: tuple[float, ...] = ()
-    """Every method is tried at each; none: the one that the testbed suggests."""
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Each makes a teacher and a student of its own; every method meets the same ones."""
+    learning_rates: tuple[PositiveShare, ...] = ()
+    """Every method is tried at each; none: the one that the testbed suggests. Each in (0, 1]."""
+    seeds: tuple[Whole, ...] = (0, 1, 2, 3, 4)
+    """Each makes a teacher and a student of its own; every method meets the same ones. Each at least 0."""
     baseline: str = ""
     """Whom the others are compared with; by default the first method."""
-    steps: int | None = None
-    """By default what the testbed suggests."""
-    num_prompts: int | None = None
-    """Per step; by default what the testbed suggests."""
-    num_rollouts: int = 1
-    warmup_steps: int = 10
-    num_evaluations: int = 2
-    """Evenly over the run, beside the one before it."""
-    num_samples: int = 2
-    """Answers to each held-out prompt in an evaluation, at temperature 1."""
-    save_rollouts: int = 0
-    """Keep the rollouts of every n-th step for `tropd report`; 0 keeps none."""
+    steps: Count | None = None
+    """By default what the testbed suggests. At least 1."""
+    num_prompts: Count | None = None
+    """Per step; by default what the testbed suggests. At least 1."""
+    num_rollouts: Count = 1
+    """At least 1."""
+    warmup_steps: Whole = 10
+    """At least 0."""
+    num_evaluations: Count = 2
+    """Evenly over the run, beside the one before it. At least 1."""
+    num_samples: Count = 2
+    """Answers to each held-out prompt in an evaluation, at temperature 1. At least 1."""
+    save_rollouts: Whole = 0
+    """Keep the rollouts of every n-th step for `tropd report`; 0 keeps none. At least 0."""
     pairs: str = "runs/pairs"
     """Where the models are kept that the testbeds make; comparisons may share them."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         empty = [name for name in ("methods", "testbeds", "seeds") if not getattr(self, name)]
         if empty:
             raise ConfigError(f"a comparison was asked for without any {empty[0]}. Give at least one.")
@@ -78,9 +85,6 @@ class Lab:
                 raise ConfigError(f"{name} = {list(values)} says something twice. Give each once.")
         if self.baseline and self.baseline not in self.methods:
             raise ConfigError(f"baseline {self.baseline!r} is none of the methods: {', '.join(self.methods)}.")
-        for name in ("steps", "num_prompts", "num_rollouts", "num_evaluations", "num_samples"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; give at least 1.")
         for testbed in self.testbeds:
             _check_testbed(testbed)
 
@@ -137,12 +141,9 @@ def bed_of(testbed: str) -> Testbed:
 
 def load_lab(path: Path) -> Lab:
     """Read a comparison; what it says wrongly is refused by its path."""
-    try:
-        values = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"there is no file {path}. Name the TOML file of a comparison.") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as TOML: {error}.") from None
+    if not os.path.lexists(path):
+        raise ConfigError(f"there is no file {path}. Name the TOML file of a comparison.")
+    values = read_toml(path)
     values.setdefault("output", f"runs/{path.stem}")
     methods = values.get("methods")
     if isinstance(methods, dict):

@@ -101,7 +101,7 @@ def run_of(lab: Lab, trial: Trial, pair: Pair | None) -> Run:
             max_new_tokens=pair.max_new_tokens,
             save_every=lab.save_rollouts,
         ),
-        optimizer=OptimizerConfig(learning_rate=trial.learning_rate, warmup_steps=lab.warmup_steps),
+        optimizer=OptimizerConfig(learning_rate=trial.learning_rate, warmup_steps=min(lab.warmup_steps, steps)),
         evaluation=RunEvalConfig(
             data=DataConfig(path=str(pair.held_out)),
             every=_every(lab, steps),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from tropd.methods.base import Method
 from tropd.objective.losses import DivergenceLoss, ForwardKL, JensenShannon, PolicyGradient, ReverseKL
@@ -11,6 +11,7 @@ from tropd.objective.objective import Objective
 from tropd.objective.rewards import LogRatio
 from tropd.objective.selectors import STUDENT, ProbabilityGapAbove
 from tropd.objective.terms import Over, Term
+from tropd.ranges import Count, Range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +28,12 @@ class AOPD(Method):
     """
 
     name: Literal["aopd"] = "aopd"
-    tau: float = 0.0
-    """Probability difference above which a token is rewarded (paper: 0)."""
+    tau: Annotated[float, Range(at_least=-1, at_most=1)] = 0.0
+    """Probability difference above which a token is rewarded (paper: 0). In [-1, 1]."""
     divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
     """Guidance (paper: forward KL beats the others)."""
-    top_k: int = 64
-    """Teacher support; not found in the paper, 64 in TrOPD's benchmark."""
+    top_k: Count = 64
+    """Teacher support; not found in the paper, 64 in TrOPD's benchmark. At least 1."""
     denominator: Over = "sequences"
     """Mean of per-sequence means (paper, eq. 10)."""
 

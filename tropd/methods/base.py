@@ -14,13 +14,16 @@ from typing import ClassVar
 from tropd.errors import MethodWarning
 from tropd.objective.evidence import Needs
 from tropd.objective.objective import Objective
+from tropd.ranges import Ranged
 from tropd.rollout.policies import OnPolicy, RolloutPolicy
 from tropd.types import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(Ranged):
     """An objective and a rollout policy.  To change a method, compose another one; nothing concrete is overridden."""
+
+    section = "method"
 
     paper: ClassVar[str]
     """arXiv id or address."""
@@ -30,6 +33,10 @@ class Method:
     """What the sources leave open, and the reading taken."""
     zero_at_teacher: ClassVar[bool] = True
     """Whether a student that equals its teacher gets exactly no signal."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.objective, self.rollout, self.sampling  # refuse now what its parts refuse
 
     @property
     def objective(self) -> Objective:

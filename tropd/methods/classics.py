@@ -11,6 +11,7 @@ from tropd.objective.objective import Objective
 from tropd.objective.rewards import FutureSum, LogRatio, Standardise, chain
 from tropd.objective.selectors import STUDENT, TEACHER
 from tropd.objective.terms import Term, TokenLoss
+from tropd.ranges import NotNegative, Positive, Share
 from tropd.rollout.policies import Mixture, RolloutPolicy, TeacherText
 from tropd.types import Sampling
 
@@ -24,24 +25,24 @@ class GKD(Method):
     """
 
     name: Literal["gkd"] = "gkd"
-    beta: float = 0.5
-    """Between forward KL (0) and reverse KL (1); the ends are special cases, not limits (TRL: 0.5)."""
-    student_share: float = 0.5
-    """Share of batches that the student writes, the teacher the others (paper's lambda; TRL: 0.5)."""
-    temperature: float = 0.9
-    """Of the rollouts (TRL: 0.9); the loss is at temperature 1."""
+    beta: Share = 0.5
+    """Between forward KL (0) and reverse KL (1); the ends are special cases, not limits (TRL: 0.5). In [0, 1]."""
+    student_share: Share = 0.5
+    """Share of batches that the student writes, the teacher the others (paper's lambda; TRL: 0.5). In [0, 1]."""
+    temperature: NotNegative = 0.9
+    """Of the rollouts (TRL: 0.9); the loss is at temperature 1. At least 0."""
 
     paper = "2306.13649"
     summary = "Jensen-Shannon over the whole vocabulary, on texts of student and teacher"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.beta in (0.0, 1.0):
             end = "forward" if self.beta == 0 else "reverse"
             warn(
                 f"GKD with beta = {self.beta:g} is {end} KL by convention, not by continuity: Jensen-Shannon vanishes "
                 "at both ends, so a beta of 0.001 or 0.999 is about 1000 times weaker."
             )
-        _ = self.objective
 
     @property
     def objective(self) -> Objective:
@@ -69,8 +70,8 @@ class MiniLLM(Method):
     """
 
     name: Literal["minillm"] = "minillm"
-    discount: float = 1.0
-    """How much later tokens count (paper: 1)."""
+    discount: Share = 1.0
+    """How much later tokens count (paper: 1). In [0, 1]."""
     length_normalised: bool = True
     """Divide the future by the number of tokens left (paper)."""
     standardised: bool = True
@@ -80,8 +81,8 @@ class MiniLLM(Method):
     own_reward: Literal["once", "twice"] = "once"
     """How often the token's own part counts with single_step: once, exactly (paper's decomposition), or in the reward
     as well (the authors' code)."""
-    ratio_clip: float | None = 0.2
-    """PPO clip (code: 0.2).  It acts from the second update of a batch on: see optimizer.num_updates."""
+    ratio_clip: Positive | None = 0.2
+    """PPO clip (code: 0.2).  It acts from the second update of a batch on: see optimizer.num_updates. Above 0."""
 
     paper = "2306.08543"
     summary = "reverse KL of whole sequences: return-to-go reward plus an exact single step"

@@ -12,6 +12,7 @@ from tropd.objective.objective import Objective
 from tropd.objective.rewards import LogRatio
 from tropd.objective.selectors import STUDENT, TopFraction
 from tropd.objective.terms import Term
+from tropd.ranges import PositiveShare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +23,8 @@ class EntropyOPD(Method):
     """
 
     name: Literal["entropy_opd"] = "entropy_opd"
-    fraction: float = 0.2
-    """Share of tokens that are kept (paper: 0.2)."""
+    fraction: PositiveShare = 0.2
+    """Share of tokens that are kept (paper: 0.2). In (0, 1]."""
     scope: Literal["batch", "sequence"] = "batch"
     """Where the share is taken; the nearest code takes it per sequence [open]."""
     denominator: Literal["members", "actions"] = "members"

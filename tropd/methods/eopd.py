@@ -11,6 +11,7 @@ from tropd.objective.objective import Objective
 from tropd.objective.rewards import LogRatio
 from tropd.objective.selectors import STUDENT, TeacherEntropyAbove
 from tropd.objective.terms import Term
+from tropd.ranges import Count, NotNegative, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,16 +26,16 @@ class EOPD(Method):
     """
 
     name: Literal["eopd"] = "eopd"
-    threshold: float = 0.8
-    """Teacher entropy in nats above which the second term applies (paper: 0.8)."""
-    weight: float = 1.0
-    """Of the second term (paper: alpha = 1)."""
-    top_k: int = 16
-    """Teacher support (paper: 16; the code's example: 32)."""
+    threshold: NotNegative = 0.8
+    """Teacher entropy in nats above which the second term applies (paper: 0.8). At least 0."""
+    weight: NotNegative = 1.0
+    """Of the second term (paper: alpha = 1). At least 0."""
+    top_k: Count = 16
+    """Teacher support (paper: 16; the code's example: 32). At least 1."""
     teacher_renormalised: bool = True
     """Teacher's top-k weights sum to 1 (paper, eq. 10); an audit says the code does not [open]."""
-    ratio_clip: float = 0.2
-    """PPO clip; not stated, verl's default [inferred].  It acts from the second update of a batch on."""
+    ratio_clip: Positive = 0.2
+    """PPO clip; not stated, verl's default [inferred].  It acts from the second update of a batch on. Above 0."""
 
     paper = "2603.07079"
     summary = "OPD plus forward KL where the teacher's entropy is high"

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from tropd.errors import ConfigError
 from tropd.methods.base import Method
 from tropd.objective.losses import ForwardKL, PolicyGradient
 from tropd.objective.objective import Objective
 from tropd.objective.rewards import LogRatio, ProximalTeacher, chain
 from tropd.objective.selectors import STUDENT
 from tropd.objective.terms import Term
+from tropd.ranges import Count, Range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,22 +25,18 @@ class JSD(Method):
     """
 
     name: Literal["jsd"] = "jsd"
-    beta: float = 0.5
-    """Share of the teacher in the mixture (paper: 0.5)."""
-    top_k: int = 64
-    """Teacher support of the forward part (paper: 64)."""
+    beta: Annotated[
+        float,
+        Range(above=0, below=1, advice="the divergence vanishes at both ends; use 'full_fkl' (0) or 'opd' (1)"),
+    ] = 0.5
+    """Share of the teacher in the mixture (paper: 0.5). In (0, 1)."""
+    top_k: Count = 64
+    """Teacher support of the forward part (paper: 64). At least 1."""
 
     paper = "2606.01249"
     summary = "Jensen-Shannon: forward part on the teacher's top-k, reverse part as a reward"
     zero_at_teacher = False
     readings = ("The divergence is printed without its minus sign; it is minimised here.",)
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.beta < 1.0:
-            raise ConfigError(
-                f"method 'jsd' with beta = {self.beta}: the divergence vanishes at both ends. "
-                "Use method 'full_fkl' (beta 0) or 'opd' (beta 1)."
-            )
 
     @property
     def objective(self) -> Objective:

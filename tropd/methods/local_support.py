@@ -11,6 +11,7 @@ from tropd.objective.objective import Objective
 from tropd.objective.selectors import STUDENT, FirstOf, TokenIn
 from tropd.objective.support import Outside, Support
 from tropd.objective.terms import Term
+from tropd.ranges import Count, PositiveShare, Whole
 from tropd.types import Sampling
 
 
@@ -27,13 +28,13 @@ class LSM(Method):
     """
 
     name: Literal["lsm"] = "lsm"
-    top_k: int = 32
-    """Teacher support (paper: 32)."""
-    top_p: float = 0.9
-    """Of the rollouts (paper: 0.9; 1.0 loses: 17.7 against 23.6 on AIME24)."""
-    special_ids: tuple[int, ...] = ()
+    top_k: Count = 32
+    """Teacher support (paper: 32). At least 1."""
+    top_p: PositiveShare = 0.9
+    """Of the rollouts (paper: 0.9; 1.0 loses: 17.7 against 23.6 on AIME24). In (0, 1]."""
+    special_ids: tuple[Whole, ...] = ()
     """Written tokens that teach nothing, such as end-of-turn tokens that the two models use differently (paper's
-    special-token masking, off by default)."""
+    special-token masking, off by default). Each at least 0."""
     special_occurrences: Literal["first", "every"] = "first"
     """Which of these tokens: the first of each id in a response (paper and code), or every one of them."""
 
@@ -50,9 +51,6 @@ class LSM(Method):
         where = STUDENT & ~special(self.special_ids) if self.special_ids else STUDENT
         loss = ReverseKL(support="teacher_top_k", top_k=self.top_k, outside="renormalise")
         return Objective(Term("reverse_kl", where, loss))
-
-    def __post_init__(self) -> None:
-        _ = self.objective
 
     @property
     def sampling(self) -> Sampling:
@@ -81,14 +79,14 @@ class ManyFaces(Method):
     """Whose likeliest tokens."""
     outside: Outside = "stop_gradient"
     """Treatment of the rest (paper's fix: stop-gradient)."""
-    top_k: int = 20
-    """Support size (code: 20)."""
+    top_k: Count = 20
+    """Support size (code: 20). At least 1."""
 
     paper = "2605.11182"
     summary = "reverse KL on a chosen top-k support with a chosen correction"
 
     def __post_init__(self) -> None:
-        _ = self.objective
+        super().__post_init__()
         if self.divergence == "reverse_kl" and self.outside == "ignore" and self.support != "full":
             warn(
                 "outside = 'ignore' with reverse KL on a top-k support is no divergence: its fixed point is "

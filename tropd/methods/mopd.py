@@ -11,6 +11,7 @@ from tropd.objective.objective import Objective
 from tropd.objective.rewards import Clip, LogRatio, chain
 from tropd.objective.selectors import STUDENT
 from tropd.objective.terms import Term
+from tropd.ranges import Count, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +27,10 @@ class MOPD(Method):
     name: Literal["mopd"] = "mopd"
     path: Literal["direct", "reward"] = "direct"
     """Divergence or policy gradient (paper has both)."""
-    top_k: int = 64
-    """Teacher support [inferred]."""
-    limit: float = 5.0
-    """Largest reward either way; the paper names A_max without a value [inferred]."""
+    top_k: Count = 64
+    """Teacher support [inferred]. At least 1."""
+    limit: Positive = 5.0
+    """Largest reward either way; the paper names A_max without a value [inferred]. Above 0."""
 
     paper = "2606.30406"
     summary = "bias-corrected reverse KL on the teacher's top-k"

@@ -12,6 +12,7 @@ from tropd.objective.objective import Objective
 from tropd.objective.rewards import FutureSum, LogRatio, chain
 from tropd.objective.selectors import STUDENT
 from tropd.objective.terms import Term
+from tropd.ranges import Positive, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,17 +27,18 @@ class OPD(Method):
     """
 
     name: Literal["opd"] = "opd"
-    discount: float = 0.0
-    """How much later rewards count for a token; 0 is the token alone (code: 0)."""
+    discount: Share = 0.0
+    """How much later rewards count for a token; 0 is the token alone (code: 0). In [0, 1]."""
     estimator: Literal["policy_gradient", "k2", "k3"] = "policy_gradient"
     """policy_gradient, or k2 = (log pi_S - log pi_T)^2 / 2 as a loss: the same expected gradient.  k3 is refused."""
     reward_logprobs: Literal["trainer", "sampler"] = "trainer"
     """Whose log pi_S the reward has: the model that is trained, whose KL is minimised [inferred], or the engine that
     drew the token (code)."""
-    ratio_cap: float | None = None
-    """Truncate the importance ratio from above (code: none)."""
-    ratio_clip: float | None = None
-    """PPO's clip of the importance ratio (code: none; verl: 0.2).  It acts from the second update of a batch on."""
+    ratio_cap: Positive | None = None
+    """Truncate the importance ratio from above (code: none). Above 0."""
+    ratio_clip: Positive | None = None
+    """PPO's clip of the importance ratio (code: none; verl: 0.2).  It acts from the second update of a batch on. Above
+    0."""
 
     paper = "https://thinkingmachines.ai/blog/on-policy-distillation"
     summary = "every token rewarded with log pi_T - log pi_S"
@@ -47,8 +49,6 @@ class OPD(Method):
     )
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.discount <= 1.0:
-            raise ConfigError(f"the discount lies in [0, 1], not {self.discount}.")
         if self.estimator == "k3":
             raise ConfigError(
                 "estimator = 'k3' as a loss has the gradient of forward KL, KL(teacher || student), although its value "
@@ -58,7 +58,7 @@ class OPD(Method):
             raise ConfigError("estimator = 'k2' is a loss at one token and knows no discount: use 'policy_gradient'.")
         if self.estimator == "k2" and self.reward_logprobs == "sampler":
             raise ConfigError("estimator = 'k2' is a loss, without a reward: leave out reward_logprobs.")
-        _ = self.objective
+        super().__post_init__()
 
     @property
     def objective(self) -> Objective:

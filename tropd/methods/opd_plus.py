@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from tropd.methods.base import Method
 from tropd.objective.losses import PolicyGradient
@@ -11,6 +11,7 @@ from tropd.objective.objective import Objective
 from tropd.objective.rewards import Clip, Divergence, DivergenceWeight, LogRatio, chain
 from tropd.objective.selectors import STUDENT
 from tropd.objective.terms import Term
+from tropd.ranges import Range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +29,8 @@ class OPDPlus(Method):
     name: Literal["opd_plus"] = "opd_plus"
     divergence: Divergence = "forward_kl"
     """Which divergence is minimised."""
-    limit: float = 6.0
-    """The log-ratio is brought into [-limit, limit] first (reproduction: 6)."""
+    limit: Annotated[float, Range(above=0, at_most=50)] = 6.0
+    """The log-ratio is brought into [-limit, limit] first (reproduction: 6). In (0, 50]."""
 
     paper = "2606.01039"
     summary = "unbiased sampled-token gradient of forward KL, reverse KL or Jensen-Shannon"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from tropd.methods.base import Method, warn
 from tropd.objective.losses import ForwardKL, PolicyGradient, StateReward
@@ -11,6 +11,7 @@ from tropd.objective.objective import Objective
 from tropd.objective.rewards import Clip, LogRatio, chain
 from tropd.objective.selectors import STUDENT, LogRatioAbove
 from tropd.objective.terms import Term
+from tropd.ranges import Count, Range
 
 _FLOOR_READING = ("The paper gives no value for tau; REOPOLD's floor log(.1)/.9 = -2.558 is taken.",)
 
@@ -23,8 +24,8 @@ class ClipOutlier(Method):
     """
 
     name: Literal["clip_outlier"] = "clip_outlier"
-    floor: float = -2.558
-    """Smallest reward [inferred]."""
+    floor: Annotated[float, Range(at_most=0, unbounded=True)] = -2.558
+    """Smallest reward [inferred]. At most 0."""
 
     paper = "2606.01249"
     summary = "OPD with the reward floored"
@@ -40,8 +41,8 @@ class MaskOutlier(Method):
     r"""OPD on tokens with log pi_T - log pi_S > floor; the others teach nothing."""
 
     name: Literal["mask_outlier"] = "mask_outlier"
-    floor: float = -2.558
-    """Log-ratio at or below which a token is dropped [inferred]."""
+    floor: Annotated[float, Range(at_most=0, unbounded=True)] = -2.558
+    """Log-ratio at or below which a token is dropped [inferred]. At most 0."""
 
     paper = "2606.01249"
     summary = "OPD with the worst tokens dropped"
@@ -62,8 +63,8 @@ class FullFKL(Method):
     name: Literal["full_fkl"] = "full_fkl"
     path: Literal["direct", "reward"] = "direct"
     """Differentiated through the student, or used as a reward: its expected gradient is then zero (warns)."""
-    top_k: int = 64
-    """Teacher support (paper: 64)."""
+    top_k: Count = 64
+    """Teacher support (paper: 64). At least 1."""
 
     paper = "2606.01249"
     summary = "teacher's top-k forward KL at every token"
@@ -74,6 +75,7 @@ class FullFKL(Method):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.path == "reward":
             warn(
                 "method 'full_fkl' with path = 'reward': the reward does not depend on the drawn token, so its "

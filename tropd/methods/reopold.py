@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from tropd.errors import ConfigError
 from tropd.methods.base import Method
 from tropd.objective.losses import PolicyGradient
 from tropd.objective.measures import StudentEntropy
@@ -14,6 +13,7 @@ from tropd.objective.objective import Objective
 from tropd.objective.rewards import Clip, LogRatio, chain
 from tropd.objective.selectors import STUDENT, FromProgress, LogRatioAbove, TopFraction
 from tropd.objective.terms import Term
+from tropd.ranges import Between, PositiveShare, Range, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +33,16 @@ class REOPOLD(Method):
     name: Literal["reopold"] = "reopold"
     stages: Literal[1, 2] = 2
     """2 is the paper's method; TrOPD's tables call 1 "REOPOLD" and 2 "REOPOLD 2Stage"."""
-    mixture: float = 0.1
-    """The paper's lambda; re-implementations quote 0.1 as the default, others 0.2 or 0.3 [open]."""
-    floor: float | None = None
-    """Smallest reward; by default from `mixture`."""
+    mixture: Between = 0.1
+    """The paper's lambda; re-implementations quote 0.1 as the default, others 0.2 or 0.3 [open]. In (0, 1)."""
+    floor: Annotated[float, Range(at_most=0, unbounded=True)] | None = None
+    """Smallest reward; by default from `mixture`. At most 0."""
     bracket: Literal["outside", "inside"] = "outside"
     """log(lambda) / (1 - lambda), which the derivation gives, or log(lambda / (1 - lambda)) [open]."""
-    switch: float = 0.5
-    """Progress at which refinement begins (paper: 150 of 300 steps)."""
-    fraction: float = 0.2
-    """Share of tokens in refinement (paper: 0.2)."""
+    switch: Share = 0.5
+    """Progress at which refinement begins (paper: 150 of 300 steps). In [0, 1]."""
+    fraction: PositiveShare = 0.2
+    """Share of tokens in refinement (paper: 0.2). In (0, 1]."""
 
     paper = "2603.11137"
     summary = "floored reward; first without the worst tokens, then on the uncertain ones"
@@ -50,10 +50,6 @@ class REOPOLD(Method):
         "In exploration a token below the floor is dropped, so the floor itself only acts in refinement.",
         "Eq. 7's brackets are read both ways; log(l + (1 - l) r) >= (1 - l) max(log r, log(l) / (1 - l)) decides.",
     )
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.mixture < 1.0:
-            raise ConfigError(f"REOPOLD's mixture lies strictly between 0 and 1, not at {self.mixture}.")
 
     @property
     def smallest_reward(self) -> float:

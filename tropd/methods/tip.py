@@ -11,6 +11,7 @@ from tropd.objective.measures import EitherHigh, Normalised, ReverseKLAt, Studen
 from tropd.objective.objective import Objective
 from tropd.objective.selectors import STUDENT, TopFraction
 from tropd.objective.terms import Term
+from tropd.ranges import PositiveShare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +25,8 @@ class TIP(Method):
     """
 
     name: Literal["tip"] = "tip"
-    fraction: float = 0.5
-    """Share of tokens that are kept (paper: 0.5)."""
+    fraction: PositiveShare = 0.5
+    """Share of tokens that are kept (paper: 0.5). In (0, 1]."""
     normalise: Literal["min_max", "rank"] = "min_max"
     """How both scores reach [0, 1]: min-max over the batch (paper); ranks withstand outliers."""
 

@@ -11,6 +11,7 @@ from tropd.objective.objective import Objective
 from tropd.objective.rewards import LogRatio, PlusFutureMean, ProximalTeacher, Standardise, chain
 from tropd.objective.selectors import STUDENT
 from tropd.objective.terms import Reward, Term
+from tropd.ranges import PositiveShare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +25,8 @@ class TOPD(Method):
     """
 
     name: Literal["topd"] = "topd"
-    alpha: float = 0.2
-    """Share of the teacher in the proximal teacher (NeMo-RL's example: 0.2)."""
+    alpha: PositiveShare = 0.2
+    """Share of the teacher in the proximal teacher (NeMo-RL's example: 0.2). In (0, 1]."""
     credit: Literal["token", "future_mean"] = "token"
     """The token's own reward, or plus the mean of the later ones (prime-rl)."""
     normalise: Literal["none", "baseline", "group"] = "none"
@@ -34,9 +35,6 @@ class TOPD(Method):
     paper = "2607.04751"
     summary = "reward against a mixture of teacher and student, bounded below"
     readings = ("NeMo-RL's pull request calls this method 'tropd'; here that name belongs to arXiv 2606.01249.",)
-
-    def __post_init__(self) -> None:
-        _ = self.objective
 
     @property
     def objective(self) -> Objective:

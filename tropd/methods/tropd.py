@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from tropd.methods.base import Method, warn
 from tropd.objective.losses import ForwardKL, NegativeLogLikelihood, PolicyGradient, StateReward
@@ -12,6 +12,7 @@ from tropd.objective.rewards import Clip, LogRatio, chain
 from tropd.objective.schedules import Schedule
 from tropd.objective.selectors import STUDENT, TEACHER, Trust, TrustRegion
 from tropd.objective.terms import Term, TokenLoss
+from tropd.ranges import Count, NotNegative, PositiveShare, Range, Share, Whole
 from tropd.rollout.policies import OnPolicy, RolloutPolicy, TeacherPrefix
 from tropd.types import Sampling
 
@@ -38,29 +39,30 @@ class TrOPD(Method):
     name: Literal["tropd"] = "tropd"
     trust: Trust = "bernoulli"
     """Who is trusted: a draw with probability min(pi_T/pi_S, 1) (paper), a threshold on it, or it as a weight."""
-    trust_threshold: float = 1.0
-    """Smallest agreement pi_T/pi_S that is trusted, with trust = "threshold" [inferred]."""
+    trust_threshold: PositiveShare = 1.0
+    """Smallest agreement pi_T/pi_S that is trusted, with trust = "threshold" [inferred]. In (0, 1]."""
     outlier: Literal["forward_kl", "forward_kl_reward", "mask", "clip"] = "forward_kl"
     """What an outlier teaches: the teacher's top-k as a loss (paper's equations), the same number as a reward (what
     its Table 5 suggests; warns), nothing, or a floored reward."""
-    top_k: int = 64
-    """Teacher support of the outlier loss (paper: 64)."""
-    floor: float = -2.558
-    """Floor of the log-ratio with outlier = "clip"; the paper gives no value: log(.1)/.9, REOPOLD's [inferred]."""
+    top_k: Count = 64
+    """Teacher support of the outlier loss (paper: 64). At least 1."""
+    floor: Annotated[float, Range(at_most=0, unbounded=True)] = -2.558
+    """Floor of the log-ratio with outlier = "clip"; the paper gives no value: log(.1)/.9, REOPOLD's [inferred]. At most
+    0."""
     guidance: bool = True
     """Whether the teacher writes prefixes (paper)."""
-    beta: float = 1e-3
-    """Weight of the guidance loss (paper: 0.001)."""
+    beta: NotNegative = 1e-3
+    """Weight of the guidance loss (paper: 0.001). At least 0."""
     prefix: Schedule = field(default_factory=lambda: Schedule(shape="cosine", start=1.0, end=0.0))
     """Longest prefix, as a share of the response budget: all of it, then nothing, on a cosine (paper)."""
     prefix_draw: Literal["longest", "uniform"] = "longest"
     """Each prefix as long as allowed, or uniformly between 0 and that [inferred]."""
-    prefix_share: float = 1.0
-    """Share of rollouts that get a prefix [inferred]."""
+    prefix_share: Share = 1.0
+    """Share of rollouts that get a prefix [inferred]. In [0, 1]."""
     prefix_texts: Literal["shared", "own"] = "shared"
     """One teacher text for all rollouts of a prompt, or one each [inferred]."""
-    prefix_keep: int = 1
-    """Tokens of a teacher text that fits whole which are left to the student [inferred]."""
+    prefix_keep: Whole = 1
+    """Tokens of a teacher text that fits whole which are left to the student [inferred]. At least 0."""
     denominator: Literal["actions", "student"] = "actions"
     """The mean is over all trained tokens, prefixes included, or over the student's own [inferred]."""
 
@@ -81,8 +83,8 @@ class TrOPD(Method):
     )
 
     def __post_init__(self) -> None:
-        TrustRegion(self.trust, self.trust_threshold)  # refuse a bad threshold now
-        _ = self.objective, self.rollout
+        super().__post_init__()
+        _ = self._prefixes
         if self.outlier == "forward_kl_reward":
             warn(
                 "outlier = 'forward_kl_reward' uses a divergence as a reward: on outliers it only pushes down what "
@@ -111,6 +113,10 @@ class TrOPD(Method):
     def rollout(self) -> RolloutPolicy:
         if not self.guidance:
             return OnPolicy()
+        return self._prefixes
+
+    @property
+    def _prefixes(self) -> TeacherPrefix:
         return TeacherPrefix(
             length=self.prefix,
             draw=self.prefix_draw,

@@ -10,6 +10,7 @@ A divergence may enter the first path only through `StateReward`, which says wha
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from tropd.objective.rewards import LogRatio
 from tropd.objective.support import Outside, Support, add_bucket, expected_gap, log_mixture, on_support
 from tropd.objective.targets import Target
 from tropd.objective.terms import Reward, TokenLoss
+from tropd.ranges import Count, Positive, Range
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,11 @@ class PolicyGradient(TokenLoss):
     """
 
     reward: Reward = field(default_factory=LogRatio)
-    clip: float | None = None
-    cap: float | None = None
+    clip: Positive | None = None
+    cap: Positive | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.clip is not None and self.cap is not None:
             raise ConfigError("a policy gradient takes a PPO `clip` or an importance `cap`, not both.")
 
@@ -88,14 +91,13 @@ class DivergenceLoss(TokenLoss):
     """What the divergences share: a support, and what happens to the probability outside it."""
 
     support: Support = "full"
-    top_k: int = 64
+    top_k: Count = 64
     outside: Outside = "ignore"
     target: Target | None = None
     """A transformation of the teacher's distribution (full support only)."""
 
     def __post_init__(self) -> None:
-        if self.support != "full" and self.top_k < 1:
-            raise ConfigError(f"top_k must be at least 1, not {self.top_k}.")
+        super().__post_init__()
         if self.outside == "renormalise" and self.support != "full" and self.top_k == 1:
             raise ConfigError(
                 "renormalising over one token makes both probabilities 1 and the loss identically 0. "
@@ -147,14 +149,12 @@ class ForwardKL(DivergenceLoss):
     `ignore` on top-k is the teacher renormalised; `generalised` (+ S - T) and `bucket` have the teacher itself.
     """
 
-    skew: float = 0.0
+    skew: Annotated[float, Range(at_least=0, below=1)] = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.outside == "stop_gradient":
             raise ConfigError("outside='stop_gradient' corrects reverse KL; for forward KL use 'generalised'.")
-        if not 0.0 <= self.skew < 1.0:
-            raise ConfigError(f"the teacher's share in a skewed forward KL lies in [0, 1), not at {self.skew}.")
 
     def between(self, log_t: Tensor, log_s: Tensor) -> Tensor:
         t, s = log_t.exp(), log_s.exp()
@@ -191,15 +191,17 @@ class ReverseKL(DivergenceLoss):
 class JensenShannon(DivergenceLoss):
     """beta KL(T || M) + (1 - beta) KL(S || M),  M = beta T + (1 - beta) S,  0 < beta < 1."""
 
-    beta: float = 0.5
+    beta: Annotated[
+        float,
+        Range(
+            above=0,
+            below=1,
+            advice="the divergence vanishes at both ends; use forward KL (GKD's beta 0) or reverse KL (GKD's beta 1)",
+        ),
+    ] = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 < self.beta < 1.0:
-            raise ConfigError(
-                f"Jensen-Shannon's beta lies strictly between 0 and 1, not at {self.beta}: the divergence vanishes at "
-                "both ends. Use forward KL (GKD's beta 0) or reverse KL (GKD's beta 1)."
-            )
         if self.outside in ("stop_gradient", "renormalise_teacher", "generalised"):
             raise ConfigError(f"outside={self.outside!r} is not defined for Jensen-Shannon: use 'bucket'.")
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from tropd.errors import ConfigError
 from tropd.objective.evidence import Needs, Tokens, at_least_float32
 from tropd.objective.measures import padded
 from tropd.objective.terms import Context, Reach, Reward
+from tropd.ranges import Finite, Positive, PositiveShare, Range, Share
 from tropd.types import Author
 
 
@@ -42,7 +42,7 @@ class LogRatio(Reward):
     `against` "behavior" has the log-probability of whatever drew the token instead of the student's own.
     """
 
-    scale: float = 1.0
+    scale: Finite = 1.0
     against: Literal["student", "behavior"] = "student"
     own_needs = Needs.SAMPLED
 
@@ -57,8 +57,8 @@ class LogRatio(Reward):
 class Clip(Reward):
     """Into [low, high]."""
 
-    low: float = -math.inf
-    high: float = math.inf
+    low: Annotated[float, Range(unbounded=True)] = -math.inf
+    high: Annotated[float, Range(unbounded=True)] = math.inf
 
     def __call__(self, reward_N: Tensor, tokens: Tokens, context: Context) -> Tensor:
         return reward_N.clamp(self.low, self.high)
@@ -71,11 +71,7 @@ class ProximalTeacher(Reward):
     alpha = 1 changes nothing.
     """
 
-    alpha: float
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.alpha <= 1.0:
-            raise ConfigError(f"the proximal teacher's alpha lies in (0, 1], not {self.alpha}.")
+    alpha: PositiveShare
 
     def __call__(self, reward_N: Tensor, tokens: Tokens, context: Context) -> Tensor:
         if self.alpha == 1.0:
@@ -118,7 +114,7 @@ class FutureSum(Reward):
     `current`: whether i = t counts.  `mean`: divided by the number of tokens in the sum.
     """
 
-    discount: float = 1.0
+    discount: Share = 1.0
     current: bool = True
     mean: bool = False
     own_reach = Reach.SEQUENCE
@@ -162,7 +158,7 @@ class Standardise(Reward):
 
     scope: Literal["batch", "group"] = "batch"
     divide: bool = True
-    floor: float = 1e-4
+    floor: Positive = 1e-4
     """Smallest standard deviation: well above float32 rounding, or equal models would be driven by noise."""
 
     @property
@@ -188,7 +184,7 @@ class Standardise(Reward):
 
 @dataclass(frozen=True)
 class Scale(Reward):
-    factor: float
+    factor: Finite
 
     def __call__(self, reward_N: Tensor, tokens: Tokens, context: Context) -> Tensor:
         return self.factor * reward_N
@@ -208,7 +204,7 @@ class ReverseKLBaseline(Reward):
 class GroupAdvantage(Reward):
     """+ weight * (grader's reward - mean of its group): GRPO's advantage without the division."""
 
-    weight: float = 1.0
+    weight: Finite = 1.0
     own_needs = Needs.REWARD
     own_reach = Reach.GROUP
 

@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from tropd.errors import ConfigError
+from tropd.ranges import Finite, PositiveShare, Ranged
 
 Shape = Literal["constant", "linear", "cosine", "convex", "switch"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Schedule:
+class Schedule(Ranged):
     """From `start` to `end` while progress goes from 0 to `until`, then `end`.
 
     cosine   half a cosine: slow, fast, slow
@@ -21,14 +21,12 @@ class Schedule:
     """
 
     shape: Shape = "constant"
-    start: float = 1.0
-    end: float = 0.0
-    until: float = 1.0
-    """Share of training after which the schedule stays at `end`."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.until <= 1.0:
-            raise ConfigError(f"a schedule's `until` is a share of training in (0, 1], not {self.until}.")
+    start: Finite = 1.0
+    """Any finite number."""
+    end: Finite = 0.0
+    """Any finite number."""
+    until: PositiveShare = 1.0
+    """Share of training after which the schedule stays at `end`. In (0, 1]."""
 
     def __call__(self, progress: float) -> float:
         u = min(max(progress / self.until, 0.0), 1.0)

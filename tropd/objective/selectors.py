@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from tropd.errors import ConfigError
 from tropd.objective.draws import uniform
 from tropd.objective.evidence import Needs, Tokens, at_least_float32, trained
 from tropd.objective.measures import kth_highest, numbers_of
 from tropd.objective.terms import Context, Measure, Reach, Selector
+from tropd.ranges import Finite, Positive, PositiveShare, Range, Share, Whole
 from tropd.types import Author
 
 
@@ -50,12 +50,8 @@ class TrustRegion(Selector):
     """
 
     rule: Trust = "bernoulli"
-    tau: float = 1.0
+    tau: PositiveShare = 1.0
     own_needs = Needs.SAMPLED
-
-    def __post_init__(self) -> None:
-        if self.rule == "threshold" and not 0.0 < self.tau <= 1.0:
-            raise ConfigError(f"the trust threshold is an agreement in (0, 1], not {self.tau}.")
 
     def __call__(self, tokens: Tokens, context: Context) -> Tensor:
         log_agreement_N = tokens.log_ratio_N.clamp(max=0.0)
@@ -71,7 +67,7 @@ class TrustRegion(Selector):
 class LogRatioAbove(Selector):
     """1 where log pi_T - log pi_S > floor (`inclusive`: >=)."""
 
-    floor: float
+    floor: Annotated[float, Range(unbounded=True)]
     inclusive: bool = False
     own_needs = Needs.SAMPLED
 
@@ -84,7 +80,7 @@ class LogRatioAbove(Selector):
 class ProbabilityGapAbove(Selector):
     """1 where pi_T - pi_S > tau (AOPD's gate, arXiv 2605.06387)."""
 
-    tau: float = 0.0
+    tau: Annotated[float, Range(at_least=-1, at_most=1)] = 0.0
     own_needs = Needs.SAMPLED
 
     def __call__(self, tokens: Tokens, context: Context) -> Tensor:
@@ -99,7 +95,7 @@ class ProbabilityGapAbove(Selector):
 class TeacherEntropyAbove(Selector):
     """1 where the teacher's next-token entropy exceeds a number of nats."""
 
-    nats: float
+    nats: Finite
     own_needs = Needs.TEACHER_ENTROPY
 
     def __call__(self, tokens: Tokens, context: Context) -> Tensor:
@@ -115,12 +111,8 @@ class TopFraction(Selector):
     """
 
     score: Measure
-    fraction: float
+    fraction: PositiveShare
     scope: Literal["batch", "sequence"] = "batch"
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.fraction <= 1.0:
-            raise ConfigError(f"a fraction of tokens lies in (0, 1], not {self.fraction}.")
 
     @property
     def reach(self) -> Reach:
@@ -143,7 +135,7 @@ class TopFraction(Selector):
 class TokenIn(Selector):
     """1 where the written token is one of `ids` (special-token masking: `~TokenIn(...)`)."""
 
-    ids: tuple[int, ...]
+    ids: tuple[Whole, ...]
 
     def __call__(self, tokens: Tokens, context: Context) -> Tensor:
         ids = torch.tensor(self.ids, dtype=tokens.token_ids_N.dtype, device=tokens.token_ids_N.device)
@@ -154,7 +146,7 @@ class TokenIn(Selector):
 class FirstOf(Selector):
     """1 where a response holds one of these ids for the first time, each id by itself; only the student's count."""
 
-    ids: tuple[int, ...]
+    ids: tuple[Whole, ...]
     own_reach = Reach.SEQUENCE
 
     def __call__(self, tokens: Tokens, context: Context) -> Tensor:
@@ -175,7 +167,7 @@ class PositionBelow(Selector):
     Neither a teacher's prefix nor a tool's answer takes the place of a token that the student wrote.
     """
 
-    limit: int
+    limit: Whole
 
     def __call__(self, tokens: Tokens, context: Context) -> Tensor:
         return as_weight((tokens.num_before_N < self.limit) & trained(tokens), tokens.num_before_N)
@@ -185,7 +177,7 @@ class PositionBelow(Selector):
 class LastPositions(Selector):
     """1 on the last `count` tokens of each response, counting those of the token's own author only."""
 
-    count: int
+    count: Whole
 
     def __call__(self, tokens: Tokens, context: Context) -> Tensor:
         return as_weight((tokens.num_after_N < self.count) & trained(tokens), tokens.num_after_N)
@@ -204,7 +196,7 @@ class PerplexityWeight(Selector):
     who: Literal["student", "teacher"]
     sign: Literal[1, -1]
     among: Selector
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     own_needs = Needs.SAMPLED
     own_reach = Reach.GROUP
 
@@ -234,7 +226,7 @@ class FromProgress(Selector):
 
     early: Selector
     late: Selector
-    switch: float
+    switch: Share
 
     def __call__(self, tokens: Tokens, context: Context) -> Tensor:
         return (self.early if context.progress < self.switch else self.late)(tokens, context)
@@ -244,7 +236,7 @@ class FromProgress(Selector):
 class Verified(Selector):
     """1 on sequences that the grader passes (reward > `above`)."""
 
-    above: float = 0.0
+    above: Finite = 0.0
     own_needs = Needs.REWARD
 
     def __call__(self, tokens: Tokens, context: Context) -> Tensor:

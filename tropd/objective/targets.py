@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from tropd.errors import ConfigError
 from tropd.objective.terms import Piece
+from tropd.ranges import Positive, Share
 
 
 class Target(Piece):
@@ -22,11 +21,7 @@ class Target(Piece):
 class Temperature(Target):
     """T^(1 / temperature), normalised."""
 
-    temperature: float
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.temperature < math.inf:
-            raise ConfigError(f"a target's temperature is a positive number, not {self.temperature}.")
+    temperature: Positive
 
     def __call__(self, log_t: Tensor, log_s: Tensor) -> Tensor:
         return (log_t / self.temperature).log_softmax(-1)
@@ -36,11 +31,7 @@ class Temperature(Target):
 class GeometricBridge(Target):
     """T^(1 - a) S^a, normalised: a target between the two (Veto)."""
 
-    share: float
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.share <= 1.0:
-            raise ConfigError(f"a bridge's share of the student lies in [0, 1], not at {self.share}.")
+    share: Share
 
     def __call__(self, log_t: Tensor, log_s: Tensor) -> Tensor:
         if self.share in (0.0, 1.0):  # 0 * log 0 is NaN

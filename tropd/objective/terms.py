@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tropd.objective.evidence import Needs, StudentView, Tokens
 from tropd.objective.schedules import Schedule
+from tropd.ranges import Finite, Ranged
 
 
 class Reach(IntEnum):
@@ -62,7 +63,7 @@ class Context:
     world: World = Alone()
 
 
-class Piece:
+class Piece(Ranged):
     """A part of an objective.  Subclasses are frozen dataclasses; parts of parts are found in their fields."""
 
     own_needs: ClassVar[Needs] = Needs.NOTHING
@@ -182,13 +183,13 @@ the selector's own weights; or per sequence and then over sequences (a mean of m
 
 
 @dataclass(frozen=True)
-class Term:
+class Term(Ranged):
     """Which tokens, what to minimise there, how strongly, divided by what."""
 
     name: str
     where: Selector
     loss: TokenLoss
-    weight: float | Schedule = 1.0
+    weight: Finite | Schedule = 1.0
     over: Over = "actions"
 
     @property

@@ -16,64 +16,66 @@ from typing import Any, Literal, get_args
 from tropd.errors import CheckpointError, ConfigError
 from tropd.probes.draws import ENOUGH, Gathered, too_alike
 from tropd.probes.teachers import by_teacher
+from tropd.ranges import Count, Positive, PositiveShare, Ranged
 
 Action = Literal["warn", "stop", "off"]
 _ACTIONS = get_args(Action)
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlarmConfig:
+class AlarmConfig(Ranged):
     """What each alarm does, and from where on."""
+
+    section = "alarms"
 
     non_finite: Action = "stop"
     """The loss or the gradient is not a finite number."""
     uniform_teacher: Action = "stop"
     """The teacher gives every token the same probability 1 / vocabulary."""
-    uniform_teacher_tolerance: float = 0.05
-    """How near to -ln V and ln V counts, as a share of ln V."""
+    uniform_teacher_tolerance: PositiveShare = 0.05
+    """How near to -ln V and ln V counts, as a share of ln V. In (0, 1]."""
     mismatch: Action = "stop"
     """The sampler's log-probabilities are not the trainer's."""
-    mismatch_nats: float = 0.05
-    """Largest mean absolute difference.  A healthy bfloat16 engine has a standard deviation of at most 0.06."""
+    mismatch_nats: Positive = 0.05
+    """Largest mean absolute difference.  A healthy bfloat16 engine has a standard deviation of at most 0.06. Above
+    0."""
     length_blow_up: Action = "warn"
     """Answers grow suddenly and run into the limit."""
-    length_blow_up_factor: float = 2.0
-    """Times the running median of the mean length."""
-    length_blow_up_truncated: float = 0.5
-    """And this share of answers is cut off."""
-    length_window: int = 20
-    """Steps in the running median; the alarm waits for a quarter of them."""
+    length_blow_up_factor: Positive = 2.0
+    """Times the running median of the mean length. Above 0."""
+    length_blow_up_truncated: PositiveShare = 0.5
+    """And this share of answers is cut off. In (0, 1]."""
+    length_window: Count = 20
+    """Steps in the running median; the alarm waits for a quarter of them. At least 1."""
     support_collapse: Action = "warn"
     """The student puts its probability where the teacher's top-k is not."""
-    support_collapse_mass: float = 0.2
-    """Least mean student probability inside the teacher's top-k."""
+    support_collapse_mass: PositiveShare = 0.2
+    """Least mean student probability inside the teacher's top-k. In (0, 1]."""
     entropy_collapse: Action = "warn"
     """The student has become almost deterministic."""
-    entropy_collapse_share: float = 0.1
-    """Least share of the entropy of the first step."""
+    entropy_collapse_share: Positive = 0.1
+    """Least share of the entropy of the first step. Above 0."""
     repetition: Action = "warn"
     """Answers repeat themselves."""
-    repetition_share: float = 0.5
-    """Largest mean share of repeated 4-grams."""
+    repetition_share: PositiveShare = 0.5
+    """Largest mean share of repeated 4-grams. In (0, 1]."""
     student_draws: Action = "stop"
     """What servers wrote was not drawn from the student."""
     teacher_draws: Action = "stop"
     """What a served teacher wrote was not drawn with the log-probabilities that it gives."""
     equal_answers: Action = "stop"
     """Answers to one prompt are too much alike to have been drawn apart."""
-    draws_nats: float = ENOUGH
-    """Evidence from which these three are raised: by chance once in exp(20.7) = 1e9 looks."""
+    draws_nats: Positive = ENOUGH
+    """Evidence from which these three are raised: by chance once in exp(20.7) = 1e9 looks. Above 0."""
     no_signal: Action = "warn"
     """The gradient of the first step is exactly zero although the models differ."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.default in _ACTIONS:
-                if value not in _ACTIONS:
-                    raise ConfigError(f"alarm {f.name!r} was set to {value!r}. Choose 'warn', 'stop' or 'off'.")
-            elif not (isinstance(value, int | float) and isfinite(value) and value > 0):
-                raise ConfigError(f"threshold {f.name!r} was set to {value!r}. Give a number above 0.")
+            if f.default in _ACTIONS and value not in _ACTIONS:
+                raise ConfigError(f"alarm {f.name!r} was set to {value!r}. Choose 'warn', 'stop' or 'off'.")
 
 
 _OF_A_TEACHER = ("uniform_teacher", "support_collapse")

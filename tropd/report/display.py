@@ -19,6 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tropd.terminal import PrintableConsole
 from tropd.types import StepRecord
 
 PHASES = {
@@ -177,7 +178,7 @@ class LiveDisplay(Display):
 
 def make_display(total_steps: int, *, console: Console | None = None) -> Display:
     """A live panel where the console can redraw lines, else plain lines.  rich honours NO_COLOR in both."""
-    console = console or Console(highlight=False)
+    console = console or PrintableConsole(highlight=False)
     redraws = console.is_terminal and not console.is_dumb_terminal
     return LiveDisplay(total_steps, console) if redraws else PlainDisplay(total_steps, console)
 

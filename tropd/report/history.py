@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import math
 import os
-import tomllib
+from array import array
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from tropd.errors import ConfigError
-from tropd.report.records import read_header, read_steps
+from tropd.reading import opened, read_toml
+from tropd.report.records import LONGEST_LINE, read_header, read_steps
 from tropd.report.scores import PromptScores, read_scores
 from tropd.types import StepRecord
 
@@ -33,7 +34,8 @@ class History:
     name: str
     header: dict[str, Any] = field(default_factory=dict)
     steps: list[int] = field(default_factory=list)
-    values: dict[str, list[float]] = field(default_factory=dict)
+    values: dict[str, array[float]] = field(default_factory=dict)
+    """Columns, as far as their last number."""
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
     """By the number of steps trained."""
     scores: dict[int, dict[str, PromptScores]] = field(default_factory=dict)
@@ -64,7 +66,8 @@ class History:
         return str(self.header.get("method") or self.config.get("method.name", "not known"))
 
     def column(self, name: str) -> np.ndarray:
-        return np.asarray(self.values.get(name, [math.nan] * len(self.steps)), dtype=np.float64)
+        known = np.array(self.values.get(name, ()), dtype=np.float64)
+        return np.append(known, np.full(len(self.steps) - len(known), np.nan))
 
     def names(self, prefix: str) -> list[str]:
         """What comes after the prefix, of the columns that begin with it."""
@@ -95,11 +98,12 @@ class History:
         path = self.directory / "run.toml"
         self.config, self._wrong["config"] = {}, []
         try:
-            self.config = flatten(tomllib.loads(path.read_text()))
-        except FileNotFoundError:
-            self._wrong["config"] = ["run.toml is missing: the configuration is not known"]
-        except (OSError, ValueError) as error:
-            self._wrong["config"] = [f"run.toml cannot be understood ({error}): the configuration is not known"]
+            if not path.exists():
+                raise ConfigError("run.toml is missing")
+            self.config = flatten(read_toml(path))
+            self._wrong["config"] = [] if self.config else ["run.toml is empty: the configuration is not known"]
+        except ConfigError as error:
+            self._wrong["config"] = [f"{str(error).rstrip('.')}: the configuration is not known"]
 
     def _read_records(self) -> None:
         path = self.directory / "records.jsonl"
@@ -110,55 +114,61 @@ class History:
         if not size:
             self._wrong["header"] = ["records.jsonl is missing or empty: no step is known"]
             return
-        _, reached, number = self._read
-        with path.open("rb") as file:
-            file.seek(reached)
-            lines = file.read(size - reached).splitlines(keepends=True)
-        torn = [lines.pop()] if lines and not lines[-1].endswith(b"\n") else []
-        if number == 0 and lines:
-            lines = self._take_header(path, lines)
-            number = 1
-            reached = size - sum(map(len, lines)) - sum(map(len, torn))
-        last = self.steps[-1] if self.steps else -1
-        records, said = read_steps(lines, first_line=number + 1, last_step=last)
-        self._wrong["records"] += [f"records.jsonl, {text}" for text in said]
-        if torn:
-            self._wrong["torn"] = ["the last line of records.jsonl is torn: the run was cut off, or is writing it"]
-        self._add(records)
-        self._read = (inode, reached + sum(map(len, lines)), number + len(lines))
+        self._read = (inode, *self._read[1:])
+        problems: list[str] = []
+        try:
+            with opened(path) as file:
+                file.seek(self._read[1])
+                last = self.steps[-1] if self.steps else -1
+                lines = self._lines(path, file, size)
+                for record in read_steps(lines, problems, first_line=max(self._read[2] + 1, 2), last_step=last):
+                    self._add(record)
+        except ConfigError as error:
+            self._wrong["header"] = [str(error)]
+        self._wrong["records"] += [f"records.jsonl, {text}" for text in problems]
 
-    def _take_header(self, path: Path, lines: list[bytes]) -> list[bytes]:
-        """The lines after the first; all of them are left out where the header says that they mean something else."""
+    def _lines(self, path: Path, file: BinaryIO, size: int) -> Iterator[bytes]:
+        """The whole lines up to `size` that are new, after the header; none where that says that they mean something
+        else."""
+        inode, reached, number = self._read
+        while reached < size and (line := file.readline(LONGEST_LINE)):
+            if not line.endswith(b"\n"):
+                self._wrong["torn"] = ["the last line of records.jsonl is torn: the run was cut off, or is writing it"]
+                return
+            reached, number = reached + len(line), number + 1
+            self._read = (inode, reached, number)
+            if number > 1:
+                yield line
+            elif not self._take_header(path) and b'"schema"' in line:
+                self._read = (inode, size, number)
+                return
+
+    def _take_header(self, path: Path) -> bool:
         try:
             self.header = read_header(path)
             self._wrong["header"] = []
+            before = self.header.get("before")
+            if isinstance(before, Mapping) and before:
+                self.evaluations[0] = {k: float(v) for k, v in before.items() if isinstance(v, int | float)}
         except ConfigError as error:
             self._wrong["header"] = [str(error)]
-            if b'"schema"' in lines[0]:
-                return []
-        return lines[1:]
+        return not self._wrong["header"]
 
     def _forget(self) -> None:
         self.header, self.steps, self.values, self.evaluations, self.alarms = {}, [], {}, {}, []
         self._wrong["records"] = []
         self._read = (_state(self.directory / "records.jsonl")[0], 0, 0)
 
-    def _add(self, records: list[StepRecord]) -> None:
-        before = self.header.get("before")
-        if isinstance(before, Mapping) and before and 0 not in self.evaluations:
-            self.evaluations[0] = {k: float(v) for k, v in before.items() if isinstance(v, int | float)}
-        for record in records:
-            known = len(self.steps)
-            self.steps.append(record.step)
-            for name, x in numbers(record).items():
-                column = self.values.setdefault(name, [])
-                column += [math.nan] * (known - len(column))
-                column.append(x)
-            if record.evaluation:
-                self.evaluations[record.step + 1] = dict(record.evaluation)
-            self.alarms += [(record.step, *split_alarm(text)) for text in record.alarms]
-        for column in self.values.values():
-            column += [math.nan] * (len(self.steps) - len(column))
+    def _add(self, record: StepRecord) -> None:
+        known = len(self.steps)
+        self.steps.append(record.step)
+        for name, x in numbers(record).items():
+            column = self.values.setdefault(name, array("d"))
+            column.extend([math.nan] * (known - len(column)))
+            column.append(x)
+        if record.evaluation:
+            self.evaluations[record.step + 1] = dict(record.evaluation)
+        self.alarms += [(record.step, *split_alarm(text)) for text in record.alarms]
 
 
 def numbers(record: StepRecord) -> dict[str, float]:

@@ -1,11 +1,13 @@
 """The report of runs that go on, served on this machine alone.
 
-    GET /                    the page
-    GET /state.json?known=V  what changed since version V: 204 where nothing did
-    GET /transcripts.json    the transcripts, asked for when their version changed
+    GET /TOKEN/                    the page
+    GET /TOKEN/state.json?known=V  what changed since version V: 204 where nothing did
+    GET /TOKEN/transcripts.json    the transcripts, asked for when their version changed
 
-Nothing else is answered, nothing is written, and a request whose Host is not this server's is refused: a page of
-somebody else, opened in the same browser, cannot read a run by giving its own name this address.
+Nothing else is answered, and nothing is written.  The token is drawn when the server starts and printed with the
+address: other users of the machine, who can reach each of its ports, cannot read the run.  A request whose Host is not
+this server's is refused as well: a page of somebody else, opened in the same browser, cannot read a run by giving its
+own name this address.  A request has SECONDS, and of more than CONNECTIONS at a time the oldest is dropped.
 """
 
 from __future__ import annotations
@@ -13,7 +15,12 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import secrets
+import socket
+import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock
 from typing import Any
@@ -25,6 +32,7 @@ from tropd.report.page import embed_json, policy, render, state_of
 from tropd.report.transcripts import Shelf, collect
 
 ADDRESS = "127.0.0.1"
+CONNECTIONS, SECONDS = 32, 30.0
 
 
 class Watched:
@@ -71,6 +79,10 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, watched: Watched, port: int) -> None:
         self.watched = watched
+        self.root = f"/{secrets.token_urlsafe(24)}"
+        self._open: dict[socket.socket, float] = {}
+        """Connections, oldest first, and until when each may take for its request."""
+        self._lock = Lock()
         try:
             super().__init__((ADDRESS, port), Handler)
         except (OSError, OverflowError) as error:
@@ -81,7 +93,39 @@ class Server(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        return f"http://{ADDRESS}:{self.server_port}/"
+        return f"http://{ADDRESS}:{self.server_port}{self.root}/"
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.allow_time(request)
+        with self._lock:
+            for one in list(self._open)[:-CONNECTIONS]:
+                self._drop(one)
+        super().process_request(request, client_address)
+
+    def allow_time(self, request: socket.socket) -> None:
+        with self._lock:
+            self._open[request] = time.monotonic() + SECONDS
+
+    def service_actions(self) -> None:
+        with self._lock:
+            for one, until in list(self._open.items()):
+                if time.monotonic() > until:
+                    self._drop(one)
+
+    def _drop(self, request: socket.socket) -> None:
+        """Its thread finds the connection ended, and ends."""
+        del self._open[request]
+        with suppress(OSError):
+            request.shutdown(socket.SHUT_RDWR)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), OSError):  # whoever asked has gone
+            super().handle_error(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -90,19 +134,26 @@ class Handler(BaseHTTPRequestHandler):
     sys_version = ""
     protocol_version = "HTTP/1.1"
 
+    def handle_one_request(self) -> None:
+        self.server.allow_time(self.connection)
+        super().handle_one_request()
+
     def do_GET(self) -> None:
         if self.headers.get("Host") not in self.server.hosts:
             return self._answer(403, "text/plain", "This server answers for 127.0.0.1 only.\n")
-        asked = urlsplit(self.path)
+        root, path = self.server.root, urlsplit(self.path).path
+        if not secrets.compare_digest(path[: len(root) + 1].encode(), f"{root}/".encode()):
+            return self._answer(403, "text/plain", "Open the whole address that `tropd watch` printed.\n")
+        path = path[len(root) :]
         watched = self.server.watched
-        if asked.path == "/":
+        if path == "/":
             return self._answer(200, "text/html", watched.page())
-        if asked.path == "/state.json":
+        if path == "/state.json":
             state = watched.state()
-            if parse_qs(asked.query).get("known") == [state["version"]]:
+            if parse_qs(urlsplit(self.path).query).get("known") == [state["version"]]:
                 return self._answer(204, "application/json", "")
             return self._answer(200, "application/json", embed_json(state))
-        if asked.path == "/transcripts.json":
+        if path == "/transcripts.json":
             return self._answer(200, "application/json", embed_json(watched.transcripts()))
         return self._answer(404, "text/plain", "There is nothing here. The report is at /\n")
 

@@ -21,9 +21,11 @@ from typing import Any, Self
 from pydantic import TypeAdapter, ValidationError
 
 from tropd.errors import CheckpointError, ConfigError
+from tropd.reading import opened, parse_json, read_lines
 from tropd.types import StepRecord
 
 SCHEMA = 1
+LONGEST_LINE = 2**24
 
 _STEP = TypeAdapter(StepRecord)
 _STEP_FIELDS = {f.name for f in fields(StepRecord)} | {"kind", "nonfinite"}
@@ -105,10 +107,10 @@ class RecordWriter:
 
 def read_header(path: Path) -> dict[str, Any]:
     """The run's facts; refuses a file that is not a records.jsonl of this schema."""
-    if not path.exists():
+    if not os.path.lexists(path):
         raise ConfigError(f"records were asked for, but {path} does not exist. Name a run directory that has one.")
-    with path.open("rb") as file:
-        header = _parse(file.readline())
+    with opened(path) as file:
+        header = _parse(file.readline(LONGEST_LINE))
     if header is None or header.get("kind") != "header":
         raise ConfigError(
             f"{path} was asked for as the records of a run, but its first line is no header. "
@@ -125,17 +127,36 @@ def read_header(path: Path) -> dict[str, Any]:
 def read_records(path: Path) -> Records:
     """Everything that can be understood; what cannot is listed in `problems`, never guessed."""
     header = read_header(path)
-    _, *lines = path.read_bytes().splitlines(keepends=True)
-    steps, problems = read_steps(lines, first_line=2)
+    lines = (line for number, line in read_lines(path) if number > 1)
+    problems: list[str] = []
+    steps = list(read_steps(lines, problems, first_line=2))
     return Records(header=header, steps=steps, problems=problems)
 
 
+def find_step(path: Path, step: int, *, chunk: int = 2**22) -> StepRecord | None:
+    """One record, without understanding those before it: a line of tropd's says its step first."""
+    read_header(path)
+    begin = _line({"kind": "step", "step": step})[:-2].encode() + b","
+    with opened(path) as file:
+        file.readline(LONGEST_LINE)
+        place = file.tell() - 1
+        if not (first := file.readline(LONGEST_LINE)).startswith(begin.rstrip(b"-0123456789,")) and first:
+            return next((record for record in read_records(path).steps if record.step == step), None)
+        file.seek(place)
+        seen = b""
+        while more := file.read(chunk):
+            seen = seen[-len(begin) :] + more
+            place += len(more)
+            if (found := seen.find(b"\n" + begin)) >= 0:
+                file.seek(place - len(seen) + found + 1)
+                return _read_step(file.readline(LONGEST_LINE))[0]
+    return None
+
+
 def read_steps(
-    lines: Iterable[bytes], *, first_line: int, last_step: int | None = None
-) -> tuple[list[StepRecord], list[str]]:
-    """The steps that these lines hold after `last_step`, and what is wrong with the others."""
-    steps: list[StepRecord] = []
-    problems: list[str] = []
+    lines: Iterable[bytes], problems: list[str], *, first_line: int, last_step: int | None = None
+) -> Iterator[StepRecord]:
+    """The steps that these lines hold after `last_step`, one by one; what is wrong with the others joins `problems`."""
     for number, line in enumerate(lines, start=first_line):
         record, said = _read_step(line)
         problems += [f"line {number}: {text}" for text in said]
@@ -149,8 +170,7 @@ def read_steps(
             lacking = f"step {first} is missing" if first == last else f"steps {first} to {last} are missing"
             problems.append(f"line {number}: {lacking}")
         last_step = record.step
-        steps.append(record)
-    return steps, problems
+        yield record
 
 
 def _read_step(line: bytes) -> tuple[StepRecord | None, list[str]]:
@@ -210,8 +230,8 @@ def _restore(values: dict[str, Any]) -> dict[str, Any]:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        values = json.loads(line)
-    except ValueError:  # torn or foreign: the caller says so
+        values = parse_json(line, "the line", unique=False)
+    except ConfigError:  # torn or foreign: the caller says so
         return None
     return values if isinstance(values, dict) else None
 

@@ -13,7 +13,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from tropd.errors import ConfigError
 from tropd.evaluation.results import EvalItem
+from tropd.reading import read_json
 from tropd.report.records import temporary
 
 SCHEMA = 1
@@ -53,11 +55,11 @@ def read_scores(directory: Path) -> tuple[dict[int, dict[str, PromptScores]], li
     problems = []
     for path in sorted(directory.glob("step_*.json")):
         try:
-            values = json.loads(path.read_text())
+            values = read_json(path)
             if values["schema"] != SCHEMA:
                 raise ValueError(f"it is written in schema {values['schema']!r}, and this tropd reads schema {SCHEMA}")
             found[int(values["step"])] = {name: _scores(row) for name, row in values["prompts"].items()}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ConfigError, ValueError, LookupError, TypeError, AttributeError) as error:
             problems.append(f"{directory.name}/{path.name} cannot be understood ({error}); left out")
     return found, problems
 

@@ -7,9 +7,10 @@ from typing import Literal
 
 from tropd.errors import ConfigError
 from tropd.objective.schedules import Schedule
+from tropd.ranges import Ranged, Share, Whole
 
 
-class RolloutPolicy:
+class RolloutPolicy(Ranged):
     """What a method asks of the rollout stage.  Plain data: `tropd.rollout.stage` carries it out."""
 
     @property
@@ -30,18 +31,21 @@ class TeacherPrefix(RolloutPolicy):
     """Longest prefix, as a share of the response budget, over training."""
     draw: Literal["longest", "uniform"] = "longest"
     """Each prefix as long as allowed, or uniformly between 0 and that."""
-    share: float = 1.0
+    share: Share = 1.0
     """Share of rollouts that get a prefix at all."""
     texts: Literal["shared", "own"] = "shared"
     """One teacher text for all rollouts of a prompt, or one for each."""
-    keep: int = 1
+    keep: Whole = 1
     """When the teacher's text would fit whole, this many of its last tokens are left to the student."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.share <= 1.0:
-            raise ConfigError(f"the share of rollouts with a prefix lies in [0, 1], not {self.share}.")
-        if self.keep < 0:
-            raise ConfigError(f"prefix_keep is a number of tokens, not {self.keep}.")
+        super().__post_init__()
+        ends = self.length.start, self.length.end
+        if not 0.0 <= min(ends) <= max(ends) <= 1.0:
+            raise ConfigError(
+                f"the longest prefix goes from {ends[0]:g} to {ends[1]:g} of the response budget, but a share lies in "
+                "[0, 1]."
+            )
 
     @property
     def needs_teacher_text(self) -> bool:
@@ -61,12 +65,8 @@ class TeacherText(RolloutPolicy):
 class Mixture(RolloutPolicy):
     """Each batch (or rollout) is the student's with probability `student_share`, else the teacher's (GKD's lambda)."""
 
-    student_share: float = 0.5
+    student_share: Share = 0.5
     coin: Literal["batch", "rollout"] = "batch"
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.student_share <= 1.0:
-            raise ConfigError(f"the student's share of a mixture lies in [0, 1], not {self.student_share}.")
 
     @property
     def needs_teacher_text(self) -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tropd.errors import ConfigError, DataError
+from tropd.errors import DataError
 from tropd.fast_paths import TAKEN, FastPath
 from tropd.objective.draws import uniform
 from tropd.types import Request, Sampling
@@ -44,22 +44,8 @@ def draw_uniform_rows(seeds: Sequence[int], firsts: Sequence[int], count: int) -
     return (high_BT + low_BT * 2.0**-24).tolist()
 
 
-def check_sampling(sampling: Sampling) -> None:
-    """Refuse a Sampling that describes no distribution."""
-    ranges = {
-        "temperature": (0.0 <= sampling.temperature < math.inf, "a finite number >= 0"),
-        "top_p": (0.0 < sampling.top_p <= 1.0, "in (0, 1]; 1 keeps every token"),
-        "top_k": (sampling.top_k >= 0, ">= 0; 0 keeps every token"),
-        "min_p": (0.0 <= sampling.min_p <= 1.0, "in [0, 1]; 0 keeps every token"),
-    }
-    for name, (fits, meaning) in ranges.items():
-        if not fits:
-            raise ConfigError(f"sampling.{name} is {getattr(sampling, name)}, but it must be {meaning}.")
-
-
 def check_request(request: Request, index: int) -> None:
     """Refuse what no engine can write."""
-    check_sampling(request.sampling)
     if not request.token_ids:
         raise DataError(f"request {index} has no tokens to continue.  Give it at least a begin-of-text token.")
     if request.max_new_tokens < 1:

@@ -10,6 +10,8 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from tropd.errors import ConfigError
+from tropd.ranges import Count, Positive, Ranged, Seconds
+from tropd.reading import shortened
 
 NATS = {"float32": 0.002}
 NATS_OF_HALF_PRECISION = 0.1
@@ -17,8 +19,10 @@ NATS_OF_HALF_PRECISION = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerConfig:
+class ServerConfig(Ranged):
     """How servers are spoken to."""
+
+    section = "server"
 
     kind: Literal["vllm", "sglang", "openai"] = "vllm"
     """Whose API it is.  "openai" is any compatible server: it can write texts, but it cannot score token ids."""
@@ -28,19 +32,20 @@ class ServerConfig:
     """Name of the environment variable that holds the key.  The key itself is never written anywhere."""
     text: Literal["tokens", "chat"] = "tokens"
     """How texts are asked for: token ids in and out, or messages, whose answer is tokenised again."""
-    deadline_seconds: float = 600.0
-    """A request that keeps failing is tried again for so long; then the run stops."""
-    answer_seconds: float = 300.0
-    """An answer that takes longer is given up, and the request is tried again."""
-    connect_seconds: float = 10.0
-    max_tokens_in_flight: int = 32768
-    """Tokens that one server is asked about at the same time; fewer need less memory there."""
-    max_requests: int = 32
-    """Requests that one server is asked at the same time."""
-    canary_nats: float | None = None
+    deadline_seconds: Seconds = 600.0
+    """A request that keeps failing is tried again for so long; then the run stops. In (0, 1000000]."""
+    answer_seconds: Seconds = 300.0
+    """An answer that takes longer is given up, and the request is tried again. In (0, 1000000]."""
+    connect_seconds: Seconds = 10.0
+    """A server that does not take a connection in so long is asked again later. In (0, 1000000]."""
+    max_tokens_in_flight: Count = 32768
+    """Tokens that one server is asked about at the same time; fewer need less memory there. At least 1."""
+    max_requests: Count = 32
+    """Requests that one server is asked at the same time. At least 1."""
+    canary_nats: Positive | None = None
     """By how many nats per token a teacher's server may differ from itself: in the known text that every scoring
     request brings along, in texts that it wrote, in shared beginnings.  By default 0.1, for half precision, and 0.002
-    where teacher.dtype is float32."""
+    where teacher.dtype is float32. Above 0."""
     allow_plain_http: bool = False
     """Send the key over http:// to another machine, readable to whoever is in between."""
 
@@ -49,28 +54,27 @@ class ServerConfig:
         usual = NATS.get(dtype, NATS_OF_HALF_PRECISION)
         return usual if self.canary_nats is None else self.canary_nats
 
-    def __post_init__(self) -> None:
-        for name in ("deadline_seconds", "answer_seconds", "connect_seconds", "canary_nats"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"server.{name} is {getattr(self, name)}; give a positive number.")
-        for name in ("max_tokens_in_flight", "max_requests"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"server.{name} is {getattr(self, name)}; give at least 1.")
-
 
 def base_url(url: str) -> str:
     """The address without a trailing /v1; refused if it is no plain http(s) address."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        plain = parts.port != 0 and url.isprintable() and " " not in url
+    except ValueError:  # a bracket that is not closed, a port that is no number
+        raise _no_address(url) from None
     if parts.username or parts.password or parts.query or parts.fragment:
         host = parts.hostname or "?"
         raise ConfigError(
             f"the address of server {host} holds a name, a password or a query, and addresses are recorded. Put the "
             "key into an environment variable and name that in api_key_env."
         )
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"{url!r} is no address of a server. Give one such as http://127.0.0.1:8000.")
+    if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
+        raise _no_address(url)
     return url.rstrip("/").removesuffix("/v1")
+
+
+def _no_address(url: str) -> ConfigError:
+    return ConfigError(f"{shortened(url)!r} is no address of a server. Give one such as http://127.0.0.1:8000.")
 
 
 def is_loopback(url: str) -> bool:

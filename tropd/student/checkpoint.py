@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tropd.errors import CheckpointError, TrainingDiverged
+from tropd.reading import opened, read_json
 from tropd.student.optimizer import KINDS
 
 SCHEMA = 1
@@ -131,7 +132,12 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
+        mode = (
+            temporary.stat().st_mode & 0o666
+        )  # what the user's umask gives; some libraries write files for them alone
         for path in [*temporary.rglob("*"), temporary]:
+            if path.is_file():
+                path.chmod(mode)
             _flush(path)
         if final.exists():
             shutil.rmtree(final)
@@ -159,7 +165,7 @@ def _flush(path: Path) -> None:
 def describe_file(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with opened(path, CheckpointError) as file:
         digest.update(file.read(_HASHED))
         if size > 2 * _HASHED:
             file.seek(-_HASHED, os.SEEK_END)
@@ -226,17 +232,14 @@ def _read_tensors(path: Path, files: set[str]) -> tuple[dict[str, Tensor], dict[
 
 def _read_state(path: Path) -> dict[str, Any]:
     try:
-        state = json.loads((path / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} has no readable state.json ({error}): it was cut short or is no checkpoint of tropd. "
-            f"{_others(path)}"
-        ) from error
+        state = read_json(path / "state.json", CheckpointError)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} It was cut short or is no checkpoint of tropd. {_others(path)}") from None
     kind, schema = (state.get("kind"), state.get("schema")) if isinstance(state, dict) else (None, None)
     if kind != "tropd checkpoint" or schema != SCHEMA:
         raise CheckpointError(
-            f"{path} is of kind {kind!r}, schema {schema!r}; this tropd reads 'tropd checkpoint', schema {SCHEMA}. "
-            f"{_others(path)}"
+            f"{path / 'state.json'} is of kind {kind!r}, schema {schema!r}; this tropd reads 'tropd checkpoint', "
+            f"schema {SCHEMA}. {_others(path)}"
         )
     written = state.pop("sha256", None)
     if written != _digest_of(state):

@@ -15,7 +15,7 @@ from tropd.config import Run
 from tropd.config_file import dump
 from tropd.errors import CheckpointError, ConfigError
 from tropd.student.checkpoint import atomic_folder
-from tropd.student.models import load_as_stored
+from tropd.student.models import base_of, load_as_stored
 from tropd.student.weights import load_adapter
 
 
@@ -59,10 +59,9 @@ def merge(adapter: Path, folder: Path, *, device: torch.device) -> Path:
     """An adapter and its base as one plain model."""
     from transformers import AutoTokenizer
 
-    settings = adapter / "adapter_config.json"
-    if not settings.exists():
+    if not (adapter / "adapter_config.json").exists():
         raise ConfigError(f"{adapter} holds no adapter_config.json: name the folder of an exported LoRA student.")
-    base = json.loads(settings.read_text())["base_model_name_or_path"]
+    base = base_of(adapter)
     try:
         model = load_as_stored(base, "base", device)
     except ConfigError as error:

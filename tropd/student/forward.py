@@ -271,9 +271,9 @@ class Forward:
                     f"rollout {rollout.id} has no prompt, so nothing predicts its first token. Begin it "
                     "with a beginning-of-text token."
                 )
-            if rollout.token_ids and not 0 <= min(rollout.token_ids) <= max(rollout.token_ids) < num_rows:
+            if odd := [token for token in rollout.token_ids if not 0 <= token < num_rows]:
                 raise DataError(
-                    f"rollout {rollout.id} holds token id {max(rollout.token_ids)}, but "
+                    f"rollout {rollout.id} holds token id {odd[0]}, but "
                     f"{type(self.model).__name__} knows {num_rows}. Was it written with another tokenizer?"
                 )
 

@@ -12,6 +12,7 @@ from torch import nn
 from tropd.config import LoraConfig, ModelConfig, StudentConfig
 from tropd.errors import ConfigError
 from tropd.model import hf
+from tropd.reading import check_file, first_line, read_json, refusing
 from tropd.student.weights import check_read
 from tropd.versions import cannot_import
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("tropd.models")
+LARGEST_SIZE, MOST_LAYERS = 10**9, 10**4
+"""Of a model: sizes beyond these are a slip or an attack, and would be built for hours before they fail."""
 
 _AT_ONCE = 1 << 24
 """Values that are named at once: 64 MiB of float32."""
@@ -47,17 +50,15 @@ def load_tokenizer(config: ModelConfig, whose: str) -> PreTrainedTokenizerBase:
     source = config.tokenizer or config.path
     _check_path(source, f"{whose}.tokenizer" if config.tokenizer else f"{whose}.path")
     options = _options(config) if config.tokenizer is None else {"trust_remote_code": config.trust_remote_code}
-    try:
-        return AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"the {whose}'s tokenizer cannot be read from {source}: {_first_line(error)} "
-            + (
-                f"Set {whose}.tokenizer to a folder that has one."
-                if Path(source).expanduser().is_dir()
-                else f"Check the name and the network, or set {whose}.path to a folder that holds the model."
-            )
-        ) from error
+    remedy = (
+        f"Set {whose}.tokenizer to a folder that has one."
+        if Path(source).expanduser().is_dir()
+        else f"Check the name and the network, or set {whose}.path to a folder that holds the model."
+    )
+    with refusing(lambda why: f"the {whose}'s tokenizer cannot be read from {source}: {why}. {remedy}"):
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer.decode(tokenizer.encode("a"))  # some of what is wrong in its files shows only when it is used
+        return tokenizer
 
 
 def load_model(config: ModelConfig, whose: str, device: torch.device) -> Any:
@@ -76,13 +77,9 @@ def _read(config: ModelConfig, dtype: torch.dtype | str, whose: str) -> Any:
 
     # With sizes ignored, a tensor of another shape is listed with the others that do not fit.
     how: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    try:
+    said = f"the {whose} {config.path} cannot be loaded as a causal language model"
+    with refusing(lambda why: f"{said}: {why}. tropd trains and asks models that AutoModelForCausalLM reads."):
         loaded: Any = AutoModelForCausalLM.from_pretrained(config.path, dtype=dtype, **how, **_options(config))
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ConfigError(
-            f"the {whose} {config.path} cannot be loaded as a causal language model: {_first_line(error)} "
-            "tropd trains and asks models that AutoModelForCausalLM reads."
-        ) from error
     model, info = loaded
     check_read(model, info, config.path, whose)
     return model
@@ -117,6 +114,12 @@ def add_adapter(model: Any, lora: LoraConfig, seed: int) -> nn.Module:
         from peft import get_peft_model
     except ImportError as error:
         raise cannot_import(error, "peft", "lora", "a [student.lora] section") from None
+    widest = max((min(p.shape) for p in model.parameters() if p.dim() == 2), default=0)
+    if lora.rank > widest:
+        raise ConfigError(
+            f"student.lora.rank = {lora.rank} was asked for, but the student's widest matrix has rank {widest}: an "
+            "adapter that is no smaller saves nothing. Give less, or leave out [student.lora] to train the weights."
+        )
     targets = list(lora.targets) if lora.targets != ("all-linear",) else "all-linear"
     asked = PeftConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
@@ -126,9 +129,19 @@ def add_adapter(model: Any, lora: LoraConfig, seed: int) -> nn.Module:
     try:
         return get_peft_model(model, asked)
     except ValueError as error:
-        raise ConfigError(f"the adapter does not fit the student: {_first_line(error)}") from error
+        raise ConfigError(f"the adapter does not fit the student: {first_line(error)}.") from error
     finally:
         torch.set_rng_state(state)
+
+
+def base_of(adapter: Path) -> str:
+    """The model that an exported adapter belongs to."""
+    check_folder(adapter, "the adapter")
+    settings = read_json(adapter / "adapter_config.json")
+    base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    if not isinstance(base, str) or not base:
+        raise ConfigError(f"{adapter / 'adapter_config.json'} does not name the model that the adapter belongs to.")
+    return base
 
 
 def _options(config: ModelConfig) -> dict[str, Any]:
@@ -150,13 +163,29 @@ def _check_path(path: str, field: str) -> None:
     place = Path(path).expanduser()
     if looks_local(path) and not place.is_dir():
         raise ConfigError(f"{field} is {path}, but there is no such folder.")
-    if not place.is_dir():
+    if place.is_dir():
+        check_folder(place, field)
+    else:
         log.warning("%s: there is no folder %s here; asking the Hugging Face hub for it.", field, path)
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return (text[0].rstrip(". ") if text else type(error).__name__)[:400] + "."
+def check_folder(folder: Path, field: str) -> None:
+    """Refuse what another library would wait for without end, or build without end."""
+    for file in (f for f in folder.iterdir() if f.suffix in (".json", ".jinja", ".safetensors", ".model", ".txt")):
+        check_file(file)
+    found = {}
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        found[name] = read_json(folder / name, unique=False) if (folder / name).exists() else {}
+        if not isinstance(found[name], dict):
+            raise ConfigError(f"{field} is {folder}, but its {name} holds no object of names and values.")
+    config = found["config.json"]
+    huge = {name: x for name, x in config.items() if isinstance(x, int) and abs(x) > LARGEST_SIZE}
+    layers = config.get("num_hidden_layers", config.get("n_layer"))
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        huge["num_hidden_layers"] = layers
+    if huge:
+        said = ", ".join(f"{name} = {x}" for name, x in huge.items())
+        raise ConfigError(f"{field} is {folder}, but its config.json says {said}: no model is that large.")
 
 
 def model_fingerprint(model: nn.Module, *, whole: bool = False) -> str:

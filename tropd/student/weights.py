@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from tropd.errors import ConfigError
+from tropd.reading import refusing
 from tropd.versions import cannot_import
 
 _SHOWN = 4
@@ -37,13 +38,10 @@ def load_adapter(model: Any, folder: Path) -> Any:
     except ImportError as error:
         raise cannot_import(error, "peft", "lora", f"{folder} is an adapter, which") from None
     path = folder / "adapter_model.safetensors"
-    try:
+    with refusing(lambda why: f"the adapter {path} cannot be read: {why}. Name a folder that PEFT can read."):
         with safe_open(path, "pt") as file:
             held = set(file.keys())
         adapted: Any = PeftModel.from_pretrained(model, str(folder))
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
-        raise ConfigError(f"the adapter {path} cannot be read: {reason}. Name a folder that PEFT can read.") from error
     wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     _refuse(
         f"the adapter {path} does not fit its adapter_config.json",
