@@ -6,7 +6,7 @@ the likeliest tokens or ignore seeds.  So some of what it writes is read by the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ from tropd.errors import EngineError
 from tropd.objective.evidence import Needs
 from tropd.probes import draws
 from tropd.rollout.engine import Engine
+from tropd.rollout.jobs import draw_after
+from tropd.servers.pool import Pool
 from tropd.student.forward import Forward, similar_lengths
 from tropd.student.head import tiles
 from tropd.types import Author, Completion, Prompt, Request, Rollout, Sampling, key_of
@@ -25,6 +27,8 @@ from tropd.types import Author, Completion, Prompt, Request, Rollout, Sampling, 
 if TYPE_CHECKING:
     from tropd.assembly import Parts
 
+_NUM_DRAWS, _NUM_DRAWN_AGAIN = 24, 8
+"""Single tokens by which a server shows how it draws."""
 MOST_TOKENS = 4096
 """That are read of a step or an evaluation, in whole texts chosen at random."""
 
@@ -124,6 +128,17 @@ def _first_texts(rollouts: Sequence[Rollout]) -> set[str]:
         if rollout.id.startswith("0/") and not any(known[: len(text)] == text for known in longest):
             longest[text] = rollout
     return {rollout.id for rollout in longest.values()}
+
+
+def show_draws(
+    pools: Mapping[str, Pool], text: Sequence[int], after_V: Tensor, gathered: dict[str, draws.Gathered], **how: Any
+) -> None:
+    """Have every server draw single tokens after a text, and refuse those that do it wrongly.  `how` says what writes,
+    as `draw_after` takes it."""
+    for url, pool in pools.items():
+        first = draw_after(pool, text, range(1, _NUM_DRAWS + 1), **how)
+        again = draw_after(pool, text, range(1, _NUM_DRAWN_AGAIN + 1), **how)
+        check_single(url, after_V, first, again, gathered.setdefault(url, draws.Gathered()))
 
 
 def check_single(
