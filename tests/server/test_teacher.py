@@ -137,5 +137,5 @@ def test_the_teacher_writes_prefixes_on_the_server_as_well(world: Path, teacher_
 def test_the_doctor_finds_nothing_wrong_with_it(world: Path, teacher_server: Server) -> None:
     run = run_in(world, output=str(world / "never"), teacher={"servers": [teacher_server.url]})
     checks = {check.name: check for check in examine(run, num_prompts=1) if check.name.startswith("servers")}
-    assert len(checks) == 9 and {check.level for check in checks.values()} == {"ok"}, checks
+    assert len(checks) == 11 and {check.level for check in checks.values()} == {"ok"}, checks
     assert "the top-64, and" in checks["servers: top-k"].found

@@ -17,7 +17,7 @@ from tests.servers.mini import MiniServer
 from tests.servers.proxy import Proxy, status, untouched
 from tests.tiny import VOCAB, tiny_model
 from tropd.config import TeacherConfig
-from tropd.errors import TeacherError, TeacherRefused
+from tropd.errors import TeacherError, TeacherRefused, TeacherUnavailable
 from tropd.loop import train
 from tropd.objective.evidence import Needs
 from tropd.servers.settings import ServerConfig
@@ -132,6 +132,19 @@ def test_an_address_that_was_not_met_is_examined_first(exchanged: tuple[Proxy, S
     proxy.upstream = other.url
     with pytest.raises(TeacherRefused, match="own texts: "):
         teacher.score(rollouts(), BOTH, top_k=8)
+
+
+def test_one_of_several_that_is_away_while_it_is_asked_again_is_examined_when_it_is_back(folder: Path) -> None:
+    settings = replace(SETTINGS, deadline_seconds=0.3)
+    with MiniServer(folder, **SHORT) as first:
+        with MiniServer(folder, **SHORT) as second:
+            urls = [first.url, second.url]
+            teacher = ServerTeacher(urls, settings, vocab_size=VOCAB, canary=CANARY, top_k=8)
+        assert teacher.watch is not None
+        teacher.watch.check(urls, set(), [], 8)
+        assert set(teacher.watch.known) == {first.url}, "the other one was not met, as it were"
+        with pytest.raises(TeacherUnavailable):
+            teacher_at(second.url, settings)
 
 
 def test_one_answer_in_five_that_is_another_rollouts_is_found_within_some_batches(folder: Path) -> None:

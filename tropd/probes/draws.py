@@ -65,27 +65,28 @@ def evidence(logprobs_NC: Tensor, drawn_N: Tensor, sampling: Sampling = NEUTRAL)
 
 
 def evidence_of_rows(
-    ids: Numbers, logprobs: Numbers, topk_ids: Numbers, topk_logprobs: Numbers, never: Sequence[int] = ()
+    ids: Numbers, logprobs: Numbers, topk_ids_NK: Numbers, topk_logprobs_NK: Numbers, never: Sequence[int] = ()
 ) -> Evidence:
     """The same where only the likeliest tokens are known: whatever else was drawn is one outcome, with what is left.
     Tokens that could `never` be among these, such as those that end a text, are left out."""
-    ids_N1, ids_NK = torch.as_tensor(ids).cpu()[:, None], torch.as_tensor(topk_ids).cpu()
+    ids_N1, ids_NK = torch.as_tensor(ids).cpu()[:, None], torch.as_tensor(topk_ids_NK).cpu()
     if not ids_NK.numel():
         return {}
-    top_NK, own_N = torch.as_tensor(topk_logprobs).cpu().double(), torch.as_tensor(logprobs).cpu().double()
+    top_NK, own_N = torch.as_tensor(topk_logprobs_NK).cpu().double(), torch.as_tensor(logprobs).cpu().double()
+    others_N = 1.0 - top_NK.exp().sum(-1)
     for token in never:
         top_NK = top_NK.masked_fill(ids_NK == token, _RARE)
     hit_NK, width = ids_NK == ids_N1, ids_NK.shape[1]
     places_N = torch.where(hit_NK.any(-1), hit_NK.int().argmax(-1), width)
     outside_N = places_N == width
-    left_N = torch.maximum(1.0 - top_NK.exp().sum(-1), torch.where(outside_N, own_N.exp(), 1e-9))
+    left_N = torch.maximum(others_N, torch.where(outside_N, own_N.exp(), 1e-9))
     # Other tokens are taken for equal ones, e times rarer than the last of the top-k: any guess is a fair bet.
     number_N1 = (left_N.log() - top_NK[:, -1] + 1.0).clamp_min(0.0)[:, None]
     each_N1 = left_N.log()[:, None] - number_N1
     said_NC = torch.cat([top_NK, left_N.log()[:, None]], 1).log_softmax(-1)
     never_N1 = torch.full_like(each_N1, -math.inf)
     shapes = {f"at temperature {t:.2g}": torch.cat([top_NK / t, each_N1 / t + number_N1], 1) for t in TEMPERATURES}
-    rarer_N1 = torch.log1p(-0.5 * (1.0 - left_N)).unsqueeze(1)
+    rarer_N1 = torch.log(left_N + 0.5 * top_NK.exp().sum(-1)).unsqueeze(1)
     shapes["from outside the top-k, mostly"] = torch.cat([top_NK + math.log(0.5), rarer_N1], 1)
     shapes["from the top-k alone"] = torch.cat([top_NK, never_N1], 1)
     shapes["by taking the likeliest token"] = torch.cat([_likeliest(top_NK), never_N1], 1)

@@ -26,8 +26,8 @@ from tropd.config import Run
 from tropd.errors import CheckpointError, EngineError, EngineOutOfSync, ServerRefused, TropdError
 from tropd.probes import draws
 from tropd.rollout import canary
-from tropd.rollout.drawn import check_single
-from tropd.rollout.jobs import draw_after, sing
+from tropd.rollout.drawn import show_draws
+from tropd.rollout.jobs import sing
 from tropd.servers import sleeping, updates
 from tropd.servers.pool import Pool
 from tropd.student.export import export_adapter, export_untied
@@ -36,8 +36,6 @@ log = logging.getLogger("tropd.rollout")
 NOT_FOUND = 404
 _NATS = {torch.float32: 2e-3, torch.float64: 2e-3}
 _NATS_OF_HALF_PRECISION = 0.1
-_NUM_DRAWS, _NUM_DRAWN_AGAIN = 24, 8
-"""Tokens by which a server shows how it draws."""
 _SLEEPLESS = (
     f"rollout.servers_sleep asks for servers that do: start vLLM with {sleeping.FLAG} and {updates.DEV_MODE} in its "
     "environment, or leave it out."
@@ -219,17 +217,9 @@ class Delivery:
                 raise EngineOutOfSync(f"{error}{self._advice()}") from error
             self._found[url] = found
         if self._strange:
-            self._examine(expected)
-
-    def _examine(self, expected: canary.Expected) -> None:
-        """How every server draws single tokens."""
-        how: dict[str, Any] = {"model": self.asked, "version": self.version, "vocab_size": self.vocab_size}
-        for url, pool in self.pools.items():
-            first = draw_after(pool, self.text, range(1, _NUM_DRAWS + 1), **how)
-            again = draw_after(pool, self.text, range(1, _NUM_DRAWN_AGAIN + 1), **how)
-            gathered = self._drawn.setdefault(url, draws.Gathered())
-            check_single(url, expected.after_V, first, again, gathered)
-        self._strange = False
+            how: dict[str, Any] = {"model": self.asked, "version": self.version, "vocab_size": self.vocab_size}
+            show_draws(self.pools, self.text, expected.after_V, self._drawn, **how)
+            self._strange = False
 
     def _cure(self, url: str, error: ServerRefused) -> str:
         mode = f"--enable-lora and {updates.LORA_MODE}" if self.adapter else updates.DEV_MODE

@@ -6,7 +6,7 @@ the likeliest tokens or ignore seeds.  So some of what it writes is read by the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ from tropd.errors import EngineError
 from tropd.objective.evidence import Needs
 from tropd.probes import draws
 from tropd.rollout.engine import Engine
+from tropd.rollout.jobs import draw_after
+from tropd.servers.pool import Pool
 from tropd.student.forward import Forward, similar_lengths
 from tropd.student.head import tiles
 from tropd.types import Author, Completion, Prompt, Request, Rollout, Sampling, key_of
@@ -25,8 +27,12 @@ from tropd.types import Author, Completion, Prompt, Request, Rollout, Sampling, 
 if TYPE_CHECKING:
     from tropd.assembly import Parts
 
-MOST_TOKENS = 4096
+_NUM_DRAWS, _NUM_DRAWN_AGAIN = 24, 8
+"""Single tokens by which a server shows how it draws."""
+MOST_TOKENS = 2048
 """That are read of a step or an evaluation, in whole texts chosen at random."""
+_TILE = 128
+"""Tokens whose distributions exist at the same time, several times over."""
 
 
 @dataclass
@@ -60,7 +66,7 @@ def _read(forward: Forward, rollouts: list[Rollout], sampling: Sampling, found: 
     ids_N = torch.tensor([i for r in rollouts for i in r.response_ids], device=hidden_NH.device)
     own_N = torch.tensor(authors, device=hidden_NH.device) == Author.STUDENT
     hidden_NH, ids_N = hidden_NH[own_N], ids_N[own_N]
-    for tile in tiles(len(ids_N), forward.tile_tokens):
+    for tile in tiles(len(ids_N), min(forward.tile_tokens, _TILE)):
         logprobs_CV = forward.full_logprobs(hidden_NH[tile], ids_N[tile])
         found.evidence = draws.total([found.evidence, draws.evidence(logprobs_CV, ids_N[tile], sampling)])
         found.tokens += len(logprobs_CV)
@@ -124,6 +130,17 @@ def _first_texts(rollouts: Sequence[Rollout]) -> set[str]:
         if rollout.id.startswith("0/") and not any(known[: len(text)] == text for known in longest):
             longest[text] = rollout
     return {rollout.id for rollout in longest.values()}
+
+
+def show_draws(
+    pools: Mapping[str, Pool], text: Sequence[int], after_V: Tensor, gathered: dict[str, draws.Gathered], **how: Any
+) -> None:
+    """Have every server draw single tokens after a text, and refuse those that do it wrongly.  `how` says what writes,
+    as `draw_after` takes it."""
+    for url, pool in pools.items():
+        first = draw_after(pool, text, range(1, _NUM_DRAWS + 1), **how)
+        again = draw_after(pool, text, range(1, _NUM_DRAWN_AGAIN + 1), **how)
+        check_single(url, after_V, first, again, gathered.setdefault(url, draws.Gathered()))
 
 
 def check_single(
