@@ -59,6 +59,10 @@ class Liar(MiniServer):
     def drawn_from(self, ids: list[int]) -> Tensor:
         return self.rows(self, ids, self.true(ids)) if self.everywhere and self.rows is not None else self.true(ids)
 
+    def _score(self, ids: list[int], rid: str, top_k: int) -> dict[str, Any]:
+        self.scored += 1
+        return super()._score(ids, rid, top_k)
+
     def completions(self, body: dict[str, Any], request_id: str) -> dict[str, Any]:
         scores = body.get("prompt_logprobs") is not None
         self.scored += scores

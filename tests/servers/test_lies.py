@@ -85,6 +85,19 @@ def test_a_server_that_lies_about_its_draws_as_well_differs_from_the_weights(
         teacher_at(server.url, reference=reference)
 
 
+@pytest.mark.parametrize("name", ["rows shifted by one", "temperature 2", "log2", "stale prefix cache"])
+def test_lies_over_another_api_are_no_more_silent(folder: Path, name: str) -> None:
+    settings = replace(SETTINGS, kind="sglang")
+    with Liar(folder, rows=ROWS[name], **SHORT, begins=10**6, spares=CANARY.ids) as server:
+        teacher = teacher_at(server.url, settings)
+        teacher.score(rollouts(), BOTH, top_k=8)
+        server.begins = server.scored
+        with pytest.raises(TeacherRefused, match=r"^teacher default: "):
+            teacher.score(rollouts(), BOTH, top_k=8)
+        with pytest.raises(TeacherRefused, match=r"^teacher default: "):
+            teacher_at(server.url, settings)
+
+
 @pytest.mark.parametrize("words", ["prefix cache", "own texts", "draws", "parity", "repeats"])
 def test_what_is_wrong_is_said_with_both_numbers(folder: Path, reference: Known, words: str) -> None:
     lie, everywhere = {
@@ -189,19 +202,19 @@ def test_the_smallest_lies_that_are_refused(folder: Path, dtype: str, noise: flo
 
 
 class Half(MiniServer):
-    """Computes in bfloat16."""
+    """Its logits are rounded to bfloat16, up or down as it happens to be, when it draws and whenever it scores."""
 
-    def __init__(self, *where: Any, **how: Any) -> None:
-        super().__init__(*where, **how)
-        self.model = type(self.model)(self.model.config).eval()
-        self.model.load_state_dict(tiny_state(self.folder))
-        self.model = self.model.bfloat16()
+    def logprobs(self, ids: list[int]) -> torch.Tensor:
+        return rounded(super().logprobs(ids))
+
+    def drawn_from(self, ids: list[int]) -> torch.Tensor:
+        return rounded(super().drawn_from(ids))
 
 
-def tiny_state(folder: Path) -> dict[str, torch.Tensor]:
-    from tests.servers.mini import load
-
-    return load(folder)[0].state_dict()
+def rounded(logprobs_TV: torch.Tensor) -> torch.Tensor:
+    logits_TV = logprobs_TV - logprobs_TV.mean(-1, keepdim=True)
+    step_TV = 2.0 ** (logits_TV.abs().clamp_min(1e-3).log2().floor() - 7)
+    return (logits_TV + step_TV * (torch.rand_like(step_TV) - 0.5)).bfloat16().float().log_softmax(-1)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [(MiniServer, "float32"), (MiniServer, "auto"), (Half, "bfloat16")])

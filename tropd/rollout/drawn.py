@@ -107,11 +107,11 @@ def probes_of_student(parts: Parts, rollouts: Sequence[Rollout]) -> dict[str, fl
 def probes_of_teacher(parts: Parts, batch: ScoredBatch) -> dict[str, float]:
     """What its servers say of the texts that they drew, on the first visit to a prompt: later ones bring them again."""
     run, tokens = parts.run, batch.tokens
-    top_NK = tokens.peek("teacher_topk_logprobs_NK")
     drawn = {n for n, t in run.all_teachers.items() if t.servers and t.server.text == "tokens"}
-    if top_NK is None or run.rollout.teacher_sampling != Sampling():
-        evidence: draws.Evidence = {}
-    else:
+    if not drawn or run.rollout.teacher_sampling != Sampling():
+        return {}
+    evidence: draws.Evidence = {}
+    if tokens.peek("teacher_topk_logprobs_NK") is not None:
         chosen = _first_texts([r for r in batch.rollouts if r.prompt.teacher in drawn and not r.prompt.response_ids])
         rows_N = batch.rows_of([n for n, r in enumerate(batch.rollouts) if r.id in chosen])
         rows_N = rows_N[(tokens.authors_N == Author.TEACHER)[rows_N]][:MOST_TOKENS]

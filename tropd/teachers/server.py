@@ -185,7 +185,7 @@ class ServerTeacher:
         self, urls: Sequence[str], texts: Sequence[tuple[int, ...]], first: int, top_k: int, before_canary: bool
     ) -> list[Scored]:
         """As about rollouts; `urls` name servers, by default whichever is free."""
-        pool = Pool(urls, self.settings) if urls else self.pool
+        pool = Pool(urls, self.watch.settings) if urls and self.watch is not None else self.pool
         try:
             return pool.run([self._job("a known text", text, first, top_k, before_canary) for text in texts])
         finally:

@@ -30,6 +30,11 @@ class Watch:
 
     def __init__(self, questions: Questions, ask: Ask, reference: Known | None = None) -> None:
         self.questions, self.ask, self.reference = questions, ask, reference
+        self.settings = questions.settings
+        """How one of the servers is spoken to."""
+        if len(questions.urls) > 1:
+            patience = min(_PATIENCE, self.settings.deadline_seconds)
+            self.settings = replace(self.settings, deadline_seconds=patience)
         findings, self.known = audit(questions, reference)
         self.notes = refuse(findings)
         self._num_batches = 0
@@ -56,9 +61,7 @@ class Watch:
             found = self.ask([url], known.texts, known.first, max(self.questions.top_k, 1), False)
             self._compare(f"{url}: texts that it wrote and scored before", known.rows, found, ("then", "now"))
         if anew:
-            questions = self.questions.at(url)
-            if len(self.questions.urls) > 1:
-                questions = replace(questions, settings=_impatient(questions))
+            questions = replace(self.questions, urls=(url,), settings=self.settings)
             findings, fresh = examine(questions, self.reference)
             for note in refuse(findings):
                 log.warning("%s", note)
@@ -80,8 +83,3 @@ class Watch:
                 f"{said}, have other log-probabilities now: {gap.objection}\nLook for a server that was started again "
                 "with other weights or settings, for its prefix cache, and for answers that are mixed up."
             )
-
-
-def _impatient(questions: Questions):
-    deadline = min(_PATIENCE, questions.settings.deadline_seconds)
-    return replace(questions.settings, deadline_seconds=deadline)
