@@ -115,11 +115,11 @@ def write_run(models: Path, directory: Path, case: str = "tropd", **changes: Any
         },
         {"evaluation": {"data": {**data, "limit": 2}}},
     )
-    values = merged(merged(values, CASES[case]), changes)
+    values = merged(values, CASES[case])
     for whose in ("student", "teacher"):
-        path = values[whose]["path"]
-        if path.endswith(("student", "teacher")):
-            values[whose]["path"] = str(models / path)
+        if values[whose]["path"] != "base":
+            values[whose]["path"] = str(models / values[whose]["path"])
+    values = merged(values, changes)
     if case == "wide" and not (models / "wide student").exists():
         write_wide_models(models)
     path = directory.with_name(directory.name + ".toml")

@@ -24,7 +24,7 @@ SLOW_CPU = Device(name="slow cpu", memory=1e12, operations=1e3, bandwidth=1e3, k
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return run_in(prepare(tmp_path_factory.mktemp("world")))
+    return run_in(prepare(tmp_path_factory.mktemp("world")), rollout={"max_new_tokens": 10})  # one micro-batch
 
 
 def test_memory_is_the_models_own(run):

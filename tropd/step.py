@@ -58,8 +58,12 @@ class Learner(Protocol):
         """KL(student || teacher) at every response token; `as_read` are the rollouts as the teacher reads them."""
         ...
 
-    def keep_step(self, num_passes: int, world: World) -> None:
-        """Take part in what other ranks with more passes do together; every rank calls it once per update."""
+    def spare_passes(self, num_passes: int, world: World) -> int:
+        """How many passes another rank has more; every rank asks before its first, since passes meet each other."""
+        ...
+
+    def idle(self, num_passes: int) -> None:
+        """Take part in what ranks with more passes do together; every rank calls it after its last."""
         ...
 
     def update(self) -> tuple[float, float]:
@@ -251,6 +255,7 @@ def _accumulate(
         whole = objective.plan(batch.tokens, context)
     counts: Counts = whole.counts if whole else count(batch.tokens, context)
     groups = similar_lengths([len(r.token_ids) for r in batch.rollouts], max_tokens)
+    spare = learner.spare_passes(len(groups), context.world) if context.world.size > 1 else 0
     for chosen in groups:
         part = batch.take(chosen)
         plan = whole.rows(batch.rows_of(chosen)) if whole else None
@@ -266,4 +271,4 @@ def _accumulate(
         if watch is not None:
             watch(judge.seen())
     if context.world.size > 1:
-        learner.keep_step(len(groups), context.world)
+        learner.idle(spare)

@@ -163,8 +163,11 @@ class TabularLM:
         own, other = self.full_logprobs(rollouts), teacher.full_logprobs(as_read)
         return expected_gap(own.exp(), own, other)
 
-    def keep_step(self, num_passes: int, world: World) -> None:
-        """Nothing here is shared."""
+    def spare_passes(self, num_passes: int, world: World) -> int:
+        return 0  # nothing here is shared
+
+    def idle(self, num_passes: int) -> None:
+        pass
 
     def update(self) -> tuple[float, float]:
         norm = float(torch.nn.utils.clip_grad_norm_([self.logits], self.max_gradient_norm))

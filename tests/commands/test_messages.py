@@ -41,8 +41,8 @@ MISTAKES = {
         "evaluate {world}/student --data pictures --max-new-tokens 9",
         "pictures is a folder",
     ),
-    "a learning rate below 0": ("train run.toml --optimizer.learning-rate -1", "optimizer.learning_rate = -1.0"),
-    "a learning rate of 0": ("train run.toml --optimizer.learning-rate=0", "optimizer.learning_rate = 0.0"),
+    "a learning rate below 0": ("train run.toml --optimizer.learning-rate -1", "optimizer.learning_rate = -1"),
+    "a learning rate of 0": ("train run.toml --optimizer.learning-rate=0", "optimizer.learning_rate = 0"),
     "no samples": ("evaluate {world}/student --data files/data.jsonl --num-samples 0", "num_samples"),
 }
 

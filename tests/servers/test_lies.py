@@ -102,7 +102,7 @@ def test_lies_over_another_api_are_no_more_silent(folder: Path, name: str) -> No
 def test_what_is_wrong_is_said_with_both_numbers(folder: Path, reference: Known, words: str) -> None:
     lie, everywhere = {
         "prefix cache": ("the same row everywhere", False),
-        "own texts": ("rows shifted back", False),
+        "own texts": ("temperature 0.7", False),
         "draws": ("temperature 0.7", True),
         "parity": ("a token at the beginning", True),
         "repeats": ("noise of every answer", False),
@@ -193,8 +193,8 @@ def test_no_step_is_trained_on_lies_that_begin_during_a_run(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("dtype", "noise", "temperature"), [("float32", 0.01, 0.99), ("auto", 0.2, 0.85)])
 def test_the_smallest_lies_that_are_refused(folder: Path, dtype: str, noise: float, temperature: float) -> None:
-    """Half of each passes: it is within the noise that the precision is allowed."""
-    for lie, half in ((noisy(noise), noisy(noise / 4)), (scaled(temperature), scaled(1 - (1 - temperature) / 8))):
+    """An eighth of each passes: it is within the noise that the precision is allowed."""
+    for lie, half in ((noisy(noise), noisy(noise / 8)), (scaled(temperature), scaled(1 - (1 - temperature) / 8))):
         with Liar(folder, rows=lie, **SHORT) as server, pytest.raises(TeacherRefused, match="own texts"):
             teacher_at(server.url, dtype=dtype)
         with Liar(folder, rows=half, **SHORT) as server:

@@ -117,11 +117,15 @@ class ModelLearner:
             found |= zip(chosen, rows_N.split([len(r.response_ids) for r in own]), strict=True)
         return torch.cat([found[i] for i in range(len(rollouts))])
 
-    def keep_step(self, num_passes: int, world: World) -> None:
-        """Take part in the passes that other ranks have more of."""
+    def spare_passes(self, num_passes: int, world: World) -> int:
+        if self.shards is None:
+            return 0
+        return max(world.gather(torch.tensor([num_passes])).tolist()) - num_passes
+
+    def idle(self, num_passes: int) -> None:
         if self.shards is not None:
             self.shards.empty()
-            for _ in range(max(world.gather(torch.tensor([num_passes])).tolist()) - num_passes):
+            for _ in range(num_passes):
                 self.shards.idle()
 
     def update(self) -> tuple[float, float]:
