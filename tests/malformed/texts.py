@@ -40,7 +40,7 @@ KINDS: dict[str, Spoil] = {
 
 BYTES: dict[str, Spoil] = {
     "empty": content(lambda _: b""),
-    "cut": content(lambda whole: whole[: len(whole) * 2 // 3]),
+    "cut": content(lambda whole: whole[: whole.rfind(b"\n", 0, len(whole) * 2 // 3) + 4]),
     "noise": content(lambda _: bytes(range(256)) * 8),
     "zeros": content(lambda _: b"\0" * 4096),
     "utf16": content(lambda whole: whole.decode(errors="replace").encode("utf-16")),
