@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from tests import run_case
 from tests.run_case import Order
-from tests.tiny import byte_tokenizer, tiny_model
+from tests.tiny import VOCAB, byte_tokenizer, tiny_model
 from tropd import config_file, loop
 from tropd.errors import CheckpointError, ConfigError
 from tropd.replay import load_batch
@@ -263,8 +263,12 @@ def test_a_run_stopped_by_an_alarm_keeps_its_checkpoints_and_the_batch(models: P
 
 
 def test_weights_that_are_not_finite_are_never_saved(models: Path, tmp_path: Path) -> None:
-    directory = tmp_path / "run"
-    changes = {"optimizer": {"learning_rate": 3e19, "weight_decay": 1e19}, "checkpoint": {"every": 1}}
+    """An infinite row of the embedding that is no token's: every loss and gradient is finite."""
+    directory, student = tmp_path / "run", tiny_model("qwen3", seed=0, vocab=VOCAB + 1)
+    with torch.no_grad():
+        student.model.embed_tokens.weight[VOCAB] = torch.inf
+    run_case.save_model(student, byte_tokenizer(), tmp_path / "student")
+    changes = {"student": {"path": str(tmp_path / "student")}, "checkpoint": {"every": 1}}
     ended = run_case.train(run_case.write_run(models, directory, **changes), directory)
     assert ended.error == "TrainingDiverged" and "is not finite after 1 steps" in ended.message, ended.said
     assert nothing_left(directory)

@@ -44,7 +44,7 @@ def test_a_launch_says_how_many_there_are(change: dict[str, str], size: int) -> 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"parallel": {"timeout_minutes": 0.0}}, "parallel.timeout_minutes is 0.0; give a positive number"),
+        ({"parallel": {"timeout_minutes": 0.0}}, "parallel.timeout_minutes = 0.0 was asked for, but it must be"),
         (
             {"parallel": {"student": "sharded"}, "student": {"lora": {"rank": 2, "alpha": 4}}},
             'parallel.student is "sharded", but the student has an adapter',

@@ -195,9 +195,11 @@ def test_a_teacher_whose_numbers_cannot_be_written_is_refused_in_words(world: Pa
     with MiniServer(world / "other") as server:
         mixed = {"sums": {}, "products/all": {"path": str(world / "other"), "servers": [server.url], **SERVED}}
         run = run_in(world, output=str(tmp_path / "run"), **several(world, mixed))
-        (tmp_path / "run" / "teacher_canary.products%2Fall.json").mkdir(parents=True)
+        train(run)
+        (canary := tmp_path / "run" / "teacher_canary.products%2Fall.json").unlink()
+        canary.mkdir()
         with pytest.raises(TeacherError, match=r"teacher 'products/all': what .* cannot be kept in .*products%2Fall"):
-            train(run)
+            resume(tmp_path / "run", step=1)
 
 
 def test_a_damaged_cache_of_scores_is_refused_with_a_cure_for_that_teacher(world: Path, tmp_path: Path) -> None:
@@ -252,7 +254,8 @@ def test_the_shortest_context_of_all_limits_prompts_and_is_named(world: Path, tm
     short = tiny_model("qwen3", seed=2)
     short.config.max_position_embeddings = 16
     save_model(tmp_path / "short", short)
-    run = run_in(world, **several(world, {"sums": {}, "products/all": {"path": str(tmp_path / "short")}}))
+    teachers = {"sums": {}, "products/all": {"path": str(tmp_path / "short")}}
+    run = run_in(world, **several(world, teachers, rollout={"max_new_tokens": 10}))
     (found,) = [check for check in examine(run, num_prompts=0) if check.name == "lengths"]
     assert found.level == "error" and "in the context of the teacher 'products/all', 16 tokens" in found.found
     with pytest.raises(DataError, match="tokens, and at most 6 fit"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,7 @@ def test_what_does_not_come_with_the_package_is_refused_in_words() -> None:
 def test_the_script_writes_the_same_files_again(tmp_path: Path) -> None:
     beds = [hurried("nano-mild"), hurried("nano-hard")]
     embed(beds, 0, tmp_path / "a")
-    (tmp_path / "b").mkdir()
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
     (tmp_path / "b" / "old").write_text("goes")
     embed(beds, 0, tmp_path / "b")
     first, again = contents(tmp_path / "a"), contents(tmp_path / "b")
