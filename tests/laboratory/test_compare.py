@@ -81,6 +81,7 @@ def test_an_option_that_is_new_since_an_outcome_does_not_orphan_it(tmp_path, bed
         compare(changed, tell=str)
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_goes_on(tmp_path, bed):
     whole = compare(lab_in(tmp_path / "whole", bed), tell=str)
     lab = tmp_path / "lab.toml"

@@ -127,8 +127,11 @@ def no_more_answers(after: int) -> Fault:
 
 @pytest.mark.parametrize(
     ("fault", "steps", "staleness"),
-    [(gone_from(3), 2, 0), (no_more_answers(5), 2, 1), (no_more_answers(9), 4, 0)],
-    ids=["no weights", "no answers", "no answers at the end"],
+    [
+        pytest.param(gone_from(3), 2, 0, id="no weights", marks=pytest.mark.slow),
+        pytest.param(no_more_answers(5), 2, 1, id="no answers"),
+        pytest.param(no_more_answers(9), 4, 0, id="no answers at the end", marks=pytest.mark.slow),
+    ],
 )
 def test_a_step_whose_evaluation_fails_is_kept_and_evaluated_when_the_run_goes_on(
     fault: Fault, steps: int, staleness: int, world: Path, tmp_path: Path
