@@ -54,7 +54,7 @@ def write(server: Server, request: Request) -> Completion:
     def read(answer: bytes, request_id: str) -> Completion:
         return vllm.read_text(answer, model=server.name, request=request, request_id=request_id)
 
-    body = vllm.text_body(server.name, request, logprobs=True)
+    body = vllm.text_body(server.name, request, top_k=0)
     job = Job(name="text", path=vllm.TEXT, body=body, read=read, num_tokens=20, limit_bytes=vllm.text_limit(request))
     return Pool([server.url], ServerConfig()).run([job])[0]
 
