@@ -3,7 +3,7 @@
     python benchmarks/ahead.py [--new-tokens 192]
 
 A real vLLM server (`make vllm`) on one core writes, this process scores and trains on another, one thread each.  Whole
-runs of `tropd.loop.train` turn about on the same server; a step is the wall clock between two records, without the
+runs of `tropd.run.loop.train` turn about on the same server; a step is the wall clock between two records, without the
 first two of a run and the last, after which nothing is written ahead.  Random models (student 4 x 256, teacher 6 x 384,
 8 prompts of 64 tokens, nobody stops early).  Steps in which others took more than a tenth of the two cores are left
 out.  Beside it: what the phases of the synchronous steps promise, put together as `tropd plan` does, and what
@@ -30,8 +30,8 @@ import tyro
 from step import Settings as Models
 from step import prepare
 
-from tests.server.vllm import PYTHON, serve
-from tropd.report.display import Silent
+from tests.vllm.vllm import PYTHON, serve
+from tropd.monitoring.display import Silent
 
 OTHERS = 0.1
 """Share of the two cores."""
@@ -124,7 +124,7 @@ def pin(core: int) -> None:
 
 
 def run_of(folder: Path, url: str, name: str, staleness: int, s: Settings) -> Any:
-    from tropd.config_file import build
+    from tropd.config.file import build
 
     return build(
         {
@@ -152,7 +152,7 @@ def run_of(folder: Path, url: str, name: str, staleness: int, s: Settings) -> An
 
 def measure(folder: Path, url: str, server: int, s: Settings) -> dict[int, list[Step]]:
     """By staleness."""
-    from tropd.loop import train
+    from tropd.run.loop import train
 
     found: dict[int, list[Step]] = {0: [], 1: []}
     started = time.monotonic()

@@ -33,9 +33,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tropd.methods import TrOPD
 from tropd.objective.terms import Context
-from tropd.step import score, train_step
-from tropd.student.learner import ModelLearner
 from tropd.teachers.local import LocalTeacher
+from tropd.training.learner import ModelLearner
+from tropd.training.step import score, train_step
 from tropd.types import Author, Prompt, Rollout
 
 Run = Callable[[], Any]

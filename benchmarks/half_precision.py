@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 import tyro
 
-from tropd import config_file, train
+from tropd import train
+from tropd.config import file as config_file
 from tropd.laboratory.trial import Silent
-from tropd.report.records import read_records
+from tropd.monitoring.records import read_records
 from tropd.testbeds import embedded
 
 METHODS = {

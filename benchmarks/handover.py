@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
-from tropd.student.export import export_untied
+from tropd.checkpoints.export import export_untied
 
 
 def make_model() -> Any:

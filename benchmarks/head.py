@@ -34,12 +34,12 @@ import tyro
 from torch import Tensor, nn
 
 from tropd.methods import TrOPD
+from tropd.model.head import Head
+from tropd.model.one_pass import fused_loss, read_rows, wanted
+from tropd.model.products import add_product_
 from tropd.objective.evidence import Needs, Tokens
 from tropd.objective.plan import count
 from tropd.objective.terms import Context
-from tropd.student.head import Head
-from tropd.student.one_pass import fused_loss, read_rows, wanted
-from tropd.student.products import add_product_
 
 MODULES = {
     "trl": "trl.trainer.distillation_trainer",

@@ -53,13 +53,13 @@ CASES = (
 
 def measure(case: Case, folder: Path) -> tuple[int, int]:
     """Bytes: measured, expected."""
-    from tropd.ahead import Source
-    from tropd.config_file import build
+    from tropd.config.file import build
     from tropd.doctor.cost import need_of
     from tropd.doctor.subject import read_subject
-    from tropd.iteration import iterate
-    from tropd.probes.alarms import Alarms
-    from tropd.startup import assemble
+    from tropd.monitoring.alarms import Alarms
+    from tropd.run.start import assemble
+    from tropd.training.iteration import iterate
+    from tropd.training.source import Source
 
     settings = {"vocabulary": case.vocabulary, "dtype": case.dtype, "num_prompts": case.prompts}
     models.prepare(folder, models.Settings(**settings))  # type: ignore[arg-type]

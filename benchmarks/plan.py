@@ -27,12 +27,12 @@ PHASES = {"write": "rollout", "score": "score", "train": "train"}
 
 
 def compare(vocabulary: int, steps: int = 5) -> dict[str, dict[str, float]]:
-    from tropd.ahead import Source
-    from tropd.config_file import build
-    from tropd.iteration import iterate
+    from tropd.config.file import build
+    from tropd.monitoring.alarms import Alarms
     from tropd.planning import make_plan, measure_here
-    from tropd.probes.alarms import Alarms
-    from tropd.startup import assemble
+    from tropd.run.start import assemble
+    from tropd.training.iteration import iterate
+    from tropd.training.source import Source
 
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), Settings(vocabulary=vocabulary))

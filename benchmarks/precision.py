@@ -28,9 +28,9 @@ import tyro
 from torch import Tensor, nn
 
 from tropd.methods import TrOPD
+from tropd.model.head import Head, tiles
+from tropd.model.one_pass import fused_loss, read_rows, wanted
 from tropd.objective.evidence import Needs, Tokens
-from tropd.student.head import Head, tiles
-from tropd.student.one_pass import fused_loss, read_rows, wanted
 
 Row = dict[str, float]
 MEAN_ERROR, GRADIENT_ERROR = 2e-5, 5e-3

@@ -14,13 +14,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from tropd.report.records import RecordWriter
+from tropd.monitoring.records import RecordWriter
 
 PROBES = [f"{group}/p{part}" for group in ("ratio", "entropy", "trust", "length", "support") for part in range(8)]
 FIND = """
 import time
 from pathlib import Path
-from tropd.report.records import find_step
+from tropd.monitoring.records import find_step
 begun = time.perf_counter()
 assert find_step(Path({path!r}), {step}).step == {step}
 print(time.perf_counter() - begun)

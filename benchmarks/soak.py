@@ -31,9 +31,9 @@ import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.servers.mini import MiniServer
-from tropd import config_file
-from tropd.loop import train
-from tropd.report.display import Silent
+from tropd.config import file as config_file
+from tropd.monitoring.display import Silent
+from tropd.run.loop import train
 from tropd.testbeds import embedded
 from tropd.types import StepRecord
 

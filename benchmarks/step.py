@@ -4,7 +4,7 @@
     python benchmarks/step.py --ragged --dtype bfloat16
     python benchmarks/step.py --vocabulary 8192 --ragged
 
-tropd_tropd, tropd_opd   `tropd.iteration.iterate`: roll out, score, loss and gradient, optimiser, probes and record
+tropd_tropd, tropd_opd   `tropd.training.iteration.iterate`: roll out, score, loss and gradient, optimiser, probes
 trl                      `DistillationTrainer`, reverse KL over the whole vocabulary; no checkpointing, no autocast
 
 Random models: student 4 x 256, teacher 6 x 384; 8 prompts of 64 tokens, up to 128 new.  Ragged: one token in 50 stops.
@@ -105,11 +105,11 @@ Step = Callable[[], int]  # runs one step and says how many tokens its completio
 
 def tropd_side(side: str, folder: Path, s: Settings, tell: Callable[[Any], None] = lambda record: None) -> Step:
     """`tell` is given each step's record."""
-    from tropd.ahead import Source
-    from tropd.config_file import build
-    from tropd.iteration import iterate
-    from tropd.probes.alarms import Alarms
-    from tropd.startup import assemble
+    from tropd.config.file import build
+    from tropd.monitoring.alarms import Alarms
+    from tropd.run.start import assemble
+    from tropd.training.iteration import iterate
+    from tropd.training.source import Source
 
     run = build(
         {

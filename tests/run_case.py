@@ -22,13 +22,13 @@ from typing import Any
 import torch
 
 from tests.small_runs import CASES, merged, save_model, write_models, write_run
-from tropd.fast_paths import TAKEN
+from tropd.base.fast_paths import TAKEN
 
 __all__ = ["CASES", "merged", "save_model", "write_models", "write_run"]
 
 LIMIT_SECONDS = 300.0
 """Far above what a run takes on a busy machine: only a run that hangs comes to it."""
-PRELOAD = ["tests.run_case", "tropd.loop", "transformers.models.qwen3.modeling_qwen3", "peft", "pyarrow.parquet"]
+PRELOAD = ["tests.run_case", "tropd.run.loop", "transformers.models.qwen3.modeling_qwen3", "peft", "pyarrow.parquet"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +121,9 @@ def _carry_out(order: Order, log: Path) -> None:
     """The body of a process."""
     from rich.console import Console
 
-    from tropd import config_file, loop
-    from tropd.report.display import PlainDisplay
+    from tropd.config import file as config_file
+    from tropd.monitoring.display import PlainDisplay
+    from tropd.run import loop
     from tropd.types import StepRecord
 
     class SelfInterrupting(PlainDisplay):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.tiny import byte_tokenizer, tiny_model
-from tropd.fast_paths import FastPath as P
+from tropd.base.fast_paths import FastPath as P
 
 SIZES: dict[str, Any] = {
     "steps": 6,
@@ -102,7 +102,7 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def write_run(models: Path, directory: Path, case: str = "tropd", **changes: Any) -> Path:
     """The configuration of a run that will live in `directory`, as a file beside it."""
-    from tropd import config_file
+    from tropd.config import file as config_file
 
     data = {"path": str(models / "data.jsonl")}
     values = merged(

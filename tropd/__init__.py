@@ -10,31 +10,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tropd.config import Run
-    from tropd.loop import train
+    from tropd.config.run import Run
     from tropd.methods import METHODS, TrOPD
     from tropd.objective import Objective, Term, distillation_loss
-
-    __version__: str
+    from tropd.run.loop import train
+    from tropd.version import __version__
 
 _HOME = {
     "METHODS": "tropd.methods",
     "Objective": "tropd.objective",
-    "Run": "tropd.config",
+    "Run": "tropd.config.run",
     "Term": "tropd.objective",
     "TrOPD": "tropd.methods",
     "distillation_loss": "tropd.objective",
-    "train": "tropd.loop",
+    "__version__": "tropd.version",
+    "train": "tropd.run.loop",
 }
 
 __all__ = ["METHODS", "Objective", "Run", "Term", "TrOPD", "__version__", "distillation_loss", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("tropd")
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'tropd' has no attribute {name!r}; it has {', '.join(__all__)}.")

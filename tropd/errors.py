@@ -23,6 +23,8 @@ exits with code 2; a traceback means a defect of tropd.
 
 from __future__ import annotations
 
+import importlib.util
+
 
 class TropdError(Exception):
     """The root: `except TropdError` catches every refusal and nothing else."""
@@ -122,3 +124,12 @@ class TrainingDiverged(TropdError, RuntimeError):
 
 class MethodWarning(UserWarning):
     """A method was configured in a way that is known to work badly; the text says why."""
+
+
+def require(package: str, extra: str, asked: str) -> None:
+    """Refuse what was asked if the optional package that does it is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"{asked} was asked for, and needs the package {package}, which is not installed here. "
+            f"Install it with: pip install 'tropd[{extra}]'"
+        )

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any
 
-from tropd.ranges import NotNegative, PositiveShare, Ranged, Share, Whole
+from tropd.base.ranges import NotNegative, PositiveShare, Ranged, Share, Whole
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,9 +12,9 @@ from torch import nn
 from benchmarks.gpu_check.sizes import Sizes
 from benchmarks.gpu_check.table import Table
 from benchmarks.head import Problem, Settings, allocated_megabytes, timed
-from tropd.student.head import Head
-from tropd.student.one_pass import read_rows
-from tropd.student.products import add_product_
+from tropd.model.head import Head
+from tropd.model.one_pass import read_rows
+from tropd.model.products import add_product_
 
 
 class Pair(Problem):

@@ -17,10 +17,11 @@ from typing import Any
 
 from benchmarks.gpu_check.sizes import Sizes
 from benchmarks.gpu_check.table import Table
-from tropd import config_file, loop
+from tropd.config import file as config_file
 from tropd.methods import METHODS
-from tropd.report.display import Silent
-from tropd.report.records import read_records
+from tropd.monitoring.display import Silent
+from tropd.monitoring.records import read_records
+from tropd.run import loop
 from tropd.testbeds import embedded
 from tropd.types import StepRecord
 

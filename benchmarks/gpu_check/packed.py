@@ -9,15 +9,15 @@ from torch import Tensor
 
 from benchmarks.gpu_check.sizes import Sizes, make_model, seconds
 from benchmarks.gpu_check.table import Table
-from tropd.config import OptimizerConfig
+from tropd.config.stages import OptimizerConfig
 from tropd.methods import TrOPD
+from tropd.model.forward import PROBE, Forward, lay_out, similar_lengths
+from tropd.model.optimizer import Optimizer
+from tropd.model.spans import NoSpans
 from tropd.objective.terms import Context
-from tropd.step import score, train_step
-from tropd.student.forward import PROBE, Forward, lay_out, similar_lengths
-from tropd.student.learner import ModelLearner
-from tropd.student.optimizer import Optimizer
-from tropd.student.spans import NoSpans
 from tropd.teachers.local import LocalTeacher
+from tropd.training.learner import ModelLearner
+from tropd.training.step import score, train_step
 from tropd.types import Author, Finish, Prompt, Rollout
 
 

@@ -12,11 +12,11 @@ import torch.distributed as dist
 
 from benchmarks.gpu_check.sizes import Sizes, make_model
 from benchmarks.gpu_check.table import Table
-from tropd.config import OptimizerConfig
-from tropd.student.forward import Forward
-from tropd.student.optimizer import Optimizer
-from tropd.student.parallel import Ranks
-from tropd.student.sharding import Shards
+from tropd.config.stages import OptimizerConfig
+from tropd.distributed.ranks import Ranks
+from tropd.distributed.sharding import Shards
+from tropd.model.forward import Forward
+from tropd.model.optimizer import Optimizer
 from tropd.types import Author, Prompt, Rollout
 
 

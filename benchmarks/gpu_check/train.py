@@ -12,8 +12,9 @@ from typing import Any
 
 from benchmarks.gpu_check.sizes import Sizes
 from benchmarks.gpu_check.table import Table
-from tropd import config_file, loop
-from tropd.report.display import Silent
+from tropd.config import file as config_file
+from tropd.monitoring.display import Silent
+from tropd.run import loop
 from tropd.testbeds import TESTBEDS, Testbed, embedded
 from tropd.testbeds.pair import Pair, measure, save, write_prompts
 from tropd.testbeds.task import Shape, Training

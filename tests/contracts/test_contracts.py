@@ -12,8 +12,8 @@ import pytest
 from tests.integration.runs import save_model
 from tests.servers.mini import MiniServer
 from tests.tiny import VOCAB, tiny_model
+from tropd.config.models import ServerConfig
 from tropd.rollout.transformers import TransformersEngine
-from tropd.servers.settings import ServerConfig
 from tropd.teachers.cached import Cached
 from tropd.teachers.local import LocalTeacher
 from tropd.teachers.meeting import canary_of

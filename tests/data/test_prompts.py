@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from tests.tiny import byte_tokenizer
-from tropd.data.prompts import DataConfig, LoadedPrompts, load_prompts
+from tropd.config.stages import DataConfig
+from tropd.data.prompts import LoadedPrompts, load_prompts
 from tropd.errors import ConfigError, DataError
 from tropd.types import Message
 

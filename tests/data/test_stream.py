@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.tiny import byte_tokenizer
-from tropd.data.prompts import DataConfig
+from tropd.config.stages import DataConfig
 from tropd.data.stream import LazyPromptStream, PromptStream
 from tropd.errors import DataError
 from tropd.types import Prompt

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import byte_tokenizer, tiny_model
-from tropd import config_file
-from tropd.config import Run
+from tropd.config import file as config_file
+from tropd.config.run import Run
 
 
 def save_model(folder: Path, *, tokenizer: Any = None, **options: Any) -> Path:

@@ -12,7 +12,7 @@ from tests.doctor import cases
 from tests.tiny import VOCAB, byte_tokenizer
 from tropd.doctor.cost import need_of
 from tropd.doctor.subject import Subject, read_subject
-from tropd.student.models import load_model, wrap_student
+from tropd.model.loading import load_model, wrap_student
 
 TOKENS = 96
 

@@ -12,12 +12,12 @@ import torch
 
 from tests.doctor import cases
 from tests.tiny import byte_tokenizer, tiny_model
-from tropd.config import Run
+from tropd.config.run import Run
 from tropd.doctor import Check, examine, quick_checks
 from tropd.doctor.cost import need_of
 from tropd.doctor.subject import read_subject
 from tropd.errors import ConfigError
-from tropd.startup import assemble
+from tropd.run.start import assemble
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +271,7 @@ def test_a_run_whose_grader_rejects_every_answer_does_not_start(world: Path, tmp
 def test_the_command_counts_levels_into_its_exit_code(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tropd.cli import main
+    from tropd.cli.main import main
 
     good = str(cases.write_run(world, tmp_path / "good"))
     short = str(cases.write_run(world, tmp_path / "short", method={"name": "tropd", "top_k": 8}))

@@ -9,19 +9,19 @@ import pytest
 import torch
 
 from tests.doctor import cases
-from tropd.assembly import Parts
-from tropd.batches import ScoredBatch
-from tropd.cli import main
-from tropd.config_file import dump
+from tropd.cli.main import main
+from tropd.config.file import dump
 from tropd.doctor.inspection import read_step
 from tropd.errors import ConfigError
+from tropd.methods.policies import TeacherPrefix
+from tropd.monitoring.rollouts import write_rollouts
 from tropd.objective.terms import Context
-from tropd.replay import save_batch
-from tropd.report.rollouts import write_rollouts
-from tropd.rollout.policies import TeacherPrefix
 from tropd.rollout.stage import RolloutJob, roll_out
-from tropd.startup import assemble
-from tropd.step import score
+from tropd.run.start import assemble
+from tropd.training.assembly import Parts
+from tropd.training.batches import ScoredBatch
+from tropd.training.kept_batch import save_batch
+from tropd.training.step import score
 from tropd.types import Author
 
 STEP = 1

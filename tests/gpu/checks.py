@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from tests.model.kernel_cases import DTYPES, allowed, errors, numbers, tile
 from tests.rollout.families import FAMILIES, make
 from tests.rollout.plain import SAMPLINGS, some_requests
-from tests.student.kernel_cases import DTYPES, allowed, errors, numbers, tile
+from tropd.model.fused import kernels_for, soften_rows_
+from tropd.model.head import Head
+from tropd.model.lean import exponentials_
+from tropd.model.one_pass import can_fuse, read_rows
+from tropd.model.products import add_product_, sums_wide
 from tropd.rollout.transformers import TransformersEngine
-from tropd.student.fused import kernels_for, soften_rows_
-from tropd.student.head import Head
-from tropd.student.lean import exponentials_
-from tropd.student.one_pass import can_fuse, read_rows
-from tropd.student.products import add_product_, sums_wide
 from tropd.types import Completion
 
 Case = tuple[str, Callable[[], None]]

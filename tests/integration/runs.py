@@ -12,16 +12,16 @@ import tomli_w
 import torch
 
 from tests.tiny import byte_tokenizer, tiny_model
-from tropd import config_file
-from tropd.assembly import Parts
-from tropd.batches import ScoredBatch
-from tropd.config import Run
-from tropd.judge import Seen
+from tropd.config import file as config_file
+from tropd.config.run import Run
 from tropd.objective.evidence import StudentView
 from tropd.objective.terms import Context
 from tropd.rollout.stage import RolloutJob, roll_out
-from tropd.startup import assemble
-from tropd.step import StepSums, recall_needed, score, train_step
+from tropd.run.start import assemble
+from tropd.training.assembly import Parts
+from tropd.training.batches import ScoredBatch
+from tropd.training.judge import Seen
+from tropd.training.step import StepSums, recall_needed, score, train_step
 from tropd.types import Rollout
 
 NEW_TOKENS = 28

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from tests.integration.runs import TROPD, judge, parts_of, prepare, step_of, write
-from tests.student.cases import plain
+from tests.model.cases import plain
 from tests.tiny import tiny_model
-from tropd.assembly import Parts
-from tropd.batches import ScoredBatch
-from tropd.judge import Seen
 from tropd.methods import METHODS
 from tropd.objective.evidence import Needs
 from tropd.objective.losses import PolicyGradient
 from tropd.objective.support import NOTHING
 from tropd.objective.terms import Context
-from tropd.step import score, train_step
+from tropd.training.assembly import Parts
+from tropd.training.batches import ScoredBatch
+from tropd.training.judge import Seen
+from tropd.training.step import score, train_step
 from tropd.types import Author, Rollout
 
 ON_POLICY = {"tropd": {"guidance": False}, "gkd": {"student_share": 1.0}}

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from tests.integration.runs import TROPD, judge, parts_of, prepare, run_in, step_of, write
-from tests.student.cases import plain
+from tests.model.cases import plain
 from tests.tiny import VOCAB, tiny_model
-from tropd.batches import add_scores
 from tropd.errors import ConfigError, EvidenceError, TeacherError
-from tropd.loop import train
 from tropd.methods import METHODS, ManyFaces
+from tropd.monitoring.records import read_records
 from tropd.objective.evidence import Needs, Tokens
-from tropd.report.records import read_records
 from tropd.rollout.scripted import ScriptedEngine
-from tropd.step import check_evidence
+from tropd.run.loop import train
 from tropd.teachers.local import LocalTeacher
 from tropd.teachers.texts import CachedTexts
+from tropd.training.batches import add_scores
+from tropd.training.step import check_evidence
 from tropd.types import Author, Request
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.integration.runs import TROPD, Step, parts_of, prepare, step_of, write
-from tropd.student.forward import Forward
+from tropd.model.forward import Forward
 
 METHODS: dict[str, dict[str, Any]] = {
     "tropd": TROPD,

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from tests.tiny import tiny_model
-from tropd.config import OptimizerConfig
+from tropd.config.stages import OptimizerConfig
 from tropd.methods import GKD, OPD, Method, SeqKD, TrOPD
+from tropd.model.optimizer import Optimizer
 from tropd.objective.terms import Context
 from tropd.rollout.stage import RolloutJob, roll_out
 from tropd.rollout.transformers import TransformersEngine
-from tropd.step import recall_needed, score, train_step
-from tropd.student.learner import ModelLearner
-from tropd.student.optimizer import Optimizer
 from tropd.teachers.local import LocalTeacher
+from tropd.training.learner import ModelLearner
+from tropd.training.step import recall_needed, score, train_step
 from tropd.types import Prompt, Rollout, Sampling
 
 NUM_SYMBOLS, STOP, ASK, NEW_TOKENS = 6, 6, 7, 6

@@ -12,8 +12,8 @@ import pytest
 
 from tests.integration.runs import TROPD, parts_of, prepare, step_of
 from tropd.errors import ConfigError
+from tropd.methods.policies import Mixture, OnPolicy, RolloutPolicy, TeacherPrefix, TeacherText
 from tropd.objective.schedules import Schedule
-from tropd.rollout.policies import Mixture, OnPolicy, RolloutPolicy, TeacherPrefix, TeacherText
 from tropd.rollout.scripted import ScriptedEngine
 from tropd.rollout.stage import RolloutJob, roll_out
 from tropd.types import Author, Finish, Prompt, Request, Rollout, Sampling

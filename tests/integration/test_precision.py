@@ -11,22 +11,22 @@ from typing import Any
 import pytest
 import torch
 
-from tests.student.cases import rollouts_of, tokens_of, written
+from tests.model.cases import rollouts_of, tokens_of, written
 from tests.tiny import tiny_model
-from tropd import config_file
-from tropd.assembly import Parts
-from tropd.config import Run
-from tropd.loop import resume, train
+from tropd.config import file as config_file
+from tropd.config.run import Run
 from tropd.methods import METHODS
+from tropd.model.dense import dense_loss
+from tropd.model.forward import Forward
+from tropd.model.one_pass import can_fuse, fused_loss
 from tropd.objective.evidence import Needs
 from tropd.objective.terms import Context
 from tropd.rollout.stage import RolloutJob, roll_out
-from tropd.startup import assemble
-from tropd.step import recall_needed, score, train_step
-from tropd.student.dense import dense_loss
-from tropd.student.forward import Forward
-from tropd.student.one_pass import can_fuse, fused_loss
+from tropd.run.loop import resume, train
+from tropd.run.start import assemble
 from tropd.testbeds import embedded
+from tropd.training.assembly import Parts
+from tropd.training.step import recall_needed, score, train_step
 
 PAIR = embedded("nano-hard")
 HALVES = ["bfloat16", "float16"]

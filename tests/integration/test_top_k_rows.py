@@ -11,11 +11,11 @@ from torch import Tensor
 
 from tests.integration.runs import parts_of, prepare, step_of, write
 from tropd.errors import EvidenceError
+from tropd.monitoring.sample import sampled_rows
 from tropd.objective import Context, Needs, Objective, PolicyGradient, Selector, Term, Tokens
 from tropd.objective.selectors import STUDENT, as_weight
 from tropd.objective.support import NOTHING
-from tropd.probes.sample import sampled_rows
-from tropd.step import score
+from tropd.training.step import score
 from tropd.types import Author
 
 METHODS = [

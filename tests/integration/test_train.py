@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.integration.runs import NEW_TOKENS, TROPD, prepare, run_in
-from tropd.cli import main
-from tropd.loop import train
+from tropd.checkpoints import checkpoint as checkpoints
+from tropd.cli.main import main
 from tropd.methods import METHODS
-from tropd.report.records import read_records
-from tropd.student import checkpoint as checkpoints
+from tropd.monitoring.records import read_records
+from tropd.run.loop import train
 from tropd.types import StepRecord
 
 

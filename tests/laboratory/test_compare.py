@@ -13,8 +13,8 @@ import time
 import pytest
 
 from tests.integration.runs import prepare, run_in
-from tropd import config_file
-from tropd.cli import main
+from tropd.cli.main import main
+from tropd.config import file as config_file
 from tropd.errors import ConfigError
 from tropd.laboratory.lab import Lab, load_lab, trials
 from tropd.laboratory.runner import compare, read_outcomes

@@ -64,7 +64,7 @@ def _carry_out(case: Case, folder: Path, writer: int) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.chdir(folder)
         os.environ["COLUMNS"] = "400"  # wide enough for a name in one piece
-        from tropd.cli import main
+        from tropd.cli.main import main
 
         code = main(case.prepare(folder))
     except BaseException:

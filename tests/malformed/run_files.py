@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.base.test_ranges import CASES as OUT_OF_RANGE
 from tests.malformed import texts
 from tests.malformed.case import Case
 from tests.malformed.world import values_of, write_toml
-from tests.test_ranges import CASES as OUT_OF_RANGE
-from tropd import config_file
-from tropd.config import Run
+from tropd.config import file as config_file
+from tropd.config.run import Run
 
 
 def cases(world: Path) -> Iterator[Case]:

@@ -13,7 +13,7 @@ import tomli_w
 from tests.doctor import cases
 from tests.malformed.case import Case
 from tests.malformed.texts import Spoil
-from tropd.cli import main
+from tropd.cli.main import main
 
 
 def write(folder: Path) -> Path:

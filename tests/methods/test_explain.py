@@ -12,13 +12,13 @@ from typing import get_args
 import pytest
 from rich.console import Console
 
-from tropd.config import RolloutConfig
+from tropd.config.stages import RolloutConfig
 from tropd.methods import METHODS, TrOPD
 from tropd.methods.describe import EVIDENCE, OVER, describe, field_docstrings, policy_in_words
 from tropd.methods.explain import explain, explain_as_data, methods, methods_as_data, page
+from tropd.methods.policies import TeacherPrefix
 from tropd.objective.evidence import OF_TEACHER, Needs
 from tropd.objective.terms import Over
-from tropd.rollout.policies import TeacherPrefix
 from tropd.teachers.server import CAPABILITIES
 
 ROOT = Path(__file__).parents[2]

@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from tropd.exact import Setting, distil, make_pair
+from tropd.laboratory.exact import Setting, distil, make_pair
+from tropd.laboratory.tabular import TabularLM, sequence_kl, visits
 from tropd.methods import METHODS, Method
 from tropd.methods.describe import describe
-from tropd.tabular import TabularLM, sequence_kl, visits
 
 TOP_K = 4
 SMALL = Setting(

@@ -15,16 +15,16 @@ from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
 import tropd
 from tests.integration.runs import prepare, run_in
+from tests.model.cases import rollouts_of
 from tests.rollout.plain import some_requests
-from tests.student.cases import rollouts_of
 from tests.tiny import tiny_config, tiny_model
-from tropd.loop import train
 from tropd.model import hf
-from tropd.report.records import read_records
+from tropd.model.forward import Forward
+from tropd.monitoring.records import read_records
 from tropd.rollout.cache import RowLayer
 from tropd.rollout.decoding import obstacle
 from tropd.rollout.transformers import TransformersEngine
-from tropd.student.forward import Forward
+from tropd.run.loop import train
 
 ROOT = Path(tropd.__file__).parent
 OPEN = ("Auto", "PreTrainedTokenizer", "GenerationConfig")
@@ -127,7 +127,7 @@ def test_a_cache_that_worked_and_then_fails_is_an_error(monkeypatch) -> None:
 def test_attention_that_is_handed_other_arguments_leaves_a_padded_rectangle(monkeypatch) -> None:
     model, rollouts = tiny_model("llama"), rollouts_of([(2, 3), (4, 17), (1, 30)])
     expected = Forward(model).hidden(rollouts)
-    monkeypatch.setattr("tropd.student.spans.scaled_dot_product_attention", None)
+    monkeypatch.setattr("tropd.model.spans.scaled_dot_product_attention", None)
     with pytest.warns(UserWarning, match="Sequences are padded .*same numbers, slower"):
         forward = Forward(model)
     assert not forward.by_span
@@ -158,7 +158,7 @@ transformers.AttentionInterface = type("AttentionInterface", (), {})
 import sys
 from pathlib import Path
 from tests.integration.runs import prepare, run_in
-from tropd.loop import train
+from tropd.run.loop import train
 folder = Path(sys.argv[1])
 folder.mkdir()
 print(train(run_in(prepare(folder), steps=1)))

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from tests.objective.cases import F64, close, make_case
-from tropd.batches import make_tokens
 from tropd.errors import ConfigError
 from tropd.objective import Context, NegativeLogLikelihood, Objective, PolicyGradient, Term
 from tropd.objective.evidence import Needs, Tokens, around
@@ -24,6 +23,7 @@ from tropd.objective.selectors import (
     TopFraction,
 )
 from tropd.objective.terms import Measure, Reward, Selector
+from tropd.training.batches import make_tokens
 from tropd.types import Author, Prompt, Rollout
 
 C, S, T, E = Author.CONTEXT, Author.STUDENT, Author.TEACHER, Author.ENVIRONMENT

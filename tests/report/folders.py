@@ -11,14 +11,15 @@ import torch
 
 from tests.report.examples import rollout, step_record
 from tests.tiny import byte_tokenizer
-from tropd import config_file
-from tropd.config import Run, StudentConfig, TeacherConfig
-from tropd.data.prompts import DataConfig
-from tropd.evaluation.results import EvalAnswer, EvalConfig, EvalItem, summarize
+from tropd.config import file as config_file
+from tropd.config.models import StudentConfig, TeacherConfig
+from tropd.config.run import Run
+from tropd.config.stages import DataConfig, EvalConfig
+from tropd.evaluation.results import EvalAnswer, EvalItem, summarize
+from tropd.monitoring.records import RecordWriter
+from tropd.monitoring.rollouts import write_rollouts
+from tropd.monitoring.scores import write_scores
 from tropd.objective.support import NOTHING
-from tropd.report.records import RecordWriter
-from tropd.report.rollouts import write_rollouts
-from tropd.report.scores import write_scores
 from tropd.types import Finish, TermStats
 
 WORDS = " the cat sat"

@@ -9,8 +9,8 @@ import pytest
 from tests.report.examples import step_record
 from tests.report.folders import write_folder
 from tropd.errors import ConfigError
+from tropd.monitoring.records import RecordWriter
 from tropd.report.history import read_history
-from tropd.report.records import RecordWriter
 from tropd.report.runs import names_of, read_runs
 
 BEFORE, AFTER = [[0.0, 0.0], [0.0, 1.0]], [[1.0, 1.0], [0.0, 1.0]]

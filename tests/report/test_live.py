@@ -16,10 +16,10 @@ import pytest
 
 from tests.report.examples import step_record
 from tests.report.folders import write_folder
+from tropd.monitoring.records import RecordWriter
 from tropd.report import live
 from tropd.report.history import History
 from tropd.report.live import ADDRESS, Server, Watched
-from tropd.report.records import RecordWriter
 
 
 @contextmanager

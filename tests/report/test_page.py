@@ -15,12 +15,12 @@ import pytest
 
 from tests.report.examples import step_record
 from tests.report.folders import probes_at, write_folder
-from tropd.cli import main
+from tropd.cli.main import main
 from tropd.methods import OPD
+from tropd.monitoring.records import RecordWriter
 from tropd.report.contents import CHARTS, charts_of
 from tropd.report.history import read_history
 from tropd.report.page import embed, render
-from tropd.report.records import RecordWriter
 from tropd.report.runs import read_runs
 from tropd.report.transcripts import collect
 

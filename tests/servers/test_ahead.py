@@ -18,13 +18,13 @@ from tests.run_case import Order
 from tests.servers.mini import MiniServer
 from tests.servers.proxy import Proxy, Reply, status
 from tests.servers.test_rollouts import nudge
-from tropd.ahead import Source
+from tropd.base.fast_paths import FastPath
 from tropd.errors import ConfigError, EngineTimeout, TeacherError
-from tropd.fast_paths import FastPath
-from tropd.loop import resume, train
+from tropd.monitoring.records import read_records
 from tropd.objective.evidence import Needs
 from tropd.objective.support import NOTHING
-from tropd.report.records import read_records
+from tropd.run.loop import resume, train
+from tropd.training.source import Source
 
 OPD = {"name": "opd"}
 BATCH = 6

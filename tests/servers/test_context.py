@@ -10,12 +10,12 @@ import pytest
 
 from tests.integration.runs import prepare, run_in
 from tests.servers.mini import MiniServer
-from tropd.config import Run
+from tropd.config.run import Run
 from tropd.errors import DataError
-from tropd.loop import train
-from tropd.report.records import read_records
+from tropd.monitoring.records import read_records
 from tropd.rollout.delivery import weights_folder
-from tropd.startup import assemble
+from tropd.run.loop import train
+from tropd.run.start import assemble
 
 OPD = {"name": "opd"}
 HELD = 50

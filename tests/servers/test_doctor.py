@@ -13,12 +13,12 @@ from tests.integration.runs import prepare, run_in
 from tests.servers.mini import MiniServer
 from tests.servers.proxy import Proxy, garbage
 from tests.tiny import byte_tokenizer, tiny_model
-from tropd import config_file
-from tropd.cli import main
-from tropd.config import Run
+from tropd.cli.main import main
+from tropd.config import file as config_file
+from tropd.config.run import Run
 from tropd.doctor import Check, examine
 from tropd.errors import TeacherError
-from tropd.loop import train
+from tropd.run.loop import train
 
 QUICK = {"deadline_seconds": 1.5, "answer_seconds": 5.0}
 

@@ -16,9 +16,9 @@ from tests.integration.runs import prepare, run_in
 from tests.servers.mini import MiniServer
 from tests.tiny import tiny_model
 from tropd.errors import EngineError, TeacherError, TrainingDiverged
-from tropd.loop import train
-from tropd.probes import draws
+from tropd.rollout import draws
 from tropd.rollout.transformers import TransformersEngine
+from tropd.run.loop import train
 from tropd.types import Request, Sampling
 
 Body = dict[str, Any]

@@ -16,11 +16,10 @@ from tests.servers.lies import LIES, ROWS, Liar, noisy, scaled
 from tests.servers.mini import MiniServer
 from tests.servers.proxy import Proxy, status, untouched
 from tests.tiny import VOCAB, tiny_model
-from tropd.config import TeacherConfig
+from tropd.config.models import ServerConfig, TeacherConfig
 from tropd.errors import TeacherError, TeacherRefused, TeacherUnavailable
-from tropd.loop import train
 from tropd.objective.evidence import Needs
-from tropd.servers.settings import ServerConfig
+from tropd.run.loop import train
 from tropd.teachers.audit import Known
 from tropd.teachers.meeting import canary_of
 from tropd.teachers.reference import reference_of

@@ -10,11 +10,12 @@ import pytest
 
 from tests.servers.mini import MiniServer
 from tests.servers.proxy import Fault, Proxy, Reply, cut, delayed, first, garbage, huge, status, truncated
+from tropd.config.models import ServerConfig, base_url
 from tropd.errors import ConfigError, ServerGarbled, ServerRefused, ServerUnavailable
 from tropd.servers import vllm
 from tropd.servers.client import Client
 from tropd.servers.pool import Job, Pool
-from tropd.servers.settings import ServerConfig, api_key, base_url, check_addresses
+from tropd.servers.settings import api_key, check_addresses
 
 QUICK = ServerConfig(deadline_seconds=0.6, answer_seconds=1.0, connect_seconds=0.5)
 CANARY = [72, 101, 108, 108, 111]

@@ -17,15 +17,14 @@ from transformers import AutoModelForCausalLM
 from tests.integration.runs import prepare, run_in, save_model
 from tests.servers.mini import MiniServer, Refusal
 from tests.tiny import VOCAB, byte_tokenizer, tiny_model
-from tropd.config import LoraConfig
+from tropd.checkpoints.export import export_untied
+from tropd.config.models import LoraConfig, ServerConfig
 from tropd.errors import ConfigError, DataError, EngineError, EngineOutOfSync
-from tropd.loop import train
-from tropd.report.records import read_records
+from tropd.model.loading import add_adapter
+from tropd.monitoring.records import read_records
 from tropd.rollout.transformers import TransformersEngine
 from tropd.rollout.vllm import VllmEngine
-from tropd.servers.settings import ServerConfig
-from tropd.student.export import export_untied
-from tropd.student.models import add_adapter
+from tropd.run.loop import train
 from tropd.testing import check_engine
 from tropd.types import Finish, Request, Sampling
 

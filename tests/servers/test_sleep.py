@@ -15,12 +15,12 @@ from tests.servers.mini import MiniServer, Refusal
 from tests.servers.sleeper import Sleeper
 from tests.servers.test_rollouts import REQUESTS, engine_of
 from tests.tiny import tiny_model
-from tropd.config import Run
+from tropd.config.run import Run
 from tropd.errors import ConfigError, EngineError, EngineOutOfSync, TeacherError
-from tropd.loop import resume, train
-from tropd.report.records import read_records
+from tropd.monitoring.records import read_records
 from tropd.rollout.transformers import TransformersEngine
-from tropd.startup import assemble
+from tropd.run.loop import resume, train
+from tropd.run.start import assemble
 
 OPD = {"name": "opd"}
 GIVEN = {

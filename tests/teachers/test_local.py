@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from tests.student.cases import LENGTHS, plain, rollouts_of, tokens_of, written
+from tests.model.cases import LENGTHS, plain, rollouts_of, tokens_of, written
 from tests.tiny import VOCAB, byte_tokenizer, tiny_model
 from tropd.errors import ConfigError, EvidenceError, TeacherError, VocabularyError
+from tropd.model.forward import Forward, similar_lengths
+from tropd.model.one_pass import fused_loss
 from tropd.objective.evidence import Needs
-from tropd.student.forward import Forward, similar_lengths
-from tropd.student.one_pass import fused_loss
 from tropd.teachers.local import BaseAsTeacher, LocalTeacher, same_vocabulary, shared_vocab_size
 from tropd.teachers.teacher import Teacher
 

@@ -14,16 +14,16 @@ import torch
 from tests.integration.runs import TROPD, parts_of, prepare, run_in, save_model, step_of, write
 from tests.servers.mini import MiniServer
 from tests.tiny import byte_tokenizer, tiny_model
-from tropd.config import Run
+from tropd.config.run import Run
 from tropd.doctor import examine
 from tropd.errors import ConfigError, DataError, EvidenceError, TeacherError, TropdError, VocabularyError
-from tropd.loop import resume, train
 from tropd.objective.evidence import Needs
 from tropd.planning.devices import DEVICES
 from tropd.planning.plan import make_plan
 from tropd.report.contents import charts_of
 from tropd.report.history import read_history
 from tropd.rollout.transformers import TransformersEngine
+from tropd.run.loop import resume, train
 from tropd.teachers.local import LocalTeacher
 from tropd.types import Author, Request, key_of
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tropd.config import ModelConfig
+from tropd.config.models import ModelConfig
 from tropd.data.chat import encode_plain
 from tropd.data.graders import resolve_grader
-from tropd.student.models import load_tokenizer
+from tropd.model.loading import load_tokenizer
 from tropd.testbeds.chain import Chain, ChainStyle
 from tropd.testbeds.task import Problem
 from tropd.testbeds.tokenizer import make_tokenizer, num_rows

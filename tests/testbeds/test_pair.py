@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tropd.config import RolloutConfig, Run, RunEvalConfig, StudentConfig, TeacherConfig
-from tropd.data.prompts import DataConfig
+from tropd.config.models import StudentConfig, TeacherConfig
+from tropd.config.run import Run
+from tropd.config.stages import DataConfig, RolloutConfig, RunEvalConfig
 from tropd.errors import ConfigError, TeacherError
-from tropd.loop import train
 from tropd.methods import OPD
-from tropd.report.records import read_records
+from tropd.monitoring.records import read_records
+from tropd.run.loop import train
 from tropd.testbeds import TESTBEDS, Pair, Testbed, make_pair
 from tropd.testbeds.task import Shape
 from tropd.types import StepRecord

@@ -10,9 +10,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tropd.base.reading import refusing
 from tropd.data.template import check_template, limited
 from tropd.errors import ConfigError, DataError
-from tropd.reading import refusing
 from tropd.types import Message
 
 if TYPE_CHECKING:

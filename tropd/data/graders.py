@@ -17,14 +17,14 @@ from math import isfinite
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from tropd.base.ranges import NotNegative, Ranged
+from tropd.base.reading import refusing, shortened
 from tropd.data.answers import final_text, last_boxed, normalize, read_choice, read_number
 from tropd.data.chat import parse_messages
 from tropd.data.gym import gym
 from tropd.data.math_process import MathProcess
 from tropd.data.rows import nearest
 from tropd.errors import DataError
-from tropd.ranges import NotNegative, Ranged
-from tropd.reading import refusing, shortened
 from tropd.types import Prompt, Rollout
 
 if TYPE_CHECKING:

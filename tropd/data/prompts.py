@@ -10,13 +10,13 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
+from tropd.config.stages import DataConfig
 from tropd.data import chat
 from tropd.data.rows import Row, Table, nearest, open_table, read_scalar, read_text
 from tropd.errors import ConfigError, DataError
-from tropd.ranges import Count, Ranged
 from tropd.types import Message, Prompt
 
 if TYPE_CHECKING:
@@ -24,54 +24,6 @@ if TYPE_CHECKING:
 
 Reason = Literal["empty", "malformed", "too long", "duplicate"]
 _NUM_EXAMPLES = 3
-_OWN_KWARGS = {"conversation", "tokenize", "add_generation_prompt", "chat_template", "return_tensors", "return_dict"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig(Ranged):
-    section = "data"
-
-    path: str
-    """A .jsonl, .json or .parquet file, a folder saved by `datasets`, or the id of a data set on the hub."""
-    split: str = "train"
-    """Of a hub data set or a saved folder; a file is one split."""
-    name: str | None = None
-    """The hub data set's configuration, such as "main"."""
-    prompt_column: str = "prompt"
-    """Text, or a list of messages."""
-    messages_column: str = "messages"
-    """A list of messages; read when there is no prompt column."""
-    answer_column: str = "answer"
-    """What the grader compares with."""
-    id_column: str | None = None
-    """Unique names of the rows; without it a prompt is named by a hash of its content."""
-    teacher_column: str | None = None
-    """Which teacher scores the prompt."""
-    privileged_column: str | None = None
-    """What only the teacher may read."""
-    response_column: str | None = None
-    """A written answer, kept as off-policy text."""
-    last_assistant: Literal["drop", "prefix"] = "drop"
-    """What becomes of an assistant's turn at the end of a conversation: forgotten, or kept as off-policy text."""
-    max_prompt_tokens: Count | None = None
-    """Longer prompts are skipped. At least 1."""
-    on_bad_row: Literal["skip", "refuse"] = "skip"
-    """Whether rows that are empty, malformed, too long or duplicates are left out or stop the run."""
-    limit: Count | None = None
-    """Stop after this many prompts. At least 1."""
-    streaming: bool = False
-    """Render rows when they are needed, in the data set's order, instead of all at the start."""
-    system_prompt: str | None = None
-    """Put before conversations that do not open with their own."""
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Handed to the chat template, such as enable_thinking."""
-    apply_chat_template: bool = True
-    """Whether a prompt that is plain text becomes a user's message (if the tokenizer has a chat template)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if taken := sorted(_OWN_KWARGS & set(self.chat_template_kwargs)):
-            raise ConfigError(f"data.chat_template_kwargs sets {taken[0]}, which tropd decides. Leave it out.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tropd.errors import DataError
-from tropd.reading import (
+from tropd.base.reading import (
     check_file,
     check_path,
     opened,
@@ -26,6 +25,7 @@ from tropd.reading import (
     refusing,
     shortened,
 )
+from tropd.errors import DataError
 
 Row = Mapping[str, Any]
 SUFFIXES = (".jsonl", ".json", ".parquet")

@@ -16,7 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from tropd.data.prompts import DataConfig, PromptReader, RowReport
+from tropd.config.stages import DataConfig
+from tropd.data.prompts import PromptReader, RowReport
 from tropd.errors import DataError
 from tropd.types import Prompt, key_of
 

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from tropd.config import ModelConfig
+from tropd.checkpoints.run_folder import check_place
+from tropd.config.models import ModelConfig
 from tropd.doctor.check import Check, error, ok, warning
 from tropd.doctor.subject import Subject
 from tropd.errors import ConfigError, TropdError
+from tropd.model.head import causal_lm_of
+from tropd.model.loading import choose_device, choose_dtype, free_memory, wrap_student
 from tropd.objective.evidence import Needs
-from tropd.run_folder import check_place
-from tropd.student.head import causal_lm_of
-from tropd.student.models import choose_device, choose_dtype, free_memory, wrap_student
 
 CURE = (
     "Use a smaller teacher, a [student.lora] section, student.gradient_checkpointing = true, a smaller "

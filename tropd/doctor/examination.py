@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tropd.config import Run
+from tropd.config.run import Run
 from tropd.doctor.check import Check, error, ok, warning
 from tropd.doctor.cost import check_disk, check_memory
 from tropd.doctor.method import (
@@ -25,13 +25,13 @@ from tropd.doctor.servers import check_servers
 from tropd.doctor.subject import Subject, read_subject, subject_of
 from tropd.doctor.texts import check_generation, check_stops, check_templates, check_tokenizers
 from tropd.errors import ConfigError, TropdError
-from tropd.student.models import model_fingerprint
+from tropd.model.loading import model_fingerprint
 from tropd.teachers.local import LocalTeacher
 from tropd.teachers.routed import by_name
-from tropd.versions import outside
+from tropd.version import outside
 
 if TYPE_CHECKING:
-    from tropd.assembly import Parts
+    from tropd.training.assembly import Parts
 
 Look = Callable[[Subject], Iterator[Check]]
 
@@ -113,9 +113,9 @@ def _bearing(run: Run, name: str, checks: Iterable[Check]) -> Iterator[Check]:
 
 def _measure(run: Run, num_prompts: int, max_new_tokens: int) -> list[Check]:
     """Load the models, let the student write, take one step.  Teacher texts go to a folder that is thrown away."""
-    from tropd.assembly import load_parts
     from tropd.doctor import readings
     from tropd.doctor.sample import draw_sample
+    from tropd.training.assembly import load_parts
 
     of_a_teacher = (readings.check_teacher, readings.check_agreement, readings.check_ends, readings.check_sampler)
     looks = (readings.check_step, readings.check_seconds)

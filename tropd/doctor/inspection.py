@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tropd.batches import ScoredBatch
-from tropd.config import Run
-from tropd.errors import CheckpointError, ConfigError, EvidenceError, TrainingDiverged
+from tropd.base.reading import check_file, refusing
+from tropd.config.run import Run
+from tropd.errors import CheckpointError, ConfigError, EvidenceError, TrainingDiverged, require
+from tropd.monitoring.records import find_step
 from tropd.objective.evidence import StudentView, Tokens
 from tropd.objective.objective import Objective
 from tropd.objective.terms import Context
-from tropd.reading import check_file, refusing
-from tropd.replay import load_batch
-from tropd.report.records import find_step, require
+from tropd.training.batches import ScoredBatch
+from tropd.training.kept_batch import load_batch
 from tropd.types import Author, StepRecord
 
 Decode = Callable[[Sequence[int]], str]

@@ -10,11 +10,11 @@ import torch
 from tropd.doctor.check import Check, error, ok, warning
 from tropd.doctor.subject import Subject, offered_by
 from tropd.errors import TropdError
+from tropd.methods.policies import TeacherPrefix
+from tropd.model.loading import choose_device, choose_dtype
 from tropd.objective.evidence import OF_TEACHER, Needs
-from tropd.rollout.policies import TeacherPrefix
-from tropd.step import check_evidence
-from tropd.student.models import choose_device, choose_dtype
 from tropd.teachers.routed import Routed
+from tropd.training.step import check_evidence
 
 _FEW_STEPS = 300
 _SMALL_BETA = 0.01

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from tropd.doctor.check import Check, error, ok, warning
 from tropd.doctor.sample import Diagnosis, Sample
-from tropd.probes.alarms import Alarms
+from tropd.monitoring.alarms import Alarms
 from tropd.teachers.local import BaseAsTeacher
 
 if TYPE_CHECKING:
-    from tropd.assembly import Parts
+    from tropd.training.assembly import Parts
 
 _LOW_OVERLAP = 0.5  # 0.72 before and 0.91 after are usual of distillation that works (arXiv:2606.01249)
 _HIGH_TV = 0.5

@@ -14,24 +14,24 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tropd.batches import ScoredBatch, add_scores, make_tokens
 from tropd.data.graders import grade
 from tropd.data.stream import PromptStream
 from tropd.doctor.subject import STREAMED
-from tropd.iteration import clock
+from tropd.methods.policies import OnPolicy, RolloutPolicy
+from tropd.model.forward import similar_lengths
+from tropd.monitoring.probes import probe_batch
 from tropd.objective.evidence import Needs
 from tropd.objective.terms import Context
-from tropd.probes.probes import probe_batch
-from tropd.rollout.policies import OnPolicy, RolloutPolicy
 from tropd.rollout.stage import RolloutJob, roll_out
-from tropd.step import StepSums, recall_needed, score, train_step
-from tropd.student.forward import similar_lengths
 from tropd.teachers.routed import by_teacher
 from tropd.teachers.teacher import RunTeacher
+from tropd.training.batches import ScoredBatch, add_scores, make_tokens
+from tropd.training.iteration import clock
+from tropd.training.step import StepSums, recall_needed, score, train_step
 from tropd.types import Finish, Prompt, Rollout
 
 if TYPE_CHECKING:
-    from tropd.assembly import Parts
+    from tropd.training.assembly import Parts
 
 _EVIDENCE = Needs.SAMPLED | Needs.TOPK | Needs.TEACHER_ENTROPY
 _TOP_K = 64  # TrOPD's, where the method has none of its own

@@ -7,11 +7,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from tropd.config.models import ServerConfig, base_url
 from tropd.doctor.check import Check, error, ok, warning
 from tropd.doctor.subject import Side, Subject
 from tropd.errors import ServerError, ServerGarbled, ServerRefused, TeacherError, TropdError
 from tropd.servers.client import Client
-from tropd.servers.settings import ServerConfig, base_url, check_addresses
+from tropd.servers.settings import check_addresses
 from tropd.teachers.audit import audit
 from tropd.teachers.meeting import Card, card_of
 from tropd.teachers.questions import Questions, text_of

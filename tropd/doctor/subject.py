@@ -7,16 +7,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tropd.config import ModelConfig, Run, TeacherConfig
+from tropd.config.models import ModelConfig, TeacherConfig
+from tropd.config.run import Run
+from tropd.config.stages import DataConfig
 from tropd.data import chat
 from tropd.data.graders import Grader, resolve_grader
-from tropd.data.prompts import DataConfig, load_prompts
+from tropd.data.prompts import load_prompts
 from tropd.data.stream import LazyPromptStream, PromptStream
 from tropd.doctor.check import Check, error, ok, warning
 from tropd.errors import ConfigError, TropdError
+from tropd.model.head import causal_lm_of
+from tropd.model.loading import load_tokenizer
 from tropd.objective.evidence import Needs
-from tropd.student.head import causal_lm_of
-from tropd.student.models import load_tokenizer
 from tropd.teachers.local import BaseAsTeacher, LocalTeacher
 from tropd.teachers.routed import by_name, shared_by
 from tropd.teachers.server import CAPABILITIES as SERVED
@@ -26,7 +28,7 @@ from tropd.types import Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tropd.assembly import Parts
+    from tropd.training.assembly import Parts
 
 STREAMED = 64  # prompts looked at where they are not all in memory
 

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tropd.base.reading import check_file
 from tropd.errors import ConfigError, DataError
 from tropd.evaluation.results import EvalAnswer, EvalItem
-from tropd.reading import check_file
 from tropd.types import Finish, Prompt
 
 KIND = "tropd evaluation"

@@ -3,56 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean
 
-from tropd.errors import ConfigError
+from tropd.config.stages import EvalConfig
 from tropd.evaluation.statistics import bootstrap_interval, pass_at_k
-from tropd.ranges import Count, Finite, Ranged, Whole
 from tropd.types import Finish, Sampling
 
 GREEDY = Sampling(temperature=0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig(Ranged):
-    """How answers are drawn and judged."""
-
-    section = "evaluation"
-
-    num_samples: Count = 4
-    """Sampled answers per prompt; their mean score is avg@n. At least 1."""
-    pass_k: tuple[Count, ...] = (1,)
-    """For which k to estimate pass@k; none above num_samples. Each at least 1."""
-    correct_from: Finite = 1.0
-    """An answer is correct, for pass@k, from this score on. Any finite number."""
-    greedy: bool = True
-    """Also take the likeliest answer of each prompt."""
-    sampling: Sampling = field(default_factory=Sampling)
-    max_new_tokens: Count = 256
-    """At least 1."""
-    limit: Count | None = None
-    """Only the first so many prompts. At least 1."""
-    seed: Whole = 0
-    """At least 0."""
-    grader: str | None = None
-    """A name in tropd.data.graders, or "package.module:function"."""
-    prompts_per_call: Count = 64
-    """Prompts handed to the engine at once; progress is saved after each call. At least 1."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        bad = [k for k in self.pass_k if k > self.num_samples]
-        if bad:
-            raise ConfigError(
-                f"pass@{bad[0]} was asked of {self.num_samples} samples per prompt. "
-                f"Set num_samples to at least {max(self.pass_k)}, or take it out of pass_k (1 <= k <= num_samples)."
-            )
-        if self.sampling.temperature == 0.0 and self.num_samples > 1:
-            raise ConfigError(
-                f"{self.num_samples} samples were asked at temperature 0, where all are the same. "
-                "Set num_samples = 1, or a temperature above 0 (the greedy answer is taken apart, see `greedy`)."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

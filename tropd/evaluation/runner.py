@@ -12,10 +12,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tropd.config.stages import EvalConfig
 from tropd.data.graders import Grader, grade_texts
 from tropd.errors import ConfigError, DataError, EngineError
 from tropd.evaluation.progress import ProgressFile, key_of_prompt
-from tropd.evaluation.results import GREEDY, EvalAnswer, EvalConfig, EvalItem, EvalResult, summarize
+from tropd.evaluation.results import GREEDY, EvalAnswer, EvalItem, EvalResult, summarize
 from tropd.rollout.engine import Engine
 from tropd.types import Completion, Finish, Prompt, Request, key_of
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tropd.config.stages import EvalConfig
+from tropd.distributed.ranks import Ranks
 from tropd.evaluation.progress import item_of, row_of
-from tropd.evaluation.results import EvalConfig, EvalResult, summarize
+from tropd.evaluation.results import EvalResult, summarize
 from tropd.evaluation.runner import evaluate
-from tropd.student.parallel import Ranks
 from tropd.types import Prompt
 
 

@@ -24,12 +24,12 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from tropd import config_file
+from tropd.base.ranges import Count, PositiveShare, Ranged, Whole
+from tropd.base.reading import read_toml
+from tropd.config import file as config_file
 from tropd.data.rows import nearest
 from tropd.errors import ConfigError
 from tropd.methods import AnyMethod
-from tropd.ranges import Count, PositiveShare, Ranged, Whole
-from tropd.reading import read_toml
 from tropd.testbeds import TESTBEDS, Testbed
 
 EMBEDDED = "embedded/"

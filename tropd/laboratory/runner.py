@@ -17,11 +17,11 @@ from typing import IO, TypeVar
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from tropd import config_file
+from tropd.checkpoints.run_folder import alone
+from tropd.config import file as config_file
 from tropd.errors import ConfigError, MethodWarning
 from tropd.laboratory.lab import Lab, Trial, trials
 from tropd.laboratory.trial import Outcome, fingerprint_of, pair_of, run_of, run_trial
-from tropd.run_folder import alone
 from tropd.testbeds import TESTBEDS
 
 _OUTCOME = TypeAdapter(Outcome)

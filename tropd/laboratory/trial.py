@@ -13,21 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tropd import config_file
-from tropd.config import (
-    CheckpointConfig,
-    OptimizerConfig,
-    RolloutConfig,
-    Run,
-    RunEvalConfig,
-    StudentConfig,
-    TeacherConfig,
-)
-from tropd.data.prompts import DataConfig
+from tropd.config import file as config_file
+from tropd.config.models import StudentConfig, TeacherConfig
+from tropd.config.run import Run
+from tropd.config.stages import CheckpointConfig, DataConfig, OptimizerConfig, RolloutConfig, RunEvalConfig
 from tropd.errors import TrainingDiverged
 from tropd.laboratory.lab import EMBEDDED, Lab, Trial, bed_of
-from tropd.report.display import Display
-from tropd.report.records import read_records
+from tropd.monitoring.display import Display
+from tropd.monitoring.records import read_records
 from tropd.testbeds import Pair, embedded, make_pair
 from tropd.types import StepRecord
 
@@ -150,7 +143,7 @@ def run_trial(lab: Lab, trial: Trial) -> Outcome | None:
     run = run_of(lab, trial, pair_of(lab, trial.testbed, trial.seed))
     directory = Path(run.output)
     shutil.rmtree(directory, ignore_errors=True)
-    from tropd.loop import train
+    from tropd.run.loop import train
 
     started, error = time.process_time(), ""
     try:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from tropd.base.ranges import Count, Range
 from tropd.methods.base import Method
 from tropd.objective.losses import DivergenceLoss, ForwardKL, JensenShannon, PolicyGradient, ReverseKL
 from tropd.objective.objective import Objective
 from tropd.objective.rewards import LogRatio
 from tropd.objective.selectors import STUDENT, ProbabilityGapAbove
 from tropd.objective.terms import Over, Term
-from tropd.ranges import Count, Range
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,11 @@ import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tropd.base.ranges import Ranged
 from tropd.errors import MethodWarning
+from tropd.methods.policies import OnPolicy, RolloutPolicy
 from tropd.objective.evidence import Needs
 from tropd.objective.objective import Objective
-from tropd.ranges import Ranged
-from tropd.rollout.policies import OnPolicy, RolloutPolicy
 from tropd.types import Sampling
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from tropd.base.ranges import NotNegative, Positive, Share
 from tropd.methods.base import Method, warn
+from tropd.methods.policies import Mixture, RolloutPolicy, TeacherText
 from tropd.objective.losses import ForwardKL, JensenShannon, NegativeLogLikelihood, PolicyGradient, ReverseKL
 from tropd.objective.objective import Objective
 from tropd.objective.rewards import FutureSum, LogRatio, Standardise, chain
 from tropd.objective.selectors import STUDENT, TEACHER
 from tropd.objective.terms import Term, TokenLoss
-from tropd.ranges import NotNegative, Positive, Share
-from tropd.rollout.policies import Mixture, RolloutPolicy, TeacherText
 from tropd.types import Sampling
 
 

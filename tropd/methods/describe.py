@@ -11,11 +11,11 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tropd.methods import METHODS, Method, find_method
+from tropd.methods.policies import Mixture, OnPolicy, RolloutPolicy, TeacherPrefix, TeacherText
 from tropd.objective.evidence import OF_TEACHER, Needs
 from tropd.objective.losses import NegativeLogLikelihood
 from tropd.objective.schedules import Schedule
 from tropd.objective.terms import Over, Term
-from tropd.rollout.policies import Mixture, OnPolicy, RolloutPolicy, TeacherPrefix, TeacherText
 
 OVER: dict[Over, str] = {
     "actions": "all trained tokens",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from tropd.base.ranges import PositiveShare
 from tropd.methods.base import Method
 from tropd.objective.losses import PolicyGradient
 from tropd.objective.measures import StudentEntropy
@@ -12,7 +13,6 @@ from tropd.objective.objective import Objective
 from tropd.objective.rewards import LogRatio
 from tropd.objective.selectors import STUDENT, TopFraction
 from tropd.objective.terms import Term
-from tropd.ranges import PositiveShare
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from tropd.base.ranges import Count, NotNegative, Positive
 from tropd.methods.base import Method
 from tropd.objective.losses import ForwardKL, PolicyGradient
 from tropd.objective.objective import Objective
 from tropd.objective.rewards import LogRatio
 from tropd.objective.selectors import STUDENT, TeacherEntropyAbove
 from tropd.objective.terms import Term
-from tropd.ranges import Count, NotNegative, Positive
 
 
 @dataclass(frozen=True, kw_only=True)

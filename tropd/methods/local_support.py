@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from tropd.base.ranges import Count, PositiveShare, Whole
 from tropd.methods.base import Method, warn
 from tropd.objective.losses import DivergenceLoss, ForwardKL, ReverseKL
 from tropd.objective.objective import Objective
 from tropd.objective.selectors import STUDENT, FirstOf, TokenIn
 from tropd.objective.support import Outside, Support
 from tropd.objective.terms import Term
-from tropd.ranges import Count, PositiveShare, Whole
 from tropd.types import Sampling
 
 

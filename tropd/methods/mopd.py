@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from tropd.base.ranges import Count, Positive
 from tropd.methods.base import Method
 from tropd.objective.losses import PolicyGradient, ReverseKL
 from tropd.objective.objective import Objective
 from tropd.objective.rewards import Clip, LogRatio, chain
 from tropd.objective.selectors import STUDENT
 from tropd.objective.terms import Term
-from tropd.ranges import Count, Positive
 
 
 @dataclass(frozen=True, kw_only=True)

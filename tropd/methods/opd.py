@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from tropd.base.ranges import Positive, Share
 from tropd.errors import ConfigError
 from tropd.methods.base import Method
 from tropd.objective.losses import PolicyGradient, SampledReverseKL
@@ -12,7 +13,6 @@ from tropd.objective.objective import Objective
 from tropd.objective.rewards import FutureSum, LogRatio, chain
 from tropd.objective.selectors import STUDENT
 from tropd.objective.terms import Term
-from tropd.ranges import Positive, Share
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from tropd.base.ranges import Range
 from tropd.methods.base import Method
 from tropd.objective.losses import PolicyGradient
 from tropd.objective.objective import Objective
 from tropd.objective.rewards import Clip, Divergence, DivergenceWeight, LogRatio, chain
 from tropd.objective.selectors import STUDENT
 from tropd.objective.terms import Term
-from tropd.ranges import Range
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from tropd.base.ranges import Count, Range
 from tropd.methods.base import Method, warn
 from tropd.objective.losses import ForwardKL, PolicyGradient, StateReward
 from tropd.objective.objective import Objective
 from tropd.objective.rewards import Clip, LogRatio, chain
 from tropd.objective.selectors import STUDENT, LogRatioAbove
 from tropd.objective.terms import Term
-from tropd.ranges import Count, Range
 
 _FLOOR_READING = ("The paper gives no value for tau; REOPOLD's floor log(.1)/.9 = -2.558 is taken.",)
 

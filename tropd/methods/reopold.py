@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from tropd.base.ranges import Between, PositiveShare, Range, Share
 from tropd.methods.base import Method
 from tropd.objective.losses import PolicyGradient
 from tropd.objective.measures import StudentEntropy
@@ -13,7 +14,6 @@ from tropd.objective.objective import Objective
 from tropd.objective.rewards import Clip, LogRatio, chain
 from tropd.objective.selectors import STUDENT, FromProgress, LogRatioAbove, TopFraction
 from tropd.objective.terms import Term
-from tropd.ranges import Between, PositiveShare, Range, Share
 
 
 @dataclass(frozen=True, kw_only=True)

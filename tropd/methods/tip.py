@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from tropd.base.ranges import PositiveShare
 from tropd.methods.base import Method
 from tropd.objective.losses import ReverseKL
 from tropd.objective.measures import EitherHigh, Normalised, ReverseKLAt, StudentEntropy
 from tropd.objective.objective import Objective
 from tropd.objective.selectors import STUDENT, TopFraction
 from tropd.objective.terms import Term
-from tropd.ranges import PositiveShare
 
 
 @dataclass(frozen=True, kw_only=True)

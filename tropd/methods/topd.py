@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from tropd.base.ranges import PositiveShare
 from tropd.methods.base import Method
 from tropd.objective.losses import PolicyGradient
 from tropd.objective.objective import Objective
 from tropd.objective.rewards import LogRatio, PlusFutureMean, ProximalTeacher, Standardise, chain
 from tropd.objective.selectors import STUDENT
 from tropd.objective.terms import Reward, Term
-from tropd.ranges import PositiveShare
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from tropd.base.ranges import Count, NotNegative, PositiveShare, Range, Share, Whole
 from tropd.methods.base import Method, warn
+from tropd.methods.policies import OnPolicy, RolloutPolicy, TeacherPrefix
 from tropd.objective.losses import ForwardKL, NegativeLogLikelihood, PolicyGradient, StateReward
 from tropd.objective.objective import Objective
 from tropd.objective.rewards import Clip, LogRatio, chain
 from tropd.objective.schedules import Schedule
 from tropd.objective.selectors import STUDENT, TEACHER, Trust, TrustRegion
 from tropd.objective.terms import Term, TokenLoss
-from tropd.ranges import Count, NotNegative, PositiveShare, Range, Share, Whole
-from tropd.rollout.policies import OnPolicy, RolloutPolicy, TeacherPrefix
 from tropd.types import Sampling
 
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tropd.methods.base import Method
+from tropd.methods.policies import RolloutPolicy
 from tropd.methods.tropd import TrOPD
 from tropd.objective.losses import ForwardKL, PolicyGradient
 from tropd.objective.objective import Objective
 from tropd.objective.rewards import LogRatio
 from tropd.objective.selectors import STUDENT, Everywhere, ProbabilityGapAbove, TrustRegion
 from tropd.objective.terms import Selector, Term
-from tropd.rollout.policies import RolloutPolicy
 from tropd.types import Sampling
 
 

@@ -15,13 +15,13 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from tropd.base.ranges import Count, Positive, Range
 from tropd.errors import ConfigError, EvidenceError
 from tropd.objective.evidence import Needs, StudentView, Tokens
 from tropd.objective.rewards import LogRatio
 from tropd.objective.support import Outside, Support, add_bucket, expected_gap, log_mixture, on_support
 from tropd.objective.targets import Target
 from tropd.objective.terms import Reward, TokenLoss
-from tropd.ranges import Count, Positive, Range
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
+from tropd.base.ranges import Finite, Positive, PositiveShare, Range, Share
 from tropd.objective.evidence import Needs, Tokens, at_least_float32
 from tropd.objective.measures import padded
 from tropd.objective.terms import Context, Reach, Reward
-from tropd.ranges import Finite, Positive, PositiveShare, Range, Share
 from tropd.types import Author
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from tropd.ranges import Finite, PositiveShare, Ranged
+from tropd.base.ranges import Finite, PositiveShare, Ranged
 
 Shape = Literal["constant", "linear", "cosine", "convex", "switch"]
 

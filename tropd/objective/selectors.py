@@ -9,11 +9,11 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
+from tropd.base.ranges import Finite, Positive, PositiveShare, Range, Share, Whole
 from tropd.objective.draws import uniform
 from tropd.objective.evidence import Needs, Tokens, at_least_float32, trained
 from tropd.objective.measures import kth_highest, numbers_of
 from tropd.objective.terms import Context, Measure, Reach, Selector
-from tropd.ranges import Finite, Positive, PositiveShare, Range, Share, Whole
 from tropd.types import Author
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tropd.base.ranges import Positive, Share
 from tropd.objective.terms import Piece
-from tropd.ranges import Positive, Share
 
 
 class Target(Piece):

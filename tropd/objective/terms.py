@@ -21,9 +21,9 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
+from tropd.base.ranges import Finite, Ranged
 from tropd.objective.evidence import Needs, StudentView, Tokens
 from tropd.objective.schedules import Schedule
-from tropd.ranges import Finite, Ranged
 
 
 class Reach(IntEnum):

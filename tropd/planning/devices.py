@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tropd.errors import ConfigError
-from tropd.student.models import choose_device, choose_dtype, free_memory
+from tropd.model.loading import choose_device, choose_dtype, free_memory
 
 REACHED = {"score": 0.5, "train": 0.35, "write": 0.5}
 """Share of a GPU's peak that each kind of work is taken to reach: assumed, not measured with tropd."""

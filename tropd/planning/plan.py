@@ -17,7 +17,7 @@ from math import ceil
 
 import torch
 
-from tropd.config import Run
+from tropd.config.run import Run
 from tropd.doctor.cost import Need, need_of, parameters_of
 from tropd.doctor.prompts import check_lengths
 from tropd.doctor.subject import Subject, read_subject

@@ -23,15 +23,15 @@ from typing import Any
 
 import torch
 
-from tropd.config import Run
+from tropd.config.models import ServerConfig
+from tropd.config.run import Run
 from tropd.doctor.cost import Need, cached
 from tropd.doctor.subject import Subject
+from tropd.methods.policies import Mixture, TeacherPrefix, TeacherText
+from tropd.model.loading import choose_dtype
 from tropd.objective.evidence import OF_TEACHER
 from tropd.planning.devices import Device
-from tropd.rollout.policies import Mixture, TeacherPrefix, TeacherText
-from tropd.servers.settings import ServerConfig
-from tropd.step import PASS_NEEDS, recall_needed
-from tropd.student.models import choose_dtype
+from tropd.training.step import PASS_NEEDS, recall_needed
 
 OPERATIONS = {"started": 50, "replayed": 5}
 """Of a layer in one pass: started one by one by Python (measured with tiny models on a CPU), or replayed by a server as

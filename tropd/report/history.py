@@ -17,10 +17,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from tropd.base.reading import opened, read_toml
 from tropd.errors import ConfigError
-from tropd.reading import opened, read_toml
-from tropd.report.records import LONGEST_LINE, read_header, read_steps
-from tropd.report.scores import PromptScores, read_scores
+from tropd.monitoring.records import LONGEST_LINE, read_header, read_steps
+from tropd.monitoring.scores import PromptScores, read_scores
 from tropd.types import StepRecord
 
 NOT_METRICS = {"num_prompts"}

@@ -16,14 +16,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import tropd
+from tropd.errors import require
 from tropd.report.contents import SECTIONS, charts_of
 from tropd.report.groups import groups_of, judge_groups
 from tropd.report.history import History
-from tropd.report.records import require
 from tropd.report.tiles import table, tiles
 from tropd.report.transcripts import Shelf
 from tropd.report.verdict import judge
+from tropd.version import __version__
 
 ASSETS = Path(__file__).with_name("assets")
 SCRIPTS = ("page.js", "charts.js", "figures.js", "shelf.js", "tokens.js", "live.js")
@@ -49,7 +49,7 @@ def render(runs: Sequence[History], shelf: Shelf, *, live: bool = False) -> str:
         "runs": runs,
         "sections": SECTIONS,
         "live": live,
-        "version": tropd.__version__,
+        "version": __version__,
     }
     return environment().get_template("page.html.jinja").render(**values)
 

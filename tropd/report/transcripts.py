@@ -12,8 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from tropd.errors import require
 from tropd.report.history import History
-from tropd.report.records import require
 
 NUM_TRANSCRIPTS, NUM_TOKENS = 1000, 300_000
 CODES = {"context": "c", "student": "s", "teacher": "t", "environment": "e"}

@@ -10,8 +10,8 @@ from functools import lru_cache
 from typing import Literal
 
 from tropd.evaluation.statistics import Difference, paired_difference
+from tropd.monitoring.scores import PromptScores
 from tropd.report.history import History
-from tropd.report.scores import PromptScores
 
 Tone = Literal["better", "worse", "same", "unknown"]
 

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from tropd.fast_paths import TAKEN, FastPath
+from tropd.base.fast_paths import TAKEN, FastPath
 from tropd.model import hf
+from tropd.model.head import differ
 from tropd.rollout.cache import RowCache
 from tropd.rollout.graphs import Graphs
 from tropd.rollout.packing import Product, are_large, fit_twice, packed
 from tropd.rollout.slots import SlotCache
-from tropd.student.head import differ
 
 MIN_STEPS = 16
 """Making the joint matrices costs about as much as three steps, and so does recording one."""

@@ -21,16 +21,15 @@ from typing import Any
 
 import torch
 
-from tropd.background import in_background
-from tropd.config import Run
+from tropd.base.background import in_background
+from tropd.checkpoints.export import export_adapter, export_untied
+from tropd.config.run import Run
 from tropd.errors import CheckpointError, EngineError, EngineOutOfSync, ServerRefused, TropdError
-from tropd.probes import draws
-from tropd.rollout import canary
-from tropd.rollout.drawn import show_draws
+from tropd.rollout import canary, draws
+from tropd.rollout.draw_check import show_draws
 from tropd.rollout.jobs import sing
 from tropd.servers import sleeping, updates
 from tropd.servers.pool import Pool
-from tropd.student.export import export_adapter, export_untied
 
 log = logging.getLogger("tropd.rollout")
 NOT_FOUND = 404

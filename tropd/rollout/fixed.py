@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from tropd.model import hf
+from tropd.model.head import differ
 from tropd.rollout.cache import RowCache
 from tropd.rollout.slots import SlotCache
-from tropd.student.head import differ
 
 _KEPT_SHARE = 0.1
 """Most of a GPU's memory that a key-value cache holds between batches."""

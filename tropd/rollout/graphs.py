@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tropd.fast_paths import TAKEN, FastPath
+from tropd.base.fast_paths import TAKEN, FastPath
 from tropd.model import hf
+from tropd.model.head import differ
 from tropd.rollout.slots import SlotCache
-from tropd.student.head import differ
 
 Step = Callable[[Tensor, Any], Tensor]
 """The logits [R, V] after the last tokens [R, 1], whose keys and values enter the cache."""

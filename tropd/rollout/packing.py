@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tropd.fast_paths import TAKEN, FastPath
+from tropd.base.fast_paths import TAKEN, FastPath
 
 _MIN_WEIGHTS = 2**20
 """Models with fewer weights stay in the processor's caches, where the layout hardly matters."""

@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from tropd.base.fast_paths import TAKEN, FastPath
 from tropd.errors import EngineError
-from tropd.fast_paths import TAKEN, FastPath
 from tropd.model.hf import Cache, DynamicCache
 from tropd.rollout.cache import RowCache
 from tropd.rollout.decoding import Stepper

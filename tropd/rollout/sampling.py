@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tropd.base.fast_paths import TAKEN, FastPath
 from tropd.errors import DataError
-from tropd.fast_paths import TAKEN, FastPath
 from tropd.objective.draws import uniform
 from tropd.types import Request, Sampling
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tropd.distributed.ranks import Ranks
 from tropd.rollout import canary
 from tropd.rollout.delivery import Delivery
-from tropd.student.parallel import Ranks
 
 
 class SharedDelivery(Delivery):

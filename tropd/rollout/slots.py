@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tropd.fast_paths import TAKEN, FastPath
+from tropd.base.fast_paths import TAKEN, FastPath
 from tropd.model import hf
 from tropd.model.hf import Cache, DynamicCache, DynamicLayer
 from tropd.rollout.cache import compaction

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tropd.errors import ConfigError
+from tropd.methods.policies import Mixture, OnPolicy, RolloutPolicy, TeacherPrefix, TeacherText
 from tropd.rollout.engine import Engine
-from tropd.rollout.policies import Mixture, OnPolicy, RolloutPolicy, TeacherPrefix, TeacherText
 from tropd.types import Author, Completion, Finish, Prompt, Request, Rollout, Sampling, key_of
 
 

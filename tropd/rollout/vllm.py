@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tropd.config import Run
+from tropd.config.models import ServerConfig
+from tropd.config.run import Run
 from tropd.errors import (
     ConfigError,
     DataError,
@@ -29,7 +30,7 @@ from tropd.rollout.jobs import text_job
 from tropd.rollout.sampling import check_request
 from tropd.servers import updates
 from tropd.servers.pool import Pool
-from tropd.servers.settings import ServerConfig, check_addresses
+from tropd.servers.settings import check_addresses
 from tropd.types import Completion, Request, Sampling
 
 log = logging.getLogger("tropd.rollout")

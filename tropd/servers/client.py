@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from tropd.errors import ServerGarbled, ServerRefused, ServerUnavailable
-from tropd.report.records import require
-from tropd.servers.settings import ServerConfig, api_key, base_url, is_loopback
+from tropd.config.models import ServerConfig, base_url
+from tropd.errors import ServerGarbled, ServerRefused, ServerUnavailable, require
+from tropd.servers.settings import api_key, is_loopback
 
 _AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _SMALL = 2**20

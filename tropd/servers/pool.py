@@ -20,9 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from tropd.config.models import ServerConfig
 from tropd.errors import ServerGarbled, ServerUnavailable
 from tropd.servers.client import Client
-from tropd.servers.settings import ServerConfig
 
 T = TypeVar("T")
 log = logging.getLogger("tropd.servers")

@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from tropd.config.models import base_url
 from tropd.errors import ServerGarbled
-from tropd.probes import draws
-from tropd.servers.settings import base_url
+from tropd.rollout import draws
 from tropd.servers.vllm import Scored
 from tropd.teachers.gaps import gap_of, part
 from tropd.teachers.questions import Questions

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from tropd.base.fast_paths import TAKEN, FastPath
 from tropd.errors import EvidenceError, TeacherError
-from tropd.fast_paths import TAKEN, FastPath
 from tropd.objective.evidence import OF_TEACHER, Needs
 from tropd.teachers.teacher import RunTeacher, TopKRows
 from tropd.types import Rollout, TeacherScores

@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tropd.config import Run, TeacherConfig
+from tropd.config.models import TeacherConfig
+from tropd.config.run import Run
 from tropd.data.stream import LazyPromptStream, PromptStream
+from tropd.distributed.ranks import Ranks
 from tropd.errors import DataError, EngineError, TeacherError, TropdError
-from tropd.origins import Origin, name_of, origin_of
+from tropd.model.forward import Forward
+from tropd.model.loading import load_model, load_tokenizer
+from tropd.model.origins import Origin, name_of, origin_of
 from tropd.rollout.engine import Engine
 from tropd.rollout.transformers import TransformersEngine
-from tropd.student.forward import Forward
-from tropd.student.models import load_model, load_tokenizer
-from tropd.student.parallel import Ranks
 from tropd.teachers.local import BaseAsTeacher, LocalTeacher, same_vocabulary, shared_vocab_size, without_adapter
 from tropd.teachers.routed import Routed, RoutedWriter
 from tropd.teachers.served import Served, meet_teacher, serve_writer, served_size

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, arange, cat, float32, float64, nn
 
 from tropd.errors import ConfigError, EvidenceError, TeacherError, TrainingDiverged, VocabularyError
+from tropd.model.forward import Forward, Measured, similar_lengths
+from tropd.model.head import causal_lm_of
 from tropd.objective.evidence import OF_TEACHER, Needs
-from tropd.student.forward import Forward, Measured, similar_lengths
-from tropd.student.head import causal_lm_of
 from tropd.teachers.teacher import TopKRows
 from tropd.types import Rollout, TeacherScores
 
 if TYPE_CHECKING:
-    from tropd.student.parallel import Ranks
-    from tropd.student.sharding import ShardedTeacher
+    from tropd.distributed.ranks import Ranks
+    from tropd.distributed.sharding import ShardedTeacher
 
 _CAPABILITIES = OF_TEACHER & ~Needs.REFERENCE
 
@@ -38,7 +38,7 @@ class LocalTeacher:
 
     def shard(self, world: Ranks) -> None:
         """Let each rank hold a part of it."""
-        from tropd.student.sharding import ShardedTeacher
+        from tropd.distributed.sharding import ShardedTeacher
 
         self.shards = ShardedTeacher(self.forward.model, world)
         self.forward = self.shards.forward(self.forward)

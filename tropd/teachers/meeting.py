@@ -16,10 +16,10 @@ from typing import Annotated, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from tropd.config.models import ServerConfig
 from tropd.errors import ServerGarbled, ServerRefused, TeacherError, TeacherRefused
 from tropd.servers import sglang, vllm
 from tropd.servers.pool import Job, Pool
-from tropd.servers.settings import ServerConfig
 
 CANARY = "The quick brown fox jumps over the lazy dog, and 12 + 30 = 42. Once upon a time there was"
 _LONGEST = 16

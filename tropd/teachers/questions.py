@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from tropd.config.models import ServerConfig
 from tropd.servers.pool import Job, Pool
-from tropd.servers.settings import ServerConfig
 from tropd.servers.vllm import Scored, score_limit, text_limit
 from tropd.teachers.meeting import Card, dialect_of
 from tropd.types import Completion, Request

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, cat, tensor
 
-from tropd.background import in_background
+from tropd.base.background import in_background
 from tropd.errors import ConfigError, DataError, EvidenceError
 from tropd.objective.evidence import OF_TEACHER, Needs
 from tropd.rollout.engine import Engine

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from tropd.config import Run, TeacherConfig
+from tropd.config.models import TeacherConfig
+from tropd.config.run import Run
 from tropd.data.stream import LazyPromptStream, PromptStream
+from tropd.distributed.ranks import ALONE, Ranks
 from tropd.errors import ConfigError, ServerGarbled, ServerRefused, TeacherRefused, VocabularyError
 from tropd.rollout.engine import Engine
 from tropd.servers.client import Client
 from tropd.servers.pool import Pool
 from tropd.servers.settings import check_addresses
-from tropd.student.parallel import ALONE, Ranks
 from tropd.teachers.cached import Cached
 from tropd.teachers.meeting import CANARY, canary_of, keep, recall
 from tropd.teachers.questions import text_of

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tropd.config.models import NATS_OF_HALF_PRECISION, ServerConfig
 from tropd.errors import (
     DataError,
     EvidenceError,
@@ -27,7 +28,6 @@ from tropd.errors import (
 )
 from tropd.objective.evidence import OF_TEACHER, Needs
 from tropd.servers.pool import Job, Pool
-from tropd.servers.settings import NATS_OF_HALF_PRECISION, ServerConfig
 from tropd.servers.vllm import Scored, score_limit
 from tropd.teachers.audit import Known
 from tropd.teachers.meeting import Canary, Card, card_of, dialect_of, meet

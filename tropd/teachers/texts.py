@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tropd.base.fast_paths import TAKEN, FastPath
 from tropd.errors import TeacherError
-from tropd.fast_paths import TAKEN, FastPath
 from tropd.rollout.engine import Engine
 from tropd.types import Completion, Finish, Request
 

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
+from tropd.config.stages import DataConfig, EvalConfig
 from tropd.data.chat import stop_ids
 from tropd.data.graders import resolve_grader
-from tropd.data.prompts import DataConfig, load_prompts
+from tropd.data.prompts import load_prompts
 from tropd.errors import ConfigError, TeacherError
-from tropd.evaluation.results import EvalConfig
 from tropd.evaluation.runner import evaluate
 from tropd.rollout.transformers import TransformersEngine
 from tropd.testbeds.beds import TESTBEDS

@@ -1,0 +1,64 @@
+"""A run file and flags on top of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tropd.config import file as config_file
+from tropd.config.models import ModelConfig
+from tropd.errors import ConfigError
+from tropd.model.loading import load_tokenizer
+
+RUN = """
+[student]
+path = "student"
+[teacher]
+path = "teacher"
+[data]
+path = "prompts.jsonl"
+[method]
+name = "tropd"
+top_k = 7
+"""
+
+
+@pytest.fixture
+def run_toml(tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(RUN)
+    return path
+
+
+@pytest.mark.parametrize("flags", (["--method", "eopd"], ["--method=eopd"], ["--method.name", "eopd"]))
+def test_a_flag_names_another_method_which_begins_with_its_own_defaults(run_toml: Path, flags: list[str]) -> None:
+    asked = config_file.load(run_toml, [*flags, "--steps", "3"])
+    alone = config_file.build(
+        {"student": {"path": "s"}, "teacher": {"path": "t"}, "method": "eopd", "data": {"path": "p"}}, ""
+    )
+    assert asked.method == alone.method and asked.steps == 3
+
+
+def test_a_flag_that_names_the_files_method_keeps_the_files_knobs(run_toml: Path) -> None:
+    method = config_file.load(run_toml, ["--method", "tropd", "--method.beta", "1.0"]).method
+    assert (method.top_k, method.beta) == (7, 1.0)  # type: ignore[union-attr]
+
+
+def test_knobs_after_the_named_method_are_its_own(run_toml: Path) -> None:
+    assert config_file.load(run_toml, ["--method", "aopd", "--method.top-k", "3"]).method.top_k == 3  # type: ignore[union-attr]
+
+
+def test_a_method_that_is_not_known_is_refused_with_a_suggestion(run_toml: Path) -> None:
+    with pytest.raises(ConfigError, match="no method 'topdd'; did you mean 'topd'"):
+        config_file.load(run_toml, ["--method", "topdd"])
+    with pytest.raises(ConfigError, match="wants the name of a method"):
+        config_file.load(run_toml, ["--method"])
+
+
+def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`models/student` could be a hub id, but not where there is a folder `models`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    with pytest.raises(ConfigError, match=r"student\.path is models/student, but there is no such folder"):
+        load_tokenizer(ModelConfig(path="models/student"), "student")

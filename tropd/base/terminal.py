@@ -1,0 +1,27 @@
+"""What is printed holds nothing that a terminal would obey, whoever named a file, a teacher or a column."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.segment import Segment
+
+from tropd.base.reading import printable
+
+
+class PrintableConsole(Console):
+    """rich's own colours and cursor movements pass; control characters in texts are shown as \\x1b."""
+
+    def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            if segment.control or segment.text.isprintable():
+                yield segment
+            else:
+                yield Segment(printable(segment.text, lines=True), segment.style)
+
+
+def tell(text: str) -> None:
+    """A line for whoever asked, as it is."""
+    print(printable(text, lines=True))

@@ -1,0 +1,163 @@
+"""tropd evaluate MODEL_OR_RUN: draw answers, grade them, say how sure the score is.
+
+Each graded prompt is one line of items.jsonl, so an evaluation that was interrupted goes on where it stopped and ends
+with the same numbers.  summary.json holds the numbers with everything they depend on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import AvoidSubcommands
+
+from tropd.base.terminal import tell
+from tropd.cli.arguments import Arguments
+from tropd.cli.trained import Trained, is_run, load_student, stops_of
+from tropd.config import file as config_file
+from tropd.config.flags import read_flags
+from tropd.config.run import Run
+from tropd.config.stages import DataConfig, EvalConfig
+from tropd.data.prompts import load_prompts
+from tropd.data.rows import nearest
+from tropd.errors import ConfigError, DataError
+from tropd.model.loading import looks_local
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(EvalConfig):
+    """What is asked of the model: every knob is a flag."""
+
+    data: DataConfig
+
+
+def main(argv: list[str]) -> int:
+    parser = Arguments(
+        prog="tropd evaluate",
+        description="Draw answers, grade them, and say how sure the score is.",
+        epilog="Every knob of the evaluation is a flag: --grader exact --num-samples 8 --max-new-tokens 512 "
+        "--sampling.temperature 0.7 --data.prompt-column question --limit 100. A run's own section is the default.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", help="a Hugging Face folder or id, an exported adapter, or a run's folder")
+    parser.add_argument("--data", help="a data file, folder or hub id; by default the run's held-out data")
+    parser.add_argument("--step", type=int, help="a run's checkpoint; by default its finished model")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("-o", "--output", type=Path, help="where items.jsonl and summary.json go")
+    asked, flags = parser.parse_known_args(argv)
+    source = Path(asked.model).expanduser()
+    _check_there(source, asked)
+    run = config_file.load(source / "run.toml") if is_run(source) else None
+    config = _configure(run, asked.data, flags)
+    _evaluate(asked, config)
+    return 0
+
+
+def _check_there(source: Path, asked: Any) -> None:
+    """A folder that is missing is said first: of its run nothing else can be missing."""
+    if source.is_dir():
+        return
+    if source.exists():
+        raise ConfigError(f"{asked.model} is a file. Give the folder of a run or a model.")
+    if looks_local(asked.model):
+        there = [folder.name for folder in source.parent.glob("*/")] if source.parent.is_dir() else []
+        raise ConfigError(
+            f"there is neither a run nor a model in {asked.model}: no such folder{nearest(source.name, there)}."
+        )
+    if asked.data is None:
+        raise ConfigError(
+            f"{asked.model} is no folder here, and a model of the hub brings no held-out data: give --data PATH too."
+        )
+
+
+def _configure(run: Run | None, data: str | None, flags: list[str]) -> Evaluation:
+    values: dict[str, Any] = {}
+    held_out = None
+    if run is not None:
+        held_out = run.evaluation.data
+        values = {f.name: getattr(run.evaluation, f.name) for f in dataclasses.fields(EvalConfig)}
+        values["grader"] = run.evaluation.grader or run.grader
+    if data is not None:
+        held_out = dataclasses.replace(held_out, path=data) if held_out else DataConfig(path=data, split="test")
+    if held_out is None:
+        raise ConfigError("there is nothing to evaluate on: give --data PATH, or a run with [evaluation.data].")
+    default = Evaluation(**values, data=held_out)
+    return read_flags(AvoidSubcommands[Evaluation], flags, "tropd evaluate", default=default)
+
+
+def _evaluate(asked: Any, config: Evaluation) -> None:
+    from tropd.data.graders import resolve_grader
+    from tropd.evaluation.runner import evaluate
+    from tropd.model.loading import model_fingerprint
+    from tropd.rollout.transformers import TransformersEngine
+    from tropd.teachers.local import shared_vocab_size
+
+    grader = resolve_grader(config.grader) if config.grader else None
+    trained = load_student(asked.model, asked.step, asked.device, asked.dtype)
+    size = shared_vocab_size(trained.model, trained.tokenizer, trained.model, trained.tokenizer)
+    batch = trained.run.rollout.max_batch if trained.run else 64
+    engine = TransformersEngine(trained.model, vocab_size=size, max_batch=batch)
+    loaded = load_prompts(_limited(config, engine.context), trained.tokenizer)
+    version = model_fingerprint(trained.model, whole=True)
+    folder = asked.output or _default_folder(asked.model, config, version)
+    if (folder / "summary.json").exists() and not (folder / "items.jsonl").exists():
+        raise ConfigError(f"{folder} holds a summary.json that is no evaluation's. Name another folder with -o.")
+    tell(f"{config.data.path}: {loaded.report}")
+    result = evaluate(
+        engine,
+        loaded.prompts,
+        grader,
+        trained.tokenizer,
+        config,
+        stop_ids=stops_of(trained),
+        progress_path=folder / "items.jsonl",
+        version=version,
+    )
+    tell(result.describe())
+    if grader is None:
+        print("no grader: only lengths were measured. Give --grader for scores.")
+    _write_summary(folder / "summary.json", asked.model, trained, config, version, result.summary())
+    tell(f"answers: {folder / 'items.jsonl'}   numbers: {folder / 'summary.json'}")
+
+
+def _limited(config: Evaluation, context: int | None) -> DataConfig:
+    """A prompt must leave room for the answer; how many are left out stands in the report."""
+    if context is None:
+        return config.data
+    room = context - config.max_new_tokens
+    if room < 1:
+        raise ConfigError(
+            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in the model's context of {context}."
+        )
+    return dataclasses.replace(config.data, max_prompt_tokens=min(room, config.data.max_prompt_tokens or room))
+
+
+def _default_folder(model: str, config: Evaluation, version: str) -> Path:
+    """Weights and settings name the folder, so that the same question finds its own answers again."""
+    said = json.dumps([config_file.to_dict(config), version], sort_keys=True)
+    name = f"{Path(config.data.path).stem}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
+    path = Path(model).expanduser()
+    return path / "evaluations" / name if is_run(path) else Path("evaluations") / f"{path.name}-{name}"
+
+
+def _write_summary(
+    path: Path, model: str, trained: Trained, config: Evaluation, version: str, numbers: dict[str, float]
+) -> None:
+    said = {
+        "model": model,
+        "step": trained.step,
+        "weights": version,
+        "evaluation": config_file.to_dict(config),
+        "results": numbers,
+    }
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(json.dumps(said, indent=2) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise DataError(f"the summary cannot be written to {path}: {error}. Name another folder with -o.") from error

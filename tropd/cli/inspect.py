@@ -1,0 +1,110 @@
+"""tropd inspect RUN --step N: what a step looked like, term by term and at its worst tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tropd.base.reading import printable
+from tropd.cli.arguments import TRUST, Arguments, without_code
+from tropd.cli.console import make_console
+from tropd.cli.trained import is_run
+from tropd.errors import ConfigError
+from tropd.types import StepRecord
+
+if TYPE_CHECKING:
+    from tropd.config.run import Run
+    from tropd.doctor.inspection import Kept
+
+Decode = Callable[[Sequence[int]], str]
+
+
+def main(argv: list[str]) -> int:
+    parser = Arguments(prog="tropd inspect", description="Show a step: its terms, its worst tokens, broken evidence.")
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("--step", type=int, required=True, help="a step whose batch or rollouts were kept")
+    parser.add_argument("--worst", type=int, default=10, help="how many tokens to show (10)")
+    parser.add_argument(TRUST, action="store_true", help="run the code that comes with the student's tokenizer")
+    asked = parser.parse_args(argv)
+    if asked.worst < 0:
+        raise ConfigError(f"--worst is {asked.worst}: give a number of tokens, or 0 for none.")
+    if not is_run(asked.run):
+        raise ConfigError(f"{asked.run} is no run's folder: it holds no run.toml.")
+    from tropd.config import file as config_file
+    from tropd.doctor.inspection import read_record, read_step
+
+    run, _ = without_code(config_file.load(asked.run / "run.toml"), asked.trust_code)
+    kept, record = read_step(asked.run, asked.step, run), read_record(asked.run, asked.step)
+    console = make_console()
+    said = [
+        f"step {asked.step} of {asked.run}: {len(kept.ids)} rollouts, {len(kept.places_N)} response tokens",
+        f"read from {kept.source}",
+        *(f"note: {note}" for note in (record.notes if record else ())),
+        *(f"alarm: {alarm}" for alarm in (record.alarms if record else ())),
+        *(() if record else ("- records.jsonl holds no record of this step that can be read.",)),
+        *(f"- {finding}" for finding in kept.findings),
+    ]
+    console.print(Text("\n".join(said)))
+    console.print(_terms(kept, record))
+    console.print(_tokens(kept, asked.worst, _decoder(run, console)))
+    return 0
+
+
+def _decoder(run: Run, console: Console) -> Decode:
+    from tropd.model.loading import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(run.student, "student")
+    except ConfigError as error:  # the numbers are worth showing without their text
+        console.print(Text(f"tokens are shown as ids: {error}"))
+        return lambda ids: " ".join(map(str, ids))
+    return lambda ids: str(tokenizer.decode(list(ids)))
+
+
+def _terms(kept: Kept, record: StepRecord | None) -> Table:
+    """Losses as recorded where the step was recorded, else as computed again."""
+    recorded = {name: part.loss for name, part in record.terms.items()} if record else {}
+    losses = {**kept.losses, **recorded}
+    numbers = [abs(x) for x in losses.values() if isinstance(x, float) and math.isfinite(x)]
+    table = Table("term", "loss", "loss share", "tokens", "token share", "weight", title="terms", title_justify="left")
+    for name in dict.fromkeys([*kept.weights, *losses]):
+        loss, weight_N = losses.get(name), kept.weights.get(name)
+        said = f"{loss:.4g}" if isinstance(loss, float) else (loss or "")
+        share = f"{abs(loss) / (sum(numbers) or 1.0):.1%}" if isinstance(loss, float) and math.isfinite(loss) else ""
+        cells = [name, said, share]
+        if weight_N is not None:
+            num_tokens = int((weight_N.nan_to_num() != 0).sum())
+            share = f"{num_tokens / max(len(weight_N), 1):.1%}"
+            cells += [str(num_tokens), share, f"{float(weight_N.nansum()):.4g}"]
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def _tokens(kept: Kept, number: int, decode: Decode) -> Text:
+    """A weight of 1 is that of a token in a plain mean over all tokens."""
+    said = Text()
+    rows = kept.worst(number)
+    if rows:
+        said.append(
+            "where student and teacher differ most\nx = log pi_T - log pi_S; a weight of 1 is that of a plain mean\n"
+        )
+    for n in rows:
+        before, token = kept.context(n, decode)
+        student, teacher, x = (_number(float(x_N[n])) for x_N in (kept.student_N, kept.teacher_N, kept.ratio_N))
+        weights = {name: float(weight_N[n]) * len(weight_N) for name, weight_N in kept.weights.items()}
+        counted = ", ".join(f"{name} {weight:.3g}" for name, weight in weights.items() if weight != 0) or "none"
+        said.append(f"\nx = {x}", style="bold")
+        said.append(f"  student {student}  teacher {teacher}  weight: {counted}\n")
+        said.append(f"  {kept.name(n)}, by the {kept.authors_N[n].name.lower()}\n  {printable(before)}")
+        said.append(f"[{printable(token)}]\n", style="reverse")
+    return said
+
+
+def _number(x: float) -> str:
+    return "unknown" if math.isnan(x) else f"{round(x, 3) + 0.0:.3f}"  # + 0: never -0.000

@@ -1,0 +1,100 @@
+"""tropd score RUN.toml ROLLOUTS.jsonl -o SCORED.jsonl: what student and teacher say of texts that are there already.
+
+A line of ROLLOUTS.jsonl is a `tropd.types.Rollout` as JSON, as in the rollouts.jsonl of a kept batch.  A line of the
+result names the rollout and gives both log-probabilities of each response token (null: probability 0), and its reward
+if there is a grader.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from tropd.base.reading import read_lines
+from tropd.base.terminal import tell
+from tropd.cli.arguments import Arguments, read_run
+from tropd.errors import ConfigError, DataError
+from tropd.types import Rollout
+
+
+def main(argv: list[str]) -> int:
+    parser = Arguments(
+        prog="tropd score",
+        description="Log-probabilities of student and teacher for rollouts in a file.",
+        epilog="Flags of the run, such as --teacher.path, are understood as by `tropd train`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", help="the TOML file of a run")
+    parser.add_argument("rollouts", type=Path, help="one rollout as JSON per line")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="a file that does not exist yet")
+    asked, flags = parser.parse_known_args(argv)
+    if asked.output.exists():
+        raise ConfigError(f"{asked.output} exists already, and nothing is overwritten. Name another file.")
+    run = read_run([asked.run, *flags], "tropd score")
+    rollouts = _read(asked.rollouts)
+    from tropd.data.graders import grade
+    from tropd.objective.evidence import Needs
+    from tropd.run.start import assemble
+
+    with tempfile.TemporaryDirectory() as folder:
+        parts = assemble(run, Path(folder))
+        scores = parts.teacher.score(rollouts, Needs.SAMPLED)
+        own = parts.learner.measure(rollouts, Needs.NOTHING, 0)["student_logprobs_N"]
+        rewards = grade(parts.grader, rollouts, parts.tokenizer) if parts.grader else None
+    student = own.split([len(r.response_ids) for r in rollouts])
+    lines: list[dict[str, Any]] = [
+        {"id": r.id, "student_logprobs": _finite(mine), "teacher_logprobs": _finite(score.logprobs_T)}
+        for r, mine, score in zip(rollouts, student, scores, strict=True)
+    ]
+    for line, reward in zip(lines, rewards or (), strict=False):
+        line["reward"] = reward
+    temporary = asked.output.with_name(asked.output.name + ".tmp")
+    try:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        temporary.replace(asked.output)
+    except OSError as error:
+        raise ConfigError(f"{asked.output} cannot be written: {error}. Name another file.") from error
+    tell(f"{len(lines)} rollouts scored in {asked.output}")
+    return 0
+
+
+def _finite(logprobs_T: Tensor) -> list[float | None]:
+    """JSON has no infinity."""
+    return [x if math.isfinite(x) else None for x in logprobs_T.tolist()]
+
+
+def _problem(rollout: Rollout) -> str:
+    """What its parts say against each other."""
+    ids, prompt = rollout.token_ids, rollout.prompt.token_ids
+    if ids[: len(prompt)] != prompt or len(ids) == len(prompt):
+        return "token_ids are not those of the prompt and at least one more"
+    if min(ids) < 0:
+        return f"it holds token id {min(ids)}"
+    for name in ("authors", "behavior_logprobs"):
+        if len(getattr(rollout, name)) != len(ids):
+            return f"{name} has {len(getattr(rollout, name))} entries for {len(ids)} tokens"
+    return ""
+
+
+def _read(path: Path) -> list[Rollout]:
+    adapter = TypeAdapter(Rollout)
+    rollouts = []
+    for number, line in read_lines(path, DataError):
+        try:
+            rollout = adapter.validate_json(line)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise DataError(f"line {number} of {path} is no rollout: {where}: {first['msg']}.") from None
+        if problem := _problem(rollout):
+            raise DataError(f"line {number} of {path} is no rollout: {problem}.")
+        rollouts.append(rollout)
+    if not rollouts:
+        raise DataError(f"{path} holds no rollouts. Give one per line, as tropd keeps them in rollouts.jsonl.")
+    return rollouts

@@ -1,0 +1,262 @@
+"""Loss and gradient of a tile of tokens while its logits are in cache: the vocabulary is visited once.
+
+    z = h W^T                                        [C, V]      matrix product 1
+    p = softmax z,  L = log sum_v exp z_v                        one exponential per logit, in place
+    log p(v) = z_v - L                                           at the wanted ids only
+    the objective, local to a row once planned, gives  c_m = d loss / d log p(id_m)
+    d loss / d z = sum_m c_m e(id_m) - a p,   a = sum_m c_m
+    d h = -diag(a) p W   + sum_m c_m W[id_m]                     matrix product 2, sparse rows
+    d W = -p^T diag(a) h + scatter(c_m h)                        matrix product 3, sparse rows
+
+Nothing of size [tokens, V] outlives its tile.  In a half-precision tile the logits that decide a row are computed again
+in float32 (`tropd.model.peaks`); their part of the gradient is taken out of the tile and added in float32 too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tropd.base.fast_paths import TAKEN, FastPath
+from tropd.model.head import Head, tiles
+from tropd.model.peaks import Peaks, find_peaks, products_at
+from tropd.model.products import add_product_
+
+Judge = Callable[[slice, Tensor], Tensor]
+"""(rows, log-probabilities [C, M] with gradient) -> loss of these rows."""
+
+_ROWS_IN_CACHE = 8
+_IN_CACHE = 2**18
+"""Logits that are worked on at once on a CPU, if that is more than 8 rows: 1 MiB of float32."""
+_GATHERED = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileWork:
+    """What a fused pass computes beside its differentiable inputs."""
+
+    ids_NM: Tensor
+    """Wanted tokens of each row; column 0 is the written one."""
+    judge: Judge
+    tile_tokens: int
+    scale: float
+    """z = scale * (h W^T + b)."""
+    tile_vocab: int | None = None
+    """Tokens of the vocabulary in a tile; None for all."""
+
+
+def matrix_of(head: Head) -> tuple[Tensor, Tensor | None, float]:
+    """Weight, bias and scale of the rows that are tokens."""
+    weight, bias = head.weight_VH, head.bias_V
+    if head.vocab_size < weight.shape[0]:
+        weight, bias = weight[: head.vocab_size], None if bias is None else bias[: head.vocab_size]
+    return weight, bias, head.factor / head.divisor
+
+
+def logits_of(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, scale: float, buffer_CV: Tensor) -> Tensor:
+    z_CV = buffer_CV[: len(hidden_CH)]
+    if bias_V is None:
+        torch.mm(hidden_CH, weight_VH.t(), out=z_CV)
+    else:
+        torch.addmm(bias_V, hidden_CH, weight_VH.t(), out=z_CV)
+    return z_CV.mul_(scale) if scale != 1.0 else z_CV
+
+
+class Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, work: TileWork) -> Tensor:
+        sums = Gradients(hidden_NH, weight_VH, bias_V, ctx.needs_input_grad)
+        num_tokens, size = hidden_NH.shape[0], weight_VH.shape[0]
+        buffer_CV = hidden_NH.new_empty(min(work.tile_tokens, num_tokens), size)
+        losses = []
+        for rows in tiles(num_tokens, work.tile_tokens):
+            hidden_CH = hidden_NH[rows]
+            z_CV = logits_of(hidden_CH, weight_VH, bias_V, work.scale, buffer_CV)
+            losses.append(_tile(rows, hidden_CH, z_CV, weight_VH, bias_V, work, sums))
+        ctx.save_for_backward(sums.hidden_NH, sums.weight_VH, sums.bias_V)
+        ctx.dtypes = hidden_NH.dtype, weight_VH.dtype
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+        (scale,) = upstream
+
+        def finish(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+            if gradient is None:
+                return None
+            return (gradient if float(scale) == 1.0 else gradient * scale).to(dtype)
+
+        hidden_NH, weight_VH, bias_V = ctx.saved_tensors
+        hidden_dtype, weight_dtype = ctx.dtypes
+        return finish(hidden_NH, hidden_dtype), finish(weight_VH, weight_dtype), finish(bias_V, weight_dtype), None
+
+
+class Gradients:
+    """Accumulators: float32 at least, whatever the model's dtype."""
+
+    def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, wants: Sequence[bool]) -> None:
+        dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
+        self.hidden_NH = torch.empty_like(hidden_NH, dtype=dtype)
+        self.weight_VH = torch.zeros_like(weight_VH, dtype=dtype) if wants[1] else None
+        self.bias_V = torch.zeros_like(bias_V, dtype=dtype) if wants[2] and bias_V is not None else None
+
+
+def _tile(
+    rows: slice,
+    hidden_CH: Tensor,
+    z_CV: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    work: TileWork,
+    sums: Gradients,
+) -> Tensor:
+    """One tile: read, judge, and add its gradients."""
+    ids_CM = work.ids_NM[rows]
+    peaks = find_peaks(z_CV, ids_CM[:, 0], partial(products_at, hidden_CH, weight_VH, bias_V, work.scale))
+    wanted_CM = peaks.patch(ids_CM, z_CV.gather(1, ids_CM))
+    rounded_log_sum_C = soften_rows_(z_CV, peaks.highest_C)
+    log_sum_C = peaks.log_sum(rounded_log_sum_C)
+    logprobs_CM = (wanted_CM - log_sum_C[:, None]).requires_grad_()
+    with torch.enable_grad():
+        loss = work.judge(rows, logprobs_CM)
+    (c_CM,) = torch.autograd.grad(loss, logprobs_CM)
+    c_CM = c_CM * work.scale
+    dense_C = -c_CM.sum(1)
+    hidden_wide = hidden_CH.to(sums.hidden_NH.dtype)
+    z_CV[torch.arange(len(z_CV), device=z_CV.device)[:, None], peaks.ids_CE] = 0.0
+    tile_C = dense_C * (rounded_log_sum_C - log_sum_C).exp()
+    sums.hidden_NH[rows] = torch.mm(z_CV, weight_VH).to(hidden_wide.dtype).mul_(tile_C[:, None])
+    if sums.weight_VH is not None:
+        add_product_(sums.weight_VH, z_CV.t(), (hidden_wide * tile_C[:, None]).to(z_CV.dtype))
+    if sums.bias_V is not None:
+        sums.bias_V.add_(torch.mv(z_CV.t(), tile_C.to(z_CV.dtype)))
+    add_sparse(rows, hidden_wide, weight_VH, ids_CM, c_CM, sums)
+    add_peaks(rows, hidden_wide, weight_VH, peaks, log_sum_C, dense_C, sums)
+    return loss.detach()
+
+
+def kernels_for(z_CV: Tensor) -> ModuleType | None:
+    """`tropd.model.kernels` where it serves this tile: on CUDA, or in Triton's interpreter."""
+    on = z_CV.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    if not on or z_CV.dtype == torch.float64 or find_spec("triton") is None:
+        return None
+    from tropd.model import kernels
+
+    if not kernels.agree(z_CV.device, z_CV.dtype):
+        return None
+    TAKEN.add(FastPath.KERNELS)
+    return kernels
+
+
+def soften_rows_(z_CV: Tensor, highest_C: Tensor | None = None) -> Tensor:
+    """In place z <- softmax(z); gives log sum exp z of each row, in float32 at least.
+
+    On a CPU a few rows at a time, so that they stay in cache.  The sum is read off the largest probability, which is at
+    least 1/V: log sum exp z = max z - log max p.  `highest_C` are the ids of the largest logits, where they are known.
+    """
+    if kernels := kernels_for(z_CV):
+        return kernels.softmax_rows_(z_CV)
+    wide = torch.promote_types(z_CV.dtype, torch.float32)
+    step = _rows_at_once(z_CV)
+    if step < len(z_CV):
+        TAKEN.add(FastPath.SOFTMAX_IN_PARTS)
+    log_sum_C = z_CV.new_empty(len(z_CV), dtype=wide)
+    scratch = z_CV.new_empty(min(step, len(z_CV)), z_CV.shape[1], dtype=wide) if z_CV.dtype != wide else None
+    for start in range(0, len(z_CV), step):
+        x = z_CV[start : start + step]
+        p = x if scratch is None else scratch[: len(x)].copy_(x)
+        log_sum_C[start : start + step] = _soften_(p, None if highest_C is None else highest_C[start : start + step])
+        if p is not x:
+            x.copy_(p)
+    return log_sum_C
+
+
+def _soften_(p_rV: Tensor, highest_r: Tensor | None) -> Tensor:
+    if highest_r is None:
+        most_r = p_rV.amax(-1)
+        torch.softmax(p_rV, -1, out=p_rV)
+        return most_r - p_rV.amax(-1).log()
+    most_r1 = p_rV.gather(1, highest_r[:, None])
+    torch.softmax(p_rV, -1, out=p_rV)
+    return (most_r1 - p_rV.gather(1, highest_r[:, None]).log())[:, 0]
+
+
+def _rows_at_once(z_CV: Tensor) -> int:
+    if z_CV.device.type != "cpu":
+        return len(z_CV) or 1
+    return max(_ROWS_IN_CACHE, _IN_CACHE // max(z_CV.shape[1], 1))
+
+
+def log_sum_exp(z_CV: Tensor, entropy: bool = False, highest_C: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """log sum exp z of each row, and the entropy where asked (else no rows); z is left as it was."""
+    if kernels := kernels_for(z_CV):
+        return kernels.log_sum_rows(z_CV, entropy)
+    wide = torch.promote_types(z_CV.dtype, torch.float32)
+    step = _rows_at_once(z_CV)
+    log_sum_C = z_CV.new_empty(len(z_CV), dtype=wide)
+    entropy_C = z_CV.new_empty(len(z_CV) if entropy else 0, dtype=wide)
+    scratch = z_CV.new_empty(min(step, len(z_CV)), z_CV.shape[1], dtype=wide)
+    for start in range(0, len(z_CV), step):
+        part = slice(start, start + step)
+        p = scratch[: len(z_CV[part])].copy_(z_CV[part])
+        log_sum_C[part] = _soften_(p, None if highest_C is None else highest_C[part])
+        if entropy:  # H = log Z - sum p z
+            entropy_C[part] = log_sum_C[part] - torch.where(p > 0, p * z_CV[part], 0.0).sum(-1)
+    return log_sum_C, entropy_C
+
+
+def add_sparse(
+    rows: slice, hidden_CH: Tensor, weight_VH: Tensor, ids_CM: Tensor, c_CM: Tensor, sums: Gradients
+) -> None:
+    """sum_m c_m W[id_m] into d h, c_m h into the rows id_m of d W: first the written token, then whole supports."""
+    wide, gradient_CH = hidden_CH.dtype, sums.hidden_NH[rows]
+    gradient_CH.addcmul_(weight_VH[ids_CM[:, 0]].to(wide), c_CM[:, :1])
+    if sums.weight_VH is not None:
+        sums.weight_VH.index_add_(0, ids_CM[:, 0], hidden_CH * c_CM[:, :1])
+    if sums.bias_V is not None:
+        sums.bias_V.index_add_(0, ids_CM.flatten(), c_CM.flatten())
+    if ids_CM.shape[1] == 1:
+        return
+    busy = (c_CM[:, 1:] != 0).any(1).nonzero().flatten()
+    if len(busy) > _GATHERED:
+        TAKEN.add(FastPath.SUPPORTS_IN_PARTS)
+    _spread(busy, gradient_CH, hidden_CH, weight_VH, ids_CM[:, 1:], c_CM[:, 1:], sums)
+
+
+def add_peaks(
+    rows: slice, hidden_CH: Tensor, weight_VH: Tensor, peaks: Peaks, log_sum_C: Tensor, dense_C: Tensor, sums: Gradients
+) -> None:
+    """-a p~ at the peaks, which the tile does not hold."""
+    if not peaks.ids_CE.shape[1]:
+        return
+    c_CE = dense_C[:, None] * (peaks.exact_CE - log_sum_C[:, None]).exp()
+    every = torch.arange(len(c_CE), device=c_CE.device)
+    _spread(every, sums.hidden_NH[rows], hidden_CH, weight_VH, peaks.ids_CE, c_CE, sums)
+    if sums.bias_V is not None:
+        sums.bias_V.index_add_(0, peaks.ids_CE.flatten(), c_CE.flatten())
+
+
+def _spread(
+    rows: Tensor,
+    gradient_CH: Tensor,
+    hidden_CH: Tensor,
+    weight_VH: Tensor,
+    ids_CM: Tensor,
+    c_CM: Tensor,
+    sums: Gradients,
+) -> None:
+    """sum_m c_m W[id_m] into d h and c_m h into d W, for some rows."""
+    for some in rows.split(_GATHERED):  # bounds the [rows, M, H] gather
+        ids, c = ids_CM[some], c_CM[some]
+        gradient_CH[some] += torch.bmm(c[:, None], weight_VH[ids].to(c.dtype)).squeeze(1)
+        if sums.weight_VH is not None:
+            spread = (hidden_CH[some][:, None] * c[:, :, None]).flatten(0, 1)
+            sums.weight_VH.index_add_(0, ids.flatten(), spread)

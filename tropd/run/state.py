@@ -1,0 +1,96 @@
+"""What a run remembers beside its weights, and how all of it is saved and restored."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from tropd.checkpoints import checkpoint as checkpoints
+from tropd.config import file as config_file
+from tropd.model.origins import check_same
+from tropd.monitoring.alarms import Alarms
+from tropd.run.environment import changes, environment_of
+from tropd.training.assembly import Parts
+from tropd.training.source import Source
+from tropd.types import StepRecord
+
+
+@dataclass
+class State:
+    """What changes while a run goes on, beside the weights."""
+
+    source: Source
+    step: int = 0
+    best: dict[str, float] = field(default_factory=dict)
+    """The best evaluated step and its score."""
+    before: dict[str, float] = field(default_factory=dict)
+    """Evaluation of the student as it came."""
+    latest: dict[str, float] = field(default_factory=dict)
+    owed: StepRecord | None = None
+    """Of the step taken last, where its evaluation failed."""
+    asked: bool = False
+    """A signal came to this process."""
+    notes: list[str] = field(default_factory=list)
+    """For the next record: what was found when the run went on."""
+    stop: bool = False
+    """The processes have agreed to stop."""
+
+    @property
+    def num_recorded(self) -> int:
+        """How many steps need nothing more."""
+        return self.step if self.owed is None else self.step - 1
+
+
+def save(parts: Parts, directory: Path, state: State, alarms: Alarms, *, undone: bool = False) -> None:
+    """Write a checkpoint; of a sharded student each rank writes its part, else rank 0 writes everything.  `undone`: the
+    step taken last failed before any weight changed, and comes again."""
+    optimizer, shards, world = parts.learner.optimizer, parts.learner.shards, parts.world
+    said: dict[str, Any] = {"run": config_file.dump(parts.run), "state": _facts(parts, state, alarms, undone)}
+    if shards is not None:
+        from tropd.checkpoints import sharded_checkpoint
+
+        sharded_checkpoint.save(directory, state.step, shards=shards, optimizer=optimizer, world=world, **said)
+    elif world.leads:
+        weights = checkpoints.trained_tensors(parts.model)
+        checkpoints.save(directory, state.step, weights=weights, optimizer=optimizer.state_tensors(), **said)
+    if world.leads:
+        best = state.best.get("step")
+        checkpoints.prune(directory, parts.run.checkpoint.keep, int(best) if best is not None else None)
+
+
+def _facts(parts: Parts, state: State, alarms: Alarms, undone: bool) -> dict[str, Any]:
+    return {
+        "fingerprint": config_file.fingerprint(parts.run),
+        "optimizer_steps": parts.learner.optimizer.num_steps,
+        "stream": state.source.state_before() if undone else state.source.state_dict(),
+        "alarms": alarms.state_dict(),
+        "origins": parts.origins,
+        "best": state.best,
+        "before": state.before,
+        "latest": state.latest,
+        "owed": None if state.owed is None else asdict(state.owed),
+        "environment": environment_of(parts),
+    }
+
+
+def restore(parts: Parts, state: State, alarms: Alarms, saved: checkpoints.Checkpoint) -> None:
+    held = saved.state
+    check_same(held["origins"], parts.origins, saved.path)
+    state.notes = changes(held.get("environment", {}), environment_of(parts))
+    optimizer, shards = parts.learner.optimizer, parts.learner.shards
+    if shards is not None:
+        from tropd.checkpoints import sharded_checkpoint
+
+        sharded_checkpoint.restore(saved.path, shards, optimizer, held["optimizer_steps"])
+    else:
+        checkpoints.load_trained(parts.model, saved.weights, saved.path)
+        optimizer.load_state_tensors(saved.optimizer, held["optimizer_steps"])
+    state.source.load_state_dict(held["stream"])
+    alarms.load_state_dict(held["alarms"])
+    parts.engine.sync(None, saved.step)
+    state.step, state.best = saved.step, held["best"]
+    state.before, state.latest = held["before"], held["latest"]
+    state.owed = None if (owed := held.get("owed")) is None else TypeAdapter(StepRecord).validate_python(owed)

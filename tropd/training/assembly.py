@@ -1,0 +1,257 @@
+"""From a Run to its parts: models, teacher, engines, prompts.  Everything that can be refused is refused here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tropd.config.run import Run
+from tropd.config.stages import DataConfig
+from tropd.data.chat import stop_ids
+from tropd.data.graders import Grader, resolve_grader
+from tropd.data.prompts import load_prompts
+from tropd.data.stream import LazyPromptStream, PromptStream, name_of
+from tropd.distributed.ranks import ALONE, Ranks
+from tropd.errors import ConfigError
+from tropd.model.forward import Forward
+from tropd.model.loading import choose_device, load_model, load_tokenizer, wrap_student
+from tropd.model.optimizer import Optimizer
+from tropd.model.origins import Origin, origin_of, prompts_origin
+from tropd.objective.losses import SampledForwardKL, SampledReverseKL
+from tropd.rollout.engine import Engine
+from tropd.rollout.transformers import TransformersEngine
+from tropd.teachers import loading
+from tropd.teachers.loading import Found
+from tropd.teachers.teacher import RunTeacher
+from tropd.training.learner import ModelLearner
+from tropd.training.step import check_evidence
+from tropd.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tropd.distributed.sharding import Shards
+    from tropd.rollout.vllm import VllmEngine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a run is made of, ready to go."""
+
+    run: Run
+    tokenizer: PreTrainedTokenizerBase
+    model: Any
+    learner: ModelLearner
+    engine: Engine
+    teacher: RunTeacher
+    writer: Engine | None
+    stream: PromptStream | LazyPromptStream
+    stop_ids: tuple[int, ...]
+    grader: Grader | None
+    held_out: tuple[Prompt, ...]
+    eval_grader: Grader | None
+    notes: tuple[str, ...]
+    """What the user should know before it starts."""
+    origins: dict[str, Origin]
+    """Names what the run reads but does not train: no checkpoint holds it."""
+    world: Ranks = ALONE
+
+    @property
+    def vocab_size(self) -> int:
+        return self.learner.forward.vocab_size
+
+
+def load_parts(run: Run, directory: Path, world: Ranks = ALONE) -> Parts:
+    """Load everything.  `directory` is where the teachers' texts are kept."""
+    device = choose_device(run.device)
+    _check_columns(run.data)
+    grader = resolve_grader(run.grader) if run.grader else None
+    eval_grader = _eval_grader(run)
+    tokenizer = load_tokenizer(run.student, "student")
+    found = loading.find(run, tokenizer)  # cheap to refuse before any weights are read
+    loaded = load_model(run.student, "student", device)
+    loading.load(run, found, device)
+    ends = stop_ids(tokenizer, loaded.generation_config)
+    cautions = _without_dropout(loaded)
+    model = wrap_student(loaded, run.student, run.seed)
+    size = loading.shared_size(found, model, tokenizer)
+    shape: dict[str, Any] = dict(
+        vocab_size=size,
+        tile_tokens=run.tile_tokens,
+        tile_vocab=run.tile_vocab,
+        tokens_per_batch=run.tokens_per_micro_batch,
+    )
+    engaged = loading.engage(run, found, model, shape, directory, world)
+    learner = _learner(run, model, shape, engaged.forward, world)
+    check_evidence(run.method.objective, engaged.teacher, run.method.name, grader is not None)
+    engine = _engine(run, model, tokenizer, size, directory, world)
+    with ExitStack() as opened:
+        opened.callback(engine.close)
+        stream, notes = _open_stream(run, tokenizer, _shortest(learner, engine, engaged.teacher))
+        held_out, eval_notes = _held_out(run, tokenizer, _shortest(learner, engine))
+        origins = world.first(_origins(run, loaded, found, held_out) if world.leads else {})
+        texts = directory / world.own_name(loading.TEXTS)
+        writer, remarks = loading.writer_of(run, found, model, size, (tokenizer, stream), origins, texts)
+        opened.pop_all()  # nothing was refused
+    return Parts(
+        run=run,
+        tokenizer=tokenizer,
+        model=model,
+        learner=learner,
+        engine=engine,
+        teacher=engaged.teacher,
+        writer=writer,
+        stream=stream,
+        stop_ids=ends,
+        grader=grader,
+        held_out=held_out,
+        eval_grader=eval_grader,
+        notes=(*cautions, *engaged.notes, *_cautions(run, ends), *engine.notes, *notes, *remarks, *eval_notes),
+        origins=origins,
+        world=world,
+    )
+
+
+def _origins(run: Run, student: Any, found: Sequence[Found], held_out: Sequence[Prompt]) -> dict[str, Origin]:
+    """What the run reads and no checkpoint holds."""
+    origins = {"student": origin_of(run.student, None if run.student.lora is None else student)}
+    origins |= {one.origin: loading.origin_of_teacher(one) for one in found if one.config.path != "base"}
+    return origins | ({"held-out prompts": prompts_origin(map(name_of, held_out))} if held_out else {})
+
+
+def _engine(
+    run: Run, model: Any, tokenizer: Any, size: int, directory: Path, world: Ranks
+) -> TransformersEngine | VllmEngine:
+    """Whoever writes the rollouts."""
+    if not run.rollout.servers:
+        return TransformersEngine(model, vocab_size=size, max_batch=run.rollout.max_batch)
+    from tropd.rollout.vllm import open_engine
+
+    if world.size == 1:
+        return open_engine(run, model, tokenizer, size, directory)
+    from tropd.rollout.shared import SharedDelivery
+
+    delivery = partial(SharedDelivery, world)
+    return open_engine(run, model, tokenizer, size, directory, delivery)
+
+
+def _learner(run: Run, model: Any, shape: Mapping[str, Any], teacher: Forward | None, world: Ranks) -> ModelLearner:
+    """The student, cut to the vocabulary and read in the tiles that `shape` names."""
+    shards = _shards(run, model, world)
+    total, add = run.steps * run.optimizer.num_updates, world.add_ if world.size > 1 else None
+    if shards is not None:
+        optimizer = Optimizer(shards.cut, run.optimizer, total)
+    else:
+        optimizer = Optimizer(model, run.optimizer, total, add)
+    return ModelLearner(model, optimizer, teacher=teacher, shards=shards, **shape)
+
+
+def shards_student(run: Run, world: Ranks) -> bool:
+    return world.size > 1 and run.parallel.student != "replicated" and run.student.lora is None
+
+
+def _shards(run: Run, model: Any, world: Ranks) -> Shards | None:
+    """The student in parts, where there are several processes and an adapter does not make the whole cheap."""
+    if not shards_student(run, world):
+        return None
+    from tropd.distributed.sharding import Shards, check_torch
+
+    check_torch()
+    return Shards(model, world)
+
+
+def _eval_grader(run: Run) -> Grader | None:
+    name = run.evaluation.grader or run.grader
+    return resolve_grader(name) if name else None
+
+
+def _check_columns(data: DataConfig) -> None:
+    """Refuse what the data set would bring and no teacher would read."""
+    if data.privileged_column is not None:
+        raise ConfigError(
+            f"data.privileged_column is {data.privileged_column!r}, which asks for what only the teacher may read, but "
+            "teachers read exactly the student's tokens: it would do nothing. Leave it out."
+        )
+
+
+def _without_dropout(model: Any) -> list[str]:
+    """The student that is trained has to be the one that sampled, so the checkpoint's own dropout is not used.
+
+    Modules keep their rates as numbers (`p` of nn.Dropout, `attention_dropout`, `layerdrop`); the config stays.
+    """
+    found: set[str] = set()
+    for module in model.modules():
+        names = ["p"] if isinstance(module, torch.nn.Dropout) else [n for n in vars(module) if "drop" in n]
+        for name in names:
+            if isinstance(value := getattr(module, name), float) and value > 0:
+                setattr(module, name, 0.0)
+                found.add(f"{value:g}")
+    if not found:
+        return []
+    return [
+        f"the student's own dropout ({', '.join(sorted(found))}) is switched off: rollouts are drawn without it, and "
+        "with it another student would be trained than the one that wrote. student.lora.dropout is yours to set."
+    ]
+
+
+def _shortest(*readers: ModelLearner | TransformersEngine | VllmEngine | RunTeacher) -> int | None:
+    """The longest text that all of them can read."""
+    contexts = [one.forward.context if isinstance(one, ModelLearner) else one.context for one in readers]
+    return min((c for c in contexts if c is not None), default=None)
+
+
+def _limit_prompts(data: DataConfig, context: int | None, max_new_tokens: int) -> DataConfig:
+    """A prompt must leave room for the response in the model's context."""
+    if context is None:
+        return data
+    room = context - max_new_tokens
+    if room < 1:
+        raise ConfigError(
+            f"max_new_tokens = {max_new_tokens} leaves no room for a prompt in a context of {context} tokens, the "
+            "shortest of the models that read it. Lower it."
+        )
+    return dataclasses.replace(data, max_prompt_tokens=min(room, data.max_prompt_tokens or room))
+
+
+def _open_stream(
+    run: Run, tokenizer: PreTrainedTokenizerBase, context: int | None
+) -> tuple[PromptStream | LazyPromptStream, list[str]]:
+    data = _limit_prompts(run.data, context, run.rollout.max_new_tokens)
+    if data.streaming:
+        return LazyPromptStream(data, tokenizer), []
+    loaded = load_prompts(data, tokenizer)
+    notes, number = [f"{data.path}: {loaded.report}"], loading.share_prompts(run, loaded.prompts)
+    if run.teachers:
+        notes.append("prompts for " + ", ".join(f"teacher {name!r}: {n}" for name, n in number.items()))
+    return PromptStream(loaded.prompts, run.seed), notes
+
+
+def _held_out(
+    run: Run, tokenizer: PreTrainedTokenizerBase, context: int | None
+) -> tuple[tuple[Prompt, ...], list[str]]:
+    if run.evaluation.data is None:
+        return (), []
+    loaded = load_prompts(_limit_prompts(run.evaluation.data, context, run.evaluation.max_new_tokens), tokenizer)
+    return loaded.prompts, [f"{run.evaluation.data.path}: {loaded.report}"]
+
+
+def _cautions(run: Run, ends: tuple[int, ...]) -> list[str]:
+    notes = list(run.method.objections(run.sampling))
+    if not ends:
+        notes.append("no stop token was found: every rollout will run to max_new_tokens.")
+    if run.optimizer.num_updates > 1 and not torch.are_deterministic_algorithms_enabled():
+        notes.append(f"{run.optimizer.num_updates} updates per batch: from the second on, rollouts are off-policy.")
+    terms = run.method.objective.terms
+    if run.rollout.staleness and any(isinstance(t.loss, SampledReverseKL | SampledForwardKL) for t in terms):
+        notes.append(
+            "rollout.staleness = 1, but this method's estimator has no importance ratio: its gradient takes tokens of "
+            "the older student for the student's own. Use estimator = 'policy_gradient'."
+        )
+    return notes

@@ -1,0 +1,158 @@
+"""The student as the training step sees it: a Hugging Face model, its forward pass and its optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tropd.model.dense import can_tile, dense_loss
+from tropd.model.forward import Forward, similar_lengths
+from tropd.model.one_pass import can_fuse, fused_loss, wanted
+from tropd.model.optimizer import Optimizer
+from tropd.objective.evidence import Needs
+from tropd.objective.terms import World
+from tropd.teachers.routed import by_teacher
+from tropd.teachers.teacher import Teacher
+from tropd.training.judge import Judge
+from tropd.types import Rollout
+
+if TYPE_CHECKING:
+    from tropd.distributed.sharding import Shards
+
+
+class ModelLearner:
+    """Implements `tropd.training.step.Learner`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        vocab_size: int,
+        tile_tokens: int,
+        tokens_per_batch: int,
+        tile_vocab: int | None = None,
+        teacher: Forward | None = None,
+        shards: Shards | None = None,
+    ) -> None:
+        """`teacher` is the forward pass of a teacher in this process: its head makes whole distributions here.
+
+        With `shards`, `model` is their whole: it is measured, and the cut is trained.
+        """
+        self.teacher = teacher
+        self.model, self.optimizer, self.tokens_per_batch = model, optimizer, tokens_per_batch
+        self.forward = Forward(model, vocab_size=vocab_size, tile_tokens=tile_tokens, tile_vocab=tile_vocab)
+        self.shards = shards
+        self.trained = self.forward if shards is None else shards.forward(self.forward)
+        self.vocab_size: int | None = vocab_size
+        self.device = next(model.parameters()).device
+        exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
+        drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+        self.margin: float | None = None if shards is not None or drops else 0.02 if exact else 0.25
+        self.expands = teacher is not None and can_tile(self.forward.head)
+
+    def learn(self, rollouts: Sequence[Rollout], judge: Judge, needs: Needs) -> None:
+        forward, tokens = self.trained, judge.tokens
+        forward.model.train()
+        if self.shards is not None:
+            self.shards.empty()
+        whole = Needs.FULL in needs
+        if not can_tile(forward.head) or (whole and tokens.peek("teacher_hidden_NH") is None):
+            view = forward.view(rollouts, judge.part.tokens, needs)
+            judge(slice(None), judge.live_view(view)).backward()
+            return
+        hidden_NH = forward.hidden(rollouts)
+        if judge.live is not None:  # nothing is projected that no term weighs
+            hidden_NH = hidden_NH[judge.live]
+        ids_NM, view_of = wanted(tokens, needs)
+        if can_fuse(forward.head) and not whole:
+
+            def judge_sparse(rows: slice, at_CM: Tensor) -> Tensor:
+                return judge(rows, view_of(at_CM))
+
+            tile = forward.tile_tokens, forward.tile_vocab
+            fused_loss(forward.head, hidden_NH, ids_NM, judge_sparse, *tile).backward()
+            return
+
+        def judge_whole(rows: slice, full_CV: Tensor) -> Tensor:
+            view = view_of(full_CV.gather(1, ids_NM[rows]))
+            if not whole:
+                return judge(rows, view)
+            assert self.teacher is not None
+            teacher_CV = self.teacher.full_logprobs(tokens.teacher_hidden_NH[rows], tokens.token_ids_N[rows])
+            return judge(rows, view.with_(full_logprobs_NV=full_CV), teacher_full_logprobs_NV=teacher_CV)
+
+        dense_loss(forward.head, hidden_NH, ids_NM[:, 0], judge_whole, forward.tile_tokens).backward()
+
+    def measure(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int) -> dict[str, Tensor]:
+        wanted = top_k if Needs.STUDENT_TOPK in needs else 0
+        needs &= Needs.STUDENT_ENTROPY
+
+        def ask(part: list[Rollout]) -> dict[str, Tensor]:
+            found = self.forward.measure(part, needs, top_k=wanted)
+            fields = {
+                "student_logprobs_N": found.logprobs_N,
+                "student_entropy_N": found.entropy_N,
+                "student_topk_ids_NJ": found.topk_ids_NK if wanted else None,
+            }
+            return {name: x for name, x in fields.items() if x is not None}
+
+        return self._in_parts(rollouts, ask, [len(r.token_ids) for r in rollouts])
+
+    def reverse_kl(self, rollouts: Sequence[Rollout], teacher: Teacher, as_read: Sequence[Rollout]) -> Tensor:
+        found: dict[int, Tensor] = {}
+        theirs = {rollout.id: read for rollout, read in zip(rollouts, as_read, strict=True)}
+        for chosen, one in by_teacher(teacher, rollouts):
+            other: Any = one  # REVERSE_KL is offered only by teachers in this process, which have a forward pass
+
+            def ask(part: list[Rollout], other: Any = other) -> dict[str, Tensor]:
+                return {"x": self.forward.reverse_kl(part, other.forward, [theirs[r.id] for r in part])}
+
+            own = [rollouts[i] for i in chosen]
+            longest = [max(len(r.token_ids), len(theirs[r.id].token_ids)) for r in own]
+            rows_N = self._in_parts(own, ask, longest, other.more_passes)["x"]
+            found |= zip(chosen, rows_N.split([len(r.response_ids) for r in own]), strict=True)
+        return torch.cat([found[i] for i in range(len(rollouts))])
+
+    def spare_passes(self, num_passes: int, world: World) -> int:
+        if self.shards is None:
+            return 0
+        return max(world.gather(torch.tensor([num_passes])).tolist()) - num_passes
+
+    def idle(self, num_passes: int) -> None:
+        if self.shards is not None:
+            self.shards.empty()
+            for _ in range(num_passes):
+                self.shards.idle()
+
+    def update(self) -> tuple[float, float]:
+        return self.optimizer.step()
+
+    def sync(self) -> None:
+        """What measures and writes has the trained weights from here on."""
+        if self.shards is not None:
+            self.shards.fill()
+
+    def _in_parts(
+        self,
+        rollouts: Sequence[Rollout],
+        ask: Any,
+        num_tokens: Sequence[int],
+        more_passes: Callable[[int], int] = lambda number: 0,
+    ) -> dict[str, Tensor]:
+        """Ask under the token budget, similar lengths together; rows come back in the order of the rollouts."""
+        pieces: list[dict[str, Tensor]] = [{} for _ in rollouts]
+        groups = similar_lengths(num_tokens, self.tokens_per_batch)
+        for _ in range(more_passes(len(groups))):
+            ask([rollouts[groups[0][0]]])
+        for group in groups:
+            found = ask([rollouts[i] for i in group])
+            lengths = [len(rollouts[i].response_ids) for i in group]
+            for name, x in found.items():
+                for i, rows in zip(group, x.split(lengths), strict=True):
+                    pieces[i][name] = rows
+        names = pieces[0].keys() if pieces else ()
+        return {name: torch.cat([piece[name] for piece in pieces]) for name in names}

@@ -1,0 +1,197 @@
+"""Where the rollouts of a step come from: written now, or ahead while the step before was trained.
+
+    this process   score and train on batch t ------------------------------> wait, sync the weights of t + 1
+    servers        batch t + 1 with the weights of t; a teacher on servers scores it as well
+
+That is rollout.staleness = 1: every batch but the first is one step older than the student that it trains, and weights
+change only between batches, so which weights wrote a token does not depend on who was faster.  Importance ratios are
+made from the log-probabilities with which the tokens were drawn.  A checkpoint holds the prompt cursor as of what was
+trained, and the batch that is not trained yet: resumed, it is not drawn again from newer weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent import futures
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from tropd.base.background import in_background
+from tropd.base.fast_paths import TAKEN, FastPath
+from tropd.data.stream import name_of
+from tropd.errors import CheckpointError, TeacherError
+from tropd.objective.evidence import OF_TEACHER
+from tropd.rollout.stage import RolloutJob, begin, carry_on, names_of, roll_out
+from tropd.training.assembly import Parts
+from tropd.types import Author, Finish, Prompt, Rollout, TeacherScores
+
+log = logging.getLogger("tropd.rollout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """The rollouts of a step."""
+
+    rollouts: list[Rollout]
+    scores: list[TeacherScores] | None = None
+    """Where the teacher has been asked already."""
+
+
+class Source:
+    """Batches in the order of the prompts.  Nothing runs in the background unless `begin` was called."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self._next: Future[Written] | None = None
+        self._cursor: dict[str, Any] = {}
+        """Of the prompts, before those of `_next`."""
+        self._taken: tuple[dict[str, Any], Written | None] = ({}, None)
+        """The cursor before the step taken last, and what of it had been written ahead."""
+
+    def take(self, step: int) -> Written:
+        """The rollouts of a step."""
+        parts, run = self.parts, self.parts.run
+        if self._next is None:
+            self._taken = (parts.stream.state_dict(), None)
+            return Written(rollouts=roll_out(run.method.rollout, self._job(step), parts.engine, parts.writer))
+        self._taken = (self._cursor, None)
+        written, self._next = self._next.result(), None
+        self._taken = (self._cursor, written)
+        assert max(lags(step, written.rollouts), default=0) <= run.rollout.staleness, "staleness is bounded"
+        return written
+
+    def begin(self, step: int) -> None:
+        """Have the rollouts of the next step written while something else happens, if the run wants that."""
+        parts, run = self.parts, self.parts.run
+        if run.rollout.staleness == 0 or step >= run.steps:
+            return
+        TAKEN.add(FastPath.WRITING_AHEAD)
+        self._cursor = parts.stream.state_dict()
+        job = self._job(step)
+        if all(teacher.servers for teacher in run.all_teachers.values()):
+            self._next = in_background(lambda: self._from_afar(job))
+            return
+        drafts = begin(run.method.rollout, job, parts.writer)  # a teacher in this process writes in this thread
+        self._next = in_background(lambda: Written(rollouts=_aged(carry_on(drafts, job, parts.engine))))
+
+    def wait(self) -> None:
+        """Until the engine is idle.  What went wrong is raised by `take`, in the step that it belongs to."""
+        if self._next is not None:
+            futures.wait([self._next])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor before all that was not trained on, and what of that is written."""
+        if self._next is None:
+            return self.parts.stream.state_dict()
+        self.wait()
+        if self._next.exception() is not None:
+            return self._cursor
+        return {**self._cursor, "ahead": [_pack(rollout) for rollout in self._next.result().rollouts]}
+
+    def state_before(self) -> dict[str, Any]:
+        """As `state_dict` was before the step taken last, which came to nothing."""
+        cursor, written = self._taken
+        return cursor if written is None else {**cursor, "ahead": [_pack(rollout) for rollout in written.rollouts]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        stream, wanted = self.parts.stream, self.parts.run.rollout
+        stream.load_state_dict(state)
+        held = state.get("ahead")
+        if held is None:
+            return
+        self._cursor = stream.state_dict()
+        names = names_of(stream.next(wanted.num_prompts), wanted.num_rollouts)
+        if [(id, name_of(prompt)) for id, prompt, _ in names] != [(one["id"], one["prompt"]) for one in held]:
+            raise CheckpointError(
+                "the rollouts that were written ahead do not belong to the prompts that come next. Resume from another "
+                "checkpoint with --step."
+            )
+        self._next = Future()
+        self._next.set_result(
+            Written(rollouts=[_unpack(one, prompt) for one, (_, prompt, _) in zip(held, names, strict=True)])
+        )
+
+    def _from_afar(self, job: RolloutJob) -> Written:
+        """All of it by servers, so that nothing of this process is touched while it trains."""
+        parts, objective = self.parts, self.parts.run.method.objective
+        rollouts = _aged(roll_out(parts.run.method.rollout, job, parts.engine, parts.writer))
+        if not objective.needs & OF_TEACHER:
+            return Written(rollouts=rollouts)
+        try:
+            scores = parts.teacher.score(rollouts, objective.needs, top_k=objective.teacher_top_k)
+        except TeacherError as error:
+            log.warning("%s It is asked again when the step comes.", error)
+            scores = None
+        return Written(rollouts=rollouts, scores=scores)
+
+    def _job(self, step: int) -> RolloutJob:
+        parts, run = self.parts, self.parts.run
+        prompts = parts.stream.next(run.rollout.num_prompts)
+        return RolloutJob(
+            prompts=[prompts[p] for p in own_prompts(parts)],
+            batch=prompts,
+            num_rollouts=run.rollout.num_rollouts,
+            max_new_tokens=run.rollout.max_new_tokens,
+            sampling=run.sampling,
+            stop_ids=parts.stop_ids,
+            seed=run.seed,
+            progress=step / run.steps,
+            teacher_sampling=run.rollout.teacher_sampling,
+        )
+
+
+def own_prompts(parts: Parts) -> list[int]:
+    """Which of a step's prompts are this rank's."""
+    return parts.world.share(range(parts.run.rollout.num_prompts))
+
+
+def lags(step: int, rollouts: Sequence[Rollout]) -> list[int]:
+    """How many steps older than the student the weights are that wrote each of its rollouts."""
+    return [step - r.policy_version[0] for r in rollouts if Author.STUDENT in r.authors]
+
+
+def add_staleness(probes: dict[str, float], step: int, rollouts: Sequence[Rollout]) -> None:
+    """How far behind the rollouts were.  The student has moved since, so what would be a mismatch between sampler and
+    trainer is called drift."""
+    behind = lags(step, rollouts)
+    probes["staleness/mean"] = sum(behind) / len(behind) if behind else 0.0
+    probes["staleness/max"] = float(max(behind, default=0))
+    if probes["staleness/max"] > 0:
+        for name in ("mismatch/behavior", "mismatch/behavior_max"):
+            if name in probes:
+                probes[name.replace("mismatch/behavior", "staleness/drift")] = probes.pop(name)
+
+
+def _aged(rollouts: list[Rollout]) -> list[Rollout]:
+    """The student will be another, so what it made of them is only what they were drawn with."""
+    return [dataclasses.replace(rollout, model_logprobs=()) for rollout in rollouts]
+
+
+def _pack(rollout: Rollout) -> dict[str, Any]:
+    """Without the prompt, which the stream gives again."""
+    start = len(rollout.prompt.token_ids)
+    return {
+        "id": rollout.id,
+        "prompt": name_of(rollout.prompt),
+        "token_ids": rollout.response_ids,
+        "authors": "".join(str(int(author)) for author in rollout.authors[start:]),
+        "behavior_logprobs": rollout.behavior_logprobs[start:],
+        "policy_version": rollout.policy_version,
+        "finish": rollout.finish,
+    }
+
+
+def _unpack(held: Mapping[str, Any], prompt: Prompt) -> Rollout:
+    given = len(prompt.token_ids)
+    return Rollout(
+        id=held["id"],
+        prompt=prompt,
+        token_ids=prompt.token_ids + tuple(held["token_ids"]),
+        authors=(Author.CONTEXT,) * given + tuple(Author(int(author)) for author in held["authors"]),
+        behavior_logprobs=(0.0,) * given + tuple(held["behavior_logprobs"]),
+        policy_version=tuple(held["policy_version"]),
+        finish=Finish(held["finish"]),
+    )
