@@ -20,7 +20,7 @@ from tropd.rollout.stage import RolloutJob, roll_out
 from tropd.run.start import assemble
 from tropd.training.assembly import Parts
 from tropd.training.batches import ScoredBatch
-from tropd.training.judge import Seen
+from tropd.training.micro_batch import Seen
 from tropd.training.step import StepSums, recall_needed, score, train_step
 from tropd.types import Rollout
 

@@ -19,7 +19,7 @@ from tropd.objective.support import NOTHING
 from tropd.objective.terms import Context
 from tropd.training.assembly import Parts
 from tropd.training.batches import ScoredBatch
-from tropd.training.judge import Seen
+from tropd.training.micro_batch import Seen
 from tropd.training.step import score, train_step
 from tropd.types import Author, Rollout
 

@@ -19,7 +19,7 @@ from tropd.objective.evidence import OF_TEACHER, Needs, StudentView, Tokens
 from tropd.objective.support import expected_gap
 from tropd.objective.terms import World
 from tropd.teachers.teacher import Teacher, TopKRows
-from tropd.training.judge import Judge
+from tropd.training.micro_batch import MicroBatch, Seen
 from tropd.types import Completion, Finish, Prompt, Request, Rollout, TeacherScores
 
 END = 0
@@ -132,8 +132,11 @@ class TabularLM:
 
     # As a student
 
-    def learn(self, rollouts: Sequence[Rollout], judge: Judge, needs: Needs) -> None:
-        judge(slice(None), judge.live_view(self.view(rollouts, judge.part.tokens, needs))).backward()
+    def learn(self, batch: MicroBatch) -> Seen:
+        part = batch.part
+        loss, piece = batch.loss_of_all(self.view(part.rollouts, part.tokens, batch.objective.needs))
+        loss.backward()
+        return batch.seen([piece])
 
     def view(self, rollouts: Sequence[Rollout], tokens: Tokens, needs: Needs) -> StudentView:
         evidence: dict[str, Tensor | int] = {}

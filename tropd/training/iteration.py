@@ -25,8 +25,8 @@ from tropd.objective.terms import Context
 from tropd.training.assembly import Parts
 from tropd.training.batches import ScoredBatch, make_tokens
 from tropd.training.draw_probes import probes_of_student, probes_of_teacher
-from tropd.training.judge import Seen
 from tropd.training.kept_batch import save_batch
+from tropd.training.micro_batch import Seen
 from tropd.training.source import Source, add_staleness, own_prompts
 from tropd.training.step import StepSums, recall_needed, score, train_step
 from tropd.types import Author, Rollout, StepRecord, TeacherScores, TermStats, key_of

@@ -16,7 +16,7 @@ from tropd.objective.evidence import Needs
 from tropd.objective.terms import World
 from tropd.teachers.routed import by_teacher
 from tropd.teachers.teacher import Teacher
-from tropd.training.judge import Judge
+from tropd.training.micro_batch import MicroBatch, Piece, Seen
 from tropd.types import Rollout
 
 if TYPE_CHECKING:
@@ -54,38 +54,44 @@ class ModelLearner:
         self.margin: float | None = None if shards is not None or drops else 0.02 if exact else 0.25
         self.expands = teacher is not None and can_tile(self.forward.head)
 
-    def learn(self, rollouts: Sequence[Rollout], judge: Judge, needs: Needs) -> None:
-        forward, tokens = self.trained, judge.tokens
+    def learn(self, batch: MicroBatch) -> Seen:
+        forward, tokens, needs = self.trained, batch.tokens, batch.objective.needs
         forward.model.train()
         if self.shards is not None:
             self.shards.empty()
         whole = Needs.FULL in needs
         if not can_tile(forward.head) or (whole and tokens.peek("teacher_hidden_NH") is None):
-            view = forward.view(rollouts, judge.part.tokens, needs)
-            judge(slice(None), judge.live_view(view)).backward()
-            return
-        hidden_NH = forward.hidden(rollouts)
-        if judge.live is not None:  # nothing is projected that no term weighs
-            hidden_NH = hidden_NH[judge.live]
+            loss, piece = batch.loss_of_all(forward.view(batch.part.rollouts, batch.part.tokens, needs))
+            loss.backward()
+            return batch.seen([piece])
+        hidden_NH = forward.hidden(batch.part.rollouts)
+        if batch.live is not None:  # nothing is projected that no term weighs
+            hidden_NH = hidden_NH[batch.live]
         ids_NM, view_of = wanted(tokens, needs)
-        if can_fuse(forward.head) and not whole:
+        pieces: list[Piece] = []
 
-            def judge_sparse(rows: slice, at_CM: Tensor) -> Tensor:
-                return judge(rows, view_of(at_CM))
+        def keep(result: tuple[Tensor, Piece]) -> Tensor:
+            pieces.append(result[1])
+            return result[0]
 
-            tile = forward.tile_tokens, forward.tile_vocab
-            fused_loss(forward.head, hidden_NH, ids_NM, judge_sparse, *tile).backward()
-            return
+        def loss_of_columns(rows: slice, at_CM: Tensor) -> Tensor:
+            return keep(batch.loss(rows, view_of(at_CM)))
 
-        def judge_whole(rows: slice, full_CV: Tensor) -> Tensor:
+        def loss_of_whole(rows: slice, full_CV: Tensor) -> Tensor:
             view = view_of(full_CV.gather(1, ids_NM[rows]))
             if not whole:
-                return judge(rows, view)
+                return keep(batch.loss(rows, view))
             assert self.teacher is not None
             teacher_CV = self.teacher.full_logprobs(tokens.teacher_hidden_NH[rows], tokens.token_ids_N[rows])
-            return judge(rows, view.with_(full_logprobs_NV=full_CV), teacher_full_logprobs_NV=teacher_CV)
+            full = {"teacher_full_logprobs_NV": teacher_CV}
+            return keep(batch.loss(rows, view.with_(full_logprobs_NV=full_CV), **full))
 
-        dense_loss(forward.head, hidden_NH, ids_NM[:, 0], judge_whole, forward.tile_tokens).backward()
+        if can_fuse(forward.head) and not whole:
+            tile = forward.tile_tokens, forward.tile_vocab
+            fused_loss(forward.head, hidden_NH, ids_NM, loss_of_columns, *tile).backward()
+        else:
+            dense_loss(forward.head, hidden_NH, ids_NM[:, 0], loss_of_whole, forward.tile_tokens).backward()
+        return batch.seen(pieces)
 
     def measure(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int) -> dict[str, Tensor]:
         wanted = top_k if Needs.STUDENT_TOPK in needs else 0

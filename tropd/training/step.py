@@ -4,7 +4,7 @@
                     |                       student evidence (only what the objective reads)
     teacher.score --+--> ScoredBatch --> plan: weights, rewards, global denominators
                                             |
-                    micro-batch --> student forward --> judge --> backward           (sums, never means of means)
+                    micro-batch --> student forward --> loss --> backward            (sums, never means of means)
                                             |
                                      optimiser step
 
@@ -31,7 +31,7 @@ from tropd.objective.terms import Context, Reach, World
 from tropd.teachers.routed import Routed
 from tropd.teachers.teacher import Teacher, TopKRows
 from tropd.training.batches import ScoredBatch, add_scores, make_tokens
-from tropd.training.judge import Judge, Seen, add_terms
+from tropd.training.micro_batch import MicroBatch, Seen, add_terms
 from tropd.types import Author, Rollout, TeacherScores, TermStats
 
 
@@ -46,8 +46,8 @@ class Learner(Protocol):
     """The log-odds of a written token are seldom further than this from what its rollout says; None where a micro-batch
     cannot be scored again if they are."""
 
-    def learn(self, rollouts: Sequence[Rollout], judge: Judge, needs: Needs) -> None:
-        """Show the judge its opinion of `judge.tokens`, in as many pieces as it likes, and add up the gradient."""
+    def learn(self, batch: MicroBatch) -> Seen:
+        """Add the gradient of the micro-batch's loss, taken in as many pieces as the learner likes."""
         ...
 
     def measure(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int) -> dict[str, Tensor]:
@@ -259,16 +259,15 @@ def _accumulate(
     for chosen in groups:
         part = batch.take(chosen)
         plan = whole.rows(batch.rows_of(chosen)) if whole else None
-        judge = Judge(part, objective, context, counts, plan)
         try:
-            learner.learn(part.rollouts, judge, objective.needs)
-        except TopKLeftOut:  # raised by the judge, before any gradient
+            seen = learner.learn(MicroBatch.of(part, objective, context, counts, plan))
+        except TopKLeftOut:  # raised by the loss, before any gradient
             if teacher is None:
                 raise
-            judge = Judge(_with_every_top_k(part, objective, teacher), objective, context, counts, plan)
-            learner.learn(part.rollouts, judge, objective.needs)
-        sums.add(judge.loss, judge.terms, share)
+            part = _with_every_top_k(part, objective, teacher)
+            seen = learner.learn(MicroBatch.of(part, objective, context, counts, plan))
+        sums.add(seen.loss, seen.terms, share)
         if watch is not None:
-            watch(judge.seen())
+            watch(seen)
     if context.world.size > 1:
         learner.idle(spare)

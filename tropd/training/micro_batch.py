@@ -1,0 +1,154 @@
+"""The objective on the rows of one micro-batch, all at once or piece by piece, and what was seen of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tropd.base.fast_paths import TAKEN, FastPath
+from tropd.objective.evidence import ABSENT, StudentView, Tokens
+from tropd.objective.objective import Objective
+from tropd.objective.plan import Counts, Plan, live_rows
+from tropd.objective.terms import Context
+from tropd.training.batches import ScoredBatch
+from tropd.types import TermStats
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Piece:
+    """What is kept of some rows after their loss, without gradient."""
+
+    loss: float
+    terms: dict[str, TermStats]
+    planned_N: Tensor | None
+    """The student's log-probabilities that the plan was made from."""
+    view: StudentView
+    plan: Plan
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MicroBatch:
+    """Rollouts of one forward and backward pass.  Tokens and plan hold the live rows only: those that some term may
+    weigh."""
+
+    part: ScoredBatch
+    objective: Objective
+    context: Context
+    counts: Counts
+    tokens: Tokens
+    plan: Plan | None
+    """Where it was made from the whole batch; else each piece is planned from the student's view that comes with it."""
+    live: Tensor | None
+    """Row numbers of the live rows in `part`; None for all."""
+
+    @classmethod
+    def of(
+        cls, part: ScoredBatch, objective: Objective, context: Context, counts: Counts, plan: Plan | None
+    ) -> MicroBatch:
+        live_N = live_rows(objective.terms, part.tokens, context, plan)
+        live = None if bool(live_N.all()) else live_N.nonzero().flatten()
+        if live is not None:
+            TAKEN.add(FastPath.LIVE_ROWS)
+        return cls(
+            part=part,
+            objective=objective,
+            context=context,
+            counts=counts,
+            tokens=part.tokens if live is None else part.tokens.rows(live),
+            plan=plan if plan is None or live is None else plan.rows(live),
+            live=live,
+        )
+
+    def loss(self, rows: slice, view: StudentView, **evidence: Tensor) -> tuple[Tensor, Piece]:
+        """The loss of some live rows, and what is kept of them.  `evidence` is what exists for these rows only, such as
+        whole distributions."""
+        tokens = self.tokens.rows(rows).with_(**evidence)
+        if self.plan is not None:
+            plan = self.plan.rows(rows)
+        else:
+            if not self.part.measured:
+                tokens = tokens.with_(student_logprobs_N=view.logprobs_N.detach())
+            plan = self.objective.plan(tokens, self.context, self.counts)
+        output = self.objective(tokens, view, plan)
+        top_k = view.peek("topk_logprobs_NK")
+        kept = StudentView(
+            logprobs_N=view.logprobs_N.detach(), topk_logprobs_NK=ABSENT if top_k is None else top_k.detach()
+        )
+        planned_N = tokens.peek("student_logprobs_N")
+        loss = float(output.loss.detach())
+        return output.loss, Piece(loss=loss, terms=output.terms, planned_N=planned_N, view=kept, plan=plan)
+
+    def loss_of_all(self, view: StudentView) -> tuple[Tensor, Piece]:
+        """The loss, from a view of every response token of the rollouts, live or not."""
+        return self.loss(slice(None), view if self.live is None else view.rows(self.live))
+
+    def seen(self, pieces: Sequence[Piece]) -> Seen:
+        """What the pieces, in order, say of the whole micro-batch."""
+        terms: dict[str, TermStats] = {}
+        for piece in pieces:
+            terms = add_terms(terms, piece.terms)
+        planned = [piece.planned_N for piece in pieces if piece.planned_N is not None]
+        top_k = [x for piece in pieces if (x := piece.view.peek("topk_logprobs_NK")) is not None]
+        plans = [piece.plan for piece in pieces]
+        whole = len(pieces)
+        return Seen(
+            part=self.part,
+            loss=sum(piece.loss for piece in pieces),
+            terms=terms,
+            tokens=self.tokens.with_(student_logprobs_N=torch.cat(planned)) if len(planned) == whole else self.tokens,
+            view=StudentView(
+                logprobs_N=torch.cat([piece.view.logprobs_N for piece in pieces]),
+                topk_logprobs_NK=torch.cat(top_k) if len(top_k) == whole else ABSENT,
+            ),
+            plan=Plan(
+                weights={name: torch.cat([plan.weights[name] for plan in plans]) for name in plans[0].weights},
+                rewards={name: torch.cat([plan.rewards[name] for plan in plans]) for name in plans[0].rewards},
+                counts=self.counts,
+                progress=self.context.progress,
+            ),
+            live=self.live,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Seen:
+    """A micro-batch after its loss.  Tokens, view and plan hold the live rows only."""
+
+    part: ScoredBatch
+    loss: float
+    terms: dict[str, TermStats]
+    tokens: Tokens
+    view: StudentView
+    plan: Plan
+    live: Tensor | None
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """By term, then by rollout: the weight of each response token."""
+        return {term: self._by_rollout(weight_N, 0.0) for term, weight_N in self.plan.weights.items()}
+
+    def student_logprobs(self) -> dict[str, Tensor]:
+        """By rollout, as of planning where that is known; NaN where there was no loss."""
+        planned_N = self.tokens.peek("student_logprobs_N")
+        return self._by_rollout(self.view.logprobs_N if planned_N is None else planned_N, torch.nan)
+
+    def _by_rollout(self, x_N: Tensor, elsewhere: float) -> dict[str, Tensor]:
+        if self.live is not None:
+            x_N = x_N.new_full((len(self.part.tokens),), elsewhere).index_copy(0, self.live, x_N)
+        rows = x_N.split([len(r.response_ids) for r in self.part.rollouts])
+        return {r.id: row for r, row in zip(self.part.rollouts, rows, strict=True)}
+
+
+def add_terms(a: dict[str, TermStats], b: dict[str, TermStats], share: float = 1.0) -> dict[str, TermStats]:
+    """a + share * b, term by term; tokens are counted, not shared."""
+    total = dict(a)
+    for name, part in b.items():
+        old = a.get(name, TermStats(loss=0.0, tokens=0.0, weight=0.0))
+        total[name] = TermStats(
+            loss=old.loss + share * part.loss,
+            tokens=old.tokens + part.tokens,
+            weight=old.weight + share * part.weight,
+        )
+    return total
