@@ -3,7 +3,7 @@
     python benchmarks/ahead.py [--new-tokens 192]
 
 A real vLLM server (`make vllm`) on one core writes, this process scores and trains on another, one thread each.  Whole
-runs of `tropd.run.loop.train` turn about on the same server; a step is the wall clock between two records, without the
+runs of `tropd.run.start.train` turn about on the same server; a step is the wall clock between two records, without the
 first two of a run and the last, after which nothing is written ahead.  Random models (student 4 x 256, teacher 6 x 384,
 8 prompts of 64 tokens, nobody stops early).  Steps in which others took more than a tenth of the two cores are left
 out.  Beside it: what the phases of the synchronous steps promise, put together as `tropd plan` does, and what
@@ -152,7 +152,7 @@ def run_of(folder: Path, url: str, name: str, staleness: int, s: Settings) -> An
 
 def measure(folder: Path, url: str, server: int, s: Settings) -> dict[int, list[Step]]:
     """By staleness."""
-    from tropd.run.loop import train
+    from tropd.run.start import train
 
     found: dict[int, list[Step]] = {0: [], 1: []}
     started = time.monotonic()

@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.servers.mini import MiniServer
 from tropd.config import file as config_file
 from tropd.monitoring.display import Silent
-from tropd.run.loop import train
+from tropd.run.start import train
 from tropd.testbeds import embedded
 from tropd.types import StepRecord
 

@@ -14,7 +14,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     from tests.integration.runs import prepare, run_in
-    from tropd.run.loop import train
+    from tropd.run.start import train
 
     with tempfile.TemporaryDirectory() as folder:
         where = prepare(Path(folder))

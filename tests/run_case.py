@@ -28,7 +28,7 @@ __all__ = ["CASES", "merged", "save_model", "write_models", "write_run"]
 
 LIMIT_SECONDS = 300.0
 """Far above what a run takes on a busy machine: only a run that hangs comes to it."""
-PRELOAD = ["tests.run_case", "tropd.run.loop", "transformers.models.qwen3.modeling_qwen3", "peft", "pyarrow.parquet"]
+PRELOAD = ["tests.run_case", "tropd.run.start", "transformers.models.qwen3.modeling_qwen3", "peft", "pyarrow.parquet"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +122,9 @@ def _carry_out(order: Order, log: Path) -> None:
     from rich.console import Console
 
     from tropd.config import file as config_file
+    from tropd.errors import Interrupted
     from tropd.monitoring.display import PlainDisplay
-    from tropd.run import loop
+    from tropd.run import start
     from tropd.types import StepRecord
 
     class SelfInterrupting(PlainDisplay):
@@ -142,9 +143,12 @@ def _carry_out(order: Order, log: Path) -> None:
     display = SelfInterrupting(order.stop_after or 0, Console(highlight=False))
     try:
         if order.train is not None:
-            loop.train(config_file.load(order.train), display=display)
+            start.train(config_file.load(order.train), display=display)
         else:
-            loop.resume(order.directory, step=order.step, display=display)
+            start.resume(order.directory, step=order.step, display=display)
+    except Interrupted as stop:
+        if stop.step != order.stop_after:
+            sys.exit(128 + stop.signal)
     except BaseException as error:
         said = {"error": type(error).__name__, "message": str(error)}
         log.with_suffix(".error").write_text(json.dumps(said))

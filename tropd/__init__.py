@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tropd.config.run import Run
     from tropd.methods import METHODS, TrOPD
     from tropd.objective import Objective, Term, distillation_loss
-    from tropd.run.loop import train
+    from tropd.run.start import train
     from tropd.version import __version__
 
 _HOME = {
@@ -24,7 +24,7 @@ _HOME = {
     "TrOPD": "tropd.methods",
     "distillation_loss": "tropd.objective",
     "__version__": "tropd.version",
-    "train": "tropd.run.loop",
+    "train": "tropd.run.start",
 }
 
 __all__ = ["METHODS", "Objective", "Run", "Term", "TrOPD", "__version__", "distillation_loss", "train"]

@@ -16,6 +16,7 @@
       CheckpointError(RuntimeError)    saving, loading, exporting
       ProcessLost(RuntimeError)        another process of the run has ended
       TrainingDiverged(RuntimeError)   a non-finite loss or gradient, or an alarm that stops the run
+      Interrupted                      a signal stopped the run after a step; everything is saved
 
 A message has three parts: what was asked, what there is, what to do.  The command line prints the message alone and
 exits with code 2; a traceback means a defect of tropd.
@@ -24,6 +25,8 @@ exits with code 2; a traceback means a defect of tropd.
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
+from signal import Signals
 
 
 class TropdError(Exception):
@@ -124,6 +127,17 @@ class TrainingDiverged(TropdError, RuntimeError):
 
 class MethodWarning(UserWarning):
     """A method was configured in a way that is known to work badly; the text says why."""
+
+
+class Interrupted(TropdError):
+    """A signal stopped the run after a step; everything is saved."""
+
+    def __init__(self, directory: Path, step: int, signal: Signals) -> None:
+        super().__init__(directory, step, signal)
+        self.directory, self.step, self.signal = directory, step, signal
+
+    def __str__(self) -> str:
+        return f"{self.signal.name} stopped the run after step {self.step}. Go on with: tropd resume {self.directory}"
 
 
 def require(package: str, extra: str, asked: str) -> None:

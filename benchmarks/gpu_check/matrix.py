@@ -11,6 +11,7 @@ import os
 import signal
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,10 +19,11 @@ from typing import Any
 from benchmarks.gpu_check.sizes import Sizes
 from benchmarks.gpu_check.table import Table
 from tropd.config import file as config_file
+from tropd.errors import Interrupted
 from tropd.methods import METHODS
 from tropd.monitoring.display import Silent
 from tropd.monitoring.records import read_records
-from tropd.run import loop
+from tropd.run import start
 from tropd.testbeds import embedded
 from tropd.types import StepRecord
 
@@ -102,8 +104,9 @@ def _own_teacher(methods: tuple[str, ...], precision: str, s: Sizes, table: Tabl
 
 def _end_to_end(method: str, precision: str, s: Sizes, directory: Path) -> None:
     run = config_file.build(values_of(method, precision, s, directory), "gpu-check")
-    loop.train(run, display=Stopping())
-    loop.resume(directory, display=Silent())
+    with suppress(Interrupted):
+        start.train(run, display=Stopping())
+    start.resume(directory, display=Silent())
     records = read_records(directory / "records.jsonl").steps
     assert [record.step for record in records] == list(range(s.matrix_steps)), "steps are missing after a resume"
     for record in records:
@@ -136,7 +139,7 @@ def _signal(method: str, precision: str, s: Sizes) -> float:
         changes = {"steps": 1, "teacher": {"path": str(pair.student), "dtype": precision}}
         values = values_of(method, precision, s, directory, **changes)
         values["evaluation"] = {"every": 10}
-        loop.train(config_file.build(values, "gpu-check"), display=Silent())
+        start.train(config_file.build(values, "gpu-check"), display=Silent())
         rows: dict[str, Any] = pq.read_table(next((directory / "rollouts").glob("*.parquet"))).to_pydict()
     pairs = [
         abs(a - b)

@@ -14,7 +14,7 @@ from benchmarks.gpu_check.sizes import Sizes
 from benchmarks.gpu_check.table import Table
 from tropd.config import file as config_file
 from tropd.monitoring.display import Silent
-from tropd.run import loop
+from tropd.run import start
 from tropd.testbeds import TESTBEDS, Testbed, embedded
 from tropd.testbeds.pair import Pair, measure, save, write_prompts
 from tropd.testbeds.task import Shape, Training
@@ -97,7 +97,7 @@ def _distil(item: str, method: str, s: Sizes, pair: Pair, table: Table, director
         "alarms": {"support_collapse": "off"},
     }
     begun = time.perf_counter()
-    loop.train(config_file.build(values, "gpu-check"), display=Telling(table, item))
+    start.train(config_file.build(values, "gpu-check"), display=Telling(table, item))
     took = time.perf_counter() - begun
     table.check(f"{item}: {steps} steps", True, f"{took / steps:.2f} s a step", note=f"{took:.0f} s in all")
 

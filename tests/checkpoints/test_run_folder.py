@@ -17,7 +17,7 @@ from tropd.cli.main import main
 from tropd.config import file as config_file
 from tropd.config.run import Run
 from tropd.errors import CheckpointError, ConfigError
-from tropd.run.loop import resume, train
+from tropd.run.start import resume, train
 from tropd.testbeds.beds import TESTBEDS
 from tropd.testbeds.embed import embed
 

@@ -20,7 +20,7 @@ from tropd.methods import METHODS, ManyFaces
 from tropd.monitoring.records import read_records
 from tropd.objective.evidence import Needs, Tokens
 from tropd.rollout.scripted import ScriptedEngine
-from tropd.run.loop import train
+from tropd.run.start import train
 from tropd.teachers.local import LocalTeacher
 from tropd.teachers.texts import CachedTexts
 from tropd.training.batches import add_scores

@@ -41,7 +41,7 @@ from tropd.objective.evidence import Needs
 from tropd.rollout.sampling import draw
 from tropd.rollout.scripted import ScriptedEngine
 from tropd.rollout.transformers import TransformersEngine
-from tropd.run import loop
+from tropd.run import start
 from tropd.teachers.cached import Cached
 from tropd.teachers.local import LocalTeacher
 from tropd.teachers.texts import CachedTexts
@@ -72,10 +72,10 @@ def taking() -> Iterator[set[FastPath]]:
 def go_back(path: Path, directory: Path) -> list[str]:
     """Train, go back to step 1 and train again: the same to the bit.  The fast paths of the second time."""
     torch.set_num_threads(1)
-    loop.train(config_file.load(path), display=Silent())
+    start.train(config_file.load(path), display=Silent())
     alone = run_case.trace(directory)
     with taking() as took:
-        loop.resume(directory, step=1, display=Silent())
+        start.resume(directory, step=1, display=Silent())
     assert run_case.trace(directory) == alone
     return sorted(took)
 

@@ -25,7 +25,7 @@ from tropd.checkpoints.run_folder import alone
 from tropd.config import file as config_file
 from tropd.errors import CheckpointError, ConfigError
 from tropd.monitoring.records import read_records
-from tropd.run import loop
+from tropd.run import start
 from tropd.training.kept_batch import load_batch
 
 
@@ -78,7 +78,7 @@ def test_a_second_interrupt_stops_at_once_and_the_run_still_goes_on(models: Path
 def test_two_processes_cannot_work_on_one_run(copied: Path) -> None:
     path = copied / "run.toml"
     with alone(copied), pytest.raises(CheckpointError, match="another process"):
-        loop.resume(copied)
+        start.resume(copied)
     assert path.exists()
     assert run_case.resume(copied).code == 0, "the lock is gone with its holder"
 
@@ -163,7 +163,7 @@ def test_a_folder_that_cannot_be_made_is_told_before_models_are_read(models: Pat
     (tmp_path / "no model").mkdir()
     run = config_file.load(run_case.write_run(models, tmp_path / "run", student={"path": str(tmp_path / "no model")}))
     with pytest.raises(CheckpointError, match=str(directory)):
-        loop.train(config_file.build({**config_file.to_dict(run), "output": str(directory)}, "test"))
+        start.train(config_file.build({**config_file.to_dict(run), "output": str(directory)}, "test"))
 
 
 def save_teacher(tmp_path: Path, change: Callable[[Any], object], family: str = "qwen3") -> dict[str, Any]:
@@ -193,7 +193,7 @@ def test_a_teacher_of_nan_is_refused_before_the_first_step(models: Path, tmp_pat
     changes = save_teacher(tmp_path, partial(fill, value=torch.nan))
     run = config_file.load(run_case.write_run(models, tmp_path / "run", **changes))
     with pytest.raises(ConfigError, match="not finite"):
-        loop.train(run)
+        start.train(run)
     assert not (tmp_path / "run" / "run.toml").exists() and not list((tmp_path / "run").glob("*.tmp"))
 
 

@@ -22,8 +22,7 @@ from tropd.model.one_pass import can_fuse, fused_loss
 from tropd.objective.evidence import Needs
 from tropd.objective.terms import Context
 from tropd.rollout.stage import RolloutJob, roll_out
-from tropd.run.loop import resume, train
-from tropd.run.start import assemble
+from tropd.run.start import assemble, resume, train
 from tropd.testbeds import embedded
 from tropd.training.assembly import Parts
 from tropd.training.step import recall_needed, score, train_step

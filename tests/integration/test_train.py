@@ -16,7 +16,7 @@ from tropd.checkpoints import checkpoint as checkpoints
 from tropd.cli.main import main
 from tropd.methods import METHODS
 from tropd.monitoring.records import read_records
-from tropd.run.loop import train
+from tropd.run.start import train
 from tropd.types import StepRecord
 
 

@@ -24,7 +24,7 @@ from tropd.monitoring.records import read_records
 from tropd.rollout.cache import RowLayer
 from tropd.rollout.decoding import obstacle
 from tropd.rollout.transformers import TransformersEngine
-from tropd.run.loop import train
+from tropd.run.start import train
 
 ROOT = Path(tropd.__file__).parent
 OPEN = ("Auto", "PreTrainedTokenizer", "GenerationConfig")
@@ -158,7 +158,7 @@ transformers.AttentionInterface = type("AttentionInterface", (), {})
 import sys
 from pathlib import Path
 from tests.integration.runs import prepare, run_in
-from tropd.run.loop import train
+from tropd.run.start import train
 folder = Path(sys.argv[1])
 folder.mkdir()
 print(train(run_in(prepare(folder), steps=1)))

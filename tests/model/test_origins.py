@@ -23,7 +23,7 @@ from tropd.errors import CheckpointError
 from tropd.model.origins import content_of, origin_of
 from tropd.monitoring.display import Silent
 from tropd.monitoring.records import read_records
-from tropd.run import loop
+from tropd.run import start
 from tropd.run.environment import changes
 
 SMALL: dict[str, Any] = {"steps": 4, "checkpoint": {"every": 1, "keep": 9}, "evaluation": {"every": 2}}
@@ -82,17 +82,17 @@ def test_a_run_does_not_go_on_with_other_files_of_a_model(
     models, directory = stopped(tmp_path)
     change(models / whose)
     with pytest.raises(CheckpointError, match=rf"of the {whose}, {file} changed\. Put the old content back"):
-        loop.resume(directory)
+        start.resume(directory)
 
 
 def test_one_weight_under_an_adapter_counts_and_one_of_a_student_that_is_trained_whole_does_not(tmp_path: Path) -> None:
     models, directory = stopped(tmp_path / "lora", "lora")
     change_one_weight(models / "student")
     with pytest.raises(CheckpointError, match=r"of the student, model\.safetensors changed"):
-        loop.resume(directory)
+        start.resume(directory)
     models, directory = stopped(tmp_path / "whole", "entropy")
     change_one_weight(models / "student")
-    loop.resume(directory, display=Silent())
+    start.resume(directory, display=Silent())
 
 
 def test_a_run_does_not_go_on_with_other_held_out_prompts(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_run_does_not_go_on_with_other_held_out_prompts(tmp_path: Path) -> Non
     _, directory = stopped(tmp_path, evaluation={"data": {"path": str(held_out)}})
     held_out.write_text('{"prompt": "9+9=", "answer": "19"}\n')
     with pytest.raises(CheckpointError, match="of the held-out prompts, prompts changed"):
-        loop.resume(directory)
+        start.resume(directory)
 
 
 def test_files_are_read_once_for_as_long_as_their_size_and_times_stay(tmp_path: Path, monkeypatch: Any) -> None:

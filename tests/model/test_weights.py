@@ -21,7 +21,7 @@ from tropd.cli.trained import load_student
 from tropd.config.models import ModelConfig
 from tropd.errors import ConfigError
 from tropd.model.loading import load_model
-from tropd.run.loop import resume, train
+from tropd.run.start import resume, train
 
 CPU = torch.device("cpu")
 

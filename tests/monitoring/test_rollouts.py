@@ -13,7 +13,7 @@ from tests.integration.runs import prepare, run_in
 from tests.report.examples import rollout
 from tropd.monitoring.rollouts import NUM_ALTERNATIVES, pieces, text_alone, write_rollouts
 from tropd.objective.support import NOTHING
-from tropd.run.loop import train
+from tropd.run.start import train
 
 
 def test_a_saved_rollout_keeps_every_number_beside_its_token(

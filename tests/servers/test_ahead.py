@@ -23,7 +23,7 @@ from tropd.errors import ConfigError, EngineTimeout, TeacherError
 from tropd.monitoring.records import read_records
 from tropd.objective.evidence import Needs
 from tropd.objective.support import NOTHING
-from tropd.run.loop import resume, train
+from tropd.run.start import resume, train
 from tropd.training.source import Source
 
 OPD = {"name": "opd"}

@@ -14,8 +14,7 @@ from tropd.config.run import Run
 from tropd.errors import DataError
 from tropd.monitoring.records import read_records
 from tropd.rollout.delivery import weights_folder
-from tropd.run.loop import train
-from tropd.run.start import assemble
+from tropd.run.start import assemble, train
 
 OPD = {"name": "opd"}
 HELD = 50

@@ -18,7 +18,7 @@ from tropd.config import file as config_file
 from tropd.config.run import Run
 from tropd.doctor import Check, examine
 from tropd.errors import TeacherError
-from tropd.run.loop import train
+from tropd.run.start import train
 
 QUICK = {"deadline_seconds": 1.5, "answer_seconds": 5.0}
 

@@ -18,7 +18,7 @@ from tests.tiny import tiny_model
 from tropd.errors import EngineError, TeacherError, TrainingDiverged
 from tropd.rollout import draws
 from tropd.rollout.transformers import TransformersEngine
-from tropd.run.loop import train
+from tropd.run.start import train
 from tropd.types import Request, Sampling
 
 Body = dict[str, Any]

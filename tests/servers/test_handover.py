@@ -15,7 +15,7 @@ from tests.integration.runs import prepare, run_in
 from tests.servers.mini import MiniServer
 from tests.servers.proxy import Fault, Proxy, Reply, status, untouched
 from tropd.errors import DataError, EngineError, EngineTimeout
-from tropd.run.loop import resume, train
+from tropd.run.start import resume, train
 
 OPD = {"name": "opd"}
 FEW = 4

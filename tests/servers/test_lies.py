@@ -19,7 +19,7 @@ from tests.tiny import VOCAB, tiny_model
 from tropd.config.models import ServerConfig, TeacherConfig
 from tropd.errors import TeacherError, TeacherRefused, TeacherUnavailable
 from tropd.objective.evidence import Needs
-from tropd.run.loop import train
+from tropd.run.start import train
 from tropd.teachers.audit import Known
 from tropd.teachers.meeting import canary_of
 from tropd.teachers.reference import reference_of

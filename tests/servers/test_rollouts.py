@@ -24,7 +24,7 @@ from tropd.model.loading import add_adapter
 from tropd.monitoring.records import read_records
 from tropd.rollout.transformers import TransformersEngine
 from tropd.rollout.vllm import VllmEngine
-from tropd.run.loop import train
+from tropd.run.start import train
 from tropd.testing import check_engine
 from tropd.types import Finish, Request, Sampling
 

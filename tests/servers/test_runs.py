@@ -15,7 +15,7 @@ from tests.servers.mini import MiniServer
 from tests.servers.proxy import Fault, Proxy, Reply, corrupt, cut, first, garbage, status, truncated
 from tests.tiny import tiny_model
 from tropd.errors import ConfigError, EvidenceError, TeacherError, TropdError
-from tropd.run.loop import resume, train
+from tropd.run.start import resume, train
 
 QUICK = {"deadline_seconds": 1.5, "answer_seconds": 5.0}
 

@@ -19,8 +19,7 @@ from tropd.config.run import Run
 from tropd.errors import ConfigError, EngineError, EngineOutOfSync, TeacherError
 from tropd.monitoring.records import read_records
 from tropd.rollout.transformers import TransformersEngine
-from tropd.run.loop import resume, train
-from tropd.run.start import assemble
+from tropd.run.start import assemble, resume, train
 
 OPD = {"name": "opd"}
 GIVEN = {

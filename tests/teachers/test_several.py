@@ -23,7 +23,7 @@ from tropd.planning.plan import make_plan
 from tropd.report.contents import charts_of
 from tropd.report.history import read_history
 from tropd.rollout.transformers import TransformersEngine
-from tropd.run.loop import resume, train
+from tropd.run.start import resume, train
 from tropd.teachers.local import LocalTeacher
 from tropd.types import Author, Request, key_of
 

@@ -15,7 +15,7 @@ from tropd.config.stages import DataConfig, RolloutConfig, RunEvalConfig
 from tropd.errors import ConfigError, TeacherError
 from tropd.methods import OPD
 from tropd.monitoring.records import read_records
-from tropd.run.loop import train
+from tropd.run.start import train
 from tropd.testbeds import TESTBEDS, Pair, Testbed, make_pair
 from tropd.testbeds.task import Shape
 from tropd.types import StepRecord

@@ -22,8 +22,7 @@ from tropd.errors import EngineOutOfSync
 from tropd.model.loading import add_adapter
 from tropd.monitoring.records import read_records
 from tropd.rollout.vllm import VllmEngine
-from tropd.run.loop import train
-from tropd.run.start import assemble
+from tropd.run.start import assemble, train
 from tropd.testing import check_engine
 from tropd.types import Finish, Request
 

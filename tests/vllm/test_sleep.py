@@ -17,7 +17,7 @@ from tests.vllm.vllm import Server
 from tropd.config.models import LoraConfig
 from tropd.model.loading import add_adapter
 from tropd.monitoring.records import read_records
-from tropd.run.loop import train
+from tropd.run.start import train
 
 pytestmark = pytest.mark.server
 GRADER = f"{__name__}:grade_asleep"

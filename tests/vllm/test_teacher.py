@@ -22,7 +22,7 @@ from tropd.doctor import examine
 from tropd.errors import TeacherError
 from tropd.monitoring.records import read_records
 from tropd.objective.evidence import Needs
-from tropd.run.loop import train
+from tropd.run.start import train
 from tropd.teachers.local import LocalTeacher
 from tropd.teachers.meeting import canary_of
 from tropd.teachers.server import ServerTeacher

@@ -9,8 +9,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -21,7 +23,8 @@ from tropd.errors import CheckpointError, ConfigError
 
 RUN = "run.toml"
 BEGUN = "run.toml.tmp"
-_LEFT = (BEGUN, "*teacher_texts.sqlite*", "*teacher_scores*.sqlite*", "rollout_weights", "rollout_weights.tmp")
+_CACHES = ("*teacher_texts.sqlite*", "*teacher_scores*.sqlite*")
+_LEFT = (BEGUN, *_CACHES, "rollout_weights", "rollout_weights.tmp")
 """What a start that was killed or refused may leave."""
 
 
@@ -62,7 +65,10 @@ def check_place(run: Run, directory: Path) -> None:
     if not run.output.strip():
         raise ConfigError("output is empty. Name a folder for the run.")
     if (directory / RUN).exists():
-        raise ConfigError(f"{directory} holds a run already. Go on with `tropd resume {directory}`, or set output.")
+        raise ConfigError(
+            f"{directory} holds a run already. Go on with `tropd resume {directory}`, set output, or replace that run "
+            "with `tropd train --overwrite`."
+        )
     check_inputs(run, directory)
     if not directory.exists():
         return
@@ -78,33 +84,112 @@ def check_place(run: Run, directory: Path) -> None:
 
 
 @contextmanager
-def begun(run: Run, directory: Path) -> Iterator[Callable[[], None]]:
+def begun(run: Run, directory: Path, *, overwrite: bool = False) -> Iterator[Callable[[], None]]:
     """A new folder for a run, locked from before the first byte until the block ends.  It holds a run from the moment
-    that what is yielded is called; a block that fails before that leaves none."""
-    check_place(run, directory)
-    with writing(directory):  # before models are read, so that a full disk is told at once
-        directory.mkdir(parents=True, exist_ok=True)
+    that what is yielded is called.  A block that fails before anything was trained leaves nothing but texts and scores
+    of teachers, and of an overwritten run everything."""
+    with _set_aside(directory) if overwrite and (directory / RUN).exists() else nullcontext(_nothing) as replaced:
+        check_place(run, directory)
+        created = [path for path in (directory, *directory.parents) if not path.exists()]
+        with writing(directory):  # before models are read, so that a full disk is told at once
+            directory.mkdir(parents=True, exist_ok=True)
+            handle = _claim(directory)
+
+        def settle() -> None:
+            with writing(directory):
+                (directory / BEGUN).replace(directory / RUN)  # the lock is the file's, whatever its name
+            replaced()
+
+        try:
+            check_place(run, directory)  # somebody may have been faster
+            with writing(directory):
+                os.ftruncate(handle, 0)
+                os.write(handle, config_file.dump(run).encode())
+            yield settle
+        except BaseException:
+            if not _has_steps(directory):
+                _clear(directory)
+                for path in created:
+                    with suppress(OSError):  # it holds something
+                        path.rmdir()
+            raise
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def rewritten(run: Run, directory: Path) -> Iterator[None]:
+    """run.toml says this run from here on.  Whoever holds the lock on the old one holds that on the new one too."""
+    with writing(directory):
         handle = _claim(directory)
-    path, is_run = directory / BEGUN, False
-
-    def settle() -> None:
-        nonlocal is_run
-        with writing(directory):
-            path.replace(directory / RUN)  # the lock is the file's, whatever its name
-        is_run = True
-
+        os.ftruncate(handle, 0)
+        os.write(handle, config_file.dump(run).encode())
+        os.fsync(handle)
+        (directory / BEGUN).replace(directory / RUN)
     try:
-        check_place(run, directory)  # somebody may have been faster
-        with writing(directory):
-            os.ftruncate(handle, 0)
-            os.write(handle, config_file.dump(run).encode())
-        yield settle
-    except BaseException:
-        if not is_run:
-            path.unlink(missing_ok=True)
-        raise
+        yield
     finally:
         os.close(handle)
+
+
+@contextmanager
+def _set_aside(directory: Path) -> Iterator[Callable[[], None]]:
+    """A run's folder under another name until what is yielded is called, which removes it; else it comes back."""
+    aside = directory.with_name(f"{directory.name}.replaced")
+    if aside.exists():
+        raise ConfigError(
+            f"{aside} exists: a start that was killed has put the run there that {directory} held. Move it back, or "
+            "remove it."
+        )
+    with alone(directory):
+        directory.rename(aside)
+
+    def remove() -> None:
+        shutil.rmtree(aside)
+
+    try:
+        yield remove
+    finally:
+        if aside.exists():  # the new run has not begun
+            shutil.rmtree(directory, ignore_errors=True)
+            aside.rename(directory)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _has_steps(directory: Path) -> bool:
+    """Whether a run has come so far that something of it can be gone on with, or looked at."""
+    records = directory / "records.jsonl"
+    with suppress(OSError), records.open("rb") as file:
+        file.readline()
+        if file.readline():
+            return True
+    return any(directory.glob("checkpoints/*")) or any(directory.glob("**/batches/*"))
+
+
+def _clear(directory: Path) -> None:
+    """Remove what a run wrote into its folder before its first step, but what teachers have written or scored."""
+    for path in directory.iterdir():
+        if any(fnmatch(path.name, kept) for kept in _CACHES) and not _is_empty(path):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a cache holds nothing yet; a file beside a database goes with it."""
+    if not path.name.endswith(".sqlite"):
+        return not path.with_name(path.name[: path.name.index(".sqlite") + 7]).exists()
+    try:
+        with closing(sqlite3.connect(path)) as cache:
+            tables = [name for (name,) in cache.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+            return not any(cache.execute(f"SELECT 1 FROM {name} LIMIT 1").fetchone() for name in tables)
+    except sqlite3.Error:
+        return False
 
 
 def _claim(directory: Path) -> int:

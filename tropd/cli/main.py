@@ -24,7 +24,7 @@ from tropd.base.terminal import PrintableConsole
 from tropd.cli import hub
 from tropd.cli.commands import LINES
 from tropd.cli.console import make_console
-from tropd.errors import MethodWarning, TropdError
+from tropd.errors import Interrupted, MethodWarning, TropdError
 
 Command = Callable[[list[str]], int] | str
 """The command itself, or the module whose `main` it is."""
@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None, commands: Mapping[str, tuple[Command, st
                 make_console().print(_overview(commands))
                 return 0
             return _find("version" if name == "--version" else name, commands)(rest)
+        except Interrupted as stop:  # said by the run itself
+            return 128 + stop.signal
         except TropdError as error:
             if _speaks():
                 _say(errors, "error: ", "bold red", _paragraph(error))

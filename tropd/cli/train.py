@@ -1,4 +1,4 @@
-"""tropd train RUN.toml [--any.flag value]: train from the start, in a new folder."""
+"""tropd train RUN.toml [--any.flag value] [--overwrite]: train from the start, in a new folder."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from tropd.errors import ConfigError
 def main(argv: list[str]) -> int:
     parser = Arguments(prog="tropd train", add_help=False, allow_abbrev=False)
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME")
+    parser.add_argument("--overwrite", action="store_true")
     asked, rest = parser.parse_known_args(argv)
     if rest in (["-h"], ["--help"]):
         print("--push-to-hub OWNER/NAME uploads the finished student to the Hugging Face hub.")
+        print("--overwrite replaces a run that the folder holds, once the new one has begun.")
     run = read_run(rest, "tropd train")
     if asked.push_to_hub:
         _check_hub(asked.push_to_hub)
-    from tropd.run.loop import train
+    from tropd.run.start import train
 
-    directory = train(run)
+    directory = train(run, overwrite=asked.overwrite)
     if asked.push_to_hub and os.environ.get("RANK", "0") in ("", "0"):  # of several processes one pushes
         from tropd.checkpoints.export import push
 

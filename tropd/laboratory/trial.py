@@ -143,7 +143,7 @@ def run_trial(lab: Lab, trial: Trial) -> Outcome | None:
     run = run_of(lab, trial, pair_of(lab, trial.testbed, trial.seed))
     directory = Path(run.output)
     shutil.rmtree(directory, ignore_errors=True)
-    from tropd.run.loop import train
+    from tropd.run.start import train
 
     started, error = time.process_time(), ""
     try:

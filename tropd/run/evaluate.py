@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from tropd.checkpoints.checkpoint import writing
@@ -10,10 +9,8 @@ from tropd.evaluation.shared import evaluate_together
 from tropd.monitoring.scores import write_scores
 from tropd.rollout.draw_check import Overheard
 from tropd.rollout.engine import Engine
-from tropd.run.state import State
 from tropd.training.assembly import Parts
 from tropd.training.iteration import clock
-from tropd.types import StepRecord
 
 
 def evaluate_student(parts: Parts, directory: Path, version: int) -> tuple[dict[str, float], float]:
@@ -39,13 +36,3 @@ def evaluate_student(parts: Parts, directory: Path, version: int) -> tuple[dict[
         with writing(directory):
             write_scores(directory / "evaluations", version, result.items)
     return result.summary(), seconds["evaluate"]
-
-
-def add_evaluation(parts: Parts, directory: Path, state: State, record: StepRecord) -> StepRecord:
-    """Evaluate the student as it is, and remember whether it is the best."""
-    numbers, seconds = evaluate_student(parts, directory, state.step)
-    state.latest = numbers
-    score = numbers.get(f"avg@{parts.run.evaluation.num_samples}")
-    if score is not None and score > state.best.get("score", float("-inf")):
-        state.best = {"step": state.step, "score": score}
-    return dataclasses.replace(record, evaluation=numbers, seconds={**record.seconds, "evaluate": seconds})

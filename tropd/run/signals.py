@@ -26,7 +26,7 @@ def stop_on_signals(state: State, shown: Display, world: Ranks) -> Iterator[None
         if state.asked and number == signal.SIGINT and (world.size == 1 or time.monotonic() - since > _ECHO):
             raise KeyboardInterrupt
         if not state.asked:
-            since, state.asked = time.monotonic(), True
+            since, state.asked, state.signal = time.monotonic(), True, number
             with suppress(RuntimeError):  # it came while a line was being written, and that one cannot be broken
                 shown.note("stopping after this step; interrupt again to stop at once")
 

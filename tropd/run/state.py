@@ -31,8 +31,10 @@ class State:
     latest: dict[str, float] = field(default_factory=dict)
     owed: StepRecord | None = None
     """Of the step taken last, where its evaluation failed."""
+    signal: int = 0
+    """That came to this process, or to another one of the run."""
     asked: bool = False
-    """A signal came to this process."""
+    """To stop after the step, by a signal or by a callback."""
     notes: list[str] = field(default_factory=list)
     """For the next record: what was found when the run went on."""
     stop: bool = False
@@ -64,6 +66,7 @@ def save(parts: Parts, directory: Path, state: State, alarms: Alarms, *, undone:
 def _facts(parts: Parts, state: State, alarms: Alarms, undone: bool) -> dict[str, Any]:
     return {
         "fingerprint": config_file.fingerprint(parts.run),
+        "steps": parts.run.steps,
         "optimizer_steps": parts.learner.optimizer.num_steps,
         "stream": state.source.state_before() if undone else state.source.state_dict(),
         "alarms": alarms.state_dict(),

@@ -1,0 +1,34 @@
+"""A user's own code at the events of a run.
+
+    class StopAtHalf(Callback):
+        def on_evaluation(self, step, numbers):
+            return numbers["avg@4"] > 0.5
+
+    train(run, callbacks=[StopAtHalf()])
+
+What is given is a record of what has happened: to change it changes nothing.  Of several processes the first one calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from tropd.types import StepRecord
+
+
+class Callback:
+    """Override what you want to hear of.  A True stops the run after this step, with a checkpoint, as a signal does;
+    what is raised ends the run at once."""
+
+    def on_step(self, record: StepRecord) -> bool | None:
+        """A step is done and recorded, its evaluation included."""
+
+    def on_evaluation(self, step: int, numbers: Mapping[str, float]) -> bool | None:
+        """The student was evaluated after so many steps; 0 is the student as it came."""
+
+    def on_checkpoint(self, folder: Path) -> None:
+        """A checkpoint is on the disk."""
+
+    def on_end(self, folder: Path) -> None:
+        """The run is over, finished or stopped; `folder` is the run's."""
