@@ -14,7 +14,7 @@ from rich.console import Console
 
 from tropd.config.stages import RolloutConfig
 from tropd.methods import METHODS, TrOPD
-from tropd.methods.describe import EVIDENCE, OVER, describe, field_docstrings, policy_in_words
+from tropd.methods.describe import EVIDENCE, OVER, describe, field_docstrings
 from tropd.methods.explain import explain, explain_as_data, methods, methods_as_data, page
 from tropd.methods.policies import TeacherPrefix
 from tropd.objective.evidence import OF_TEACHER, Needs
@@ -115,8 +115,8 @@ def test_choices_and_defaults_are_those_of_the_field():
 
 
 def test_the_rollout_policy_is_said_with_its_own_numbers():
-    assert "50% of the responses" in policy_in_words(TeacherPrefix(share=0.5))
-    assert "cosine 1 -> 0" in policy_in_words(TrOPD().rollout)
+    assert "50% of the responses" in TeacherPrefix(share=0.5).description
+    assert "cosine 1 -> 0" in TrOPD().rollout.description
     assert describe("lsm").rollout.endswith("Drawn with top_p 0.9.")
     assert "probability 0.5" in describe("gkd").rollout
 
