@@ -90,14 +90,13 @@ class Delivery:
         """Whether the servers have the weights of `version`."""
         return self._expected is not None and not self._resting
 
-    def give(self, weights: Any, version: int) -> None:
-        """Give every server these weights (None: the trainer's own) and make sure that it computes with them."""
-        model = self.model if weights is None else weights
+    def give(self, version: int) -> None:
+        """Give every server the weights of `model` as they are now, and make sure that it computes with them."""
         before, old = (self._expected, dict(self._found)), self.asked
         self._expected, self.version = None, version
         self._strange = self._strange or self.wary
-        expected = canary.expect(model, self.text, self.vocab_size)
-        self._write_down(model)
+        expected = canary.expect(self.model, self.text, self.vocab_size)
+        self._write_down()
         if self.level:
             self._make_room()
         self._push(expected)
@@ -150,9 +149,9 @@ class Delivery:
             sleeping.sleep(pool, self.level)
         self._resting = True
 
-    def _write_down(self, model: Any) -> None:
+    def _write_down(self) -> None:
         try:
-            self.export(model, self.tokenizer, self.folder)
+            self.export(self.model, self.tokenizer, self.folder)
         except (CheckpointError, OSError) as error:
             raise EngineError(
                 f"the weights for the servers could not be written to {self.folder}: {error.__cause__ or error}. Free "

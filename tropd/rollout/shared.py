@@ -19,15 +19,15 @@ class SharedDelivery(Delivery):
         if not world.leads:
             self.export = _exported
 
-    def give(self, weights: Any, version: int) -> None:
+    def give(self, version: int) -> None:
         if self.level:
             self._make_room()
             self.world.wait()  # every rank has
         if self.world.leads:
-            super().give(weights, version)
+            super().give(version)
         self.world.wait()  # the servers have them
         if not self.world.leads:
-            super().give(weights, version)
+            super().give(version)
 
     def rest(self) -> None:
         if self.level:

@@ -83,7 +83,7 @@ class VllmEngine:
             return []
         with _said_by_engine():
             if not self.weights.given:
-                self.weights.give(None, self.weights.version)
+                self.weights.give(self.weights.version)
             try:
                 return self._write(requests)
             except (EngineOutOfSync, ServerRefused) as error:
@@ -94,10 +94,10 @@ class VllmEngine:
             self.weights.repeat()
             return self._write(requests)
 
-    def sync(self, weights: Any, version: int) -> None:
-        """Give every server these weights (None: the trainer's own) and make sure that it computes with them."""
+    def sync(self, version: int) -> None:
+        """Give every server the student's weights as they are now, and make sure that it computes with them."""
         with _said_by_engine():
-            self.weights.give(weights, version)
+            self.weights.give(version)
 
     def rest(self) -> None:
         """Nothing is written until the next weights: servers that are to sleep may."""

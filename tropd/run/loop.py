@@ -114,7 +114,7 @@ def _run(parts: Parts, directory: Path, saved: checkpoints.Checkpoint | None, di
             shown.note(note)
         if saved is None:
             if world.size > 1:
-                parts.engine.sync(None, 0)  # all ranks give servers their weights together
+                parts.engine.sync(0)  # all ranks give servers their weights together
             state.before = state.latest = evaluate_student(parts, directory, 0)[0]
             if state.before:
                 shown.note(f"before training: {evaluation_text(state.before)}")

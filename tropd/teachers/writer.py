@@ -7,7 +7,7 @@ which is tokenised again: the tokens may be cut otherwise than the teacher wrote
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -42,7 +42,7 @@ class ServerWriter:
                 )
         return texts
 
-    def sync(self, weights: Any, version: int) -> None:
+    def sync(self, version: int) -> None:
         """A teacher does not change."""
 
     def close(self) -> None:
