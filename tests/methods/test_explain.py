@@ -19,7 +19,7 @@ from tropd.methods.explain import explain, explain_as_data, methods, methods_as_
 from tropd.methods.policies import TeacherPrefix
 from tropd.objective.evidence import OF_TEACHER, Needs
 from tropd.objective.terms import Over
-from tropd.teachers.server import CAPABILITIES
+from tropd.servers.dialects import DIALECTS
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,7 +75,7 @@ def test_no_server_is_promised_where_none_can_do_it():
 
 def test_the_server_that_is_promised_for_some_evidence_is_one_that_gives_it():
     """What `tropd explain` says of servers is what the clients of servers say of themselves."""
-    offered = reduce(Needs.__or__, CAPABILITIES.values())
+    offered = reduce(Needs.__or__, (dialect.capabilities for dialect in DIALECTS.values()))
     for need in OF_TEACHER & ~Needs.HIDDEN:
         if need in EVIDENCE and need != Needs.REFERENCE:  # another teacher's log-probabilities, as SAMPLED
             assert EVIDENCE[need][1].startswith("no server") == (need not in offered), need.name

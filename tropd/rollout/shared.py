@@ -20,7 +20,7 @@ class SharedDelivery(Delivery):
             self.export = _exported
 
     def give(self, version: int) -> None:
-        if self.level:
+        if self.sleeps:
             self._make_room()
             self.world.wait()  # every rank has
         if self.world.leads:
@@ -30,7 +30,7 @@ class SharedDelivery(Delivery):
             super().give(version)
 
     def rest(self) -> None:
-        if self.level:
+        if self.sleeps:
             self.world.wait()  # every rank has its texts
             if self.world.leads:
                 self._sleep()
