@@ -58,7 +58,7 @@ def check_engine(
     *,
     vocab_size: int,
     tolerance: float = 1e-3,
-    sync: Callable[[Engine, int], None] = lambda engine, version: engine.sync(None, version),
+    sync: Callable[[Engine, int], None] = lambda engine, version: engine.sync(version),
 ) -> None:
     """Texts are their requests' alone.  `sync` gives the engine weights with a version; by default those it has."""
     requests = [

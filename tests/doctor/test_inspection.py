@@ -13,10 +13,11 @@ from tropd.cli.main import main
 from tropd.config.file import dump
 from tropd.doctor.inspection import read_step
 from tropd.errors import ConfigError
+from tropd.methods.drafts import RolloutJob
 from tropd.methods.policies import TeacherPrefix
 from tropd.monitoring.rollouts import write_rollouts
 from tropd.objective.terms import Context
-from tropd.rollout.stage import RolloutJob, roll_out
+from tropd.rollout.stage import roll_out
 from tropd.run.start import assemble
 from tropd.training.assembly import Parts
 from tropd.training.batches import ScoredBatch

@@ -14,9 +14,10 @@ import torch
 from tests.tiny import byte_tokenizer, tiny_model
 from tropd.config import file as config_file
 from tropd.config.run import Run
+from tropd.methods.drafts import RolloutJob
 from tropd.objective.evidence import StudentView
 from tropd.objective.terms import Context
-from tropd.rollout.stage import RolloutJob, roll_out
+from tropd.rollout.stage import roll_out
 from tropd.run.start import assemble
 from tropd.training.assembly import Parts
 from tropd.training.batches import ScoredBatch

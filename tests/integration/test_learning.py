@@ -14,9 +14,10 @@ import torch
 from tests.tiny import tiny_model
 from tropd.config.stages import OptimizerConfig
 from tropd.methods import GKD, OPD, Method, SeqKD, TrOPD
+from tropd.methods.drafts import RolloutJob
 from tropd.model.optimizer import Optimizer
 from tropd.objective.terms import Context
-from tropd.rollout.stage import RolloutJob, roll_out
+from tropd.rollout.stage import roll_out
 from tropd.rollout.transformers import TransformersEngine
 from tropd.teachers.local import LocalTeacher
 from tropd.training.learner import ModelLearner

@@ -12,10 +12,11 @@ import pytest
 
 from tests.integration.runs import TROPD, parts_of, prepare, step_of
 from tropd.errors import ConfigError
+from tropd.methods.drafts import RolloutJob
 from tropd.methods.policies import Mixture, OnPolicy, RolloutPolicy, TeacherPrefix, TeacherText
 from tropd.objective.schedules import Schedule
 from tropd.rollout.scripted import ScriptedEngine
-from tropd.rollout.stage import RolloutJob, roll_out
+from tropd.rollout.stage import roll_out
 from tropd.types import Author, Finish, Prompt, Request, Rollout, Sampling
 
 STOP, BUDGET = 99, 10

@@ -16,12 +16,13 @@ from tests.tiny import tiny_model
 from tropd.config import file as config_file
 from tropd.config.run import Run
 from tropd.methods import METHODS
+from tropd.methods.drafts import RolloutJob
 from tropd.model.dense import dense_loss
 from tropd.model.forward import Forward
 from tropd.model.one_pass import can_fuse, fused_loss
 from tropd.objective.evidence import Needs
 from tropd.objective.terms import Context
-from tropd.rollout.stage import RolloutJob, roll_out
+from tropd.rollout.stage import roll_out
 from tropd.run.start import assemble, resume, train
 from tropd.testbeds import embedded
 from tropd.training.assembly import Parts

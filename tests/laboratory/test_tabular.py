@@ -10,7 +10,8 @@ import torch
 
 from tropd.laboratory.tabular import END, TabularLM, sequence_kl, visits
 from tropd.methods import OPD
-from tropd.rollout.stage import RolloutJob, roll_out
+from tropd.methods.drafts import RolloutJob
+from tropd.rollout.stage import roll_out
 from tropd.types import Sampling
 
 F64 = torch.float64

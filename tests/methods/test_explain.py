@@ -14,12 +14,12 @@ from rich.console import Console
 
 from tropd.config.stages import RolloutConfig
 from tropd.methods import METHODS, TrOPD
-from tropd.methods.describe import EVIDENCE, OVER, describe, field_docstrings, policy_in_words
+from tropd.methods.describe import EVIDENCE, OVER, describe, field_docstrings
 from tropd.methods.explain import explain, explain_as_data, methods, methods_as_data, page
 from tropd.methods.policies import TeacherPrefix
 from tropd.objective.evidence import OF_TEACHER, Needs
 from tropd.objective.terms import Over
-from tropd.teachers.server import CAPABILITIES
+from tropd.servers.dialects import DIALECTS
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,7 +75,7 @@ def test_no_server_is_promised_where_none_can_do_it():
 
 def test_the_server_that_is_promised_for_some_evidence_is_one_that_gives_it():
     """What `tropd explain` says of servers is what the clients of servers say of themselves."""
-    offered = reduce(Needs.__or__, CAPABILITIES.values())
+    offered = reduce(Needs.__or__, (dialect.capabilities for dialect in DIALECTS.values()))
     for need in OF_TEACHER & ~Needs.HIDDEN:
         if need in EVIDENCE and need != Needs.REFERENCE:  # another teacher's log-probabilities, as SAMPLED
             assert EVIDENCE[need][1].startswith("no server") == (need not in offered), need.name
@@ -115,8 +115,8 @@ def test_choices_and_defaults_are_those_of_the_field():
 
 
 def test_the_rollout_policy_is_said_with_its_own_numbers():
-    assert "50% of the responses" in policy_in_words(TeacherPrefix(share=0.5))
-    assert "cosine 1 -> 0" in policy_in_words(TrOPD().rollout)
+    assert "50% of the responses" in TeacherPrefix(share=0.5).description
+    assert "cosine 1 -> 0" in TrOPD().rollout.description
     assert describe("lsm").rollout.endswith("Drawn with top_p 0.9.")
     assert "probability 0.5" in describe("gkd").rollout
 

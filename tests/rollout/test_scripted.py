@@ -35,7 +35,7 @@ def test_a_script_ends_as_sampling_would(
 
 def test_order_version_and_certainty() -> None:
     engine = ScriptedEngine(lambda request: [request.seed], logprob=-0.5)
-    engine.sync(None, 7)
+    engine.sync(7)
     requests = [Request(token_ids=(1,), max_new_tokens=1, seed=seed) for seed in (3, 1, 2)]
     completions = engine.generate(requests)
     assert [completion.token_ids for completion in completions] == [(3,), (1,), (2,)]

@@ -232,6 +232,6 @@ def test_sync_notes_the_version_that_completions_carry():
     engine = TransformersEngine(tiny_model(), version=4)
     request = Request(token_ids=(1, 2), max_new_tokens=2, seed=0)
     assert engine.generate([request])[0].policy_version == (4, 4)
-    engine.sync(None, 5)
+    engine.sync(5)
     assert engine.generate([request])[0].policy_version == (5, 5)
     assert engine.generate([]) == []

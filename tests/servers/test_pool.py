@@ -12,10 +12,10 @@ from tests.servers.mini import MiniServer
 from tests.servers.proxy import Fault, Proxy, Reply, cut, delayed, first, garbage, huge, status, truncated
 from tropd.config.models import ServerConfig, base_url
 from tropd.errors import ConfigError, ServerGarbled, ServerRefused, ServerUnavailable
-from tropd.servers import vllm
 from tropd.servers.client import Client
 from tropd.servers.pool import Job, Pool
 from tropd.servers.settings import api_key, check_addresses
+from tropd.servers.vllm import Vllm
 
 QUICK = ServerConfig(deadline_seconds=0.6, answer_seconds=1.0, connect_seconds=0.5)
 CANARY = [72, 101, 108, 108, 111]
@@ -26,20 +26,8 @@ def jobs(number: int, top_k: int = 2) -> list[Job[list[float]]]:
 
 
 def job(ids: list[int], top_k: int = 2) -> Job[list[float]]:
-    def read(answer: bytes, request_id: str) -> list[float]:
-        both = vllm.read_scores(
-            answer, model="tiny", sequences=[CANARY, ids], firsts=[1, 1], top_k=top_k, request_id=request_id
-        )
-        return both[1].logprobs
-
-    return Job(
-        name=f"text {ids[0]}",
-        path=vllm.SCORE,
-        body=vllm.score_body("tiny", [CANARY, ids], top_k),
-        read=read,
-        num_tokens=len(ids) + len(CANARY),
-        limit_bytes=vllm.score_limit(len(ids) + len(CANARY), top_k),
-    )
+    both = Vllm().score_job(f"text {ids[0]}", "tiny", [CANARY, ids], [1, 1], top_k)
+    return both.then(lambda scored: scored[1].logprobs)
 
 
 def test_load_goes_to_the_least_busy_server_and_results_keep_their_order(folder: Path) -> None:
@@ -68,7 +56,7 @@ def test_tokens_in_flight_are_bounded(folder: Path) -> None:
                     inside -= 1
 
         server.answer = watched  # type: ignore[method-assign]
-        Pool([server.url], ServerConfig(max_tokens_in_flight=18)).run(jobs(6))  # each weighs 9
+        Pool([server.url], ServerConfig(max_tokens_in_flight=22)).run(jobs(6))  # each weighs 11
         assert most == 2
         Pool([server.url], ServerConfig(max_tokens_in_flight=3)).run(jobs(2))  # alone, one always fits
 

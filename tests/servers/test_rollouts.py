@@ -56,7 +56,7 @@ def test_texts_of_two_servers_are_those_of_this_process(student: Any, folder: Pa
         engine = engine_of(student, tmp_path, first, second)
         for version in (0, 5):
             nudge(student, 0.1)
-            engine.sync(None, version)
+            engine.sync(version)
             expected = TransformersEngine(student, version=version).generate(REQUESTS)
             for own, text in zip(expected, engine.generate(REQUESTS), strict=True):
                 assert (text.token_ids, text.finish, text.policy_version) == (own.token_ids, own.finish, (version,) * 2)
@@ -80,7 +80,7 @@ def test_servers_load_weights_at_the_same_time(student: Any, folder: Path, tmp_p
 
     with Patient(folder) as first, Patient(folder) as second:
         engine = engine_of(student, tmp_path, first, second)
-        engine.sync(None, 1)
+        engine.sync(1)
         engine.close()
     assert not both.broken
 
@@ -105,13 +105,13 @@ def test_a_server_that_refuses_the_weights_leaves_the_others_their_time_to_read_
     with Refusing(folder) as first, Slow(folder) as second, Refusing(folder) as third:
         engine = engine_of(student, tmp_path, first, second, kept=False)
         with pytest.raises(EngineError, match=f"no room on {first.url}"):
-            engine.sync(None, 1)
+            engine.sync(1)
         engine.close()
         assert read == [True]
         both = f"2 of 3 servers failed.*no room on {first.url}.*no room on {third.url}"
         engine = engine_of(student, tmp_path, first, second, third)
         with pytest.raises(EngineError, match=both):
-            engine.sync(None, 1)
+            engine.sync(1)
 
 
 def test_the_engine_keeps_the_promises_of_engines(student: Any, folder: Path, tmp_path: Path) -> None:
@@ -136,9 +136,9 @@ def test_a_tied_head_that_stays_behind_is_caught_and_an_untied_export_has_none(s
     nudge(student, 0.1)
     with MiniServer(served, keeps_tied_head=True) as server:
         with pytest.raises(EngineOutOfSync, match=r"trainer -\d.*\n  server  -\d.*\n.*nats apart") as caught:
-            engine_of(student, tmp_path, server, export=export_tied).sync(None, 1)
+            engine_of(student, tmp_path, server, export=export_tied).sync(1)
         assert str(tmp_path / "w") in str(caught.value)
-        engine_of(student, tmp_path, server).sync(None, 1)
+        engine_of(student, tmp_path, server).sync(1)
 
 
 def test_an_untied_export_has_the_same_numbers_and_a_head_of_its_own(student: Any, tmp_path: Path) -> None:
@@ -156,11 +156,11 @@ def test_an_update_that_does_not_arrive_is_noticed_even_when_it_is_small(
 ) -> None:
     with MiniServer(folder) as server:
         engine = engine_of(student, tmp_path, server, sync_nats=1.0)
-        engine.sync(None, 0)
+        engine.sync(0)
         server.ignores_reload = True
         nudge(student, 1e-4)
         with pytest.raises(EngineOutOfSync, match="took the new weights without a change"):
-            engine.sync(None, 1)
+            engine.sync(1)
 
 
 def test_a_server_that_came_back_with_old_weights_is_given_the_new_ones(
@@ -184,7 +184,7 @@ def test_an_adapter_is_sent_alone_and_under_a_new_name(student: Any, tmp_path: P
         engine = engine_of(model, tmp_path, server)
         for version in (0, 1):
             nudge_adapter(model)
-            engine.sync(None, version)
+            engine.sync(version)
             expected = TransformersEngine(model).generate(REQUESTS)
             assert [t.token_ids for t in engine.generate(REQUESTS)] == [t.token_ids for t in expected]
             assert list(server.adapters) == [f"tropd-{version}"]

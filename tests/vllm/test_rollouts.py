@@ -58,7 +58,7 @@ def test_an_untied_student_is_on_the_server_after_every_update(untied_server: Se
     engine = engine_of(model, tmp_path, untied_server)
     for version in range(3):
         nudge(model, 0.02)
-        engine.sync(None, version)
+        engine.sync(version)
         check_texts(engine, model, version)
     check_engine(engine, vocab_size=VOCAB)
 
@@ -70,9 +70,9 @@ def test_a_tied_head_that_stays_behind_is_caught_and_an_untied_export_has_none(
     server = vllm_server(save_model(tmp_path / "tied", model), environment=DEV)
     nudge(model, 0.05)
     with pytest.raises(EngineOutOfSync, match=r"trainer -\d.*\n  server  -\d.*\n.*nats apart"):
-        engine_of(model, tmp_path, server, export=export_tied).sync(None, 1)
+        engine_of(model, tmp_path, server, export=export_tied).sync(1)
     engine = engine_of(model, tmp_path, server)
-    engine.sync(None, 1)
+    engine.sync(1)
     check_texts(engine, model, 1)
 
 
@@ -91,7 +91,7 @@ def test_an_adapter_is_on_the_server_after_every_update(vllm_server: Callable[..
             for name, parameter in model.named_parameters():
                 if "lora_" in name:
                     parameter += 0.05 * torch.randn_like(parameter)
-        engine.sync(None, version)
+        engine.sync(version)
         check_texts(engine, model, version)
 
 

@@ -33,7 +33,7 @@ def test_weights_are_there_after_every_sleep(untied_server: Server, tmp_path: Pa
     assert asleep(url) and [note for note in engine.notes if "computes on a CPU" in note]
     for version in range(2):
         nudge(model, 0.02)
-        engine.sync(None, version)
+        engine.sync(version)
         assert not asleep(url)
         check_texts(engine, model, version)
         engine.rest()
@@ -56,7 +56,7 @@ def test_an_adapter_is_there_after_every_sleep(vllm_server: Callable[..., Server
     engine = engine_of(model, tmp_path, server, sleeps=True)
     for version in range(2):
         nudge_adapter(model)
-        engine.sync(None, version)
+        engine.sync(version)
         check_texts(engine, model, version)
         engine.rest()
         assert asleep(server.url)

@@ -11,23 +11,17 @@ from transformers import AutoModelForCausalLM
 from tests.vllm.vllm import Server
 from tropd.config.models import ServerConfig
 from tropd.errors import ServerRefused
-from tropd.servers import vllm
-from tropd.servers.pool import Job, Pool
+from tropd.servers.answers import Scored
+from tropd.servers.pool import Pool
+from tropd.servers.vllm import Vllm
 from tropd.types import Completion, Finish, Request
 
 pytestmark = pytest.mark.server
 TEXTS = [[72, 101, 108, 108, 111], [5, 9, 7, 3, 2, 11, 200]]
 
 
-def scores(server: Server, top_k: int) -> list[vllm.Scored]:
-    def read(answer: bytes, request_id: str) -> list[vllm.Scored]:
-        return vllm.read_scores(
-            answer, model=server.name, sequences=TEXTS, firsts=[1, 3], top_k=top_k, request_id=request_id
-        )
-
-    body = vllm.score_body(server.name, TEXTS, top_k)
-    job = Job(name="two", path=vllm.SCORE, body=body, read=read, num_tokens=12, limit_bytes=vllm.score_limit(12, top_k))
-    return Pool([server.url], ServerConfig()).run([job])[0]
+def scores(server: Server, top_k: int) -> list[Scored]:
+    return Pool([server.url], ServerConfig()).run([Vllm().score_job("two", server.name, TEXTS, [1, 3], top_k)])[0]
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 8, 64])
@@ -51,11 +45,7 @@ def test_more_than_the_server_gives_is_refused_with_its_words(teacher_server: Se
 
 
 def write(server: Server, request: Request) -> Completion:
-    def read(answer: bytes, request_id: str) -> Completion:
-        return vllm.read_text(answer, model=server.name, request=request, request_id=request_id)
-
-    body = vllm.text_body(server.name, request, top_k=0)
-    job = Job(name="text", path=vllm.TEXT, body=body, read=read, num_tokens=20, limit_bytes=vllm.text_limit(request))
+    job = Vllm().text_job("text", server.name, request, logprobs=True)
     return Pool([server.url], ServerConfig()).run([job])[0]
 
 

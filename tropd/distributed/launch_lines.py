@@ -15,6 +15,7 @@ from tropd.base.reading import printable
 from tropd.config.models import ModelConfig, ServerConfig
 from tropd.config.run import Run
 from tropd.errors import ConfigError
+from tropd.servers.dialects import dialect_of
 from tropd.servers.settings import is_loopback
 
 
@@ -55,16 +56,13 @@ class Server:
 def servers_of(run: Run) -> list[Server]:
     """Commands that serve what the run asks for.  Servers of another kind are started by whoever knows how."""
     top_k = run.method.objective.teacher_top_k
-    scoring = ["--max-logprobs", str(top_k)] if top_k else []
-    taking, variables = [], {"VLLM_SERVER_DEV_MODE": "1"}
-    if run.student.lora is not None:
-        taking = ["--enable-lora", "--max-loras", "2", "--max-lora-rank", str(run.student.lora.rank)]
-        variables = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-    teachers = [
-        _server(url, teacher.server, teacher, scoring if teacher.server.kind == "vllm" else [], {})
-        for teacher in run.all_teachers.values()
-        for url in teacher.servers
-    ]
+    weights, lora = dialect_of(run.rollout.server).weights, run.student.lora
+    taking, variables = weights.serving(lora.rank if lora else None) if weights else ([], {})
+    teachers = []
+    for teacher in run.all_teachers.values():
+        flag = dialect_of(teacher.server).top_k_flag
+        scoring = [flag, str(top_k)] if flag and top_k else []
+        teachers += [_server(url, teacher.server, teacher, scoring, {}) for url in teacher.servers]
     writers = [_server(url, run.rollout.server, run.student, taking, variables) for url in run.rollout.servers]
     return [*_once(server for server in teachers if server is not None), *(w for w in writers if w is not None)]
 
@@ -92,14 +90,14 @@ def _server(
     ):
         if value and value.startswith("-"):
             raise ConfigError(f"{name} is {value!r}, which a server would read as one of its flags. Give another name.")
-    program = {"vllm": ["vllm", "serve"], "sglang": ["python", "-m", "sglang.launch_server", "--model-path"]}
-    if settings.kind not in program:
+    program = dialect_of(settings).program
+    if not program:
         return None
     flags = {"served-model-name": settings.model, "revision": model.revision}
     flags["dtype"] = None if model.dtype == "auto" else model.dtype
     place = urlsplit(url)
     host = place.hostname if is_loopback(url) else "0.0.0.0"  # open to others only where others are meant
-    command = [*program[settings.kind], model.path, "--host", str(host), "--port", str(place.port or 80)]
+    command = [*program, model.path, "--host", str(host), "--port", str(place.port or 80)]
     command += [word for name, value in flags.items() if value for word in (f"--{name}", value)]
     key = {"VLLM_API_KEY": f"${settings.api_key_env}"} if settings.api_key_env else {}
     return Server(url=url, command=(*command, *more), environment={**variables, **key})

@@ -10,7 +10,6 @@ import torch
 from tropd.doctor.check import Check, error, ok, warning
 from tropd.doctor.subject import Subject, offered_by
 from tropd.errors import TropdError
-from tropd.methods.policies import TeacherPrefix
 from tropd.model.loading import choose_device, choose_dtype
 from tropd.objective.evidence import OF_TEACHER, Needs
 from tropd.teachers.routed import Routed
@@ -97,11 +96,11 @@ def check_precision(subject: Subject) -> Iterator[Check]:
 
 def check_guidance(subject: Subject) -> Iterator[Check]:
     """Adam divides by the gradient's size, so tiny gradients on long prefixes still move the weights."""
-    run, policy = subject.run, subject.run.method.rollout
+    run, wanted = subject.run, subject.run.rollout
     beta = getattr(run.method, "beta", None)
-    if not isinstance(policy, TeacherPrefix) or beta is None:
+    if beta is None:
         return
-    start = policy.length(0.0)
+    start = run.method.rollout.shares(0.0, wanted.num_rollouts, wanted.max_new_tokens).prefix / wanted.max_new_tokens
     if run.steps < _FEW_STEPS and start > 0 and beta <= _SMALL_BETA:
         yield warning(
             "guidance",

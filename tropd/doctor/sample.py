@@ -17,12 +17,13 @@ from torch import Tensor
 from tropd.data.graders import grade
 from tropd.data.stream import PromptStream
 from tropd.doctor.subject import STREAMED
+from tropd.methods.drafts import RolloutJob
 from tropd.methods.policies import OnPolicy, RolloutPolicy
 from tropd.model.forward import similar_lengths
 from tropd.monitoring.probes import probe_batch
 from tropd.objective.evidence import Needs
 from tropd.objective.terms import Context
-from tropd.rollout.stage import RolloutJob, roll_out
+from tropd.rollout.stage import roll_out
 from tropd.teachers.routed import by_teacher
 from tropd.teachers.teacher import RunTeacher
 from tropd.training.batches import ScoredBatch, add_scores, make_tokens

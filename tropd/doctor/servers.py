@@ -11,14 +11,15 @@ from tropd.config.models import ServerConfig, base_url
 from tropd.doctor.check import Check, error, ok, warning
 from tropd.doctor.subject import Side, Subject
 from tropd.errors import ServerError, ServerGarbled, ServerRefused, TeacherError, TropdError
+from tropd.servers.cards import Card
 from tropd.servers.client import Client
+from tropd.servers.dialects import dialect_of
 from tropd.servers.settings import check_addresses
 from tropd.teachers.audit import audit
-from tropd.teachers.meeting import Card, card_of
+from tropd.teachers.meeting import card_of
 from tropd.teachers.questions import Questions, text_of
 from tropd.teachers.reference import reference_of
 from tropd.teachers.served import SPELLING, compare_tokenizers
-from tropd.teachers.server import CAPABILITIES
 
 _MOST_TOP_K = 1024
 _PATIENCE = 20.0
@@ -44,8 +45,8 @@ def check_servers(subject: Subject, *, weights: bool) -> Iterator[Check]:
     yield ok("servers", f"{len(config.servers)} answer, and serve {card.id}{root}")
     tokenizers = list(_check_tokenizers(config.servers, settings, card.id, teacher))
     yield from tokenizers
-    if not CAPABILITIES[settings.kind]:
-        yield ok("servers: scores", f"a server of kind {settings.kind!r} gives none; it can write texts")
+    if refusal := dialect_of(settings).no_scores:
+        yield ok("servers: scores", f"none: {refusal.rstrip('.')}")
         return
     if any(check.level == "error" for check in tokenizers):
         return
@@ -117,7 +118,7 @@ def _check_top_k(questions: Questions, limits: list[int]) -> Iterator[Check]:
         yield error(
             "servers: top-k",
             f"{said}, but the method reads the top-{questions.top_k}.",
-            f"Start them with --max-logprobs {questions.top_k}, or set method.top_k = {limit}.",
+            questions.dialect.top_k_advice(questions.top_k, f"set method.top_k = {limit}"),
         )
     else:
         yield ok("servers: top-k", f"{said}; the method reads {questions.top_k}")
@@ -151,7 +152,7 @@ def _check_lengths(questions: Questions, subject: Subject) -> Iterator[Check]:
             "servers: context",
             f"the longest prompt and answer have {needed} tokens, but the servers hold {questions.room + 1} and write "
             "one themselves: longer prompts are skipped.",
-            f"Start them with --max-model-len {needed + 1}.",
+            f"Start them with {questions.dialect.context_flag} {needed + 1}.",
         )
         needed = questions.room
     else:

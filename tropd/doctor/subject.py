@@ -19,9 +19,9 @@ from tropd.errors import ConfigError, TropdError
 from tropd.model.head import causal_lm_of
 from tropd.model.loading import load_tokenizer
 from tropd.objective.evidence import Needs
+from tropd.servers.dialects import dialect_of
 from tropd.teachers.local import BaseAsTeacher, LocalTeacher
 from tropd.teachers.routed import by_name, shared_by
-from tropd.teachers.server import CAPABILITIES as SERVED
 from tropd.teachers.teacher import RunTeacher
 from tropd.types import Prompt
 
@@ -172,7 +172,7 @@ def read_subject(run: Run) -> tuple[Subject | None, list[Check]]:
 def offered_by(config: TeacherConfig) -> Needs:
     """What such a teacher can answer."""
     if config.servers:
-        return SERVED[config.server.kind]
+        return dialect_of(config.server).capabilities
     return (BaseAsTeacher if config.path == "base" else LocalTeacher).capabilities
 
 

@@ -20,8 +20,9 @@ from tropd.base.ranges import Count, Positive, Range, Ranged, Share
 from tropd.errors import ConfigError
 from tropd.laboratory.tabular import END, TabularLM, sequence_kl, total_variation
 from tropd.methods import OPD, FullFKL, Method, SeqKD, TrOPD
+from tropd.methods.drafts import RolloutJob
 from tropd.objective.terms import Context
-from tropd.rollout.stage import RolloutJob, roll_out
+from tropd.rollout.stage import roll_out
 from tropd.training.step import recall_needed, score, train_step
 from tropd.types import Sampling
 

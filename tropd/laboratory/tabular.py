@@ -94,7 +94,7 @@ class TabularLM:
             policy_version=(self.version, self.version),
         )
 
-    def sync(self, weights: object, version: int) -> None:
+    def sync(self, version: int) -> None:
         self.version = version
 
     def close(self) -> None:

@@ -11,7 +11,6 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tropd.methods import METHODS, Method, find_method
-from tropd.methods.policies import Mixture, OnPolicy, RolloutPolicy, TeacherPrefix, TeacherText
 from tropd.objective.evidence import OF_TEACHER, Needs
 from tropd.objective.losses import NegativeLogLikelihood
 from tropd.objective.schedules import Schedule
@@ -133,30 +132,12 @@ def _row(term: Term) -> TermRow:
 
 
 def _rollout_in_words(method: Method) -> str:
-    words = policy_in_words(method.rollout)
+    words = method.rollout.description
     sampling = method.sampling
     if sampling is None:
         return words
     drawn = {f.name: getattr(sampling, f.name) for f in fields(sampling) if getattr(sampling, f.name) != f.default}
     return f"{words} Drawn with {', '.join(f'{k} {v:g}' for k, v in drawn.items())}." if drawn else words
-
-
-def policy_in_words(policy: RolloutPolicy) -> str:
-    """Who writes which token."""
-    if isinstance(policy, OnPolicy):
-        return "The student writes every token."
-    if isinstance(policy, TeacherText):
-        return "The teacher, or the dataset, writes every token."
-    if isinstance(policy, Mixture):
-        return f"Each {policy.coin} is the student's with probability {policy.student_share:g}, else the teacher's."
-    assert isinstance(policy, TeacherPrefix), f"{type(policy).__name__} has no words"
-    length = "each is as long" if policy.draw == "longest" else "each is of a length drawn uniformly up to that"
-    texts = "one text for all rollouts of a prompt" if policy.texts == "shared" else "one text for each rollout"
-    return (
-        f"{policy.share:.0%} of the responses begin with a prefix that the teacher wrote, and the student goes on from "
-        f"there. The longest prefix, as a share of the response budget: {policy.length} over training; {length}, "
-        f"{texts}."
-    )
 
 
 def _teacher_in_words(method: Method) -> str:

@@ -1,26 +1,80 @@
-"""Who writes which token of a rollout."""
+"""Who writes which token of a rollout.
+
+A policy of your own is a frozen dataclass with the members of `RolloutPolicy`; nothing else has to know it:
+
+    @dataclass(frozen=True, kw_only=True)
+    class FirstTokens(RolloutPolicy):
+        '''The teacher writes the first tokens of every response.'''
+
+        number: Count = 8
+
+        @property
+        def needs_teacher_text(self):
+            return True
+
+        def begin(self, job, writer):
+            drafts = job.drafts()
+            texts = teacher_texts(drafts, job, writer)
+            return [d.begun(text, self.number, job.max_new_tokens) for d, text in zip(drafts, texts, strict=True)]
+
+        def shares(self, progress, num_rollouts, max_new_tokens):
+            return Shares(prefix=min(self.number, max_new_tokens - 1), texts=num_rollouts)
+"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from tropd.base.ranges import Ranged, Share, Whole
 from tropd.errors import ConfigError
+from tropd.methods.drafts import Draft, RolloutJob, Writer, teacher_texts
 from tropd.objective.schedules import Schedule
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shares:
+    """Who writes how much, on average: `tropd plan` counts with it.  By default the student writes everything."""
+
+    by_student: float = 1.0
+    """Share of the rollouts that the student writes or goes on with."""
+    prefix: float = 0.0
+    """Tokens in such a rollout before the student begins."""
+    texts: float = 0.0
+    """Texts that the teacher has to write for the rollouts of one prompt."""
+
+
 class RolloutPolicy(Ranged):
-    """What a method asks of the rollout stage.  Plain data: `tropd.rollout.stage` carries it out."""
+    """What a method asks of the rollout stage: what the teacher writes of each rollout before the student goes on."""
 
     @property
     def needs_teacher_text(self) -> bool:
+        """Whether somebody has to write texts for it: the teacher, or the data set."""
         return False
+
+    @property
+    def description(self) -> str:
+        """Who writes which token, for people.  By default the class's docstring."""
+        return " ".join((inspect.getdoc(type(self)) or type(self).__name__).split())
+
+    def begin(self, job: RolloutJob, writer: Writer | None) -> list[Draft]:
+        """The job's drafts, each with what stands before the student's first token.  `writer` writes as the teacher;
+        it is None where the teacher cannot write."""
+        raise NotImplementedError
+
+    def shares(self, progress: float, num_rollouts: int, max_new_tokens: int) -> Shares:
+        """What `begin` does on average, at this progress, with so many rollouts of a prompt."""
+        return Shares()
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnPolicy(RolloutPolicy):
-    """The student writes everything."""
+    """The student writes every token."""
+
+    def begin(self, job: RolloutJob, writer: Writer | None) -> list[Draft]:
+        return job.drafts()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +105,49 @@ class TeacherPrefix(RolloutPolicy):
     def needs_teacher_text(self) -> bool:
         return True
 
+    @property
+    def description(self) -> str:
+        length = "each is as long" if self.draw == "longest" else "each is of a length drawn uniformly up to that"
+        texts = "one text for all rollouts of a prompt" if self.texts == "shared" else "one text for each rollout"
+        return (
+            f"{self.share:.0%} of the responses begin with a prefix that the teacher wrote, and the student goes on "
+            f"from there. The longest prefix, as a share of the response budget: {self.length} over training; "
+            f"{length}, {texts}."
+        )
+
+    def begin(self, job: RolloutJob, writer: Writer | None) -> list[Draft]:
+        longest = int(self.length(job.progress) * job.max_new_tokens)
+        drafts = job.drafts()
+        chosen = [d for d in drafts if longest > 0 and job.draw("prefix?", d.id) < self.share]
+        texts = teacher_texts(chosen, job, writer, shared=self.texts == "shared")
+        begun = {}
+        for draft, text in zip(chosen, texts, strict=True):
+            length = longest
+            if self.draw == "uniform":
+                length = int(job.draw("prefix length", draft.id) * (longest + 1))
+            begun[draft.id] = draft.begun(text, length, job.max_new_tokens, self.keep)
+        return [begun.get(draft.id, draft) for draft in drafts]
+
+    def shares(self, progress: float, num_rollouts: int, max_new_tokens: int) -> Shares:
+        longest = int(self.length(progress) * max_new_tokens)
+        prefix = min(longest / 2 if self.draw == "uniform" else longest, max_new_tokens - 1)
+        texts = 1 - (1 - self.share) ** num_rollouts if self.texts == "shared" else num_rollouts * self.share
+        return Shares(prefix=prefix * self.share, texts=texts if longest > 0 else 0.0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherText(RolloutPolicy):
-    """The teacher (or the dataset) writes everything: offline distillation."""
+    """The teacher, or the dataset, writes every token."""
 
     @property
     def needs_teacher_text(self) -> bool:
         return True
+
+    def begin(self, job: RolloutJob, writer: Writer | None) -> list[Draft]:
+        return _written(job.drafts(), job, writer)
+
+    def shares(self, progress: float, num_rollouts: int, max_new_tokens: int) -> Shares:
+        return Shares(by_student=0.0, texts=num_rollouts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,3 +160,23 @@ class Mixture(RolloutPolicy):
     @property
     def needs_teacher_text(self) -> bool:
         return self.student_share < 1.0
+
+    @property
+    def description(self) -> str:
+        return f"Each {self.coin} is the student's with probability {self.student_share:g}, else the teacher's."
+
+    def begin(self, job: RolloutJob, writer: Writer | None) -> list[Draft]:
+        drafts, batch = job.drafts(), job.batch_name
+        theirs = [
+            d for d in drafts if job.draw("mixture", batch if self.coin == "batch" else d.id) >= self.student_share
+        ]
+        written = {draft.id: draft for draft in _written(theirs, job, writer)}
+        return [written.get(draft.id, draft) for draft in drafts]
+
+    def shares(self, progress: float, num_rollouts: int, max_new_tokens: int) -> Shares:
+        return Shares(by_student=self.student_share, texts=num_rollouts * (1 - self.student_share))
+
+
+def _written(drafts: Sequence[Draft], job: RolloutJob, writer: Writer | None) -> list[Draft]:
+    texts = teacher_texts(drafts, job, writer)
+    return [draft.written(text) for draft, text in zip(drafts, texts, strict=True)]

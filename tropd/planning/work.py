@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import ceil
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -27,7 +28,6 @@ from tropd.config.models import ServerConfig
 from tropd.config.run import Run
 from tropd.doctor.cost import Need, cached
 from tropd.doctor.subject import Subject
-from tropd.methods.policies import Mixture, TeacherPrefix, TeacherText
 from tropd.model.loading import choose_dtype
 from tropd.objective.evidence import OF_TEACHER
 from tropd.planning.devices import Device
@@ -52,7 +52,7 @@ class Texts:
     new: int
     """Tokens of an answer."""
     prefix: float
-    """Of them before the student begins."""
+    """Of them before the student begins, where the student writes."""
     by_student: float
     """Rollouts that the student writes at all."""
     by_teacher: float
@@ -121,24 +121,17 @@ def texts_of(run: Run, subject: Subject) -> Texts:
     kept = run.teacher.text_cache and not run.data.streaming
     fresh = sum(not p.response_ids for p in prompts) / len(prompts)
     fresh *= min(1.0, len(prompts) / visits) if kept else 1.0
-    prefix = by_teacher = 0.0
-    by_student = float(rollouts)
-    if isinstance(policy, TeacherPrefix):
-        lengths = [min(int(policy.length(step / run.steps) * new), new - 1) for step in range(run.steps)]
-        prefix = sum(lengths) / run.steps * policy.share * (0.5 if policy.draw == "uniform" else 1.0)
-        shared = wanted.num_prompts * (1 - (1 - policy.share) ** wanted.num_rollouts)
-        by_teacher = shared if policy.texts == "shared" else rollouts * policy.share
-        by_teacher *= sum(length > 0 for length in lengths) / run.steps
-    elif isinstance(policy, Mixture | TeacherText):
-        by_student *= policy.student_share if isinstance(policy, Mixture) else 0.0
-        by_teacher = rollouts - by_student
+    each = [policy.shares(step / run.steps, wanted.num_rollouts, new) for step in range(run.steps)]
+    by_student = fmean(share.by_student for share in each)
+    given = fmean(share.by_student * share.prefix for share in each)
+    texts = wanted.num_prompts * fmean(share.texts for share in each)
     return Texts(
         rollouts=rollouts,
         prompt=prompt,
         new=new,
-        prefix=prefix,
-        by_student=by_student,
-        by_teacher=by_teacher * fresh,
+        prefix=given / by_student if by_student else 0.0,
+        by_student=rollouts * by_student,
+        by_teacher=texts * fresh,
     )
 
 

@@ -27,18 +27,14 @@ from tropd.config.run import Run
 from tropd.errors import CheckpointError, EngineError, EngineOutOfSync, ServerRefused, TropdError
 from tropd.rollout import canary, draws
 from tropd.rollout.draw_check import show_draws
-from tropd.rollout.jobs import sing
-from tropd.servers import sleeping, updates
+from tropd.rollout.jobs import score_canary
+from tropd.servers.dialects import dialect_of
 from tropd.servers.pool import Pool
 
 log = logging.getLogger("tropd.rollout")
 NOT_FOUND = 404
 _NATS = {torch.float32: 2e-3, torch.float64: 2e-3}
 _NATS_OF_HALF_PRECISION = 0.1
-_SLEEPLESS = (
-    f"rollout.servers_sleep asks for servers that do: start vLLM with {sleeping.FLAG} and {updates.DEV_MODE} in its "
-    "environment, or leave it out."
-)
 
 
 class Delivery:
@@ -71,7 +67,9 @@ class Delivery:
         self.sync_nats = sync_nats if sync_nats is not None else _NATS.get(dtype, _NATS_OF_HALF_PRECISION)
         self.adapter = bool(getattr(model, "peft_config", None))
         self.export = export or (export_adapter if self.adapter else export_untied)
-        self.level = 0 if not sleeps else 1 if self.adapter else 2  # of sleep, as vLLM counts
+        weights = dialect_of(next(iter(pools.values())).settings).weights
+        assert weights is not None, "servers that take no weights are refused before"
+        self.weights, self.sleeps = weights, sleeps
         self._resting = False
         self._expected: canary.Expected | None = None  # until the servers have been given weights
         self._found: dict[str, canary.Found] = {}
@@ -90,15 +88,14 @@ class Delivery:
         """Whether the servers have the weights of `version`."""
         return self._expected is not None and not self._resting
 
-    def give(self, weights: Any, version: int) -> None:
-        """Give every server these weights (None: the trainer's own) and make sure that it computes with them."""
-        model = self.model if weights is None else weights
+    def give(self, version: int) -> None:
+        """Give every server the weights of `model` as they are now, and make sure that it computes with them."""
         before, old = (self._expected, dict(self._found)), self.asked
         self._expected, self.version = None, version
         self._strange = self._strange or self.wary
-        expected = canary.expect(model, self.text, self.vocab_size)
-        self._write_down(model)
-        if self.level:
+        expected = canary.expect(self.model, self.text, self.vocab_size)
+        self._write_down()
+        if self.sleeps:
             self._make_room()
         self._push(expected)
         for url, found in self._found.items():
@@ -123,7 +120,7 @@ class Delivery:
 
     def rest(self) -> None:
         """Have every server sleep, if they are to."""
-        if self.level:
+        if self.sleeps:
             self._sleep()
 
     def close(self) -> None:
@@ -133,26 +130,28 @@ class Delivery:
     def _meet(self) -> tuple[str, ...]:
         """Servers that are to sleep do it now, so that one that cannot is found out; one that somebody left asleep is
         woken.  What to know about them."""
-        if not self.level:
+        if not self.sleeps:
             for url, pool in self.pools.items():
-                if sleeping.wake_if_asleep(pool):
+                if self.weights.wake_if_asleep(pool):
                     log.warning("%s was asleep and has been woken up.", url)
             return ()
         try:
-            notes = [sleeping.objection(pool) for pool in self.pools.values()]
+            notes = [self.weights.objection(pool) for pool in self.pools.values()]
             self._sleep()
         except ServerRefused as error:
-            raise EngineError(f"{error} {_SLEEPLESS}") from error
+            raise EngineError(
+                f"{error} rollout.servers_sleep asks for servers that do: {self.weights.sleep_advice}, or leave it out."
+            ) from error
         return tuple(note for note in notes if note)
 
     def _sleep(self) -> None:
         for pool in self.pools.values():
-            sleeping.sleep(pool, self.level)
+            self.weights.sleep(pool, self.adapter)
         self._resting = True
 
-    def _write_down(self, model: Any) -> None:
+    def _write_down(self) -> None:
         try:
-            self.export(model, self.tokenizer, self.folder)
+            self.export(self.model, self.tokenizer, self.folder)
         except (CheckpointError, OSError) as error:
             raise EngineError(
                 f"the weights for the servers could not be written to {self.folder}: {error.__cause__ or error}. Free "
@@ -178,38 +177,31 @@ class Delivery:
 
     def _push_to(self, url: str, pool: Pool) -> None:
         try:
-            with sleeping.waking(pool, self.level) if self.level else nullcontext():
+            with self.weights.waking(pool, self.adapter) if self.sleeps else nullcontext():
                 self._load(pool)
             if not self.adapter:
-                pool.run([updates.reset_prefix_cache()])
+                self.weights.forget(pool)
         except ServerRefused as error:
             raise EngineError(f"{error} {self._cure(url, error)}") from error
 
     def _load(self, pool: Pool) -> None:
         if not self.adapter:
-            pool.run([updates.reload_weights(self.folder)])
+            self.weights.give(pool, self.folder)
             return
-        try:
-            pool.run([updates.load_adapter(self.asked, self.folder)])
-        except ServerRefused as error:
-            if "already been loaded" not in str(error):
-                raise
-            # Of an earlier attempt, or of another run: nobody knows what is in it.
-            pool.run([updates.unload_adapter(self.asked)])
-            pool.run([updates.load_adapter(self.asked, self.folder)])
+        self.weights.give_adapter(pool, self.asked, self.folder)
         self._loaded.add(self.asked)
 
     def _unload(self, name: str) -> None:
         self._loaded.discard(name)
         for url, pool in self.pools.items():
             try:
-                pool.run([updates.unload_adapter(name)])
+                self.weights.drop_adapter(pool, name)
             except ServerRefused as error:  # a server that restarted does not have it
                 log.info("%s: %s", url, error)
 
     def _verify(self, expected: canary.Expected) -> None:
         for url, pool in self.pools.items():
-            found = sing(pool, self.text, model=self.asked, version=self.version, vocab_size=self.vocab_size)
+            found = score_canary(pool, self.text, model=self.asked, version=self.version, vocab_size=self.vocab_size)
             try:
                 canary.compare(url, expected, found, self.sync_nats)
             except EngineOutOfSync as error:
@@ -221,9 +213,8 @@ class Delivery:
             self._strange = False
 
     def _cure(self, url: str, error: ServerRefused) -> str:
-        mode = f"--enable-lora and {updates.LORA_MODE}" if self.adapter else updates.DEV_MODE
         if error.status == NOT_FOUND:
-            return f"Start vLLM with {mode} in its environment, so that it takes weights."
+            return self.weights.advice(self.adapter)
         return f"{url} has to see {self.folder} and serve a model of the same shape (its log says more)."
 
     def _advice(self) -> str:

@@ -129,8 +129,8 @@ class Overheard:
         self.heard += zip(requests, texts, strict=True)
         return texts
 
-    def sync(self, weights: Any, version: int) -> None:
-        self.engine.sync(weights, version)
+    def sync(self, version: int) -> None:
+        self.engine.sync(version)
 
     def close(self) -> None:
         self.engine.close()

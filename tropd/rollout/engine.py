@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from tropd.types import Completion, Request
 
@@ -15,8 +15,8 @@ class Engine(Protocol):
         """One completion per request.  A request's tokens depend on its own seed, never on its neighbours."""
         ...
 
-    def sync(self, weights: Any, version: int) -> None:
-        """Hold these weights from now on.  In-process engines share the trainer's and only note the version."""
+    def sync(self, version: int) -> None:
+        """Hold the student's weights as they are now, and call them `version`.  Engines in this process share them."""
         ...
 
     def close(self) -> None: ...

@@ -1,26 +1,29 @@
-"""What a vLLM server that holds the student is asked: to write a text, and what it makes of a known one."""
+"""What a server that holds the student is asked: to write a text, and what it makes of a known one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from tropd.errors import EngineError, ServerRefused
 from tropd.rollout import canary
-from tropd.servers import vllm
+from tropd.servers.dialect import Dialect
+from tropd.servers.dialects import dialect_of
 from tropd.servers.pool import Job, Pool
 from tropd.types import Completion, Request, Sampling
 
 _CANARY = "a known text"
 
 
-def text_job(request: Request, name: str, *, model: str, version: int, vocab_size: int) -> Job[Completion]:
+def text_job(
+    dialect: Dialect, request: Request, name: str, *, model: str, version: int, vocab_size: int
+) -> Job[Completion]:
     """One completion, written with the weights of `version`.  Log-probabilities are those of temperature 1 without
-    truncation, where every --logprobs-mode means the same; texts drawn otherwise come without."""
+    truncation, where every server means the same by them; texts drawn otherwise come without."""
     neutral = request.sampling == Sampling()
 
-    def read(answer: bytes, request_id: str) -> Completion:
-        text = vllm.read_text(answer, model=model, request=request, request_id=request_id)
+    def check(text: Completion) -> Completion:
         if max(text.token_ids) >= vocab_size:
             raise EngineError(
                 f"the server wrote token {max(text.token_ids)}, but student and teacher share {vocab_size}: "
@@ -31,14 +34,7 @@ def text_job(request: Request, name: str, *, model: str, version: int, vocab_siz
             raise ServerRefused(f"{name}: log-probabilities were asked for, and none came.")
         return replace(text, behavior_logprobs=known, model_logprobs=known, policy_version=(version, version))
 
-    return Job(
-        name=name,
-        path=vllm.TEXT,
-        body=vllm.text_body(model, request, top_k=0 if neutral else None),
-        read=read,
-        num_tokens=len(request.token_ids) + request.max_new_tokens,
-        limit_bytes=vllm.text_limit(request),
-    )
+    return dialect.text_job(name, model, request, logprobs=neutral).then(check)
 
 
 def draw_after(
@@ -46,26 +42,16 @@ def draw_after(
 ) -> list[int]:
     """Single tokens that the server draws after a text."""
     requests = [Request(token_ids=tuple(text), max_new_tokens=1, seed=seed) for seed in seeds]
-    how = {"model": model, "version": version, "vocab_size": vocab_size}
-    return [found.token_ids[0] for found in pool.run([text_job(request, _CANARY, **how) for request in requests])]
+    how: dict[str, Any] = {"model": model, "version": version, "vocab_size": vocab_size}
+    dialect = dialect_of(pool.settings)
+    texts = pool.run([text_job(dialect, request, _CANARY, **how) for request in requests])
+    return [text.token_ids[0] for text in texts]
 
 
-def sing(pool: Pool, text: Sequence[int], *, model: str, version: int, vocab_size: int) -> canary.Found:
+def score_canary(pool: Pool, text: Sequence[int], *, model: str, version: int, vocab_size: int) -> canary.Found:
     """What the server of a pool makes of a known text."""
-
-    def read(answer: bytes, request_id: str) -> list[float]:
-        (scored,) = vllm.read_scores(answer, model=model, sequences=[text], firsts=[1], top_k=0, request_id=request_id)
-        return scored.logprobs
-
-    job = Job(
-        name=_CANARY,
-        path=vllm.SCORE,
-        body=vllm.score_body(model, [text], 0),
-        read=read,
-        num_tokens=len(text) + 1,
-        limit_bytes=vllm.score_limit(len(text), 0),
-    )
-    (logprobs,) = pool.run([job])
+    dialect = dialect_of(pool.settings)
+    ((scored,),) = pool.run([dialect.score_job(_CANARY, model, [text], [1], 0)])
     after = Request(token_ids=tuple(text), max_new_tokens=1, seed=1)
-    (written,) = pool.run([text_job(after, _CANARY, model=model, version=version, vocab_size=vocab_size)])
-    return canary.Found(logprobs=logprobs, written=written)
+    (written,) = pool.run([text_job(dialect, after, _CANARY, model=model, version=version, vocab_size=vocab_size)])
+    return canary.Found(logprobs=scored.logprobs, written=written)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from tropd.errors import EngineError
 from tropd.types import Completion, Finish, Request
@@ -27,7 +26,7 @@ class ScriptedEngine:
         self.requests.extend(requests)
         return [self._complete(request) for request in requests]
 
-    def sync(self, weights: Any, version: int) -> None:
+    def sync(self, version: int) -> None:
         """Note the version: a script has no weights."""
         self.version = version
 

@@ -19,18 +19,18 @@ class SharedDelivery(Delivery):
         if not world.leads:
             self.export = _exported
 
-    def give(self, weights: Any, version: int) -> None:
-        if self.level:
+    def give(self, version: int) -> None:
+        if self.sleeps:
             self._make_room()
             self.world.wait()  # every rank has
         if self.world.leads:
-            super().give(weights, version)
+            super().give(version)
         self.world.wait()  # the servers have them
         if not self.world.leads:
-            super().give(weights, version)
+            super().give(version)
 
     def rest(self) -> None:
-        if self.level:
+        if self.sleeps:
             self.world.wait()  # every rank has its texts
             if self.world.leads:
                 self._sleep()

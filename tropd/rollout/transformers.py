@@ -112,7 +112,7 @@ class TransformersEngine:
             return []
         return [f"generation runs the model's own forward pass, since {reason}: the same tokens, slower."]
 
-    def sync(self, weights: Any, version: int) -> None:
+    def sync(self, version: int) -> None:
         """The weights are the trainer's own: only the version is noted."""
         self.version = version
 

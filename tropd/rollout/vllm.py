@@ -28,7 +28,8 @@ from tropd.rollout import canary
 from tropd.rollout.delivery import NOT_FOUND, Delivery, weights_folder
 from tropd.rollout.jobs import text_job
 from tropd.rollout.sampling import check_request
-from tropd.servers import updates
+from tropd.servers.cards import Card, read_cards
+from tropd.servers.dialects import dialect_of
 from tropd.servers.pool import Pool
 from tropd.servers.settings import check_addresses
 from tropd.types import Completion, Request, Sampling
@@ -50,9 +51,10 @@ class VllmEngine:
         delivery: Callable[..., Delivery] = Delivery,
         **options: Any,
     ) -> None:
-        if settings.kind != "vllm":
+        self.dialect = dialect_of(settings)
+        if refusal := self.dialect.no_weights:
             raise ConfigError(
-                f'rollout.server.kind is "{settings.kind}", but weights can be given to vLLM servers only. '
+                f'rollout.server.kind is "{settings.kind}", but {refusal} '
                 "Serve the student with vLLM, or leave rollout.servers out."
             )
         self.settings, self.vocab_size = settings, vocab_size
@@ -78,12 +80,12 @@ class VllmEngine:
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion per request, in order; written with the weights of one version, or not returned."""
         for index, request in enumerate(requests):
-            _check(request, index, self.context)
+            self._check(request, index)
         if not requests:
             return []
         with _said_by_engine():
             if not self.weights.given:
-                self.weights.give(None, self.weights.version)
+                self.weights.give(self.weights.version)
             try:
                 return self._write(requests)
             except (EngineOutOfSync, ServerRefused) as error:
@@ -94,10 +96,10 @@ class VllmEngine:
             self.weights.repeat()
             return self._write(requests)
 
-    def sync(self, weights: Any, version: int) -> None:
-        """Give every server these weights (None: the trainer's own) and make sure that it computes with them."""
+    def sync(self, version: int) -> None:
+        """Give every server the student's weights as they are now, and make sure that it computes with them."""
         with _said_by_engine():
-            self.weights.give(weights, version)
+            self.weights.give(version)
 
     def rest(self) -> None:
         """Nothing is written until the next weights: servers that are to sleep may."""
@@ -112,14 +114,25 @@ class VllmEngine:
     def _write(self, requests: Sequence[Request]) -> list[Completion]:
         held = self.weights
         how: dict[str, Any] = {"model": held.asked, "version": held.version, "vocab_size": self.vocab_size}
-        texts = self.pool.run([text_job(request, f"rollout request {n}", **how) for n, request in enumerate(requests)])
+        texts = self.pool.run(
+            [text_job(self.dialect, request, f"rollout request {n}", **how) for n, request in enumerate(requests)]
+        )
         held.check(anew=bool(self.pool.returned))
         self.pool.returned.clear()
         return texts
 
-    def _served(self, url: str) -> updates.Served:
+    def _check(self, request: Request, index: int) -> None:
+        check_request(request, index)
+        num_prompt, num_new = len(request.token_ids), request.max_new_tokens
+        if self.context is not None and num_prompt + num_new > self.context:
+            raise DataError(
+                f"request {index} asks for {num_new} new tokens after a prompt of {num_prompt}, but the servers hold "
+                f"{self.context}. Start them with a larger {self.dialect.context_flag}, or lower max_new_tokens."
+            )
+
+    def _served(self, url: str) -> Card:
         (client,) = self.each[url].clients
-        found = updates.read_models(client.ask("/v1/models"))
+        found = read_cards(client.ask("/v1/models"))
         chosen = [one for one in found if self.settings.model in (None, one.id) and not one.id.startswith("tropd-")]
         if len(chosen) != 1:
             there = ", ".join(one.id for one in found)
@@ -163,13 +176,3 @@ def _said_by_engine() -> Iterator[None]:
         raise EngineTimeout(f"rollouts: {error}") from error
     except ServerError as error:
         raise EngineError(f"rollouts: {error}") from error
-
-
-def _check(request: Request, index: int, context: int | None) -> None:
-    check_request(request, index)
-    num_prompt, num_new = len(request.token_ids), request.max_new_tokens
-    if context is not None and num_prompt + num_new > context:
-        raise DataError(
-            f"request {index} asks for {num_new} new tokens after a prompt of {num_prompt}, but the servers hold "
-            f"{context}. Start them with a larger --max-model-len, or lower max_new_tokens."
-        )

@@ -79,7 +79,7 @@ class Training:
     def evaluate_first(self) -> None:
         """The student as it came."""
         if self.world.size > 1:
-            self.parts.engine.sync(None, 0)  # all ranks give servers their weights together
+            self.parts.engine.sync(0)  # all ranks give servers their weights together
         self.state.before = self.state.latest = evaluate_student(self.parts, self.directory, 0)[0]
         if self.state.before:
             self._call(lambda callback: callback.on_evaluation(0, dict(self.state.before)))

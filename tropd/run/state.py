@@ -93,7 +93,7 @@ def restore(parts: Parts, state: State, alarms: Alarms, saved: checkpoints.Check
         optimizer.load_state_tensors(saved.optimizer, held["optimizer_steps"])
     state.source.load_state_dict(held["stream"])
     alarms.load_state_dict(held["alarms"])
-    parts.engine.sync(None, saved.step)
+    parts.engine.sync(saved.step)
     state.step, state.best = saved.step, held["best"]
     state.before, state.latest = held["before"], held["latest"]
     state.owed = None if (owed := held.get("owed")) is None else TypeAdapter(StepRecord).validate_python(owed)

@@ -17,14 +17,15 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar, cast
 
 from tropd.config.models import ServerConfig
 from tropd.errors import ServerGarbled, ServerUnavailable
 from tropd.servers.client import Client
 
 T = TypeVar("T")
+U = TypeVar("U")
 log = logging.getLogger("tropd.servers")
 GARBLED = 3
 """So many answers to one request may be unusable before that is the answer."""
@@ -46,6 +47,11 @@ class Job(Generic[T]):
     num_tokens: int = 1
     """What it weighs: tokens read and tokens that may be written."""
     limit_bytes: int = 2**20
+
+    def then(self, change: Callable[[T], U]) -> Job[U]:
+        """The same request, whose value is changed; a ServerGarbled of `change` has it asked again."""
+        read = self.read
+        return replace(cast("Job[Any]", self), read=lambda answer, request_id: change(read(answer, request_id)))
 
 
 @dataclass(eq=False, slots=True)

@@ -15,12 +15,13 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from tropd.errors import ServerGarbled
-from tropd.servers.answers import parsed
-from tropd.servers.vllm import Logprob, Row, Scored, TokenId, check_echo, joined
+from tropd.objective.evidence import Needs
+from tropd.servers.answers import ROUNDING, Logprob, Row, Scored, TokenId, check_echo, joined, parsed
+from tropd.servers.dialect import Dialect, score_limit, text_limit
+from tropd.servers.pool import Job
 from tropd.types import Completion, Finish, Request
 
-SCORE = TEXT = "/generate"
-_ROUNDING = 1e-3
+_ROUTE = "/generate"
 _STRICT = ConfigDict(strict=False, extra="ignore")
 _Own = tuple[Logprob | None, TokenId, Any]
 _Top = tuple[Logprob, TokenId, Any]
@@ -62,10 +63,58 @@ _SCORED = TypeAdapter(list[_ScoredAnswer])
 _WRITTEN = TypeAdapter(_WrittenAnswer)
 
 
-def score_body(model: str, sequences: Sequence[Sequence[int]], top_k: int) -> dict[str, Any]:
+class SGLang(Dialect):
+    """Token ids in and out."""
+
+    kind = "sglang"
+    capabilities = Needs.SAMPLED | Needs.TOPK
+    no_weights = "weights can be given to vLLM servers only."
+    program = ("python", "-m", "sglang.launch_server", "--model-path")
+    context_flag = "--context-length"
+
+    def score_job(
+        self,
+        name: str,
+        model: str,
+        sequences: Sequence[Sequence[int]],
+        firsts: Sequence[int],
+        top_k: int,
+        temperature: float = 1.0,
+    ) -> Job[list[Scored]]:
+        num_tokens = sum(map(len, sequences)) + len(sequences)
+        return Job(
+            name=name,
+            path=_ROUTE,
+            body=_score_body(sequences, top_k, temperature),
+            named=_named,
+            read=lambda answer, request_id: _read_scores(answer, sequences, firsts, top_k, request_id),
+            num_tokens=num_tokens,
+            limit_bytes=score_limit(num_tokens, top_k),
+        )
+
+    def text_job(self, name: str, model: str, request: Request, *, logprobs: bool = False) -> Job[Completion]:
+        assert not logprobs, "only servers that take weights are asked for them"
+        return self._text_job(name, request, None).then(lambda text: text[0])
+
+    def own_text_job(self, name: str, model: str, request: Request, top_k: int) -> Job[tuple[Completion, Scored]]:
+        return self._text_job(name, request, top_k).then(lambda text: (text[0], _rows_of(*text, top_k)))
+
+    def _text_job(self, name: str, request: Request, top_k: int | None) -> Job[tuple[Completion, _Written]]:
+        return Job(
+            name=name,
+            path=_ROUTE,
+            body=_text_body(request, top_k),
+            named=_named,
+            read=lambda answer, request_id: _read_text(answer, request, request_id),
+            num_tokens=len(request.token_ids) + request.max_new_tokens,
+            limit_bytes=text_limit(request, top_k or 0),
+        )
+
+
+def _score_body(sequences: Sequence[Sequence[int]], top_k: int, temperature: float) -> dict[str, Any]:
     return {
         "input_ids": [list(sequence) for sequence in sequences],
-        "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
+        "sampling_params": {"max_new_tokens": 1, "temperature": temperature},
         "return_logprob": True,
         "logprob_start_len": 0,
         "top_logprobs_num": top_k,
@@ -73,15 +122,15 @@ def score_body(model: str, sequences: Sequence[Sequence[int]], top_k: int) -> di
     }
 
 
-def named(body: Mapping[str, Any], request_id: str) -> Mapping[str, Any]:
+def _named(body: Mapping[str, Any], request_id: str) -> Mapping[str, Any]:
     """With an id for each text, which comes back with its answer."""
     ids = body["input_ids"]
     several = isinstance(ids[0], list)
     return {**body, "rid": [f"{request_id}-{n}" for n in range(len(ids))] if several else request_id}
 
 
-def read_scores(
-    answer: bytes, *, model: str, sequences: Sequence[Sequence[int]], firsts: Sequence[int], top_k: int, request_id: str
+def _read_scores(
+    answer: bytes, sequences: Sequence[Sequence[int]], firsts: Sequence[int], top_k: int, request_id: str
 ) -> list[Scored]:
     """For each sequence the positions from `firsts` on.  No model is named: the canary stands for it."""
     found = parsed(_SCORED, answer)
@@ -92,7 +141,7 @@ def read_scores(
     return [_scored(f["meta_info"], ids, at, top_k) for f, ids, at in zip(found, sequences, firsts, strict=True)]
 
 
-def text_body(model: str, request: Request, *, top_k: int | None = None) -> dict[str, Any]:
+def _text_body(request: Request, top_k: int | None) -> dict[str, Any]:
     sampling = request.sampling
     wanted = {} if top_k is None else {"return_logprob": True, "top_logprobs_num": top_k}
     return {
@@ -112,22 +161,15 @@ def text_body(model: str, request: Request, *, top_k: int | None = None) -> dict
     }
 
 
-def read_text(answer: bytes, *, model: str, request: Request, request_id: str) -> Completion:
-    return _read_text(answer, request, request_id)[0]
-
-
-def read_own_text(
-    answer: bytes, *, model: str, request: Request, top_k: int, request_id: str
-) -> tuple[Completion, Scored]:
-    """A text, and what the server said of each token when it drew it."""
-    text, meta = _read_text(answer, request, request_id)
+def _rows_of(text: Completion, meta: _Written, top_k: int) -> Scored:
+    """What the server said of each token when it drew it."""
     own, tops = meta.get("output_token_logprobs") or [], meta.get("output_top_logprobs") or [[]] * len(text.token_ids)
     if [token for _, token, _ in own] != list(text.token_ids) or len(tops) != len(own):
         raise ServerGarbled(f"a text of {len(text.token_ids)} tokens came with {len(own)} log-probabilities.")
     rows = [
         _likeliest(place, logprob, token, tops[place] or [], top_k) for place, (logprob, token, _) in enumerate(own)
     ]
-    return text, joined(rows)
+    return joined(rows)
 
 
 def _read_text(answer: bytes, request: Request, request_id: str) -> tuple[Completion, _Written]:
@@ -175,8 +217,8 @@ def _check_row(place: int, value: float, written: int, top: list[_Top], top_k: i
     if len(top) != top_k or len(found) != top_k:
         raise ServerGarbled(f"position {place}: the top-{top_k} was asked for, and {len(found)} came.")
     beside = math.exp(value) if written not in found else 0.0
-    same = abs(found.get(written, value) - value) <= _ROUNDING
+    same = abs(found.get(written, value) - value) <= ROUNDING
     mass = math.fsum(map(math.exp, found.values())) + beside
     falls = all(a[0] >= b[0] for a, b in itertools.pairwise(top))
-    if not same or not falls or mass > 1.0 + _ROUNDING or (beside and top and value > top[-1][0] + _ROUNDING):
+    if not same or not falls or mass > 1.0 + ROUNDING or (beside and top and value > top[-1][0] + ROUNDING):
         raise ServerGarbled(f"position {place}: the log-probabilities make no distribution.")

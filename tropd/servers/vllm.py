@@ -4,8 +4,6 @@ A scoring request holds two texts: a canary whose log-probabilities are known, a
 answered by the same process, so an answer comes with proof of who gave it.  vLLM puts, at each position, the written
 token and the k likeliest with their ranks; nothing is there at position 0.  It writes -9999 where it has no number,
 and a softmax gives every token one, so that is refused.
-
-Axes as in `tropd.types`: T positions that were asked for, K the teacher's top-k.
 """
 
 from __future__ import annotations
@@ -13,45 +11,22 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, NotRequired
 
 from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from tropd.errors import ServerGarbled
-from tropd.servers.answers import parsed
+from tropd.objective.evidence import Needs
+from tropd.servers.answers import ROUNDING, Logprob, Row, Scored, TokenId, check_echo, joined, parsed
+from tropd.servers.dialect import Dialect, score_limit, text_limit
+from tropd.servers.pool import Job
+from tropd.servers.vllm_weights import VllmWeights
 from tropd.types import Completion, Finish, Request
 
-SCORE = TEXT = "/v1/completions"
+_ROUTE = "/v1/completions"
 _NO_NUMBER = -9999.0
-_ROUNDING = 1e-3
 _STRICT = ConfigDict(strict=True, extra="ignore")
-
-Logprob = Annotated[float, Field(le=_ROUNDING, allow_inf_nan=False)]
-TokenId = Annotated[int, Field(ge=0)]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scored:
-    """What a server says of the positions of one sequence that were asked for."""
-
-    logprobs: list[float]
-    topk_ids_TK: list[list[int]]
-    """Likeliest first; rows are as wide as was asked for, or as the server's vocabulary."""
-    topk_logprobs_TK: list[list[float]]
-
-
-Row = tuple[float, list[tuple[int, float]]]
-"""Log-probability of the written token; the likeliest tokens with theirs."""
-
-
-def joined(rows: Sequence[Row]) -> Scored:
-    return Scored(
-        logprobs=[logprob for logprob, _ in rows],
-        topk_ids_TK=[[token for token, _ in top] for _, top in rows],
-        topk_logprobs_TK=[[logprob for _, logprob in top] for _, top in rows],
-    )
 
 
 class _Entry(TypedDict):
@@ -107,7 +82,56 @@ _SCORED = TypeAdapter(_ScoredAnswer)
 _WRITTEN = TypeAdapter(_WrittenAnswer)
 
 
-def score_body(model: str, sequences: Sequence[Sequence[int]], top_k: int) -> dict[str, Any]:
+class Vllm(Dialect):
+    """Token ids in and out; takes weights while it runs."""
+
+    kind = "vllm"
+    capabilities = Needs.SAMPLED | Needs.TOPK
+    weights = VllmWeights()
+    program = ("vllm", "serve")
+    top_k_flag, context_flag, raw_flag = "--max-logprobs", "--max-model-len", "--logprobs-mode raw_logprobs"
+
+    def score_job(
+        self,
+        name: str,
+        model: str,
+        sequences: Sequence[Sequence[int]],
+        firsts: Sequence[int],
+        top_k: int,
+        temperature: float = 1.0,
+    ) -> Job[list[Scored]]:
+        how: dict[str, Any] = {"model": model, "sequences": sequences, "firsts": firsts, "top_k": top_k}
+        num_tokens = sum(map(len, sequences)) + len(sequences)
+        return Job(
+            name=name,
+            path=_ROUTE,
+            body=_score_body(model, sequences, top_k, temperature),
+            read=lambda answer, request_id: _read_scores(answer, request_id=request_id, **how),
+            num_tokens=num_tokens,
+            limit_bytes=score_limit(num_tokens, top_k),
+        )
+
+    def text_job(self, name: str, model: str, request: Request, *, logprobs: bool = False) -> Job[Completion]:
+        return self._text_job(name, model, request, 0 if logprobs else None).then(lambda text: text[0])
+
+    def own_text_job(self, name: str, model: str, request: Request, top_k: int) -> Job[tuple[Completion, Scored]]:
+        job = self._text_job(name, model, request, top_k)
+        return job.then(lambda text: (text[0], _rows_of(*text, top_k)))
+
+    def _text_job(
+        self, name: str, model: str, request: Request, top_k: int | None
+    ) -> Job[tuple[Completion, _Sampled | None]]:
+        return Job(
+            name=name,
+            path=_ROUTE,
+            body=_text_body(model, request, top_k=top_k),
+            read=lambda answer, request_id: _read_text(answer, model, request, request_id),
+            num_tokens=len(request.token_ids) + request.max_new_tokens,
+            limit_bytes=text_limit(request, top_k or 0),
+        )
+
+
+def _score_body(model: str, sequences: Sequence[Sequence[int]], top_k: int, temperature: float) -> dict[str, Any]:
     """Sampling says nothing about prompts; it is spelt out because servers apply a model's own settings otherwise."""
     return {
         "model": model,
@@ -116,7 +140,7 @@ def score_body(model: str, sequences: Sequence[Sequence[int]], top_k: int) -> di
         "prompt_logprobs": top_k,
         "return_token_ids": True,
         "add_special_tokens": False,
-        "temperature": 1.0,
+        "temperature": temperature,
         "top_p": 1.0,
         "top_k": 0,
         "min_p": 0.0,
@@ -124,17 +148,7 @@ def score_body(model: str, sequences: Sequence[Sequence[int]], top_k: int) -> di
     }
 
 
-def named(body: Mapping[str, Any], request_id: str) -> Mapping[str, Any]:
-    """As it is: the id is read from the header X-Request-Id."""
-    return body
-
-
-def score_limit(num_tokens: int, top_k: int) -> int:
-    """Bytes that an answer may have: an entry takes about 70 of them, longer token texts some more."""
-    return 2**20 + 400 * num_tokens * (top_k + 2)
-
-
-def read_scores(
+def _read_scores(
     answer: bytes, *, model: str, sequences: Sequence[Sequence[int]], firsts: Sequence[int], top_k: int, request_id: str
 ) -> list[Scored]:
     """For each sequence the positions from `firsts` on.  Anything missing, odd or about other tokens is refused."""
@@ -149,7 +163,7 @@ def read_scores(
     ]
 
 
-def text_body(model: str, request: Request, *, top_k: int | None = None) -> dict[str, Any]:
+def _text_body(model: str, request: Request, *, top_k: int | None = None) -> dict[str, Any]:
     """The stop tokens are the request's alone, and part of the text.  `top_k` asks for log-probabilities: those of the
     written tokens and of so many likely ones."""
     sampling = request.sampling
@@ -175,25 +189,13 @@ def text_body(model: str, request: Request, *, top_k: int | None = None) -> dict
     }
 
 
-def text_limit(request: Request, top_k: int = 0) -> int:
-    return 2**20 + 1000 * (len(request.token_ids) + request.max_new_tokens) + 100 * top_k * request.max_new_tokens
-
-
-def read_text(answer: bytes, *, model: str, request: Request, request_id: str) -> Completion:
-    """Behaviour log-probabilities are () unless they were asked for."""
-    return _read_text(answer, model, request, request_id)[0]
-
-
-def read_own_text(
-    answer: bytes, *, model: str, request: Request, top_k: int, request_id: str
-) -> tuple[Completion, Scored]:
-    """A text, and what the server said of each token when it drew it."""
-    text, sampled = _read_text(answer, model, request, request_id)
+def _rows_of(text: Completion, sampled: _Sampled | None, top_k: int) -> Scored:
+    """What the server said of each token when it drew it."""
     rows = (sampled or {}).get("top_logprobs") or []
     if not text.behavior_logprobs or len(rows) != len(text.token_ids):
         raise ServerGarbled(f"a text of {len(text.token_ids)} tokens came with {len(rows)} rows of log-probabilities.")
     pairs = zip(text.behavior_logprobs, rows, strict=True)
-    return text, joined([(logprob, _likeliest(row or {}, top_k)) for logprob, row in pairs])
+    return joined([(logprob, _likeliest(row or {}, top_k)) for logprob, row in pairs])
 
 
 def _likeliest(row: Mapping[str, float], top_k: int) -> list[tuple[int, float]]:
@@ -238,15 +240,6 @@ def _in_order(found: Any, model: str, number: int, request_id: str) -> list[Any]
     return choices
 
 
-def check_echo(echo: Sequence[int], asked: Sequence[int]) -> None:
-    if list(echo) == list(asked):
-        return
-    at = next((n for n, (a, b) in enumerate(zip(echo, asked, strict=False)) if a != b), min(len(echo), len(asked)))
-    raise ServerGarbled(
-        f"{len(asked)} tokens were asked about, and {len(echo)} were scored; they differ from position {at} on."
-    )
-
-
 def _scored(choice: _ScoredChoice, sequence: Sequence[int], first: int, top_k: int) -> Scored:
     check_echo(choice["prompt_token_ids"], sequence)
     rows = choice["prompt_logprobs"]
@@ -275,8 +268,8 @@ def _read_row(row: dict[int, _Entry] | None, written: int, place: int, top_k: in
     falls = all(a >= b for a, b in itertools.pairwise(logprobs))
     mass = math.fsum(math.exp(x) for x in logprobs)
     beside = math.exp(own["logprob"]) if apart else 0.0
-    likelier = apart and bool(top) and own["logprob"] > logprobs[-1] + _ROUNDING
-    if not falls or likelier or mass + beside > 1.0 + _ROUNDING:
+    likelier = apart and bool(top) and own["logprob"] > logprobs[-1] + ROUNDING
+    if not falls or likelier or mass + beside > 1.0 + ROUNDING:
         raise ServerGarbled(f"position {place}: the log-probabilities make no distribution.")
     return _logprob(own["logprob"]), [(token, _logprob(x)) for _, token, x in top]
 

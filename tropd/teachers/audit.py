@@ -21,7 +21,7 @@ from typing import Literal
 from tropd.config.models import base_url
 from tropd.errors import ServerGarbled
 from tropd.rollout import draws
-from tropd.servers.vllm import Scored
+from tropd.servers.answers import Scored
 from tropd.teachers.gaps import gap_of, part
 from tropd.teachers.questions import Questions
 from tropd.types import Request, key_of
@@ -111,7 +111,7 @@ def repeats(questions: Questions) -> Iterator[Finding]:
 
 def temperature(questions: Questions) -> Iterator[Finding]:
     """Log-probabilities of a text have no temperature; a server that processes them gives those of another model."""
-    if questions.settings.kind != "vllm":
+    if not questions.dialect.raw_flag:
         return
     plain, hot = questions.score([questions.text]), questions.score([questions.text], temperature=0.5)
     gap = gap_of(plain, hot, questions.settings.nats_for(), ("1", "0.5"))
@@ -121,7 +121,7 @@ def temperature(questions: Questions) -> Iterator[Finding]:
             level="warning",
             found=f"log-probabilities depend on the temperature of the request, by {gap.mean:.2g} nats per token; "
             "tropd asks at 1, but the server processes them.",
-            advice="Start them with --logprobs-mode raw_logprobs.",
+            advice=f"Start them with {questions.dialect.raw_flag}.",
         )
     else:
         said = f"log-probabilities are the same at any temperature ({gap.most:.2g} nats)"

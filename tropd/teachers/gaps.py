@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tropd.servers.vllm import Scored
+from tropd.servers.answers import Scored
 
 _FEW = 16
 """Less than so many tokens count as so many: a single one of half precision may be off by more."""

@@ -92,8 +92,8 @@ class TeacherEngine:
         except EngineError as error:
             raise TeacherError(f"the teacher cannot write: {error}") from error
 
-    def sync(self, weights: Any, version: int) -> None:
-        self.engine.sync(weights, version)
+    def sync(self, version: int) -> None:
+        self.engine.sync(version)
 
     def close(self) -> None:
         self.engine.close()

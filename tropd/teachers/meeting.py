@@ -11,33 +11,19 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Annotated, TypeVar
+from typing import TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from tropd.config.models import ServerConfig
 from tropd.errors import ServerGarbled, ServerRefused, TeacherError, TeacherRefused
-from tropd.servers import sglang, vllm
+from tropd.servers.cards import Card, cards_job
+from tropd.servers.dialects import dialect_of
 from tropd.servers.pool import Job, Pool
 
 CANARY = "The quick brown fox jumps over the lazy dog, and 12 + 30 = 42. Once upon a time there was"
 _LONGEST = 16
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    """What a server says about the model that it serves."""
-
-    id: str
-    root: str | None = None
-    max_model_len: Annotated[int, Field(ge=2)] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cards:
-    data: Annotated[list[Card], Field(min_length=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +55,6 @@ def canary_of(ids: Sequence[int], vocab_size: int) -> Canary:
     return Canary(ids=tuple(own) if len(own) >= 4 else tuple(index % vocab_size for index in range(1, 9)))
 
 
-def dialect_of(settings: ServerConfig) -> ModuleType:
-    """The module that speaks a server's API: score_body, read_scores, text_body, read_text, named."""
-    return {"vllm": vllm, "sglang": sglang}[settings.kind]
-
-
 def card_of(urls: Sequence[str], settings: ServerConfig) -> Card:
     """The model, the same on every server; the context is that of the shortest."""
     cards = [_card(url, settings) for url in urls]
@@ -88,7 +69,7 @@ def card_of(urls: Sequence[str], settings: ServerConfig) -> Card:
 
 
 def _card(url: str, settings: ServerConfig) -> Card:
-    cards = _ask(url, settings, Job(name=f"{url}/v1/models", path="/v1/models", read=_read_cards))
+    cards = _ask(url, settings, cards_job(url))
     chosen = [card for card in cards if settings.model in (None, card.id)]
     if len(chosen) == 1:
         return chosen[0]
@@ -96,13 +77,6 @@ def _card(url: str, settings: ServerConfig) -> Card:
     if settings.model is None:
         raise TeacherRefused(f"{url} serves several models: {there}. Name one in server.model.")
     raise TeacherRefused(f"server.model is {settings.model!r}, but {url} serves {there}.")
-
-
-def _read_cards(answer: bytes, request_id: str) -> list[Card]:
-    try:
-        return TypeAdapter(Cards).validate_json(answer).data
-    except ValidationError as error:
-        raise ServerGarbled(f"that lists no models: {error.errors(include_input=False)[0]['msg']}.") from None
 
 
 def _ask(url: str, settings: ServerConfig, job: Job[T]) -> T:
@@ -116,7 +90,7 @@ def _ask(url: str, settings: ServerConfig, job: Job[T]) -> T:
 
 def meet(urls: Sequence[str], settings: ServerConfig, model: str, canary: Canary, top_k: int) -> Canary:
     """Ask every server about the canary, with as large a top-k as training will; they have to agree."""
-    found = [_sing(url, settings, model, canary, top_k) for url in urls]
+    found = [_score(url, settings, model, canary, top_k) for url in urls]
     first = Canary(ids=canary.ids, logprobs=tuple(found[0]))
     for url, logprobs in zip(urls, found, strict=True):
         try:
@@ -126,29 +100,14 @@ def meet(urls: Sequence[str], settings: ServerConfig, model: str, canary: Canary
     return canary if canary.logprobs else first
 
 
-def _sing(url: str, settings: ServerConfig, model: str, canary: Canary, top_k: int) -> list[float]:
-    speech = dialect_of(settings)
-    num_tokens = len(canary.ids) + 1
-    job = Job(
-        name=f"a known text at {url}",
-        path=speech.SCORE,
-        body=speech.score_body(model, [canary.ids], top_k),
-        named=speech.named,
-        read=lambda answer, request_id: speech.read_scores(
-            answer, model=model, sequences=[canary.ids], firsts=[1], top_k=top_k, request_id=request_id
-        ),
-        num_tokens=num_tokens,
-        limit_bytes=vllm.score_limit(num_tokens, top_k),
-    )
+def _score(url: str, settings: ServerConfig, model: str, canary: Canary, top_k: int) -> list[float]:
+    dialect = dialect_of(settings)
+    job = dialect.score_job(f"a known text at {url}", model, [canary.ids], [1], top_k)
     try:
         return _ask(url, settings, job)[0].logprobs
     except ServerRefused as refusal:
-        cure = (
-            f" Start the server with --max-logprobs {top_k}, or lower method.top_k."
-            if "logprobs" in str(refusal)
-            else ""
-        )
-        raise TeacherRefused(f"the top-{top_k} of a known text was asked for, but {refusal}{cure}") from refusal
+        advice = f" {dialect.top_k_advice(top_k, 'lower method.top_k')}" if "logprobs" in str(refusal) else ""
+        raise TeacherRefused(f"the top-{top_k} of a known text was asked for, but {refusal}{advice}") from refusal
 
 
 def keep(canary: Canary, path: Path) -> None:

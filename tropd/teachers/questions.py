@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from tropd.config.models import ServerConfig
+from tropd.servers.answers import Scored
+from tropd.servers.cards import Card
+from tropd.servers.dialect import Dialect
+from tropd.servers.dialects import dialect_of
 from tropd.servers.pool import Job, Pool
-from tropd.servers.vllm import Scored, score_limit, text_limit
-from tropd.teachers.meeting import Card, dialect_of
 from tropd.types import Completion, Request
 
 T = TypeVar("T")
@@ -38,44 +40,30 @@ class Questions:
         """To one of the servers alone."""
         return replace(self, urls=(url,))
 
-    def score(self, texts: Sequence[Sequence[int]], *, top_k: int | None = None, **changes: Any) -> list[Scored]:
-        """All tokens but the first of each text.  `changes` are of the request."""
-        speech, width = dialect_of(self.settings), max(self.top_k if top_k is None else top_k, 1)
+    @property
+    def dialect(self) -> Dialect:
+        return dialect_of(self.settings)
 
-        def job(number: int, ids: Sequence[int]) -> Job[Scored]:
-            def read(answer: bytes, request_id: str) -> Scored:
-                how: dict[str, Any] = {"model": self.card.id, "top_k": width, "request_id": request_id}
-                return speech.read_scores(answer, sequences=[ids], firsts=[1], **how)[0]
-
-            return Job(
-                name=f"text {number}",
-                path=speech.SCORE,
-                body={**speech.score_body(self.card.id, [ids], width), **changes},
-                named=speech.named,
-                read=read,
-                num_tokens=len(ids) + 1,
-                limit_bytes=score_limit(len(ids) + 1, width),
-            )
-
-        return self._ask([job(number, ids) for number, ids in enumerate(texts)])
+    def score(
+        self, texts: Sequence[Sequence[int]], *, top_k: int | None = None, temperature: float = 1.0
+    ) -> list[Scored]:
+        """All tokens but the first of each text."""
+        width = max(self.top_k if top_k is None else top_k, 1)
+        jobs = [
+            self.dialect.score_job(f"text {number}", self.card.id, [ids], [1], width, temperature)
+            for number, ids in enumerate(texts)
+        ]
+        return [scored for (scored,) in self._ask(jobs)]
 
     def write(self, requests: Sequence[Request]) -> list[tuple[Completion, Scored]]:
         """Texts, and what was said of each token when it was drawn."""
-        speech, width = dialect_of(self.settings), max(self.top_k, 1)
-
-        def job(number: int, request: Request) -> Job[tuple[Completion, Scored]]:
-            how: dict[str, Any] = {"model": self.card.id, "request": request, "top_k": width}
-            return Job(
-                name=f"text {number}",
-                path=speech.TEXT,
-                body=speech.text_body(self.card.id, request, top_k=width),
-                named=speech.named,
-                read=lambda answer, request_id: speech.read_own_text(answer, request_id=request_id, **how),
-                num_tokens=len(request.token_ids) + request.max_new_tokens,
-                limit_bytes=text_limit(request, width),
-            )
-
-        return self._ask([job(number, request) for number, request in enumerate(requests)])
+        width = max(self.top_k, 1)
+        return self._ask(
+            [
+                self.dialect.own_text_job(f"text {number}", self.card.id, request, width)
+                for number, request in enumerate(requests)
+            ]
+        )
 
     def _ask(self, jobs: list[Job[T]]) -> list[T]:
         pool = Pool(self.urls, self.settings)

@@ -10,7 +10,7 @@ import torch
 from tropd.config.models import TeacherConfig
 from tropd.errors import ConfigError
 from tropd.model.loading import free_memory, load_model
-from tropd.servers.vllm import Scored
+from tropd.servers.answers import Scored
 from tropd.teachers.audit import Known
 
 _NUM_TEXTS, _NUM_TOKENS = 4, 24

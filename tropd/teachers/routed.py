@@ -101,7 +101,7 @@ class RoutedWriter:
             texts.update(zip(chosen, self.writers[name].generate([requests[i] for i in chosen]), strict=True))
         return [texts[index] for index in range(len(requests))]
 
-    def sync(self, weights: Any, version: int) -> None:
+    def sync(self, version: int) -> None:
         """Teachers do not change."""
 
     def close(self) -> None:

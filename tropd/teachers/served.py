@@ -16,6 +16,7 @@ from tropd.distributed.ranks import ALONE, Ranks
 from tropd.errors import ConfigError, ServerGarbled, ServerRefused, TeacherRefused, VocabularyError
 from tropd.rollout.engine import Engine
 from tropd.servers.client import Client
+from tropd.servers.dialects import dialect_of
 from tropd.servers.pool import Pool
 from tropd.servers.settings import check_addresses
 from tropd.teachers.cached import Cached
@@ -151,9 +152,9 @@ def serve_writer(
             "the teacher's texts come from a chat endpoint and are tokenised again: their tokens may be cut otherwise "
             "than the teacher wrote them, and its own template is used."
         ]
-    if config.server.kind == "openai":
+    if refusal := dialect_of(config.server).no_texts:
         raise ConfigError(
-            "the method asks for the teacher's texts as token ids, which an OpenAI-compatible server does not give. "
+            f"the method asks for the teacher's texts as token ids, but {refusal} "
             'Set teacher.server.text = "chat", or serve the teacher with vLLM or SGLang.'
         )
     return ServerWriter(pool, served.model, vocab_size, name), []

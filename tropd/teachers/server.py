@@ -27,20 +27,17 @@ from tropd.errors import (
     TeacherUnavailable,
 )
 from tropd.objective.evidence import OF_TEACHER, Needs
+from tropd.servers.answers import Scored
+from tropd.servers.cards import Card
+from tropd.servers.dialects import dialect_of
 from tropd.servers.pool import Job, Pool
-from tropd.servers.vllm import Scored, score_limit
 from tropd.teachers.audit import Known
-from tropd.teachers.meeting import Canary, Card, card_of, dialect_of, meet
+from tropd.teachers.meeting import Canary, card_of, meet
 from tropd.teachers.questions import Questions, text_of
 from tropd.teachers.teacher import TopKRows
 from tropd.teachers.watch import Watch
 from tropd.types import Rollout, TeacherScores
 
-CAPABILITIES = {
-    "vllm": Needs.SAMPLED | Needs.TOPK,
-    "sglang": Needs.SAMPLED | Needs.TOPK,
-    "openai": Needs.NOTHING,  # names tokens by their texts, which no token id can be told from
-}
 _MORE = (16, 64)
 """Further likely tokens to ask for where some of the top-k are not in the shared vocabulary."""
 _UNUSED = 0.01
@@ -72,7 +69,8 @@ class ServerTeacher:
         self.settings = replace(settings, canary_nats=settings.nats_for(dtype))
         self.num_rows = max(num_rows or vocab_size, vocab_size)
         self.num_known = max(num_known or self.num_rows, vocab_size)
-        self.capabilities = CAPABILITIES[settings.kind]
+        self.dialect = dialect_of(settings)
+        self.capabilities = self.dialect.capabilities
         self.noise = NATS_OF_HALF_PRECISION
         self.pool = Pool(urls, self.settings)
         self.canary = canary
@@ -151,27 +149,16 @@ class ServerTeacher:
         self, name: str, token_ids: Sequence[int], first: int, top_k: int, before_canary: bool = False
     ) -> Job[Scored]:
         canary, order = self.canary, -1 if before_canary else 1
-        speech = dialect_of(self.settings)
-        top_k = min(top_k, self.num_rows)
         sequences, firsts = [canary.ids, token_ids][::order], [1, first][::order]
-        num_tokens = len(canary.ids) + len(token_ids) + len(sequences)
 
-        def read(answer: bytes, request_id: str) -> Scored:
-            how: dict[str, Any] = {"model": self.card.id, "top_k": top_k, "request_id": request_id}
-            known, scored = speech.read_scores(answer, sequences=sequences, firsts=firsts, **how)[::order]
+        def check(both: list[Scored]) -> Scored:
+            known, scored = both[::order]
             canary.check(known.logprobs, self.settings.nats_for())
             self._check_unused(scored)
             return scored
 
-        return Job(
-            name=name,
-            path=speech.SCORE,
-            body=speech.score_body(self.card.id, sequences, top_k),
-            named=speech.named,
-            read=read,
-            num_tokens=num_tokens,
-            limit_bytes=score_limit(num_tokens, top_k),
-        )
+        top_k = min(top_k, self.num_rows)
+        return self.dialect.score_job(name, self.card.id, sequences, firsts, top_k).then(check)
 
     def _check_servers(self, answers: Mapping[str, int], batch: Sequence[tuple[Rollout, Scored]], width: int) -> None:
         """`answers` is how many each server had given before the batch."""
@@ -229,7 +216,8 @@ class ServerTeacher:
             if self.context is not None and len(rollout.token_ids) > self.context:
                 raise DataError(
                     f"rollout {rollout.id} has {len(rollout.token_ids)} tokens, but the server of teacher {self.name} "
-                    f"scores at most {self.context}: it holds {self.context + 1} (--max-model-len) and writes one."
+                    f"scores at most {self.context}: it holds {self.context + 1} ({self.dialect.context_flag}) and "
+                    "writes one."
                 )
             if rollout.response_ids and not rollout.prompt.token_ids:
                 raise DataError(f"rollout {rollout.id} has no prompt, so nothing predicts its first token.")

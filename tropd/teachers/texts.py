@@ -8,7 +8,6 @@ import sqlite3
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from tropd.base.fast_paths import TAKEN, FastPath
 from tropd.errors import TeacherError
@@ -47,7 +46,7 @@ class CachedTexts:
             self._write({key: known[key] for key in missing})
         return [known[key] for key in keys]
 
-    def sync(self, weights: Any, version: int) -> None:
+    def sync(self, version: int) -> None:
         """A teacher does not change."""
 
     def close(self) -> None:

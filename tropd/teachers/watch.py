@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from tropd.errors import ServerGarbled, ServerUnavailable
-from tropd.servers.vllm import Scored
+from tropd.servers.answers import Scored
 from tropd.teachers.audit import Known, audit, examine, refuse
 from tropd.teachers.gaps import gap_of, part
 from tropd.teachers.questions import Questions

@@ -7,15 +7,12 @@ which is tokenised again: the tokens may be cut otherwise than the teacher wrote
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from typing_extensions import TypedDict
-
-from tropd.errors import ServerGarbled, TeacherError, TeacherRefused
+from tropd.errors import TeacherError, TeacherRefused
+from tropd.servers.dialect import Reply
+from tropd.servers.dialects import dialect_of
 from tropd.servers.pool import Job, Pool
-from tropd.servers.vllm import text_limit
-from tropd.teachers.meeting import dialect_of
 from tropd.teachers.server import said_by
 from tropd.types import Completion, Finish, Message, Request
 
@@ -42,42 +39,14 @@ class ServerWriter:
                 )
         return texts
 
-    def sync(self, weights: Any, version: int) -> None:
+    def sync(self, version: int) -> None:
         """A teacher does not change."""
 
     def close(self) -> None:
         self.pool.close()
 
     def _job(self, number: int, request: Request) -> Job[Completion]:
-        speech = dialect_of(self.pool.settings)
-        return Job(
-            name=f"text {number}",
-            path=speech.TEXT,
-            body=speech.text_body(self.model, request),
-            named=speech.named,
-            read=lambda answer, request_id: speech.read_text(
-                answer, model=self.model, request=request, request_id=request_id
-            ),
-            num_tokens=len(request.token_ids) + request.max_new_tokens,
-            limit_bytes=text_limit(request),
-        )
-
-
-class _Message(TypedDict):
-    content: Annotated[str, Field(min_length=1)]
-
-
-class _Choice(TypedDict):
-    message: _Message
-    finish_reason: str
-
-
-class _Answer(TypedDict):
-    __pydantic_config__ = ConfigDict(strict=True, extra="ignore")  # type: ignore[misc]
-    choices: Annotated[list[_Choice], Field(min_length=1, max_length=1)]
-
-
-_ANSWER = TypeAdapter(_Answer)
+        return dialect_of(self.pool.settings).text_job(f"text {number}", self.model, request)
 
 
 class ChatWriter(ServerWriter):
@@ -105,32 +74,12 @@ class ChatWriter(ServerWriter):
     def _job(self, number: int, request: Request) -> Job[Completion]:
         known = self.messages[request.token_ids]
         said = known or (Message(role="user", content=str(self.tokenizer.decode(list(request.token_ids)))),)
-        return Job(
-            name=f"text {number}",
-            path="/v1/chat/completions",
-            body={
-                "model": self.model,
-                "messages": [{"role": message.role, "content": message.content} for message in said],
-                "max_tokens": request.max_new_tokens,
-                "temperature": request.sampling.temperature,
-                "top_p": request.sampling.top_p,
-                "seed": request.seed & (2**31 - 1),
-            },
-            read=lambda answer, _: self._read(answer, request),
-            num_tokens=len(request.token_ids) + request.max_new_tokens,
-            limit_bytes=text_limit(request),
-        )
+        job = dialect_of(self.pool.settings).chat_job(f"text {number}", self.model, said, request)
+        return job.then(lambda reply: self._read(reply, request))
 
-    def _read(self, answer: bytes, request: Request) -> Completion:
-        try:
-            choice = _ANSWER.validate_json(answer)["choices"][0]
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            raise ServerGarbled(f"no chat message: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
-        if choice["finish_reason"] not in ("stop", "length"):
-            raise ServerGarbled(f"a text ended for the reason {choice['finish_reason']!r}.")
-        ids = [*self.tokenizer.encode(choice["message"]["content"], add_special_tokens=False)]
-        if choice["finish_reason"] == "stop":
+    def _read(self, reply: Reply, request: Request) -> Completion:
+        ids = [*self.tokenizer.encode(reply.content, add_special_tokens=False)]
+        if reply.ended:
             ids += request.stop_ids[:1]
         end = next((place for place, token in enumerate(ids) if token in request.stop_ids), len(ids))
         whole = end < min(len(ids), request.max_new_tokens)

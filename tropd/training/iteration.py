@@ -95,7 +95,7 @@ def hand_over(parts: Parts, source: Source, record: StepRecord) -> tuple[StepRec
     with clock(seconds, "sync"):
         parts.learner.sync()
         try:
-            parts.engine.sync(None, record.step + 1)
+            parts.engine.sync(record.step + 1)
         except EngineError as error:
             failure = error
     return dataclasses.replace(record, seconds=seconds), failure

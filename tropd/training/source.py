@@ -23,8 +23,9 @@ from tropd.base.background import in_background
 from tropd.base.fast_paths import TAKEN, FastPath
 from tropd.data.stream import name_of
 from tropd.errors import CheckpointError, TeacherError
+from tropd.methods.drafts import RolloutJob, drafts_of
 from tropd.objective.evidence import OF_TEACHER
-from tropd.rollout.stage import RolloutJob, begin, carry_on, names_of, roll_out
+from tropd.rollout.stage import begin, carry_on, roll_out
 from tropd.training.assembly import Parts
 from tropd.types import Author, Finish, Prompt, Rollout, TeacherScores
 
@@ -103,15 +104,15 @@ class Source:
         if held is None:
             return
         self._cursor = stream.state_dict()
-        names = names_of(stream.next(wanted.num_prompts), wanted.num_rollouts)
-        if [(id, name_of(prompt)) for id, prompt, _ in names] != [(one["id"], one["prompt"]) for one in held]:
+        drafts = drafts_of(stream.next(wanted.num_prompts), wanted.num_rollouts)
+        if [(draft.id, name_of(draft.prompt)) for draft in drafts] != [(one["id"], one["prompt"]) for one in held]:
             raise CheckpointError(
                 "the rollouts that were written ahead do not belong to the prompts that come next. Resume from another "
                 "checkpoint with --step."
             )
         self._next = Future()
         self._next.set_result(
-            Written(rollouts=[_unpack(one, prompt) for one, (_, prompt, _) in zip(held, names, strict=True)])
+            Written(rollouts=[_unpack(one, draft.prompt) for one, draft in zip(held, drafts, strict=True)])
         )
 
     def _from_afar(self, job: RolloutJob) -> Written:

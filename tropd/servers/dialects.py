@@ -1,0 +1,16 @@
+"""Which dialect a run file's `kind` means."""
+
+from __future__ import annotations
+
+from tropd.config.models import ServerConfig
+from tropd.servers.dialect import Dialect
+from tropd.servers.openai import OpenAI
+from tropd.servers.sglang import SGLang
+from tropd.servers.vllm import Vllm
+
+DIALECTS: dict[str, Dialect] = {dialect.kind: dialect for dialect in (Vllm(), SGLang(), OpenAI())}
+
+
+def dialect_of(settings: ServerConfig) -> Dialect:
+    """How the servers of these settings are spoken to."""
+    return DIALECTS[settings.kind]
