@@ -16,7 +16,6 @@ from tropd.fast_paths import TAKEN, FastPath
 _HEIGHT = 64
 _SLACK = 32
 """Columns beyond `top_k`, so that few rows have an equal logit in a column that was not looked at."""
-_ROWS_IN_CACHE = 8
 
 
 def likeliest(
@@ -53,11 +52,13 @@ def column_maxima(logits_CV: Tensor) -> Tensor:
     columns_CDW = logits_CV[:, : _HEIGHT * width].unflatten(1, (_HEIGHT, width))
     if logits_CV.device.type != "cpu" or logits_CV.dtype in (torch.float32, torch.float64):
         return columns_CDW.amax(1)
-    scratch = torch.empty(min(_ROWS_IN_CACHE, len(logits_CV)), _HEIGHT, width)  # a CPU compares halves slowly
-    maxima_CW = logits_CV.new_empty(len(logits_CV), width)
-    for some, maxima in zip(columns_CDW.split(_ROWS_IN_CACHE), maxima_CW.split(_ROWS_IN_CACHE), strict=True):
-        maxima.copy_(scratch[: len(some)].copy_(some).amax(1))
-    return maxima_CW
+    # A CPU compares halves slowly.  Read as integers they have the same order from 0 on, and the reverse order below.
+    bits_CDW = columns_CDW.view(torch.int16)
+    maxima_CW = bits_CDW.amax(1)
+    below_CW = maxima_CW < 0
+    if bool(below_CW.any()):
+        maxima_CW = torch.where(below_CW, bits_CDW.amin(1), maxima_CW)
+    return maxima_CW.view(logits_CV.dtype)
 
 
 def _pool(
@@ -80,5 +81,7 @@ def _pool(
     down = torch.arange(_HEIGHT, device=device) * width
     rest = torch.arange(_HEIGHT * width, size, device=device).expand(len(maxima_NW), -1)
     ids_NP = torch.cat([(columns_NC[:, :number, None] + down).flatten(1), rest], dim=1)
-    logits_NP = logits_CV.gather(1, ids_NP) if rows_N is None else logits_CV[rows_N[:, None], ids_NP]
+    if rows_N is None:
+        return ids_NP, logits_CV.gather(1, ids_NP), highest_NC[:, number]
+    logits_NP = logits_CV.flatten().index_select(0, (ids_NP + size * rows_N[:, None]).flatten()).view_as(ids_NP)
     return ids_NP, logits_NP, highest_NC[:, number]
