@@ -77,23 +77,22 @@ class Fused(torch.autograd.Function):
             hidden_CH = hidden_NH[rows]
             z_CV = logits_of(hidden_CH, weight_VH, bias_V, work.scale, buffer_CV)
             losses.append(_tile(rows, hidden_CH, z_CV, weight_VH, bias_V, work, sums))
-        ctx.sums, ctx.dtypes = sums, (hidden_NH.dtype, weight_VH.dtype)
+        ctx.save_for_backward(sums.hidden_NH, sums.weight_VH, sums.bias_V)
+        ctx.dtypes = hidden_NH.dtype, weight_VH.dtype
         return torch.stack(losses).sum()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
-        """Hands the sums over, so that a gradient of their precision is not copied: it runs once."""
         (scale,) = upstream
-        sums, ctx.sums = ctx.sums, None
-        assert sums is not None, "the gradient of a fused head was asked for twice"
 
         def finish(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
             if gradient is None:
                 return None
             return (gradient if float(scale) == 1.0 else gradient * scale).to(dtype)
 
-        hidden, weight = ctx.dtypes
-        return finish(sums.hidden_NH, hidden), finish(sums.weight_VH, weight), finish(sums.bias_V, weight), None
+        hidden_NH, weight_VH, bias_V = ctx.saved_tensors
+        hidden_dtype, weight_dtype = ctx.dtypes
+        return finish(hidden_NH, hidden_dtype), finish(weight_VH, weight_dtype), finish(bias_V, weight_dtype), None
 
 
 class Gradients:

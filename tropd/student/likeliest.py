@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tropd.fast_paths import TAKEN, FastPath
+from tropd.student.parts import rows_at_once
 
 _HEIGHT = 64
 _SLACK = 32
@@ -61,6 +62,13 @@ def column_maxima(logits_CV: Tensor) -> Tensor:
     return maxima_CW.view(logits_CV.dtype)
 
 
+def _column_maxima_of(logits_CV: Tensor, rows_N: Tensor | None) -> Tensor:
+    """Of some rows, without a copy of all of them."""
+    if rows_N is None:
+        return column_maxima(logits_CV)
+    return torch.cat([column_maxima(logits_CV[some]) for some in rows_N.split(rows_at_once(logits_CV))])
+
+
 def _pool(
     logits_CV: Tensor, number: int, maxima_CW: Tensor | None, rows_N: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,7 +84,7 @@ def _pool(
         every = torch.arange(size, device=device).expand(len(logits_NV), -1)
         return every, logits_NV, torch.full_like(logits_NV[:, 0], -torch.inf)
     TAKEN.add(FastPath.COLUMNS)
-    maxima_NW = column_maxima(chosen(logits_CV)) if maxima_CW is None else chosen(maxima_CW)
+    maxima_NW = chosen(maxima_CW) if maxima_CW is not None else _column_maxima_of(logits_CV, rows_N)
     highest_NC, columns_NC = maxima_NW.topk(number + 1, dim=-1)
     down = torch.arange(_HEIGHT, device=device) * width
     rest = torch.arange(_HEIGHT * width, size, device=device).expand(len(maxima_NW), -1)

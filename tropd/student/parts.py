@@ -19,9 +19,7 @@ _IN_CACHE = 2**18
 def wide_rows(z_CV: Tensor, *, keep: bool) -> Iterator[tuple[slice, Tensor]]:
     """Some rows at a time, in float32 at least, to be written over: z takes what is written, unless it is to `keep`."""
     wide = torch.promote_types(z_CV.dtype, torch.float32)
-    step = len(z_CV) or 1
-    if z_CV.device.type == "cpu":
-        step = max(_ROWS_IN_CACHE, _IN_CACHE // max(z_CV.shape[1], 1))
+    step = rows_at_once(z_CV)
     if step < len(z_CV):
         TAKEN.add(FastPath.SOFTMAX_IN_PARTS)
     copies = keep or z_CV.dtype != wide
@@ -33,3 +31,9 @@ def wide_rows(z_CV: Tensor, *, keep: bool) -> Iterator[tuple[slice, Tensor]]:
         yield part, x_rV
         if copies and not keep:
             z_rV.copy_(x_rV)
+
+
+def rows_at_once(z_CV: Tensor) -> int:
+    if z_CV.device.type != "cpu":
+        return len(z_CV) or 1
+    return max(_ROWS_IN_CACHE, _IN_CACHE // max(z_CV.shape[1], 1))
