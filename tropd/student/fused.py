@@ -168,13 +168,14 @@ def soften_rows_(z_CV: Tensor, highest_C: Tensor | None = None) -> Tensor:
 
 
 def _soften_(p_rV: Tensor, highest_r: Tensor | None) -> Tensor:
-    if highest_r is None:
-        most_r = p_rV.amax(-1)
-        torch.softmax(p_rV, -1, out=p_rV)
-        return most_r - p_rV.amax(-1).log()
-    most_r1 = p_rV.gather(1, highest_r[:, None])
+    """In place; a row of -inf has the sum 0, so log sum -inf, and no softmax."""
+
+    def highest() -> Tensor:
+        return p_rV.amax(-1) if highest_r is None else p_rV.gather(1, highest_r[:, None])[:, 0]
+
+    most_r = highest()
     torch.softmax(p_rV, -1, out=p_rV)
-    return (most_r1 - p_rV.gather(1, highest_r[:, None]).log())[:, 0]
+    return torch.where(most_r == -torch.inf, most_r, most_r - highest().log())
 
 
 def log_sum_exp(z_CV: Tensor, entropy: bool = False, highest_C: Tensor | None = None) -> tuple[Tensor, Tensor]:

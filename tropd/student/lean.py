@@ -134,7 +134,8 @@ class _Visit:
             extra["topk_ids"], extra["topk"] = peaks.best(*best, top_k)
         if entropy:
             share_CJ = (log_sums_CJ - rounded_C[:, None]).exp()
-            entropy_C = rounded_C + (share_CJ * (torch.stack(entropies, 1) - log_sums_CJ)).sum(1)
+            rest_CJ = torch.stack(entropies, 1) - log_sums_CJ
+            entropy_C = rounded_C + torch.where(share_CJ > 0, share_CJ * rest_CJ, 0.0).sum(1)
             extra["entropy"] = peaks.entropy(entropy_C, rounded_C, log_sum_C)
         return peaks.patch(ids_CM, wanted_CM), log_sum_C, peaks, extra
 
