@@ -233,7 +233,7 @@ def test_an_id_that_no_tile_holds_is_refused(wrong):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_tile_of_the_vocabulary_that_is_ruled_out_changes_nothing(dtype):
-    head, hidden, tokens = setting(9, 20, bias=True, dtype=dtype)
+    head, hidden, _ = setting(9, 20, bias=True, dtype=dtype)
     with torch.no_grad():
         head.module.bias[5:15] = -torch.inf
     ids_NM = torch.arange(18).view(9, 2) % 5
