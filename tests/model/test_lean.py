@@ -229,3 +229,20 @@ def test_an_id_that_no_tile_holds_is_refused(wrong):
         lean_loss(head, hidden, ids_NM, squares, 4, 5)
     with pytest.raises(VocabularyError, match=f"{wrong}.*has the tokens 0 to 10"):
         lean_rows(head, hidden, ids_NM, 4, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_tile_of_the_vocabulary_that_is_ruled_out_changes_nothing(dtype):
+    head, hidden, _ = setting(9, 20, bias=True, dtype=dtype)
+    with torch.no_grad():
+        head.module.bias[5:15] = -torch.inf
+    ids_NM = torch.arange(18).view(9, 2) % 5
+    whole, lean = (fused_loss(head, hidden, ids_NM, squares, 4, tile_vocab) for tile_vocab in (None, 5))
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(lean, whole, rtol=tolerance, atol=0)
+    for x, y in zip(gradients(lean, head, hidden), gradients(whole, head, hidden), strict=True):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+    rows = [read_rows(head, hidden.detach(), ids_NM, 4, top_k=5, entropy=True, tile_vocab=v) for v in (None, 5)]
+    assert torch.equal(rows[0]["topk_ids"], rows[1]["topk_ids"])
+    for name in ("at", "log_z", "topk", "entropy"):
+        torch.testing.assert_close(rows[1][name], rows[0][name], rtol=tolerance, atol=tolerance)

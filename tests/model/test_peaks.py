@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tests.model.test_fused import gradients
 from tropd.model.dense import dense_loss
 from tropd.model.head import Head
-from tropd.model.likeliest import largest, likeliest
+from tropd.model.likeliest import column_maxima, largest, likeliest
 from tropd.model.one_pass import fused_loss, read_rows
 from tropd.model.peaks import NUM_PEAKS
 
@@ -156,3 +156,12 @@ def test_the_largest_and_the_likeliest_are_those_of_a_full_sort() -> None:
             number = min(NUM_PEAKS, size)
             found_NE = logits_NV.gather(1, largest(logits_NV, number)).sort(dim=-1, descending=True).values
             assert torch.equal(found_NE, ordered.values[:, :number])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shift", [-50.0, -3.0, 0.0, 3.0])
+def test_column_maxima_of_halves_are_those_of_wider_logits(dtype: torch.dtype, shift: float) -> None:
+    logits_NV = (torch.randn(4, 64 * 50 + 7, generator=torch.Generator().manual_seed(0)) * 2 + shift).to(dtype)
+    logits_NV[1, ::3], logits_NV[2] = -torch.inf, -torch.inf
+    logits_NV[3, ::2], logits_NV[3, 1::2] = 0.0, -0.0
+    assert torch.equal(column_maxima(logits_NV).float(), column_maxima(logits_NV.float()))

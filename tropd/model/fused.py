@@ -27,16 +27,12 @@ from torch import Tensor
 
 from tropd.base.fast_paths import TAKEN, FastPath
 from tropd.model.head import Head, tiles
+from tropd.model.parts import GATHERED, wide_rows
 from tropd.model.peaks import Peaks, find_peaks, products_at
 from tropd.model.products import add_product_
 
 Judge = Callable[[slice, Tensor], Tensor]
 """(rows, log-probabilities [C, M] with gradient) -> loss of these rows."""
-
-_ROWS_IN_CACHE = 8
-_IN_CACHE = 2**18
-"""Logits that are worked on at once on a CPU, if that is more than 8 rows: 1 MiB of float32."""
-_GATHERED = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +96,12 @@ class Fused(torch.autograd.Function):
 
 
 class Gradients:
-    """Accumulators: float32 at least, whatever the model's dtype."""
+    """Accumulators: float32 at least, whatever the model's dtype.  The first tile fills what is empty."""
 
     def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, wants: Sequence[bool]) -> None:
         dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
         self.hidden_NH = torch.empty_like(hidden_NH, dtype=dtype)
-        self.weight_VH = torch.zeros_like(weight_VH, dtype=dtype) if wants[1] else None
+        self.weight_VH = torch.empty_like(weight_VH, dtype=dtype) if wants[1] else None
         self.bias_V = torch.zeros_like(bias_V, dtype=dtype) if wants[2] and bias_V is not None else None
 
 
@@ -135,7 +131,8 @@ def _tile(
     tile_C = dense_C * (rounded_log_sum_C - log_sum_C).exp()
     sums.hidden_NH[rows] = torch.mm(z_CV, weight_VH).to(hidden_wide.dtype).mul_(tile_C[:, None])
     if sums.weight_VH is not None:
-        add_product_(sums.weight_VH, z_CV.t(), (hidden_wide * tile_C[:, None]).to(z_CV.dtype))
+        pulled_CH = (hidden_wide * tile_C[:, None]).to(z_CV.dtype)
+        add_product_(sums.weight_VH, z_CV.t(), pulled_CH, first=rows.start == 0)
     if sums.bias_V is not None:
         sums.bias_V.add_(torch.mv(z_CV.t(), tile_C.to(z_CV.dtype)))
     add_sparse(rows, hidden_wide, weight_VH, ids_CM, c_CM, sums)
@@ -159,40 +156,26 @@ def kernels_for(z_CV: Tensor) -> ModuleType | None:
 def soften_rows_(z_CV: Tensor, highest_C: Tensor | None = None) -> Tensor:
     """In place z <- softmax(z); gives log sum exp z of each row, in float32 at least.
 
-    On a CPU a few rows at a time, so that they stay in cache.  The sum is read off the largest probability, which is at
-    least 1/V: log sum exp z = max z - log max p.  `highest_C` are the ids of the largest logits, where they are known.
+    The sum is read off the largest probability, which is at least 1/V: log sum exp z = max z - log max p.  `highest_C`
+    are the ids of the largest logits, where they are known.
     """
     if kernels := kernels_for(z_CV):
         return kernels.softmax_rows_(z_CV)
-    wide = torch.promote_types(z_CV.dtype, torch.float32)
-    step = _rows_at_once(z_CV)
-    if step < len(z_CV):
-        TAKEN.add(FastPath.SOFTMAX_IN_PARTS)
-    log_sum_C = z_CV.new_empty(len(z_CV), dtype=wide)
-    scratch = z_CV.new_empty(min(step, len(z_CV)), z_CV.shape[1], dtype=wide) if z_CV.dtype != wide else None
-    for start in range(0, len(z_CV), step):
-        x = z_CV[start : start + step]
-        p = x if scratch is None else scratch[: len(x)].copy_(x)
-        log_sum_C[start : start + step] = _soften_(p, None if highest_C is None else highest_C[start : start + step])
-        if p is not x:
-            x.copy_(p)
+    log_sum_C = z_CV.new_empty(len(z_CV), dtype=torch.promote_types(z_CV.dtype, torch.float32))
+    for part, p_rV in wide_rows(z_CV, keep=False):
+        log_sum_C[part] = _soften_(p_rV, None if highest_C is None else highest_C[part])
     return log_sum_C
 
 
 def _soften_(p_rV: Tensor, highest_r: Tensor | None) -> Tensor:
-    if highest_r is None:
-        most_r = p_rV.amax(-1)
-        torch.softmax(p_rV, -1, out=p_rV)
-        return most_r - p_rV.amax(-1).log()
-    most_r1 = p_rV.gather(1, highest_r[:, None])
+    """In place; a row of -inf has the sum 0, so log sum -inf, and no softmax."""
+
+    def highest() -> Tensor:
+        return p_rV.amax(-1) if highest_r is None else p_rV.gather(1, highest_r[:, None])[:, 0]
+
+    most_r = highest()
     torch.softmax(p_rV, -1, out=p_rV)
-    return (most_r1 - p_rV.gather(1, highest_r[:, None]).log())[:, 0]
-
-
-def _rows_at_once(z_CV: Tensor) -> int:
-    if z_CV.device.type != "cpu":
-        return len(z_CV) or 1
-    return max(_ROWS_IN_CACHE, _IN_CACHE // max(z_CV.shape[1], 1))
+    return torch.where(most_r == -torch.inf, most_r, most_r - highest().log())
 
 
 def log_sum_exp(z_CV: Tensor, entropy: bool = False, highest_C: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -200,16 +183,12 @@ def log_sum_exp(z_CV: Tensor, entropy: bool = False, highest_C: Tensor | None = 
     if kernels := kernels_for(z_CV):
         return kernels.log_sum_rows(z_CV, entropy)
     wide = torch.promote_types(z_CV.dtype, torch.float32)
-    step = _rows_at_once(z_CV)
     log_sum_C = z_CV.new_empty(len(z_CV), dtype=wide)
     entropy_C = z_CV.new_empty(len(z_CV) if entropy else 0, dtype=wide)
-    scratch = z_CV.new_empty(min(step, len(z_CV)), z_CV.shape[1], dtype=wide)
-    for start in range(0, len(z_CV), step):
-        part = slice(start, start + step)
-        p = scratch[: len(z_CV[part])].copy_(z_CV[part])
-        log_sum_C[part] = _soften_(p, None if highest_C is None else highest_C[part])
+    for part, p_rV in wide_rows(z_CV, keep=True):
+        log_sum_C[part] = _soften_(p_rV, None if highest_C is None else highest_C[part])
         if entropy:  # H = log Z - sum p z
-            entropy_C[part] = log_sum_C[part] - torch.where(p > 0, p * z_CV[part], 0.0).sum(-1)
+            entropy_C[part] = log_sum_C[part] - torch.where(p_rV > 0, p_rV * z_CV[part], 0.0).sum(-1)
     return log_sum_C, entropy_C
 
 
@@ -226,7 +205,7 @@ def add_sparse(
     if ids_CM.shape[1] == 1:
         return
     busy = (c_CM[:, 1:] != 0).any(1).nonzero().flatten()
-    if len(busy) > _GATHERED:
+    if len(busy) > GATHERED:
         TAKEN.add(FastPath.SUPPORTS_IN_PARTS)
     _spread(busy, gradient_CH, hidden_CH, weight_VH, ids_CM[:, 1:], c_CM[:, 1:], sums)
 
@@ -254,7 +233,7 @@ def _spread(
     sums: Gradients,
 ) -> None:
     """sum_m c_m W[id_m] into d h and c_m h into d W, for some rows."""
-    for some in rows.split(_GATHERED):  # bounds the [rows, M, H] gather
+    for some in rows.split(GATHERED):
         ids, c = ids_CM[some], c_CM[some]
         gradient_CH[some] += torch.bmm(c[:, None], weight_VH[ids].to(c.dtype)).squeeze(1)
         if sums.weight_VH is not None:

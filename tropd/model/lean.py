@@ -34,10 +34,9 @@ from tropd.model.fused import (
 )
 from tropd.model.head import Head, tiles
 from tropd.model.likeliest import largest, likeliest
+from tropd.model.parts import wide_rows
 from tropd.model.peaks import NUM_PEAKS, Peaks, has_peaks, make_peaks, products_at
 from tropd.model.products import add_product_
-
-_ROWS_IN_CACHE = 8
 
 
 def lean_loss(head: Head, hidden_NH: Tensor, ids_NM: Tensor, judge: Judge, tile_tokens: int, tile_vocab: int) -> Tensor:
@@ -135,7 +134,8 @@ class _Visit:
             extra["topk_ids"], extra["topk"] = peaks.best(*best, top_k)
         if entropy:
             share_CJ = (log_sums_CJ - rounded_C[:, None]).exp()
-            entropy_C = rounded_C + (share_CJ * (torch.stack(entropies, 1) - log_sums_CJ)).sum(1)
+            rest_CJ = torch.stack(entropies, 1) - log_sums_CJ
+            entropy_C = rounded_C + torch.where(share_CJ > 0, share_CJ * rest_CJ, 0.0).sum(1)
             extra["entropy"] = peaks.entropy(entropy_C, rounded_C, log_sum_C)
         return peaks.patch(ids_CM, wanted_CM), log_sum_C, peaks, extra
 
@@ -163,7 +163,7 @@ class _Visit:
             without_(p_Cv, peaks.ids_CE - part.start)
             add_product_(gradient_CH, p_Cv, self.weight_VH[part])
             if sums.weight_VH is not None:
-                add_product_(sums.weight_VH[part], p_Cv.t(), pulled_CH)
+                add_product_(sums.weight_VH[part], p_Cv.t(), pulled_CH, first=rows.start == 0)
             if sums.bias_V is not None:
                 sums.bias_V[part] += torch.mv(p_Cv.t(), dense_C.to(narrow))
         gradient_CH.mul_(dense_C[:, None])
@@ -202,15 +202,11 @@ def _tile(rows: slice, visit: _Visit, work: TileWork, sums: Gradients) -> Tensor
 
 
 def exponentials_(z_CV: Tensor, log_sum_C: Tensor) -> None:
-    """In place z <- exp(z - L), in float32 at least; on a CPU a few rows at a time, so that they stay in cache."""
+    """In place z <- exp(z - L), in float32 at least."""
     if kernels := kernels_for(z_CV):
         return kernels.exponentials_(z_CV, log_sum_C)
-    step = _ROWS_IN_CACHE if z_CV.device.type == "cpu" else len(z_CV) or 1
-    for z_rV, log_sum_r in zip(z_CV.split(step), log_sum_C.split(step), strict=True):
-        if z_CV.dtype == log_sum_C.dtype:
-            z_rV.sub_(log_sum_r[:, None]).exp_()
-        else:
-            z_rV.copy_((z_rV - log_sum_r[:, None]).exp_())
+    for part, x_rV in wide_rows(z_CV, keep=False):
+        x_rV.sub_(log_sum_C[part, None]).exp_()
 
 
 def without_(p_Cv: Tensor, ids_CE: Tensor) -> None:

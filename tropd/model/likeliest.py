@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from tropd.base.fast_paths import TAKEN, FastPath
+from tropd.model.parts import rows_at_once
 
 _HEIGHT = 64
 _SLACK = 32
 """Columns beyond `top_k`, so that few rows have an equal logit in a column that was not looked at."""
-_ROWS_IN_CACHE = 8
 
 
 def likeliest(
@@ -53,11 +53,20 @@ def column_maxima(logits_CV: Tensor) -> Tensor:
     columns_CDW = logits_CV[:, : _HEIGHT * width].unflatten(1, (_HEIGHT, width))
     if logits_CV.device.type != "cpu" or logits_CV.dtype in (torch.float32, torch.float64):
         return columns_CDW.amax(1)
-    scratch = torch.empty(min(_ROWS_IN_CACHE, len(logits_CV)), _HEIGHT, width)  # a CPU compares halves slowly
-    maxima_CW = logits_CV.new_empty(len(logits_CV), width)
-    for some, maxima in zip(columns_CDW.split(_ROWS_IN_CACHE), maxima_CW.split(_ROWS_IN_CACHE), strict=True):
-        maxima.copy_(scratch[: len(some)].copy_(some).amax(1))
-    return maxima_CW
+    # A CPU compares halves slowly.  Read as integers they have the same order from 0 on, and the reverse order below.
+    bits_CDW = columns_CDW.view(torch.int16)
+    maxima_CW = bits_CDW.amax(1)
+    below_CW = maxima_CW < 0
+    if bool(below_CW.any()):
+        maxima_CW = torch.where(below_CW, bits_CDW.amin(1), maxima_CW)
+    return maxima_CW.view(logits_CV.dtype)
+
+
+def _column_maxima_of(logits_CV: Tensor, rows_N: Tensor | None) -> Tensor:
+    """Of some rows, without a copy of all of them."""
+    if rows_N is None:
+        return column_maxima(logits_CV)
+    return torch.cat([column_maxima(logits_CV[some]) for some in rows_N.split(rows_at_once(logits_CV))])
 
 
 def _pool(
@@ -75,10 +84,12 @@ def _pool(
         every = torch.arange(size, device=device).expand(len(logits_NV), -1)
         return every, logits_NV, torch.full_like(logits_NV[:, 0], -torch.inf)
     TAKEN.add(FastPath.COLUMNS)
-    maxima_NW = column_maxima(chosen(logits_CV)) if maxima_CW is None else chosen(maxima_CW)
+    maxima_NW = chosen(maxima_CW) if maxima_CW is not None else _column_maxima_of(logits_CV, rows_N)
     highest_NC, columns_NC = maxima_NW.topk(number + 1, dim=-1)
     down = torch.arange(_HEIGHT, device=device) * width
     rest = torch.arange(_HEIGHT * width, size, device=device).expand(len(maxima_NW), -1)
     ids_NP = torch.cat([(columns_NC[:, :number, None] + down).flatten(1), rest], dim=1)
-    logits_NP = logits_CV.gather(1, ids_NP) if rows_N is None else logits_CV[rows_N[:, None], ids_NP]
+    if rows_N is None:
+        return ids_NP, logits_CV.gather(1, ids_NP), highest_NC[:, number]
+    logits_NP = logits_CV.flatten().index_select(0, (ids_NP + size * rows_N[:, None]).flatten()).view_as(ids_NP)
     return ids_NP, logits_NP, highest_NC[:, number]

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from tropd.base.fast_paths import TAKEN, FastPath
 from tropd.model.likeliest import largest
+from tropd.model.parts import GATHERED
 
 NUM_PEAKS = 8
 """Where 2 to 5 tokens share the mass, 1 leaves errors of 1e-2, 8 of 1e-4 or less."""
-_GATHERED = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +122,7 @@ def products_at(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, sca
     wide = torch.promote_types(hidden_CH.dtype, torch.float32)
     found = [
         (weight_VH[ids].to(wide) * hidden.to(wide)[:, None]).sum(2)
-        for ids, hidden in zip(ids_CE.split(_GATHERED), hidden_CH.split(_GATHERED), strict=True)
+        for ids, hidden in zip(ids_CE.split(GATHERED), hidden_CH.split(GATHERED), strict=True)
     ]
     products_CE = torch.cat(found) if found else hidden_CH.new_empty(ids_CE.shape, dtype=wide)
     return scale * (products_CE if bias_V is None else products_CE + bias_V[ids_CE].to(wide))

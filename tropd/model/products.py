@@ -7,23 +7,26 @@ from functools import cache
 import torch
 from torch import Tensor
 
-_ROWS = 4096
-"""Rows whose product is rounded at a time: it stays in cache until it is added."""
+_ROUNDED = 2**20
+"""Elements of a product that are rounded at a time: they stay in cache until they are added."""
 
 
-def add_product_(sum_AB: Tensor, a_AC: Tensor, b_CB: Tensor) -> None:
-    """sum <- sum + a b, where the sum may be wider than the factors.
+def add_product_(sum_AB: Tensor, a_AC: Tensor, b_CB: Tensor, *, first: bool = False) -> None:
+    """sum <- sum + a b, where the sum may be wider than the factors; the `first` product fills an empty sum.
 
     On CUDA one product with a float32 result; elsewhere it is rounded to the factors' precision, some rows at a time.
     """
     if sum_AB.dtype == a_AC.dtype:
-        sum_AB.addmm_(a_AC, b_CB)
+        sum_AB.addmm_(a_AC, b_CB, beta=0 if first else 1)
     elif a_AC.is_cuda and sums_wide(a_AC.device, a_AC.dtype):
-        torch.addmm(sum_AB, a_AC, b_CB, out_dtype=torch.float32, out=sum_AB)
+        torch.addmm(sum_AB.zero_() if first else sum_AB, a_AC, b_CB, out_dtype=torch.float32, out=sum_AB)
     else:
-        rounded_aB = b_CB.new_empty(min(_ROWS, len(a_AC)), b_CB.shape[1])
-        for sum_aB, a_aC in zip(sum_AB.split(_ROWS), a_AC.split(_ROWS), strict=True):
-            sum_aB.add_(torch.mm(a_aC, b_CB, out=rounded_aB[: len(a_aC)]))
+        step = max(1, _ROUNDED // max(b_CB.shape[1], 1))
+        rounded_aB = b_CB.new_empty(min(step, len(a_AC)), b_CB.shape[1])
+        wide_aB = torch.empty_like(rounded_aB, dtype=sum_AB.dtype)
+        for sum_aB, a_aC in zip(sum_AB.split(step), a_AC.split(step), strict=True):
+            product_aB = torch.mm(a_aC, b_CB, out=rounded_aB[: len(a_aC)])
+            sum_aB.copy_(product_aB) if first else sum_aB.add_(wide_aB[: len(a_aC)].copy_(product_aB))
 
 
 @cache
