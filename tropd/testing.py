@@ -19,7 +19,7 @@ from tropd.errors import EvidenceError
 from tropd.objective.evidence import OF_TEACHER, Needs
 from tropd.objective.support import NOTHING
 from tropd.rollout.engine import Engine
-from tropd.teachers.teacher import Teacher
+from tropd.teachers.teacher import ScoreRequest, Teacher
 from tropd.types import Author, Completion, Finish, Prompt, Request, Rollout, Sampling, TeacherScores, key_of
 
 _LENGTHS = ((3, 6), (1, 9), (5, 0), (2, 1), (4, 12))
@@ -34,20 +34,20 @@ def check_teacher(teacher: Teacher, *, vocab_size: int, top_k: int = 5, toleranc
     """Scores are the teacher's own, in order, about the tokens that were written, whatever else is asked with them."""
     rollouts, offers = some_rollouts(vocab_size), teacher.capabilities
     _promise(Needs.SAMPLED in offers, "a teacher scores the written tokens (Needs.SAMPLED)")
-    _promise(teacher.score([], Needs.SAMPLED) == [], "no rollouts have no scores")
+    _promise(teacher.score(ScoreRequest([])) == [], "no rollouts have no scores")
     needs = Needs.SAMPLED | (Needs.TOPK & offers)
-    scores = teacher.score(rollouts, needs, top_k=top_k)
+    scores = teacher.score(ScoreRequest(rollouts, needs, top_k=top_k))
     _promise(len(scores) == len(rollouts), "each rollout has one score")
     for rollout, score in zip(rollouts, scores, strict=True):
         _check_rows(rollout, score, vocab_size, top_k if Needs.TOPK in offers else 0, tolerance)
-    plain = teacher.score(rollouts, Needs.SAMPLED)
+    plain = teacher.score(ScoreRequest(rollouts))
     unasked = [s.topk_ids_TK is None and s.entropy_T is None and s.full_logprobs_TV is None for s in plain]
     _promise(all(unasked), "only what was asked for is answered")
     _same(plain, scores, tolerance, "scores do not depend on what else is asked for")
-    backwards = teacher.score(rollouts[::-1], needs, top_k=top_k)[::-1]
+    backwards = teacher.score(ScoreRequest(rollouts[::-1], needs, top_k=top_k))[::-1]
     _same(backwards, scores, tolerance, "scores do not depend on the order, or on other rollouts")
     shorter = [replace(r, **_cut(r, len(r.prompt.token_ids) + len(r.response_ids) // 2)) for r in rollouts]
-    halves = teacher.score(shorter, needs, top_k=top_k)
+    halves = teacher.score(ScoreRequest(shorter, needs, top_k=top_k))
     whole = [replace(s, logprobs_T=s.logprobs_T[: len(r.response_ids)]) for r, s in zip(shorter, scores, strict=True)]
     _same(halves, whole, tolerance, "a token's score depends on what stands before it alone")
     _check_refusals(teacher, rollouts)
@@ -136,9 +136,9 @@ def _check_rows(rollout: Rollout, score: TeacherScores, vocab_size: int, top_k: 
 
 def _check_refusals(teacher: Teacher, rollouts: list[Rollout]) -> None:
     if Needs.TOPK in teacher.capabilities:
-        _refuses(lambda: teacher.score(rollouts, Needs.TOPK), "a top-k of no size is refused (EvidenceError)")
+        _refuses(teacher, ScoreRequest(rollouts, Needs.TOPK), "a top-k of no size is refused (EvidenceError)")
     for need in OF_TEACHER & ~teacher.capabilities:
-        _refuses(lambda need=need: teacher.score(rollouts, need, top_k=2), f"{need} is refused: it is not offered")
+        _refuses(teacher, ScoreRequest(rollouts, need, top_k=2), f"{need} is refused: it is not offered")
 
 
 def _check_text(request: Request, text: Completion, vocab_size: int, tolerance: float) -> None:
@@ -166,12 +166,12 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return bool(torch.isclose(a, b, rtol=0.0, atol=tolerance).all())
 
 
-def _refuses(ask: Callable[[], object], promise: str) -> None:
+def _refuses(teacher: Teacher, request: ScoreRequest, promise: str) -> None:
     try:
-        ask()
+        teacher.score(request)
     except EvidenceError:
         return
-    raise AssertionError(promise)
+    raise AssertionError(f"broken promise: {promise}.")
 
 
 def _promise(kept: bool, promise: str) -> None:

@@ -19,6 +19,7 @@ from tropd.teachers.local import LocalTeacher
 from tropd.teachers.meeting import canary_of
 from tropd.teachers.routed import Routed
 from tropd.teachers.server import ServerTeacher
+from tropd.teachers.teacher import ScoreRequest
 from tropd.testing import check_engine, check_teacher
 from tropd.types import Completion, Request, TeacherScores
 
@@ -46,15 +47,15 @@ def test_the_engine_of_transformers_keeps_its_promises() -> None:
 class Shifted(LocalTeacher):
     """Scores the token before."""
 
-    def score(self, *args: Any, **options: Any) -> list[TeacherScores]:
-        return [replace(s, logprobs_T=s.logprobs_T.roll(1)) for s in super().score(*args, **options)]
+    def score(self, request: ScoreRequest) -> list[TeacherScores]:
+        return [replace(s, logprobs_T=s.logprobs_T.roll(1)) for s in super().score(request)]
 
 
 class Sorted(LocalTeacher):
     """Answers in the order of lengths."""
 
-    def score(self, *args: Any, **options: Any) -> list[TeacherScores]:
-        return sorted(super().score(*args, **options), key=lambda s: len(s.logprobs_T))
+    def score(self, request: ScoreRequest) -> list[TeacherScores]:
+        return sorted(super().score(request), key=lambda s: len(s.logprobs_T))
 
 
 @pytest.mark.parametrize(

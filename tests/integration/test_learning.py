@@ -135,8 +135,8 @@ def test_a_teacher_that_is_asked_about_other_tokens_teaches_nothing() -> None:
     """The control: the same steps with the teacher's numbers one token late."""
 
     class LateTeacher(LocalTeacher):
-        def score(self, rollouts, needs, **options):
-            scores = super().score(rollouts, needs, **options)
+        def score(self, request):
+            scores = super().score(request)
             return [dataclasses.replace(s, logprobs_T=s.logprobs_T.roll(1)) for s in scores]
 
     before = pair(3e-3)

@@ -117,7 +117,7 @@ def check_single(
         )
 
 
-class Overheard:
+class Overheard(Engine):
     """An engine whose texts are read by the trainer."""
 
     def __init__(self, engine: Engine) -> None:

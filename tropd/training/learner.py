@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tropd.errors import EvidenceError
 from tropd.model.dense import can_tile, dense_loss
 from tropd.model.forward import Forward, similar_lengths
 from tropd.model.one_pass import can_fuse, fused_loss, wanted
 from tropd.model.optimizer import Optimizer
 from tropd.objective.evidence import Needs
 from tropd.objective.terms import World
-from tropd.teachers.routed import by_teacher
 from tropd.teachers.teacher import Teacher
 from tropd.training.micro_batch import MicroBatch, Piece, Seen
 from tropd.types import Rollout
@@ -109,19 +109,23 @@ class ModelLearner:
         return self._in_parts(rollouts, ask, [len(r.token_ids) for r in rollouts])
 
     def reverse_kl(self, rollouts: Sequence[Rollout], teacher: Teacher, as_read: Sequence[Rollout]) -> Tensor:
-        found: dict[int, Tensor] = {}
+        kl_T: dict[int, Tensor] = {}
         theirs = {rollout.id: read for rollout, read in zip(rollouts, as_read, strict=True)}
-        for chosen, one in by_teacher(teacher, rollouts):
-            other: Any = one  # REVERSE_KL is offered only by teachers in this process, which have a forward pass
+        for chosen, single in teacher.parts(rollouts):
+            if (forward := single.forward) is None:
+                raise EvidenceError(
+                    f"the reverse KL to teacher {single.name} was asked for, but the teacher has no forward pass in "
+                    "this process. Take Needs.REVERSE_KL out of its capabilities, or give it a `forward`."
+                )
 
-            def ask(part: list[Rollout], other: Any = other) -> dict[str, Tensor]:
-                return {"x": self.forward.reverse_kl(part, other.forward, [theirs[r.id] for r in part])}
+            def ask(part: list[Rollout], forward: Forward = forward) -> dict[str, Tensor]:
+                return {"x": self.forward.reverse_kl(part, forward, [theirs[r.id] for r in part])}
 
-            own = [rollouts[i] for i in chosen]
-            longest = [max(len(r.token_ids), len(theirs[r.id].token_ids)) for r in own]
-            rows_N = self._in_parts(own, ask, longest, other.more_passes)["x"]
-            found |= zip(chosen, rows_N.split([len(r.response_ids) for r in own]), strict=True)
-        return torch.cat([found[i] for i in range(len(rollouts))])
+            read_here = [rollouts[i] for i in chosen]
+            longest = [max(len(r.token_ids), len(theirs[r.id].token_ids)) for r in read_here]
+            rows_N = self._in_parts(read_here, ask, longest, single.more_passes)["x"]
+            kl_T |= zip(chosen, rows_N.split([len(r.response_ids) for r in read_here]), strict=True)
+        return torch.cat([kl_T[i] for i in range(len(rollouts))])
 
     def spare_passes(self, num_passes: int, world: World) -> int:
         if self.shards is None:
