@@ -196,7 +196,7 @@ def test_what_a_server_cannot_do_is_refused_in_words(folder: Path) -> None:
     chat_only = ServerConfig(kind="openai", deadline_seconds=1.0)
     with MiniServer(folder) as server:
         teacher = ServerTeacher([server.url], chat_only, vocab_size=VOCAB, canary=CANARY)
-        with pytest.raises(EvidenceError, match="openai server gives"):
+        with pytest.raises(EvidenceError, match="which gives Needs.NOTHING"):
             teacher.score(ScoreRequest(rollouts))
 
 
