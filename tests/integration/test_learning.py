@@ -16,6 +16,7 @@ from tropd.config.stages import OptimizerConfig
 from tropd.methods import GKD, OPD, Method, SeqKD, TrOPD
 from tropd.methods.drafts import RolloutJob
 from tropd.model.optimizer import Optimizer
+from tropd.model.tiling import Tiling
 from tropd.objective.terms import Context
 from tropd.rollout.stage import roll_out
 from tropd.rollout.transformers import TransformersEngine
@@ -30,7 +31,7 @@ PROMPTS = [
     Prompt(id=str(n), token_ids=(*symbols, ASK))
     for n, symbols in enumerate(itertools.product(range(NUM_SYMBOLS), repeat=3))
 ]
-SHAPE: dict[str, Any] = {"vocab_size": VOCAB, "tile_tokens": 512, "tokens_per_batch": 4096}
+SHAPE: dict[str, Any] = {"vocab_size": VOCAB, "tiling": Tiling(tokens_per_batch=4096)}
 
 
 def supervised(model: Any, num_steps: int, seed: int) -> Any:

@@ -14,6 +14,7 @@ from tests.tiny import VOCAB, byte_tokenizer, tiny_model
 from tropd.errors import ConfigError, EvidenceError, TeacherError, VocabularyError
 from tropd.model.forward import Forward, similar_lengths
 from tropd.model.one_pass import fused_loss
+from tropd.model.tiling import Tiling
 from tropd.objective.evidence import Needs
 from tropd.teachers.local import LocalTeacher, base_as_teacher, same_vocabulary, shared_vocab_size
 from tropd.teachers.teacher import ScoreRequest, Teacher
@@ -25,7 +26,7 @@ EVERYTHING = Needs.SAMPLED | Needs.TOPK | Needs.STUDENT_TOPK | Needs.FULL | Need
 def test_scores_are_the_models_own_in_the_order_of_the_rollouts(tokens_per_batch: int) -> None:
     model = tiny_model("llama").double()
     rollouts = rollouts_of()
-    teacher: Teacher = LocalTeacher(model, name="big", tokens_per_batch=tokens_per_batch, tile_tokens=4)
+    teacher: Teacher = LocalTeacher(model, name="big", tiling=Tiling(tokens_per_batch=tokens_per_batch, tile_tokens=4))
     generator = torch.Generator().manual_seed(0)
     at_ids = [torch.randint(VOCAB, (length, 3), generator=generator) for _, length in LENGTHS]
     scores = teacher.score(ScoreRequest(rollouts, EVERYTHING, top_k=6, student_topk_ids_TJ=at_ids))
@@ -54,9 +55,9 @@ def test_only_what_was_asked_for_is_answered() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_teacher_that_is_the_student_agrees_to_the_last_bit(dtype: torch.dtype) -> None:
     student = tiny_model("qwen3", tied=True).to(dtype)
-    teacher = LocalTeacher(copy.deepcopy(student), tile_tokens=8)
+    teacher = LocalTeacher(copy.deepcopy(student), tiling=Tiling(tile_tokens=8))
     rollouts = rollouts_of()
-    forward, ids_N = Forward(student, tile_tokens=8), tokens_of(rollouts).token_ids_N
+    forward, ids_N = Forward(student, tiling=Tiling(tile_tokens=8)), tokens_of(rollouts).token_ids_N
     learned = []
 
     def judge(rows: slice, logprobs_C1: torch.Tensor) -> torch.Tensor:
@@ -171,7 +172,7 @@ def test_reverse_kl_to_the_own_base_takes_the_adapter_off_for_the_teacher_alone(
     with torch.no_grad():
         student_NV, base_NV = plain(student, rollouts), plain(base, rollouts)
     expected_N = (student_NV.exp() * (student_NV - base_NV)).sum(-1)
-    found_N = Forward(student, tile_tokens=4).reverse_kl(rollouts, base_as_teacher(student).forward)
+    found_N = Forward(student, tiling=Tiling(tile_tokens=4)).reverse_kl(rollouts, base_as_teacher(student).forward)
     assert expected_N.min() > 1e-6
     torch.testing.assert_close(found_N, expected_N, rtol=1e-10, atol=1e-10)
 

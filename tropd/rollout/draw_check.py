@@ -62,7 +62,7 @@ def _read(forward: Forward, rollouts: list[Rollout], sampling: Sampling, found: 
     ids_N = torch.tensor([i for r in rollouts for i in r.response_ids], device=hidden_NH.device)
     own_N = torch.tensor(authors, device=hidden_NH.device) == Author.STUDENT
     hidden_NH, ids_N = hidden_NH[own_N], ids_N[own_N]
-    for tile in tiles(len(ids_N), min(forward.tile_tokens, _TILE)):
+    for tile in tiles(len(ids_N), min(forward.tiling.tile_tokens, _TILE)):
         logprobs_CV = forward.full_logprobs(hidden_NH[tile], ids_N[tile])
         found.evidence = draws.total([found.evidence, draws.evidence(logprobs_CV, ids_N[tile], sampling)])
         found.tokens += len(logprobs_CV)

@@ -23,6 +23,7 @@ from tropd.distributed.ranks import Ranks
 from tropd.errors import DataError, EngineError, TeacherError, TropdError
 from tropd.model.loading import load_model, load_tokenizer
 from tropd.model.origins import Origin, name_of, origin_of
+from tropd.model.tiling import Tiling
 from tropd.rollout.engine import Engine
 from tropd.rollout.transformers import TransformersEngine
 from tropd.teachers.local import LocalTeacher, base_as_teacher, same_vocabulary, shared_vocab_size, without_adapter
@@ -122,21 +123,27 @@ def shared_size(found: Sequence[TeacherParts], student: Any, tokenizer: PreTrain
 
 
 def engage(
-    run: Run, found: Sequence[TeacherParts], student: Any, shape: Mapping[str, Any], directory: Path, world: Ranks
+    run: Run,
+    found: Sequence[TeacherParts],
+    student: Any,
+    vocab_size: int,
+    tiling: Tiling,
+    directory: Path,
+    world: Ranks,
 ) -> Engaged:
-    """`shape` is what forward passes share: how large the vocabulary is, and their tiles."""
+    """`vocab_size` and `tiling` are what forward passes of student and teachers share."""
     teachers: dict[str, Teacher] = {}
     notes: list[str] = []
     for one in found:
         if one.config.servers:
             with _named(run, one.name):
-                one.served = meet_teacher(one.run, shape["vocab_size"], one.tokenizer, directory, world, name=one.name)
+                one.served = meet_teacher(one.run, vocab_size, one.tokenizer, directory, world, name=one.name)
             teachers[one.name] = one.served.teacher
             notes += one.says(one.served.notes)
         elif one.model is not None:
-            teachers[one.name] = LocalTeacher(one.model, name=one.name, **shape)
+            teachers[one.name] = LocalTeacher(one.model, name=one.name, vocab_size=vocab_size, tiling=tiling)
         else:
-            teachers[one.name] = base_as_teacher(student, name=one.name, **shape)
+            teachers[one.name] = base_as_teacher(student, name=one.name, vocab_size=vocab_size, tiling=tiling)
     return Engaged(teacher=Routed(teachers) if run.teachers else teachers["default"], notes=tuple(notes))
 
 

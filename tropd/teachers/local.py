@@ -16,6 +16,7 @@ from tropd.errors import ConfigError, TeacherError, TrainingDiverged, Vocabulary
 from tropd.model.forward import Forward, Measured, similar_lengths
 from tropd.model.head import causal_lm_of
 from tropd.model.one_pass import TopRows
+from tropd.model.tiling import Tiling
 from tropd.objective.evidence import OF_TEACHER, Needs
 from tropd.teachers.teacher import ScoreRequest, Teacher, TopKRows
 from tropd.types import Rollout, TeacherScores
@@ -43,23 +44,15 @@ class LocalTeacher(Teacher):
         *,
         name: str = "default",
         vocab_size: int | None = None,
-        tile_tokens: int = 512,
-        tile_vocab: int | None = None,
-        tokens_per_batch: int = 8192,
+        tiling: Tiling | None = None,
         within: Callable[[], AbstractContextManager[Any]] | None = None,
     ) -> None:
-        self.name, self.tokens_per_batch = name, tokens_per_batch
+        self.name = name
         self.owns_model = within is None
         """Whether the weights are its own, and not the student's."""
         if within is None:
             model.eval().requires_grad_(False)
-        self.forward = Forward(
-            model,
-            vocab_size=vocab_size,
-            tile_tokens=tile_tokens,
-            tile_vocab=tile_vocab,
-            within=within or nullcontext,
-        )
+        self.forward = Forward(model, vocab_size=vocab_size, tiling=tiling, within=within or nullcontext)
         self.context = self.forward.context
         self.noise = _NOISE.get(next(model.parameters()).dtype, _NOISE_OF_HALF_PRECISION)
         self.shards: ShardedTeacher | None = None
@@ -68,7 +61,8 @@ class LocalTeacher(Teacher):
         """Batches of similar length, then back to the order of the rollouts."""
         request.check(self)
         scores: dict[int, TeacherScores] = {}
-        batches = similar_lengths([len(rollout.token_ids) for rollout in request.rollouts], self.tokens_per_batch)
+        lengths = [len(rollout.token_ids) for rollout in request.rollouts]
+        batches = similar_lengths(lengths, self.forward.tiling.tokens_per_batch)
         for _ in range(self.more_passes(len(batches))):
             self.forward.measure([request.rollouts[batches[0][0]]], Needs.SAMPLED)
         for batch in batches:
@@ -103,10 +97,14 @@ class LocalTeacher(Teacher):
         return nullcontext() if self.shards is None else self.shards.gathered()
 
 
-def base_as_teacher(student: nn.Module, **options: Any) -> LocalTeacher:
+def base_as_teacher(
+    student: nn.Module, *, name: str = "default", vocab_size: int | None = None, tiling: Tiling | None = None
+) -> LocalTeacher:
     """The student without its adapter, a teacher that takes no memory.  Adapter and modes are as before afterwards."""
     _check_adapter(student)
-    return LocalTeacher(student, within=lambda: without_adapter(student), **options)
+    return LocalTeacher(
+        student, name=name, vocab_size=vocab_size, tiling=tiling, within=lambda: without_adapter(student)
+    )
 
 
 def same_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from tropd.model.forward import Forward
 from tropd.model.loading import choose_device, load_model, load_tokenizer, wrap_student
 from tropd.model.optimizer import Optimizer
 from tropd.model.origins import Origin, origin_of, prompts_origin
+from tropd.model.tiling import Tiling
 from tropd.objective.losses import SampledForwardKL, SampledReverseKL
 from tropd.rollout.engine import Engine
 from tropd.rollout.transformers import TransformersEngine
@@ -81,15 +82,10 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE) -> Parts:
     cautions = _without_dropout(loaded)
     model = wrap_student(loaded, run.student, run.seed)
     size = loading.shared_size(found, model, tokenizer)
-    shape: dict[str, Any] = dict(
-        vocab_size=size,
-        tile_tokens=run.tile_tokens,
-        tile_vocab=run.tile_vocab,
-        tokens_per_batch=run.tokens_per_micro_batch,
-    )
-    engaged = loading.engage(run, found, model, shape, directory, world)
+    tiling = Tiling(tokens_per_batch=run.tokens_per_micro_batch, tile_tokens=run.tile_tokens, tile_vocab=run.tile_vocab)
+    engaged = loading.engage(run, found, model, size, tiling, directory, world)
     engaged.teacher.prepare(tokenizer, size, device)
-    learner = _learner(run, model, shape, engaged.teacher.forward, world)
+    learner = _learner(run, model, size, tiling, engaged.teacher.forward, world)
     check_evidence(run.method.objective, engaged.teacher, run.method.name, grader is not None)
     engine = _engine(run, model, tokenizer, size, directory, world)
     with ExitStack() as opened:
@@ -140,15 +136,16 @@ def _engine(run: Run, model: Any, tokenizer: Any, size: int, directory: Path, wo
     return open_engine(run, model, tokenizer, size, directory, delivery)
 
 
-def _learner(run: Run, model: Any, shape: Mapping[str, Any], teacher: Forward | None, world: Ranks) -> ModelLearner:
-    """The student, cut to the vocabulary and read in the tiles that `shape` names."""
+def _learner(
+    run: Run, model: Any, vocab_size: int, tiling: Tiling, teacher: Forward | None, world: Ranks
+) -> ModelLearner:
     shards = _shards(run, model, world)
     total, add = run.steps * run.optimizer.num_updates, world.add_ if world.size > 1 else None
     if shards is not None:
         optimizer = Optimizer(shards.cut, run.optimizer, total)
     else:
         optimizer = Optimizer(model, run.optimizer, total, add)
-    return ModelLearner(model, optimizer, teacher=teacher, shards=shards, **shape)
+    return ModelLearner(model, optimizer, vocab_size=vocab_size, tiling=tiling, teacher=teacher, shards=shards)
 
 
 def shards_student(run: Run, world: Ranks) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from tropd.model.dense import can_tile, dense_loss
 from tropd.model.forward import Forward, similar_lengths
 from tropd.model.one_pass import can_fuse, fused_loss, wanted
 from tropd.model.optimizer import Optimizer
+from tropd.model.tiling import Tiling
 from tropd.objective.evidence import Needs
 from tropd.objective.terms import World
 from tropd.teachers.teacher import Teacher
@@ -32,9 +33,7 @@ class ModelLearner:
         optimizer: Optimizer,
         *,
         vocab_size: int,
-        tile_tokens: int,
-        tokens_per_batch: int,
-        tile_vocab: int | None = None,
+        tiling: Tiling | None = None,
         teacher: Forward | None = None,
         shards: Shards | None = None,
     ) -> None:
@@ -43,8 +42,8 @@ class ModelLearner:
         With `shards`, `model` is their whole: it is measured, and the cut is trained.
         """
         self.teacher = teacher
-        self.model, self.optimizer, self.tokens_per_batch = model, optimizer, tokens_per_batch
-        self.forward = Forward(model, vocab_size=vocab_size, tile_tokens=tile_tokens, tile_vocab=tile_vocab)
+        self.model, self.optimizer = model, optimizer
+        self.forward = Forward(model, vocab_size=vocab_size, tiling=tiling)
         self.shards = shards
         self.trained = self.forward if shards is None else shards.forward(self.forward)
         self.vocab_size: int | None = vocab_size
@@ -87,10 +86,12 @@ class ModelLearner:
             return keep(batch.loss(rows, view.with_(full_logprobs_NV=full_CV), **full))
 
         if can_fuse(forward.head) and not whole:
-            tile = forward.tile_tokens, forward.tile_vocab
-            fused_loss(forward.head, hidden_NH, ids_NM, loss_of_columns, *tile).backward()
+            tiling = forward.tiling
+            fused_loss(
+                forward.head, hidden_NH, ids_NM, loss_of_columns, tiling.tile_tokens, tiling.tile_vocab
+            ).backward()
         else:
-            dense_loss(forward.head, hidden_NH, ids_NM[:, 0], loss_of_whole, forward.tile_tokens).backward()
+            dense_loss(forward.head, hidden_NH, ids_NM[:, 0], loss_of_whole, forward.tiling.tile_tokens).backward()
         return batch.seen(pieces)
 
     def measure(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int) -> dict[str, Tensor]:
@@ -149,13 +150,13 @@ class ModelLearner:
     def _in_parts(
         self,
         rollouts: Sequence[Rollout],
-        ask: Any,
+        ask: Callable[[list[Rollout]], dict[str, Tensor]],
         num_tokens: Sequence[int],
         more_passes: Callable[[int], int] = lambda number: 0,
     ) -> dict[str, Tensor]:
         """Ask under the token budget, similar lengths together; rows come back in the order of the rollouts."""
         pieces: list[dict[str, Tensor]] = [{} for _ in rollouts]
-        groups = similar_lengths(num_tokens, self.tokens_per_batch)
+        groups = similar_lengths(num_tokens, self.forward.tiling.tokens_per_batch)
         for _ in range(more_passes(len(groups))):
             ask([rollouts[groups[0][0]]])
         for group in groups:
