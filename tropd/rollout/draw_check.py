@@ -19,7 +19,7 @@ from tropd.model.head import tiles
 from tropd.objective.evidence import Needs
 from tropd.rollout import draws
 from tropd.rollout.engine import Engine
-from tropd.rollout.jobs import draw_after
+from tropd.rollout.jobs import ServedStudent, draw_after
 from tropd.servers.pool import Pool
 from tropd.types import Author, Completion, Prompt, Request, Rollout, Sampling, key_of
 
@@ -83,13 +83,16 @@ def alike(rollouts: Iterable[Rollout]) -> float:
 
 
 def show_draws(
-    pools: Mapping[str, Pool], text: Sequence[int], after_V: Tensor, gathered: dict[str, draws.Gathered], **how: Any
+    pools: Mapping[str, Pool],
+    text: Sequence[int],
+    after_V: Tensor,
+    gathered: dict[str, draws.Gathered],
+    student: ServedStudent,
 ) -> None:
-    """Have every server draw single tokens after a text, and refuse those that do it wrongly.  `how` says what writes,
-    as `draw_after` takes it."""
+    """Have every server draw single tokens after a text, and refuse those that do it wrongly."""
     for url, pool in pools.items():
-        first = draw_after(pool, text, range(1, _NUM_DRAWS + 1), **how)
-        again = draw_after(pool, text, range(1, _NUM_DRAWN_AGAIN + 1), **how)
+        first = draw_after(pool, text, range(1, _NUM_DRAWS + 1), student)
+        again = draw_after(pool, text, range(1, _NUM_DRAWN_AGAIN + 1), student)
         check_single(url, after_V, first, again, gathered.setdefault(url, draws.Gathered()))
 
 

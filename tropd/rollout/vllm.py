@@ -114,9 +114,8 @@ class VllmEngine(Engine):
 
     def _write(self, requests: Sequence[Request]) -> list[Completion]:
         held = self.weights
-        how: dict[str, Any] = {"model": held.asked, "version": held.version, "vocab_size": self.vocab_size}
         texts = self.pool.run(
-            [text_job(self.dialect, request, f"rollout request {n}", **how) for n, request in enumerate(requests)]
+            [text_job(self.dialect, r, f"rollout request {n}", held.student) for n, r in enumerate(requests)]
         )
         held.check(anew=bool(self.pool.returned))
         self.pool.returned.clear()
