@@ -32,6 +32,7 @@ from head import Settings as HeadSettings
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tropd.methods import TrOPD
+from tropd.model.tiling import Tiling
 from tropd.objective.terms import Context
 from tropd.teachers.local import LocalTeacher
 from tropd.training.learner import ModelLearner
@@ -100,8 +101,10 @@ def masked_runs(shares: tuple[float, ...] = (0.0, 0.5), vocabulary: int = 151_93
     """The gradient pass of `train_step` where a share of the response tokens is the environment's, scattered."""
     student, objective = small_body(vocabulary, 0), TrOPD(guidance=False).objective
     discard: Any = Discard(student)
-    learner = ModelLearner(student, discard, vocab_size=vocabulary, tile_tokens=256, tokens_per_batch=8192)
-    teacher = LocalTeacher(small_body(vocabulary, 1), tile_tokens=256)
+    learner = ModelLearner(
+        student, discard, vocab_size=vocabulary, tiling=Tiling(tile_tokens=256, tokens_per_batch=8192)
+    )
+    teacher = LocalTeacher(small_body(vocabulary, 1), tiling=Tiling(tile_tokens=256))
 
     def run(share: float) -> Run:
         batch = score(make_rollouts(share, vocabulary), objective, teacher, learner, seed=0, recall=False)

@@ -1,9 +1,11 @@
-"""What every teacher and every engine promises, as checks to run on your own.
+"""What every teacher, engine and grader promises, as checks to run on your own.
 
     check_teacher(MyTeacher(...), vocab_size=32000)
     check_engine(MyEngine(...), vocab_size=32000)
+    check_grader(my_grader, answers=["4", "9"], right=["It is 4", "9"], wrong=["5", ""])
 
-Each raises AssertionError with the promise that is broken.  They ask for a few short texts and take seconds.
+Each raises AssertionError with the promise that is broken.  They ask for a few short texts and take seconds
+(docs/own_parts.md).
 """
 
 from __future__ import annotations
@@ -11,15 +13,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tropd.data.graders import Grader
 from tropd.errors import EvidenceError
 from tropd.objective.evidence import OF_TEACHER, Needs
 from tropd.objective.support import NOTHING
 from tropd.rollout.engine import Engine
-from tropd.teachers.teacher import Teacher
+from tropd.teachers.teacher import ScoreRequest, Teacher
 from tropd.types import Author, Completion, Finish, Prompt, Request, Rollout, Sampling, TeacherScores, key_of
 
 _LENGTHS = ((3, 6), (1, 9), (5, 0), (2, 1), (4, 12))
@@ -34,23 +38,45 @@ def check_teacher(teacher: Teacher, *, vocab_size: int, top_k: int = 5, toleranc
     """Scores are the teacher's own, in order, about the tokens that were written, whatever else is asked with them."""
     rollouts, offers = some_rollouts(vocab_size), teacher.capabilities
     _promise(Needs.SAMPLED in offers, "a teacher scores the written tokens (Needs.SAMPLED)")
-    _promise(teacher.score([], Needs.SAMPLED) == [], "no rollouts have no scores")
+    _promise(teacher.score(ScoreRequest([])) == [], "no rollouts have no scores")
     needs = Needs.SAMPLED | (Needs.TOPK & offers)
-    scores = teacher.score(rollouts, needs, top_k=top_k)
+    scores = teacher.score(ScoreRequest(rollouts, needs, top_k=top_k))
     _promise(len(scores) == len(rollouts), "each rollout has one score")
     for rollout, score in zip(rollouts, scores, strict=True):
         _check_rows(rollout, score, vocab_size, top_k if Needs.TOPK in offers else 0, tolerance)
-    plain = teacher.score(rollouts, Needs.SAMPLED)
+    plain = teacher.score(ScoreRequest(rollouts))
     unasked = [s.topk_ids_TK is None and s.entropy_T is None and s.full_logprobs_TV is None for s in plain]
     _promise(all(unasked), "only what was asked for is answered")
     _same(plain, scores, tolerance, "scores do not depend on what else is asked for")
-    backwards = teacher.score(rollouts[::-1], needs, top_k=top_k)[::-1]
+    backwards = teacher.score(ScoreRequest(rollouts[::-1], needs, top_k=top_k))[::-1]
     _same(backwards, scores, tolerance, "scores do not depend on the order, or on other rollouts")
     shorter = [replace(r, **_cut(r, len(r.prompt.token_ids) + len(r.response_ids) // 2)) for r in rollouts]
-    halves = teacher.score(shorter, needs, top_k=top_k)
+    halves = teacher.score(ScoreRequest(shorter, needs, top_k=top_k))
     whole = [replace(s, logprobs_T=s.logprobs_T[: len(r.response_ids)]) for r, s in zip(shorter, scores, strict=True)]
     _same(halves, whole, tolerance, "a token's score depends on what stands before it alone")
+    _check_extras(teacher, rollouts, vocab_size, tolerance)
     _check_refusals(teacher, rollouts)
+
+
+def check_grader(
+    grader: Grader, *, answers: Sequence[str], right: Sequence[str], wrong: Sequence[str], **columns: Sequence[Any]
+) -> None:
+    """A completion's score is its own.  `right[n]` is a good completion where `answers[n]` is the row's answer, and
+    `wrong[n]` a worse one; `columns` are the row's others."""
+    num = len(answers)
+
+    def grade(completions: Sequence[str], order: Sequence[int]) -> list[float]:
+        given = {name: [column[n] for n in order] for name, column in {"answer": answers, **columns}.items()}
+        scores = grader([f"prompt {n}" for n in order], [completions[n] for n in order], **given)
+        _promise(len(scores) == len(order), "each completion has one score")
+        _promise(all(math.isfinite(score) for score in scores), "scores are finite numbers")
+        return [float(score) for score in scores]
+
+    good, bad = grade(right, range(num)), grade(wrong, range(num))
+    _promise(all(a > b for a, b in zip(good, bad, strict=True)), "a right completion has a higher score than a wrong")
+    _promise(grade(right, range(num)) == good, "the same completion has the same score again")
+    _promise(grade(right, range(num)[::-1])[::-1] == good, "a score does not depend on the order")
+    _promise([grade(right, [n])[0] for n in range(num)] == good, "a score does not depend on other completions")
 
 
 def check_engine(
@@ -134,11 +160,38 @@ def _check_rows(rollout: Rollout, score: TeacherScores, vocab_size: int, top_k: 
     _promise(bool(fits_T[beside_T].all()), "no token outside the top-k is likelier than those inside")
 
 
+def _check_extras(teacher: Teacher, rollouts: list[Rollout], vocab_size: int, tolerance: float) -> None:
+    """Entropies, whole distributions and the scores of given ids are about the same distributions."""
+    wanted = teacher.capabilities & (Needs.TEACHER_ENTROPY | Needs.FULL | Needs.STUDENT_TOPK)
+    ids_TJ = [torch.tensor(r.response_ids, dtype=torch.int64)[:, None] + torch.arange(2) for r in rollouts]
+    ids_TJ = [ids % vocab_size for ids in ids_TJ]
+    request = ScoreRequest(rollouts, Needs.SAMPLED | wanted, student_topk_ids_TJ=ids_TJ)
+    for rollout, ids, score in zip(rollouts, ids_TJ, teacher.score(request), strict=True):
+        num, full_TV = len(rollout.response_ids), score.full_logprobs_TV
+        if Needs.STUDENT_TOPK in wanted:
+            at_TJ = score.at_student_topk_TJ
+            _promise(at_TJ is not None and at_TJ.shape == (num, 2), "each id that was given has a log-probability")
+            assert at_TJ is not None
+            _promise(_close(at_TJ[:, 0], score.logprobs_T, tolerance), "a written token scores the same as a given id")
+        if Needs.FULL in wanted:
+            _promise(full_TV is not None and full_TV.shape == (num, vocab_size), "a distribution is over all tokens")
+            assert full_TV is not None
+            _promise(_close(full_TV.exp().sum(-1), full_TV.new_ones(num), tolerance), "probabilities sum to 1")
+            at_T = full_TV.gather(1, ids[:, :1].to(full_TV.device))[:, 0]
+            _promise(_close(at_T, score.logprobs_T, tolerance), "the distribution gives the written token its score")
+        if Needs.TEACHER_ENTROPY in wanted:
+            entropy_T = score.entropy_T
+            _promise(entropy_T is not None and entropy_T.shape == (num,), "each token has an entropy")
+            assert entropy_T is not None
+            expected_T = entropy_T if full_TV is None else torch.special.entr(full_TV.exp()).sum(-1)
+            _promise(_close(entropy_T, expected_T, tolerance), "an entropy is that of the distribution")
+
+
 def _check_refusals(teacher: Teacher, rollouts: list[Rollout]) -> None:
     if Needs.TOPK in teacher.capabilities:
-        _refuses(lambda: teacher.score(rollouts, Needs.TOPK), "a top-k of no size is refused (EvidenceError)")
+        _refuses(teacher, ScoreRequest(rollouts, Needs.TOPK), "a top-k of no size is refused (EvidenceError)")
     for need in OF_TEACHER & ~teacher.capabilities:
-        _refuses(lambda need=need: teacher.score(rollouts, need, top_k=2), f"{need} is refused: it is not offered")
+        _refuses(teacher, ScoreRequest(rollouts, need, top_k=2), f"{need} is refused: it is not offered")
 
 
 def _check_text(request: Request, text: Completion, vocab_size: int, tolerance: float) -> None:
@@ -166,12 +219,12 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return bool(torch.isclose(a, b, rtol=0.0, atol=tolerance).all())
 
 
-def _refuses(ask: Callable[[], object], promise: str) -> None:
+def _refuses(teacher: Teacher, request: ScoreRequest, promise: str) -> None:
     try:
-        ask()
+        teacher.score(request)
     except EvidenceError:
         return
-    raise AssertionError(promise)
+    raise AssertionError(f"broken promise: {promise}.")
 
 
 def _promise(kept: bool, promise: str) -> None:

@@ -14,6 +14,7 @@ from tropd.methods import TrOPD
 from tropd.model.forward import PROBE, Forward, lay_out, similar_lengths
 from tropd.model.optimizer import Optimizer
 from tropd.model.spans import NoSpans
+from tropd.model.tiling import Tiling
 from tropd.objective.terms import Context
 from tropd.teachers.local import LocalTeacher
 from tropd.training.learner import ModelLearner
@@ -51,12 +52,10 @@ def _score_and_train(student: Any, teacher: Any, s: Sizes, table: Table) -> None
     numbers = random.Random(0)
     length = s.packed_tokens // 16
     rollouts = [_rollout(i, length, s, numbers) for i in range(16)]
-    shape: dict[str, Any] = dict(vocab_size=s.vocabulary, tile_tokens=s.head_tile)
-    student.requires_grad_(True)
-    learner = ModelLearner(
-        student, Optimizer(student, OptimizerConfig(learning_rate=1e-6), 100), tokens_per_batch=s.packed_tokens, **shape
-    )
-    judge = LocalTeacher(teacher, tokens_per_batch=s.packed_tokens, **shape)
+    tiling = Tiling(tokens_per_batch=s.packed_tokens, tile_tokens=s.head_tile)
+    optimizer = Optimizer(student.requires_grad_(True), OptimizerConfig(learning_rate=1e-6), 100)
+    learner = ModelLearner(student, optimizer, vocab_size=s.vocabulary, tiling=tiling)
+    judge = LocalTeacher(teacher, vocab_size=s.vocabulary, tiling=tiling)
     objective = TrOPD(guidance=False, trust="threshold", top_k=min(64, s.vocabulary)).objective
 
     def step() -> None:

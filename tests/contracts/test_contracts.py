@@ -13,13 +13,15 @@ from tests.integration.runs import save_model
 from tests.servers.mini import MiniServer
 from tests.tiny import VOCAB, tiny_model
 from tropd.config.models import ServerConfig
+from tropd.data.graders import GRADERS
 from tropd.rollout.transformers import TransformersEngine
 from tropd.teachers.cached import Cached
 from tropd.teachers.local import LocalTeacher
 from tropd.teachers.meeting import canary_of
 from tropd.teachers.routed import Routed
 from tropd.teachers.server import ServerTeacher
-from tropd.testing import check_engine, check_teacher
+from tropd.teachers.teacher import ScoreRequest
+from tropd.testing import check_engine, check_grader, check_teacher
 from tropd.types import Completion, Request, TeacherScores
 
 
@@ -46,15 +48,15 @@ def test_the_engine_of_transformers_keeps_its_promises() -> None:
 class Shifted(LocalTeacher):
     """Scores the token before."""
 
-    def score(self, *args: Any, **options: Any) -> list[TeacherScores]:
-        return [replace(s, logprobs_T=s.logprobs_T.roll(1)) for s in super().score(*args, **options)]
+    def score(self, request: ScoreRequest) -> list[TeacherScores]:
+        return [replace(s, logprobs_T=s.logprobs_T.roll(1)) for s in super().score(request)]
 
 
 class Sorted(LocalTeacher):
     """Answers in the order of lengths."""
 
-    def score(self, *args: Any, **options: Any) -> list[TeacherScores]:
-        return sorted(super().score(*args, **options), key=lambda s: len(s.logprobs_T))
+    def score(self, request: ScoreRequest) -> list[TeacherScores]:
+        return sorted(super().score(request), key=lambda s: len(s.logprobs_T))
 
 
 @pytest.mark.parametrize(
@@ -63,6 +65,47 @@ class Sorted(LocalTeacher):
 def test_a_teacher_that_breaks_a_promise_is_told_which(kind: type[LocalTeacher], promise: str) -> None:
     with pytest.raises(AssertionError, match=promise):
         check_teacher(kind(tiny_model(sharp=4.0)), vocab_size=VOCAB, top_k=VOCAB)
+
+
+class Unsure(LocalTeacher):
+    """Gives whole distributions of a flatter model than the one that scores the written tokens."""
+
+    def score(self, request: ScoreRequest) -> list[TeacherScores]:
+        return [
+            s if s.full_logprobs_TV is None else replace(s, full_logprobs_TV=(0.5 * s.full_logprobs_TV).log_softmax(-1))
+            for s in super().score(request)
+        ]
+
+
+def test_whole_distributions_of_another_model_are_noticed() -> None:
+    with pytest.raises(AssertionError, match="the distribution gives the written token its score"):
+        check_teacher(Unsure(tiny_model(sharp=4.0)), vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize("name", ["exact", "numeric"])
+def test_our_graders_keep_their_promises(name: str) -> None:
+    check_grader(GRADERS[name], answers=["4", "9", "25"], right=["4", "9", "25"], wrong=["5", "", "24"])
+
+
+def longer_is_better(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+def larger_batches_are_better(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+    return [float(len(text) + len(completions)) for text in completions]
+
+
+@pytest.mark.parametrize(
+    ("grader", "wrong", "promise"),
+    [
+        (longer_is_better, "a long wrong answer", "a right completion has a higher score than a wrong"),
+        (larger_batches_are_better, "no", "a score does not depend on other completions"),
+    ],
+)
+def test_a_grader_that_breaks_a_promise_is_told_which(grader: Any, wrong: str, promise: str) -> None:
+    check_grader(longer_is_better, answers=["4", "9"], right=["four", "nine"], wrong=["no", "no"])
+    with pytest.raises(AssertionError, match=promise):
+        check_grader(grader, answers=["4", "9"], right=["four", "nine"], wrong=[wrong, wrong])
 
 
 class Seedless(TransformersEngine):

@@ -17,6 +17,7 @@ from tropd.objective.evidence import Needs
 from tropd.objective.losses import PolicyGradient
 from tropd.objective.support import NOTHING
 from tropd.objective.terms import Context
+from tropd.teachers.teacher import ScoreRequest
 from tropd.training.assembly import Parts
 from tropd.training.batches import ScoredBatch
 from tropd.training.micro_batch import Seen
@@ -189,7 +190,7 @@ def test_a_top_k_that_is_asked_for_again_is_that_of_what_the_teacher_reads(tmp_p
 def test_whole_distributions_of_the_teacher_are_those_of_a_whole_forward_pass(tmp_path: Path) -> None:
     parts = parts_of(prepare(tmp_path))
     rollouts = write(parts)
-    scores = parts.teacher.score(rollouts, Needs.FULL)
+    scores = parts.teacher.score(ScoreRequest(rollouts, Needs.FULL))
     for rollout, given in zip(rollouts, scores, strict=True):
         with torch.no_grad():
             expected_TV = plain(parts.teacher.forward.model, [rollout])

@@ -22,6 +22,7 @@ from tropd.objective.evidence import Needs, Tokens
 from tropd.rollout.scripted import ScriptedEngine
 from tropd.run.start import train
 from tropd.teachers.local import LocalTeacher
+from tropd.teachers.teacher import ScoreRequest
 from tropd.teachers.texts import CachedTexts
 from tropd.training.batches import add_scores
 from tropd.training.step import check_evidence
@@ -82,7 +83,7 @@ def test_scores_of_other_tokens_than_the_rollouts_are_refused(tmp_path: Path) ->
     parts = parts_of(prepare(tmp_path))
     rollouts = write(parts)
     batch = judge(parts, rollouts)
-    scores = parts.teacher.score(rollouts, Needs.SAMPLED)
+    scores = parts.teacher.score(ScoreRequest(rollouts))
     short = dataclasses.replace(scores[0], logprobs_T=scores[0].logprobs_T[1:])
     with pytest.raises(TeacherError, match=r"has \d+ response tokens, but teacher 'default' scored \d+"):
         add_scores(batch.tokens, rollouts, [short, *scores[1:]])
@@ -177,7 +178,7 @@ def test_a_teacher_with_padded_rows_trains_a_student_without(tmp_path: Path) -> 
     parts = parts_of(folder, TROPD | {"top_k": 64})
     batch = judge(parts, write(parts))
     assert int(batch.tokens.teacher_topk_ids_NK.max()) < VOCAB
-    for score in parts.teacher.score(batch.rollouts, Needs.FULL):
+    for score in parts.teacher.score(ScoreRequest(batch.rollouts, Needs.FULL)):
         assert score.full_logprobs_TV is not None and score.full_logprobs_TV.shape[1] == VOCAB
         torch.testing.assert_close(score.full_logprobs_TV.exp().sum(-1), torch.ones(len(score.logprobs_T)))
     records = read_records(train(run_in(folder, steps=1)) / "records.jsonl").steps

@@ -37,13 +37,13 @@ from tropd.model.head import Head
 from tropd.model.likeliest import largest
 from tropd.model.one_pass import fused_loss, read_rows
 from tropd.monitoring.display import Silent
-from tropd.objective.evidence import Needs
 from tropd.rollout.sampling import draw
 from tropd.rollout.scripted import ScriptedEngine
 from tropd.rollout.transformers import TransformersEngine
 from tropd.run import start
 from tropd.teachers.cached import Cached
 from tropd.teachers.local import LocalTeacher
+from tropd.teachers.teacher import ScoreRequest
 from tropd.teachers.texts import CachedTexts
 from tropd.training.source import Source
 from tropd.types import Request, Sampling
@@ -201,7 +201,7 @@ def ask_for_texts(folder: Path, times: int) -> None:
 def ask_for_scores(folder: Path, times: int) -> None:
     scores = Cached(LocalTeacher(tiny_model()), folder / f"{times}.sqlite", "teacher")
     for _ in range(times):
-        scores.score(rollouts_of(), Needs.SAMPLED)
+        scores.score(ScoreRequest(rollouts_of()))
 
 
 def write_ahead(folder: Path, staleness: int) -> None:

@@ -83,7 +83,9 @@ def test_a_packed_row_trains_as_padded_ones(tmp_path: Path, family: str) -> None
     rollouts = write(padded)
     packed = parts_of(folder, optimizer=OPTIMIZER)
     for who in (packed.learner, packed.teacher):
-        who.forward = Forward(who.forward.model, vocab_size=packed.vocab_size, layout="packed")
+        who.forward = Forward(
+            who.forward.model, vocab_size=packed.vocab_size, tiling=who.forward.tiling, layout="packed"
+        )
     assert_same_step(step_of(padded, rollouts), step_of(packed, rollouts))
 
 

@@ -16,6 +16,7 @@ from tropd.config.stages import OptimizerConfig
 from tropd.methods import GKD, OPD, Method, SeqKD, TrOPD
 from tropd.methods.drafts import RolloutJob
 from tropd.model.optimizer import Optimizer
+from tropd.model.tiling import Tiling
 from tropd.objective.terms import Context
 from tropd.rollout.stage import roll_out
 from tropd.rollout.transformers import TransformersEngine
@@ -30,7 +31,7 @@ PROMPTS = [
     Prompt(id=str(n), token_ids=(*symbols, ASK))
     for n, symbols in enumerate(itertools.product(range(NUM_SYMBOLS), repeat=3))
 ]
-SHAPE: dict[str, Any] = {"vocab_size": VOCAB, "tile_tokens": 512, "tokens_per_batch": 4096}
+SHAPE: dict[str, Any] = {"vocab_size": VOCAB, "tiling": Tiling(tokens_per_batch=4096)}
 
 
 def supervised(model: Any, num_steps: int, seed: int) -> Any:
@@ -135,8 +136,8 @@ def test_a_teacher_that_is_asked_about_other_tokens_teaches_nothing() -> None:
     """The control: the same steps with the teacher's numbers one token late."""
 
     class LateTeacher(LocalTeacher):
-        def score(self, rollouts, needs, **options):
-            scores = super().score(rollouts, needs, **options)
+        def score(self, request):
+            scores = super().score(request)
             return [dataclasses.replace(s, logprobs_T=s.logprobs_T.roll(1)) for s in scores]
 
     before = pair(3e-3)

@@ -20,6 +20,7 @@ from tropd.methods.drafts import RolloutJob
 from tropd.model.dense import dense_loss
 from tropd.model.forward import Forward
 from tropd.model.one_pass import can_fuse, fused_loss
+from tropd.model.tiling import Tiling
 from tropd.objective.evidence import Needs
 from tropd.objective.terms import Context
 from tropd.rollout.stage import roll_out
@@ -135,7 +136,7 @@ def test_a_confident_model_of_each_family_is_read_exactly_and_gets_the_gradient_
     rescale(model, 25.0)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    forward, rollouts = Forward(model, tile_tokens=8), rollouts_of()
+    forward, rollouts = Forward(model, tiling=Tiling(tile_tokens=8)), rollouts_of()
     measured = forward.measure(rollouts, Needs.STUDENT_ENTROPY, top_k=4)
     head, ids_N = forward.head, tokens_of(rollouts).token_ids_N
     with torch.no_grad():

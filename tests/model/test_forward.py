@@ -15,6 +15,7 @@ from tests.model.cases import LENGTHS, assert_same_gradients, gradients, plain, 
 from tests.tiny import VOCAB, tiny_config, tiny_model
 from tropd.errors import ConfigError, DataError, EvidenceError, TrainingDiverged, VocabularyError
 from tropd.model.forward import Forward, lay_out
+from tropd.model.tiling import Tiling
 from tropd.objective.evidence import Needs
 from tropd.types import Author
 
@@ -30,7 +31,7 @@ def test_logprobs_are_the_models_own(family: str, tied: bool, layout: Any) -> No
     rollouts = rollouts_of()
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, IN_FLOAT32.get(family, 1e-10))):
         model = tiny_model(family, tied=tied, sharp=8.0).to(dtype)
-        forward = Forward(model, layout=layout, tile_tokens=4)
+        forward = Forward(model, layout=layout, tiling=Tiling(tile_tokens=4))
         with torch.no_grad():
             expected_N = written(rollouts, plain(model, rollouts))
         assert expected_N.std() > 0.01
@@ -70,7 +71,7 @@ def test_everything_measured_is_the_same_in_any_batch_and_tile(layout: Any) -> N
         rows = [
             row for start, index in zip(starts, batch, strict=True) for row in range(start, start + LENGTHS[index][1])
         ]
-        forward = Forward(model, layout=layout, tile_tokens=tile_tokens)
+        forward = Forward(model, layout=layout, tiling=Tiling(tile_tokens=tile_tokens))
         some = forward.measure([rollouts[i] for i in batch], needs, top_k=5, at_ids_NJ=at_ids_NJ[rows])
         expected_NV = full_NV[rows]
         assert some.full_logprobs_NV is not None and some.entropy_N is not None and some.topk_ids_NK is not None
@@ -105,7 +106,7 @@ def test_gradient_of_the_view_is_plain_autograds(family: str, tied: bool, layout
     expected = [written(rollouts, full_NV), full_NV.gather(1, topk_ids_NK), full_NV.gather(1, student_ids_NJ), full_NV]
     wanted = gradients(model, weighted_sum(weights, expected))
     needs = Needs.SAMPLED | Needs.TOPK | Needs.STUDENT_TOPK | Needs.FULL
-    view = Forward(model, layout=layout, tile_tokens=8).view(rollouts, tokens, needs)
+    view = Forward(model, layout=layout, tiling=Tiling(tile_tokens=8)).view(rollouts, tokens, needs)
     found = [view.logprobs_N, view.topk_logprobs_NK, view.student_topk_logprobs_NJ, view.full_logprobs_NV]
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
@@ -124,7 +125,7 @@ def test_a_view_holds_only_what_was_asked_for() -> None:
 def test_gradient_checkpointing_of_the_backbone_changes_no_gradient(train: bool) -> None:
     model = tiny_model("llama").double().train(train)
     rollouts = rollouts_of()
-    forward = Forward(model, tile_tokens=8)
+    forward = Forward(model, tiling=Tiling(tile_tokens=8))
     wanted = gradients(model, forward.view(rollouts, tokens_of(rollouts), Needs.SAMPLED).logprobs_N.sum())
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     calls = []
@@ -140,7 +141,7 @@ def test_reverse_kl_is_the_sum_over_the_whole_vocabulary() -> None:
     with torch.no_grad():
         student_NV, teacher_NV = plain(student, rollouts), plain(teacher, rollouts)
     expected_N = (student_NV.exp() * (student_NV - teacher_NV)).sum(-1)
-    found_N = Forward(student, tile_tokens=4).reverse_kl(rollouts, Forward(teacher))
+    found_N = Forward(student, tiling=Tiling(tile_tokens=4)).reverse_kl(rollouts, Forward(teacher))
     torch.testing.assert_close(found_N, expected_N, rtol=1e-10, atol=1e-10)
     assert torch.equal(Forward(student).reverse_kl(rollouts, Forward(student)), torch.zeros_like(found_N))
     with pytest.raises(VocabularyError, match=f"{VOCAB} and 100"):
@@ -164,7 +165,7 @@ def test_reverse_kl_to_a_teacher_that_reads_another_prompt_is_to_what_it_says_th
     with torch.no_grad():
         student_NV, teacher_NV = plain(student, rollouts), plain(student, told)
     expected_N = (student_NV.exp() * (student_NV - teacher_NV)).sum(-1)
-    found_N = Forward(student, tile_tokens=4).reverse_kl(rollouts, Forward(student), told)
+    found_N = Forward(student, tiling=Tiling(tile_tokens=4)).reverse_kl(rollouts, Forward(student), told)
     torch.testing.assert_close(found_N, expected_N, rtol=1e-10, atol=1e-10)
     assert float(found_N.mean()) > 0.1
 

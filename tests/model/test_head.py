@@ -19,6 +19,7 @@ from tropd.errors import ConfigError
 from tropd.model.forward import Forward
 from tropd.model.head import Head
 from tropd.model.likeliest import likeliest
+from tropd.model.tiling import Tiling
 from tropd.objective.evidence import Needs
 
 
@@ -39,7 +40,7 @@ def test_padded_vocabulary_rows_take_no_probability() -> None:
 def test_half_precision_weights_have_float32_statistics() -> None:
     model = tiny_model("gemma2").bfloat16()
     rollouts = rollouts_of()
-    forward = Forward(model, tile_tokens=8)
+    forward = Forward(model, tiling=Tiling(tile_tokens=8))
     view = forward.view(rollouts, tokens_of(rollouts), Needs.FULL)
     measured = forward.measure(rollouts, Needs.TEACHER_ENTROPY, top_k=4)
     for found in (view.logprobs_N, view.full_logprobs_NV, measured.topk_logprobs_NK, measured.entropy_N):
@@ -77,7 +78,7 @@ class Largest(TorchDispatchMode):
 def test_nothing_has_tokens_times_vocabulary_elements_unless_the_full_distribution_is_asked_for() -> None:
     rollouts = rollouts_of([(2, 20)] * 4)
     model = tiny_model("qwen3", tied=True)
-    forward = Forward(model, tile_tokens=8)
+    forward = Forward(model, tiling=Tiling(tile_tokens=8))
     ids_NK = torch.zeros(80, 5, dtype=torch.long)
     tokens = tokens_of(rollouts, teacher_topk_ids_NK=ids_NK, student_topk_ids_NJ=ids_NK)
     weight = model.lm_head.weight.numel()
@@ -96,7 +97,7 @@ def test_nothing_has_tokens_times_vocabulary_elements_unless_the_full_distributi
 
 def test_no_tile_of_logits_is_kept_for_backward() -> None:
     rollouts = rollouts_of([(2, 20)] * 4)
-    forward = Forward(tiny_model("qwen3", tied=True), tile_tokens=80)
+    forward = Forward(tiny_model("qwen3", tied=True), tiling=Tiling(tile_tokens=80))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
         forward.view(rollouts, tokens_of(rollouts), Needs.SAMPLED)
@@ -131,7 +132,7 @@ def test_an_adapter_on_the_head_is_read_and_trained() -> None:
         tiny_model("llama").double(), LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
     ).double()
     rollouts = rollouts_of()
-    view = Forward(model, tile_tokens=8).view(rollouts, tokens_of(rollouts), Needs.SAMPLED)
+    view = Forward(model, tiling=Tiling(tile_tokens=8)).view(rollouts, tokens_of(rollouts), Needs.SAMPLED)
     expected_N = written(rollouts, plain(model, rollouts))
     torch.testing.assert_close(view.logprobs_N, expected_N, rtol=1e-10, atol=1e-10)
     wanted = gradients(model, expected_N.sum())
@@ -173,7 +174,8 @@ def test_what_is_no_causal_language_model_is_refused_in_words() -> None:
     encoder_decoder.config.is_encoder_decoder = True
     refused(encoder_decoder, "encoder-decoder")
     refused(tiny_model("llama"), "vocab_size = 263", vocab_size=VOCAB + 1)
-    refused(tiny_model("llama"), "tile_tokens = 0", tile_tokens=0)
+    with pytest.raises(ConfigError, match="tile_tokens = 0"):
+        Tiling(tile_tokens=0)
 
 
 def test_prompt_tuning_is_refused() -> None:

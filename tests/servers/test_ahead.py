@@ -21,9 +21,9 @@ from tests.servers.test_rollouts import nudge
 from tropd.base.fast_paths import FastPath
 from tropd.errors import ConfigError, EngineTimeout, TeacherError
 from tropd.monitoring.records import read_records
-from tropd.objective.evidence import Needs
 from tropd.objective.support import NOTHING
 from tropd.run.start import resume, train
+from tropd.teachers.teacher import ScoreRequest
 from tropd.training.source import Source
 
 OPD = {"name": "opd"}
@@ -107,7 +107,7 @@ def test_ratios_and_the_teachers_top_k_are_those_of_the_student_that_trains(worl
         nudge(parts.model, 0.05)
         rollouts = source.take(1).rollouts
     expected = []
-    for rollout, score in zip(rollouts, parts.teacher.score(rollouts, Needs.SAMPLED), strict=True):
+    for rollout, score in zip(rollouts, parts.teacher.score(ScoreRequest(rollouts)), strict=True):
         start = len(rollout.prompt.token_ids)
         with torch.no_grad():
             rows_TV = parts.model(torch.tensor([rollout.token_ids])).logits[0].log_softmax(-1)[start - 1 : -1]

@@ -24,6 +24,7 @@ from tropd.teachers.audit import Known
 from tropd.teachers.meeting import canary_of
 from tropd.teachers.reference import reference_of
 from tropd.teachers.server import ServerTeacher
+from tropd.teachers.teacher import ScoreRequest
 from tropd.testing import some_rollouts
 from tropd.types import Rollout
 
@@ -66,10 +67,10 @@ def test_a_server_that_begins_to_lie_is_refused_before_its_scores_are_used(folde
     """It tells the truth of the text that comes with every request."""
     with Liar(folder, **LIES[name], **SHORT, begins=10**6, spares=CANARY.ids) as server:
         teacher = teacher_at(server.url)
-        teacher.score(rollouts(), BOTH, top_k=8)
+        teacher.score(ScoreRequest(rollouts(), BOTH, top_k=8))
         server.begins = server.scored
         with pytest.raises(TeacherRefused, match=r"^teacher default: "):
-            teacher.score(rollouts(), BOTH, top_k=8)
+            teacher.score(ScoreRequest(rollouts(), BOTH, top_k=8))
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -89,10 +90,10 @@ def test_lies_over_another_api_are_no_more_silent(folder: Path, name: str) -> No
     settings = replace(SETTINGS, kind="sglang")
     with Liar(folder, rows=ROWS[name], **SHORT, begins=10**6, spares=CANARY.ids) as server:
         teacher = teacher_at(server.url, settings)
-        teacher.score(rollouts(), BOTH, top_k=8)
+        teacher.score(ScoreRequest(rollouts(), BOTH, top_k=8))
         server.begins = server.scored
         with pytest.raises(TeacherRefused, match=r"^teacher default: "):
-            teacher.score(rollouts(), BOTH, top_k=8)
+            teacher.score(ScoreRequest(rollouts(), BOTH, top_k=8))
         with pytest.raises(TeacherRefused, match=r"^teacher default: "):
             teacher_at(server.url, settings)
 
@@ -125,15 +126,15 @@ def test_a_server_that_comes_back_is_examined_before_it_is_believed(
 ) -> None:
     proxy, teacher, other = exchanged
     texts = rollouts()
-    before = teacher.score(texts, BOTH, top_k=8)
+    before = teacher.score(ScoreRequest(texts, BOTH, top_k=8))
     away, seen = status(503), proxy.posts
     proxy.fault = lambda n, request, reply: away(n, request, reply) if n < seen + 3 else reply
-    again = teacher.score(texts, BOTH, top_k=8)
+    again = teacher.score(ScoreRequest(texts, BOTH, top_k=8))
     assert all(torch.equal(a.logprobs_T, b.logprobs_T) for a, b in zip(before, again, strict=True))
     assert not teacher.pool.returned and teacher.pool.tally.failures
     seen, proxy.upstream = proxy.posts, other.url
     with pytest.raises(TeacherRefused, match=r"texts that it wrote and scored before, have other log-prob(.|\n)*now -"):
-        teacher.score(texts, BOTH, top_k=8)
+        teacher.score(ScoreRequest(texts, BOTH, top_k=8))
     proxy.fault = untouched
 
 
@@ -143,7 +144,7 @@ def test_an_address_that_was_not_met_is_examined_first(exchanged: tuple[Proxy, S
     teacher.watch.known.clear()
     proxy.upstream = other.url
     with pytest.raises(TeacherRefused, match="own texts: "):
-        teacher.score(rollouts(), BOTH, top_k=8)
+        teacher.score(ScoreRequest(rollouts(), BOTH, top_k=8))
 
 
 def test_one_of_several_that_is_away_while_it_is_asked_again_is_examined_when_it_is_back(folder: Path) -> None:
@@ -177,7 +178,7 @@ def test_one_answer_in_five_that_is_another_rollouts_is_found_within_some_batche
         server.begins = server.scored
         with pytest.raises(TeacherRefused, match=r"asked about again, have other|position \d+"):
             for seed in range(100):
-                teacher.score(some_rollouts(VOCAB, [(4, 16)] * 6, seed=100 * seed), BOTH, top_k=8)
+                teacher.score(ScoreRequest(some_rollouts(VOCAB, [(4, 16)] * 6, seed=100 * seed), BOTH, top_k=8))
 
 
 def test_no_step_is_trained_on_lies_that_begin_during_a_run(tmp_path: Path) -> None:
@@ -222,4 +223,4 @@ def test_an_honest_server_is_never_refused(folder: Path, reference: Known, kind:
         for seed in range(4):
             teacher = teacher_at(server.url, dtype=dtype, reference=reference)
             for lengths in ([(1, 1)], [(4, 16)] * 6):
-                teacher.score(some_rollouts(VOCAB, lengths, seed=seed), BOTH, top_k=8)
+                teacher.score(ScoreRequest(some_rollouts(VOCAB, lengths, seed=seed), BOTH, top_k=8))

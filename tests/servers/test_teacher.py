@@ -24,6 +24,7 @@ from tropd.teachers.local import LocalTeacher
 from tropd.teachers.meeting import canary_of
 from tropd.teachers.served import compare_tokenizers
 from tropd.teachers.server import ServerTeacher
+from tropd.teachers.teacher import ScoreRequest
 from tropd.teachers.writer import ChatWriter, ServerWriter
 from tropd.testing import some_rollouts
 from tropd.types import Finish, Message, Request, TeacherScores
@@ -53,8 +54,8 @@ def test_scores_are_those_of_the_same_model_in_this_process(folder: Path) -> Non
     rollouts = some_rollouts(VOCAB)
     with MiniServer(folder, max_logprobs=VOCAB) as a, MiniServer(folder, max_logprobs=VOCAB) as b:
         for top_k in (1, 4, VOCAB + 50):
-            found = teacher_at(a.url, b.url).score(rollouts, BOTH, top_k=top_k)
-            same(found, local(folder).score(rollouts, BOTH, top_k=top_k))
+            found = teacher_at(a.url, b.url).score(ScoreRequest(rollouts, BOTH, top_k=top_k))
+            same(found, local(folder).score(ScoreRequest(rollouts, BOTH, top_k=top_k)))
         assert all(any(len(r["prompt"]) == 2 for r in server.requests) for server in (a, b))
 
 
@@ -63,7 +64,7 @@ def test_one_request_scores_a_rollout_and_proves_who_answers(folder: Path) -> No
         teacher = teacher_at(server.url)
         server.requests.clear()
         rollouts = some_rollouts(VOCAB)
-        teacher.score(rollouts, BOTH, top_k=4)
+        teacher.score(ScoreRequest(rollouts, BOTH, top_k=4))
         written = [r for r in rollouts if r.response_ids]
         asked = server.requests[: len(written)]
         assert {tuple(r["prompt"][1]) for r in asked} == {r.token_ids for r in written}
@@ -77,8 +78,10 @@ def test_likely_tokens_that_the_student_lacks_are_left_out_and_replaced(tmp_path
     path = save_model(tmp_path / "wide", tiny_model(vocab=VOCAB + 40, sharp=4.0))
     rollouts = some_rollouts(VOCAB)
     with MiniServer(path, max_logprobs=400) as server:
-        found = teacher_at(server.url, num_rows=VOCAB + 40).score(rollouts, BOTH, top_k=8)
-        for score, whole in zip(found, local(path, VOCAB + 40).score(rollouts, BOTH, top_k=VOCAB + 40), strict=True):
+        found = teacher_at(server.url, num_rows=VOCAB + 40).score(ScoreRequest(rollouts, BOTH, top_k=8))
+        for score, whole in zip(
+            found, local(path, VOCAB + 40).score(ScoreRequest(rollouts, BOTH, top_k=VOCAB + 40)), strict=True
+        ):
             assert score.topk_ids_TK is not None and whole.topk_ids_TK is not None
             for row, row_of_all in zip(score.topk_ids_TK.tolist(), whole.topk_ids_TK.tolist(), strict=True):
                 assert row == [index for index in row_of_all if index < VOCAB][:8]
@@ -135,9 +138,12 @@ def test_an_answer_that_lacks_something_is_refused_and_never_filled_in(
         teacher = teacher_at(proxy.url)
         proxy.fault = changed(change)
         with pytest.raises(TeacherRefused, match="teacher default: rollout r0: 3 answers could not be used"):
-            teacher.score(rollouts, BOTH, top_k=4)
+            teacher.score(ScoreRequest(rollouts, BOTH, top_k=4))
         proxy.fault = first(proxy.posts + 1, changed(change))
-        same(teacher.score(rollouts, BOTH, top_k=4), local(folder).score(rollouts, BOTH, top_k=4))
+        same(
+            teacher.score(ScoreRequest(rollouts, BOTH, top_k=4)),
+            local(folder).score(ScoreRequest(rollouts, BOTH, top_k=4)),
+        )
 
 
 @pytest.mark.parametrize("fault", [Swapped(), corrupt, cut, truncated, garbage, huge, status(429), status(503)])
@@ -146,10 +152,13 @@ def test_spoiled_answers_are_asked_again_or_end_the_step(folder: Path, fault: An
     with MiniServer(folder) as server, Proxy(server.url) as proxy:
         teacher = teacher_at(proxy.url)
         proxy.fault = first(proxy.posts + 2, fault)
-        same(teacher.score(rollouts, BOTH, top_k=4), local(folder).score(rollouts, BOTH, top_k=4))
+        same(
+            teacher.score(ScoreRequest(rollouts, BOTH, top_k=4)),
+            local(folder).score(ScoreRequest(rollouts, BOTH, top_k=4)),
+        )
         proxy.fault = fault
         with pytest.raises((TeacherRefused, TeacherUnavailable)):
-            teacher.score(rollouts, BOTH, top_k=4)
+            teacher.score(ScoreRequest(rollouts, BOTH, top_k=4))
 
 
 def test_another_model_behind_the_same_name_is_noticed(folder: Path, other_folder: Path) -> None:
@@ -158,12 +167,15 @@ def test_another_model_behind_the_same_name_is_noticed(folder: Path, other_folde
         teacher = teacher_at(proxy.url)
         proxy.upstream = other.url
         with pytest.raises(TeacherRefused, match=r"another model answers than at the start: .* nats apart"):
-            teacher.score(rollouts, BOTH, top_k=4)
+            teacher.score(ScoreRequest(rollouts, BOTH, top_k=4))
         with pytest.raises(TeacherRefused, match="another model answers"):
             teacher_at(server.url, other.url)
         mixed = teacher_at(server.url, server.url)
         mixed.pool = Pool([server.url, proxy.url], QUICK)  # one of two has changed: the other one does it all
-        same(mixed.score(rollouts, BOTH, top_k=4), local(folder).score(rollouts, BOTH, top_k=4))
+        same(
+            mixed.score(ScoreRequest(rollouts, BOTH, top_k=4)),
+            local(folder).score(ScoreRequest(rollouts, BOTH, top_k=4)),
+        )
         other.name = "else"
         with pytest.raises(TeacherRefused, match="different models: else, tiny"):
             teacher_at(server.url, other.url)
@@ -176,16 +188,16 @@ def test_what_a_server_cannot_do_is_refused_in_words(folder: Path) -> None:
             teacher_at(server.url, top_k=5)
         teacher = teacher_at(server.url)
         for needs in (Needs.FULL, Needs.STUDENT_TOPK, Needs.TEACHER_ENTROPY, Needs.HIDDEN):
-            with pytest.raises(EvidenceError, match="vllm server gives"):
-                teacher.score(rollouts, needs, top_k=2)
+            with pytest.raises(EvidenceError, match="asked of teacher default, which gives"):
+                teacher.score(ScoreRequest(rollouts, needs, top_k=2))
         assert teacher.context == 17
         with pytest.raises(DataError, match=r"18 tokens, but the server .* at most 17: it holds 18"):
-            teacher.score(some_rollouts(VOCAB, [(8, 10)]), Needs.SAMPLED)
+            teacher.score(ScoreRequest(some_rollouts(VOCAB, [(8, 10)])))
     chat_only = ServerConfig(kind="openai", deadline_seconds=1.0)
     with MiniServer(folder) as server:
         teacher = ServerTeacher([server.url], chat_only, vocab_size=VOCAB, canary=CANARY)
-        with pytest.raises(EvidenceError, match="openai server gives"):
-            teacher.score(rollouts, Needs.SAMPLED)
+        with pytest.raises(EvidenceError, match="which gives Needs.NOTHING"):
+            teacher.score(ScoreRequest(rollouts))
 
 
 def test_tokenizers_are_compared_with_the_servers(folder: Path) -> None:
@@ -218,10 +230,13 @@ def test_answers_to_others_are_noticed_on_sglang_as_well(folder: Path) -> None:
         settings = dataclasses.replace(QUICK, kind="sglang")
         teacher = ServerTeacher([proxy.url], settings, vocab_size=VOCAB, canary=CANARY, top_k=4)
         rollouts = some_rollouts(VOCAB)
-        same(teacher.score(rollouts, BOTH, top_k=4), local(folder).score(rollouts, BOTH, top_k=4))
+        same(
+            teacher.score(ScoreRequest(rollouts, BOTH, top_k=4)),
+            local(folder).score(ScoreRequest(rollouts, BOTH, top_k=4)),
+        )
         proxy.fault = Swapped()
         with pytest.raises(TeacherRefused, match="the answer to another request"):
-            teacher.score(rollouts, BOTH, top_k=4)
+            teacher.score(ScoreRequest(rollouts, BOTH, top_k=4))
 
 
 def test_a_chat_endpoint_writes_texts_that_are_tokenised_again(folder: Path) -> None:

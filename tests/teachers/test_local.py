@@ -14,9 +14,10 @@ from tests.tiny import VOCAB, byte_tokenizer, tiny_model
 from tropd.errors import ConfigError, EvidenceError, TeacherError, VocabularyError
 from tropd.model.forward import Forward, similar_lengths
 from tropd.model.one_pass import fused_loss
+from tropd.model.tiling import Tiling
 from tropd.objective.evidence import Needs
-from tropd.teachers.local import BaseAsTeacher, LocalTeacher, same_vocabulary, shared_vocab_size
-from tropd.teachers.teacher import Teacher
+from tropd.teachers.local import LocalTeacher, base_as_teacher, same_vocabulary, shared_vocab_size
+from tropd.teachers.teacher import ScoreRequest, Teacher
 
 EVERYTHING = Needs.SAMPLED | Needs.TOPK | Needs.STUDENT_TOPK | Needs.FULL | Needs.TEACHER_ENTROPY
 
@@ -25,10 +26,10 @@ EVERYTHING = Needs.SAMPLED | Needs.TOPK | Needs.STUDENT_TOPK | Needs.FULL | Need
 def test_scores_are_the_models_own_in_the_order_of_the_rollouts(tokens_per_batch: int) -> None:
     model = tiny_model("llama").double()
     rollouts = rollouts_of()
-    teacher: Teacher = LocalTeacher(model, name="big", tokens_per_batch=tokens_per_batch, tile_tokens=4)
+    teacher: Teacher = LocalTeacher(model, name="big", tiling=Tiling(tokens_per_batch=tokens_per_batch, tile_tokens=4))
     generator = torch.Generator().manual_seed(0)
     at_ids = [torch.randint(VOCAB, (length, 3), generator=generator) for _, length in LENGTHS]
-    scores = teacher.score(rollouts, EVERYTHING, top_k=6, student_topk_ids_TJ=at_ids)
+    scores = teacher.score(ScoreRequest(rollouts, EVERYTHING, top_k=6, student_topk_ids_TJ=at_ids))
     for rollout, score, at_TJ in zip(rollouts, scores, at_ids, strict=True):
         with torch.no_grad():
             full_TV = plain(model, [rollout])
@@ -46,17 +47,17 @@ def test_scores_are_the_models_own_in_the_order_of_the_rollouts(tokens_per_batch
 
 
 def test_only_what_was_asked_for_is_answered() -> None:
-    (score,) = LocalTeacher(tiny_model()).score(rollouts_of([(2, 3)]), Needs.SAMPLED, top_k=4)
+    (score,) = LocalTeacher(tiny_model()).score(ScoreRequest(rollouts_of([(2, 3)]), Needs.SAMPLED, top_k=4))
     assert score.topk_ids_TK is score.entropy_T is score.at_student_topk_TJ is score.full_logprobs_TV is None
-    assert LocalTeacher(tiny_model()).score([], Needs.SAMPLED) == []
+    assert LocalTeacher(tiny_model()).score(ScoreRequest([])) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_teacher_that_is_the_student_agrees_to_the_last_bit(dtype: torch.dtype) -> None:
     student = tiny_model("qwen3", tied=True).to(dtype)
-    teacher = LocalTeacher(copy.deepcopy(student), tile_tokens=8)
+    teacher = LocalTeacher(copy.deepcopy(student), tiling=Tiling(tile_tokens=8))
     rollouts = rollouts_of()
-    forward, ids_N = Forward(student, tile_tokens=8), tokens_of(rollouts).token_ids_N
+    forward, ids_N = Forward(student, tiling=Tiling(tile_tokens=8)), tokens_of(rollouts).token_ids_N
     learned = []
 
     def judge(rows: slice, logprobs_C1: torch.Tensor) -> torch.Tensor:
@@ -64,7 +65,7 @@ def test_a_teacher_that_is_the_student_agrees_to_the_last_bit(dtype: torch.dtype
         return logprobs_C1.sum()
 
     fused_loss(forward.head, forward.hidden(rollouts), ids_N[:, None], judge, 8).backward()
-    teacher_N = torch.cat([score.logprobs_T for score in teacher.score(rollouts, Needs.SAMPLED)])
+    teacher_N = torch.cat([score.logprobs_T for score in teacher.score(ScoreRequest(rollouts))])
     assert torch.equal(teacher_N - torch.cat(learned), torch.zeros_like(teacher_N))
 
 
@@ -72,14 +73,14 @@ def test_a_local_teacher_is_frozen() -> None:
     model = tiny_model("gpt2").train()
     rollouts = rollouts_of()
     teacher = LocalTeacher(model)
-    first, second = (teacher.score(rollouts, Needs.SAMPLED)[0].logprobs_T for _ in range(2))
+    first, second = (teacher.score(ScoreRequest(rollouts))[0].logprobs_T for _ in range(2))
     assert torch.equal(first, second)
     assert not model.training and not any(p.requires_grad for p in model.parameters())
 
 
 def test_top_k_beyond_the_vocabulary_is_the_whole_vocabulary() -> None:
     teacher = LocalTeacher(tiny_model(vocab=VOCAB + 26), vocab_size=VOCAB)
-    score = teacher.score(rollouts_of(), Needs.TOPK, top_k=VOCAB + 1000)[0]
+    score = teacher.score(ScoreRequest(rollouts_of(), Needs.TOPK, top_k=VOCAB + 1000))[0]
     assert score.topk_ids_TK is not None and score.topk_logprobs_TK is not None
     assert torch.equal(score.topk_ids_TK.sort(-1).values, torch.arange(VOCAB).expand(5, -1))
     torch.testing.assert_close(score.topk_logprobs_TK.exp().sum(-1), torch.ones(5))
@@ -89,13 +90,13 @@ def test_requests_that_cannot_be_answered_are_refused() -> None:
     teacher = LocalTeacher(tiny_model())
     rollouts = rollouts_of()
     with pytest.raises(EvidenceError, match="REFERENCE"):
-        teacher.score(rollouts, Needs.REFERENCE)
+        teacher.score(ScoreRequest(rollouts, Needs.REFERENCE))
     with pytest.raises(EvidenceError, match="top_k = 0"):
-        teacher.score(rollouts, Needs.TOPK)
+        teacher.score(ScoreRequest(rollouts, Needs.TOPK))
     with pytest.raises(EvidenceError, match="student_topk_ids_TJ"):
-        teacher.score(rollouts, Needs.STUDENT_TOPK)
+        teacher.score(ScoreRequest(rollouts, Needs.STUDENT_TOPK))
     with pytest.raises(AssertionError, match="a row per token"):
-        teacher.score(rollouts, Needs.STUDENT_TOPK, student_topk_ids_TJ=[torch.zeros(1, 2).long()] * 5)
+        teacher.score(ScoreRequest(rollouts, Needs.STUDENT_TOPK, student_topk_ids_TJ=[torch.zeros(1, 2).long()] * 5))
 
 
 def test_a_teacher_whose_numbers_are_not_finite_is_named() -> None:
@@ -104,7 +105,7 @@ def test_a_teacher_whose_numbers_are_not_finite_is_named() -> None:
     with torch.no_grad():
         model.lm_head.weight[0] = float("inf")
     with pytest.raises(TeacherError, match=r"broken.*not finite"):
-        teacher.score(rollouts_of(), Needs.SAMPLED)
+        teacher.score(ScoreRequest(rollouts_of()))
 
 
 def lora(base: nn.Module, **options: Any) -> Any:
@@ -124,15 +125,21 @@ def test_the_base_under_an_adapter_is_a_teacher_and_the_student_stays_as_it_was(
     before_N = Forward(student).measure(rollouts, Needs.SAMPLED).logprobs_N
     flags = [p.requires_grad for p in student.parameters()]
     modes = [module.training for module in student.modules()]
-    teacher: Teacher = BaseAsTeacher(student)
+    teacher: Teacher = base_as_teacher(student)
 
-    scores = teacher.score(rollouts, Needs.FULL | Needs.TOPK, top_k=3)
-    for found, expected in zip(scores, wanted.score(rollouts, Needs.FULL | Needs.TOPK, top_k=3), strict=True):
+    scores = teacher.score(ScoreRequest(rollouts, Needs.FULL | Needs.TOPK, top_k=3))
+    for found, expected in zip(
+        scores, wanted.score(ScoreRequest(rollouts, Needs.FULL | Needs.TOPK, top_k=3)), strict=True
+    ):
         assert torch.equal(found.logprobs_T, expected.logprobs_T)
         assert found.full_logprobs_TV is not None and expected.full_logprobs_TV is not None
         assert torch.equal(found.full_logprobs_TV, expected.full_logprobs_TV)
     with pytest.raises(VocabularyError):
-        teacher.score(rollouts, Needs.STUDENT_TOPK, student_topk_ids_TJ=[torch.full((n, 1), 9999) for _, n in LENGTHS])
+        teacher.score(
+            ScoreRequest(
+                rollouts, Needs.STUDENT_TOPK, student_topk_ids_TJ=[torch.full((n, 1), 9999) for _, n in LENGTHS]
+            )
+        )
 
     assert [p.requires_grad for p in student.parameters()] == flags and any(flags)
     assert [module.training for module in student.modules()] == modes
@@ -143,7 +150,7 @@ def test_the_base_under_an_adapter_is_a_teacher_and_the_student_stays_as_it_was(
 
 def test_an_error_in_the_middle_of_scoring_leaves_the_adapter_on() -> None:
     student = lora(tiny_model("llama")).train()
-    teacher = BaseAsTeacher(student)
+    teacher = base_as_teacher(student)
     flags = [p.requires_grad for p in student.parameters()]
 
     def fail(*_: Any) -> None:
@@ -151,7 +158,7 @@ def test_an_error_in_the_middle_of_scoring_leaves_the_adapter_on() -> None:
 
     handle = student.get_base_model().model.layers[1].register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        teacher.score(rollouts_of(), Needs.SAMPLED)
+        teacher.score(ScoreRequest(rollouts_of()))
     handle.remove()
     assert student.training and all(module.training for module in student.modules())
     assert [p.requires_grad for p in student.parameters()] == flags
@@ -165,16 +172,16 @@ def test_reverse_kl_to_the_own_base_takes_the_adapter_off_for_the_teacher_alone(
     with torch.no_grad():
         student_NV, base_NV = plain(student, rollouts), plain(base, rollouts)
     expected_N = (student_NV.exp() * (student_NV - base_NV)).sum(-1)
-    found_N = Forward(student, tile_tokens=4).reverse_kl(rollouts, BaseAsTeacher(student).forward)
+    found_N = Forward(student, tiling=Tiling(tile_tokens=4)).reverse_kl(rollouts, base_as_teacher(student).forward)
     assert expected_N.min() > 1e-6
     torch.testing.assert_close(found_N, expected_N, rtol=1e-10, atol=1e-10)
 
 
 def test_a_base_that_cannot_be_had_back_is_refused() -> None:
     with pytest.raises(ConfigError, match="has no adapter"):
-        BaseAsTeacher(tiny_model())
+        base_as_teacher(tiny_model())
     with pytest.raises(ConfigError, match="lora_only"):
-        BaseAsTeacher(lora(tiny_model(), bias="lora_only"))
+        base_as_teacher(lora(tiny_model(), bias="lora_only"))
 
 
 def test_batches_of_similar_length_hold_each_sequence_once_within_the_budget() -> None:

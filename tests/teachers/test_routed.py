@@ -15,6 +15,7 @@ from tropd.objective.support import NOTHING
 from tropd.teachers.cached import Cached
 from tropd.teachers.local import LocalTeacher
 from tropd.teachers.routed import Routed
+from tropd.teachers.teacher import ScoreRequest
 from tropd.testing import some_rollouts
 from tropd.types import Rollout
 
@@ -34,10 +35,10 @@ def test_each_prompt_is_scored_by_its_own_teacher_in_order() -> None:
     teachers, rollouts = both(), rollouts_for("code", "math", "code", "code", "math")
     ids_TJ = [torch.arange(3).expand(len(r.response_ids), 3) + n for n, r in enumerate(rollouts)]
     needs = BOTH | Needs.STUDENT_TOPK
-    found = Routed(teachers).score(rollouts, needs, top_k=4, student_topk_ids_TJ=ids_TJ)
+    found = Routed(teachers).score(ScoreRequest(rollouts, needs, top_k=4, student_topk_ids_TJ=ids_TJ))
     for rollout, score, ids in zip(rollouts, found, ids_TJ, strict=True):
         name = rollout.prompt.teacher
-        (alone,) = teachers[name].score([rollout], needs, top_k=4, student_topk_ids_TJ=[ids])
+        (alone,) = teachers[name].score(ScoreRequest([rollout], needs, top_k=4, student_topk_ids_TJ=[ids]))
         assert score.teacher == name
         torch.testing.assert_close(score.logprobs_T, alone.logprobs_T)
         torch.testing.assert_close(score.at_student_topk_TJ, alone.at_student_topk_TJ)
@@ -48,7 +49,7 @@ def test_rows_that_need_no_top_k_are_asked_by_their_place_among_all() -> None:
     rollouts = rollouts_for("code", "math", "code", "code")
     lengths = [len(r.response_ids) for r in rollouts]
     wanted_N = torch.arange(sum(lengths)) % 3 == 0
-    found = Routed(both()).score(rollouts, BOTH, top_k=4, top_k_rows=lambda rows_C, _: wanted_N[rows_C])
+    found = Routed(both()).score(ScoreRequest(rollouts, BOTH, top_k=4, top_k_rows=lambda rows_C, _: wanted_N[rows_C]))
     for score, wanted_T in zip(found, wanted_N.split(lengths), strict=True):
         assert score.topk_logprobs_TK is not None
         assert torch.equal((score.topk_logprobs_TK > NOTHING).all(-1), wanted_T)
@@ -60,6 +61,6 @@ def test_it_offers_what_all_offer_and_names_who_is_missing(tmp_path: Path) -> No
     routed = Routed({"math": teachers["math"], "code": kept})
     assert routed.capabilities == kept.capabilities
     with pytest.raises(DataError, match=r"ask for the teachers 'art', but there are only 'math', 'code'"):
-        routed.score(rollouts_for("math", "art"), Needs.SAMPLED)
+        routed.score(ScoreRequest(rollouts_for("math", "art")))
     with pytest.raises(ConfigError, match="none was given"):
         Routed({})

@@ -17,7 +17,6 @@ from tests.tiny import byte_tokenizer, tiny_model
 from tropd.config.run import Run
 from tropd.doctor import examine
 from tropd.errors import ConfigError, DataError, EvidenceError, TeacherError, TropdError, VocabularyError
-from tropd.objective.evidence import Needs
 from tropd.planning.devices import DEVICES
 from tropd.planning.plan import make_plan
 from tropd.report.contents import charts_of
@@ -25,6 +24,7 @@ from tropd.report.history import read_history
 from tropd.rollout.transformers import TransformersEngine
 from tropd.run.start import resume, train
 from tropd.teachers.local import LocalTeacher
+from tropd.teachers.teacher import ScoreRequest
 from tropd.types import Author, Request, key_of
 
 QUICK = {"deadline_seconds": 1.5, "answer_seconds": 5.0}
@@ -79,10 +79,10 @@ def test_each_prompt_is_judged_by_its_own_teacher_and_continues_its_prefix(world
     rows = found.batch.tokens.teacher_logprobs_N.split([len(r.response_ids) for r in found.rollouts])
     alone = {name: _teacher(path, parts.vocab_size) for name, path in names(world).items()}
     for rollout, logprobs_T in zip(found.rollouts, rows, strict=True):
-        (score,) = alone[rollout.prompt.teacher].score([rollout], Needs.SAMPLED)
+        (score,) = alone[rollout.prompt.teacher].score(ScoreRequest([rollout]))
         torch.testing.assert_close(logprobs_T, score.logprobs_T, rtol=1e-4, atol=1e-5)
         other = next(teacher for name, teacher in alone.items() if name != rollout.prompt.teacher)
-        (wrong,) = other.score([rollout], Needs.SAMPLED)
+        (wrong,) = other.score(ScoreRequest([rollout]))
         assert (logprobs_T - wrong.logprobs_T).abs().max() > 0.1, "the other one would have said something else"
         model = alone[rollout.prompt.teacher].forward.model
         written = sum(author == Author.TEACHER for author in rollout.authors)

@@ -26,6 +26,7 @@ from tropd.run.start import train
 from tropd.teachers.local import LocalTeacher
 from tropd.teachers.meeting import canary_of
 from tropd.teachers.server import ServerTeacher
+from tropd.teachers.teacher import ScoreRequest
 from tropd.testing import check_teacher, some_rollouts
 from tropd.types import TeacherScores
 
@@ -57,8 +58,8 @@ def test_it_keeps_the_promises_of_teachers(teacher_server: Server) -> None:
 
 def test_scores_are_those_of_the_same_model_in_this_process(teacher_server: Server, teacher_folder: Path) -> None:
     rollouts = some_rollouts(VOCAB, [(1, 1), (3, 40), (60, 120), (17, 0), (9, 200)])
-    found = teacher_at(teacher_server.url).score(rollouts, BOTH, top_k=64)
-    same(found, local(teacher_folder).score(rollouts, BOTH, top_k=64))
+    found = teacher_at(teacher_server.url).score(ScoreRequest(rollouts, BOTH, top_k=64))
+    same(found, local(teacher_folder).score(ScoreRequest(rollouts, BOTH, top_k=64)))
 
 
 @pytest.mark.parametrize(
@@ -74,11 +75,14 @@ def test_spoiled_answers_are_asked_again_or_end_the_step(
         teacher = teacher_at(proxy.url, deadline_seconds=4.0, answer_seconds=1.5)
         begun = proxy.posts
         proxy.fault = lambda n, request, reply: fault(n, request, reply) if n - begun in (1, 3) else reply
-        same(teacher.score(rollouts, BOTH, top_k=8), local(teacher_folder).score(rollouts, BOTH, top_k=8))
+        same(
+            teacher.score(ScoreRequest(rollouts, BOTH, top_k=8)),
+            local(teacher_folder).score(ScoreRequest(rollouts, BOTH, top_k=8)),
+        )
         assert proxy.posts > begun + 4
         proxy.fault = fault
         with pytest.raises(TeacherError):
-            teacher.score(rollouts, BOTH, top_k=8)
+            teacher.score(ScoreRequest(rollouts, BOTH, top_k=8))
 
 
 def test_a_server_that_crashes_and_comes_back_is_waited_for(
@@ -89,12 +93,14 @@ def test_a_server_that_crashes_and_comes_back_is_waited_for(
     teacher = teacher_at(teacher_server.url, deadline_seconds=240.0)
     teacher_server.kill()
     found: list[TeacherScores] = []
-    asking = threading.Thread(target=lambda: found.extend(teacher.score(rollouts, BOTH, top_k=8)), daemon=True)
+    asking = threading.Thread(
+        target=lambda: found.extend(teacher.score(ScoreRequest(rollouts, BOTH, top_k=8))), daemon=True
+    )
     asking.start()
     port = int(teacher_server.url.rsplit(":", 1)[1])
     vllm_server(teacher_folder, flags=("--max-logprobs", "64"), port=port)
     asking.join(60)
-    same(found, local(teacher_folder).score(rollouts, BOTH, top_k=8))
+    same(found, local(teacher_folder).score(ScoreRequest(rollouts, BOTH, top_k=8)))
     assert teacher.pool.tally.failures > 0
 
 

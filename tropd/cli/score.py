@@ -41,10 +41,11 @@ def main(argv: list[str]) -> int:
     from tropd.data.graders import grade
     from tropd.objective.evidence import Needs
     from tropd.run.start import assemble
+    from tropd.teachers.teacher import ScoreRequest
 
     with tempfile.TemporaryDirectory() as folder:
         parts = assemble(run, Path(folder))
-        scores = parts.teacher.score(rollouts, Needs.SAMPLED)
+        scores = parts.teacher.score(ScoreRequest(rollouts))
         own = parts.learner.measure(rollouts, Needs.NOTHING, 0)["student_logprobs_N"]
         rewards = grade(parts.grader, rollouts, parts.tokenizer) if parts.grader else None
     student = own.split([len(r.response_ids) for r in rollouts])

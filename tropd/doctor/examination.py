@@ -26,8 +26,6 @@ from tropd.doctor.subject import Subject, read_subject, subject_of
 from tropd.doctor.texts import check_generation, check_stops, check_templates, check_tokenizers
 from tropd.errors import ConfigError, TropdError
 from tropd.model.loading import model_fingerprint
-from tropd.teachers.local import LocalTeacher
-from tropd.teachers.routed import by_name
 from tropd.version import outside
 
 if TYPE_CHECKING:
@@ -117,7 +115,7 @@ def _measure(run: Run, num_prompts: int, max_new_tokens: int) -> list[Check]:
     from tropd.doctor.sample import draw_sample
     from tropd.training.assembly import load_parts
 
-    of_a_teacher = (readings.check_teacher, readings.check_agreement, readings.check_ends, readings.check_sampler)
+    of_a_teacher = (readings.check_scores, readings.check_agreement, readings.check_ends, readings.check_sampler)
     looks = (readings.check_step, readings.check_seconds)
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -130,9 +128,9 @@ def _measure(run: Run, num_prompts: int, max_new_tokens: int) -> list[Check]:
         except TropdError as refusal:
             return [loaded, error("one step", str(refusal))]
         finally:
-            for engine in (parts.engine, parts.writer):
-                if engine is not None:
-                    engine.close()
+            for part in (parts.engine, parts.teacher, parts.writer):
+                if part is not None:
+                    part.close()
         checks = [loaded]
         for name, found in sample.diagnoses.items():
             checks += _bearing(run, name, (check for look in of_a_teacher for check in look(parts, found)))
@@ -140,17 +138,18 @@ def _measure(run: Run, num_prompts: int, max_new_tokens: int) -> list[Check]:
 
 
 def _same_weights(parts: Parts) -> Iterator[Check]:
-    local = {name: one for name, one in by_name(parts.teacher).items() if isinstance(one, LocalTeacher)}
-    if not local:  # nothing to compare with, and reading all weights takes its time
+    models = {name: teacher.forward.model for name, teacher in parts.teacher.teachers.items() if teacher.forward}
+    others = {name: model for name, model in models.items() if model is not parts.model}
+    if not others:  # nothing to compare with, and reading all weights takes its time
         return
     alike = warning(
         "teacher",
         "student and teacher have the same weights, so log-ratios start at zero and nothing is learned from them.",
         "Set teacher.path to a stronger model.",
     )
-    own = model_fingerprint(parts.model)
-    for name, one in local.items():
-        if model_fingerprint(one.forward.model) == own:
+    student = model_fingerprint(parts.model)
+    for name, model in others.items():
+        if model_fingerprint(model) == student:
             yield from _bearing(parts.run, name, [alike])
 
 

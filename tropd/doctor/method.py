@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -13,13 +12,14 @@ from tropd.errors import TropdError
 from tropd.model.loading import choose_device, choose_dtype
 from tropd.objective.evidence import OF_TEACHER, Needs
 from tropd.teachers.routed import Routed
+from tropd.teachers.teacher import Teacher
 from tropd.training.step import check_evidence
 
 _FEW_STEPS = 300
 _SMALL_BETA = 0.01
 
 
-class _Capable:
+class _Capable(Teacher):
     """Stands for a teacher that is not loaded: only what it can do is asked."""
 
     def __init__(self, capabilities: Needs) -> None:
@@ -29,8 +29,8 @@ class _Capable:
 def check_needs(subject: Subject) -> Iterator[Check]:
     """Evidence that the method reads, compared with what the teacher can say."""
     run = subject.run
-    several: Any = {name: _Capable(offered_by(config)) for name, config in run.teachers.items()}
-    teacher: Any = Routed(several) if several else _Capable(subject.capabilities)
+    several = {name: _Capable(offered_by(config)) for name, config in run.teachers.items()}
+    teacher = Routed(several) if several else _Capable(subject.capabilities)
     try:
         check_evidence(run.method.objective, teacher, run.method.name, subject.grader is not None)
     except TropdError as refusal:

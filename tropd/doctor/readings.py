@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from tropd.doctor.check import Check, error, ok, warning
 from tropd.doctor.sample import Diagnosis, Sample
 from tropd.monitoring.alarms import Alarms
-from tropd.teachers.local import BaseAsTeacher
 
 if TYPE_CHECKING:
+    from tropd.teachers.teacher import Teacher
     from tropd.training.assembly import Parts
 
 _LOW_OVERLAP = 0.5  # 0.72 before and 0.91 after are usual of distillation that works (arXiv:2606.01249)
@@ -19,7 +19,7 @@ _HIGH_TV = 0.5
 _STOP_WARNING, _STOP_ERROR = -8.0, -15.0
 
 
-def check_teacher(parts: Parts, found: Diagnosis) -> Iterator[Check]:
+def check_scores(parts: Parts, found: Diagnosis) -> Iterator[Check]:
     """Does it know anything, and does it say the same thing twice?"""
     probes, uniform = found.probes, math.log(parts.vocab_size)
     said = (
@@ -50,7 +50,7 @@ def check_agreement(parts: Parts, found: Diagnosis) -> Iterator[Check]:
         f"{_shown(p, 'entropy/teacher')}, mean difference {_shown(p, 'entropy/gap')}"
     )
     if p.get("ratio/min") == 0.0 == p.get("ratio/max") and not p.get("ratio/infinite"):
-        own = isinstance(found.teacher, BaseAsTeacher)
+        own = _is_base(parts, found.teacher)
         if own and _data_teaches(parts):
             yield ok(
                 "agreement",
@@ -134,7 +134,7 @@ def check_step(parts: Parts, sample: Sample) -> Iterator[Check]:
     said = f"loss {step.loss:.4g} ({terms}), gradient norm {norm:.3g}"
     if not (math.isfinite(step.loss) and math.isfinite(norm)):
         yield error("one step", f"{said}: not a finite number.", "Use bfloat16 or float32, and check the weights.")
-    elif norm == 0.0 and _data_teaches(parts) and isinstance(parts.teacher, BaseAsTeacher):
+    elif norm == 0.0 and _data_teaches(parts) and _is_base(parts, parts.teacher):
         yield ok("one step", f"{said}: at the end, without texts of the data set, a new adapter and its base agree")
     elif norm == 0.0:
         yield error(
@@ -146,6 +146,11 @@ def check_step(parts: Parts, sample: Sample) -> Iterator[Check]:
         yield ok("one step", f"{said}, scaled down to {limit:g} as optimizer.max_gradient_norm says")
     else:
         yield ok("one step", said)
+
+
+def _is_base(parts: Parts, teacher: Teacher) -> bool:
+    """Whether the teacher is the student itself, without its adapter."""
+    return teacher.forward is not None and teacher.forward.model is parts.model
 
 
 def _data_teaches(parts: Parts) -> bool:

@@ -24,8 +24,7 @@ from tropd.monitoring.probes import probe_batch
 from tropd.objective.evidence import Needs
 from tropd.objective.terms import Context
 from tropd.rollout.stage import roll_out
-from tropd.teachers.routed import by_teacher
-from tropd.teachers.teacher import RunTeacher
+from tropd.teachers.teacher import ScoreRequest, Teacher
 from tropd.training.batches import ScoredBatch, add_scores, make_tokens
 from tropd.training.iteration import clock
 from tropd.training.step import StepSums, recall_needed, score, train_step
@@ -42,7 +41,7 @@ _TOP_K = 64  # TrOPD's, where the method has none of its own
 class Diagnosis:
     """What a teacher thinks of answers to its prompts.  x = log pi_T - log pi_S of a written token."""
 
-    teacher: RunTeacher
+    teacher: Teacher
     rollouts: list[Rollout]
     limit: int
     """Tokens that an answer could have."""
@@ -88,9 +87,9 @@ def draw_sample(parts: Parts, num_prompts: int, max_new_tokens: int) -> Sample:
     with clock(seconds, "rollout"):
         rollouts = _write(parts, prompts, OnPolicy(), limit)
     diagnoses = {}
-    for chosen, teacher in by_teacher(parts.teacher, rollouts):
-        own = [rollouts[i] for i in chosen]
-        diagnoses[own[0].prompt.teacher] = _diagnose(parts, teacher, own, limit)
+    for chosen, teacher in parts.teacher.parts(rollouts):
+        answers = [rollouts[i] for i in chosen]
+        diagnoses[answers[0].prompt.teacher] = _diagnose(parts, teacher, answers, limit)
     method = parts.run.method
     step_rollouts = rollouts
     if method.rollout.needs_teacher_text:
@@ -142,12 +141,12 @@ def _write(parts: Parts, prompts: Sequence[tuple[Prompt, int]], policy: RolloutP
     return roll_out(policy, job, parts.engine, parts.writer)
 
 
-def _diagnose(parts: Parts, teacher: RunTeacher, rollouts: list[Rollout], limit: int) -> Diagnosis:
+def _diagnose(parts: Parts, teacher: Teacher, rollouts: list[Rollout], limit: int) -> Diagnosis:
     """Everything that both models say of these answers, as probes."""
     top_k = min(parts.run.method.objective.teacher_top_k or _TOP_K, parts.vocab_size)
-    offers = teacher.capabilities
+    request = ScoreRequest(rollouts, _EVIDENCE & teacher.capabilities, top_k=top_k)
     tokens = make_tokens(rollouts, parts.run.seed, parts.learner.device, parts.vocab_size)
-    tokens = add_scores(tokens, rollouts, teacher.score(rollouts, _EVIDENCE & offers, top_k=top_k))
+    tokens = add_scores(tokens, rollouts, teacher.score(request))
     sampler_N = tokens.peek("student_logprobs_N")
     own = _measure(parts, rollouts, tokens.teacher_topk_ids_NK, top_k)
     tokens = tokens.with_(
@@ -197,10 +196,10 @@ def _measure(parts: Parts, rollouts: list[Rollout], ids_NK: Tensor, top_k: int) 
     return {name: torch.cat([pieces[i][name] for i in range(len(rollouts))]) for name in pieces[0]}
 
 
-def _repeat(teacher: RunTeacher, rollouts: list[Rollout]) -> float:
+def _repeat(teacher: Teacher, rollouts: list[Rollout]) -> float:
     """A teacher must say the same of the same text, whatever else it is asked."""
-    first = teacher.score(rollouts, Needs.SAMPLED)
-    again = teacher.score(rollouts[::-1], Needs.SAMPLED)[::-1]
+    first = teacher.score(ScoreRequest(rollouts))
+    again = teacher.score(ScoreRequest(rollouts[::-1]))[::-1]
     gaps = [(a.logprobs_T - b.logprobs_T).abs() for a, b in zip(first, again, strict=True) if len(a.logprobs_T)]
     finite = [gap_T[gap_T.isfinite()] for gap_T in gaps]
     return max((float(gap_T.max()) for gap_T in finite if len(gap_T)), default=0.0)

@@ -20,9 +20,9 @@ from tropd.model.head import causal_lm_of
 from tropd.model.loading import load_tokenizer
 from tropd.objective.evidence import Needs
 from tropd.servers.dialects import dialect_of
-from tropd.teachers.local import BaseAsTeacher, LocalTeacher
-from tropd.teachers.routed import by_name, shared_by
-from tropd.teachers.teacher import RunTeacher
+from tropd.teachers.local import LocalTeacher
+from tropd.teachers.routed import shared_by
+from tropd.teachers.teacher import Teacher
 from tropd.types import Prompt
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def subject_of(parts: Parts) -> Subject:
     return Subject(
         run=run,
         student=student,
-        teachers={name: _side_of(one, run.all_teachers[name]) for name, one in by_name(parts.teacher).items()},
+        teachers={name: _side_of(single, run.all_teachers[name]) for name, single in parts.teacher.teachers.items()},
         capabilities=parts.teacher.capabilities,
         prompts=tuple({prompt.id: prompt for prompt, _ in drawn}.values()),
         held_out=parts.held_out,
@@ -114,10 +114,10 @@ def subject_of(parts: Parts) -> Subject:
     )
 
 
-def _side_of(teacher: RunTeacher, config: TeacherConfig) -> Side | None:
+def _side_of(teacher: Teacher, config: TeacherConfig) -> Side | None:
     if config.servers:
         return _read_side(config, "teacher")
-    if not isinstance(teacher, LocalTeacher):
+    if config.path == "base" or teacher.forward is None:
         return None
     inside = causal_lm_of(teacher.forward.model)
     return Side(
@@ -173,7 +173,7 @@ def offered_by(config: TeacherConfig) -> Needs:
     """What such a teacher can answer."""
     if config.servers:
         return dialect_of(config.server).capabilities
-    return (BaseAsTeacher if config.path == "base" else LocalTeacher).capabilities
+    return LocalTeacher.capabilities
 
 
 def _capabilities(run: Run) -> Needs:

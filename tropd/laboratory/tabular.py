@@ -18,14 +18,15 @@ from tropd.objective.draws import uniform
 from tropd.objective.evidence import OF_TEACHER, Needs, StudentView, Tokens
 from tropd.objective.support import expected_gap
 from tropd.objective.terms import World
-from tropd.teachers.teacher import Teacher, TopKRows
+from tropd.rollout.engine import Engine
+from tropd.teachers.teacher import ScoreRequest, Teacher
 from tropd.training.micro_batch import MicroBatch, Seen
 from tropd.types import Completion, Finish, Prompt, Request, Rollout, TeacherScores
 
 END = 0
 
 
-class TabularLM:
+class TabularLM(Engine, Teacher):
     """A table of next-token logits, float64."""
 
     capabilities = OF_TEACHER & ~(Needs.REFERENCE | Needs.HIDDEN)
@@ -97,26 +98,17 @@ class TabularLM:
     def sync(self, version: int) -> None:
         self.version = version
 
-    def close(self) -> None:
-        pass
-
     # As a teacher
 
     @torch.no_grad()
-    def score(
-        self,
-        rollouts: Sequence[Rollout],
-        needs: Needs,
-        *,
-        top_k: int = 0,
-        student_topk_ids_TJ: Sequence[Tensor] | None = None,
-        top_k_rows: TopKRows | None = None,
-    ) -> list[TeacherScores]:
+    def score(self, request: ScoreRequest) -> list[TeacherScores]:
+        request.check(self)
+        rollouts, at_ids_TJ = request.rollouts, request.student_topk_ids_TJ
         lengths = [len(rollout.response_ids) for rollout in rollouts]
         full = self.full_logprobs(rollouts)
         ids = torch.tensor([i for rollout in rollouts for i in rollout.response_ids], dtype=torch.int64)
-        found = teacher_evidence(full, ids, needs, top_k)
-        parts = {name: x.split(lengths) for name, x in found.items() if isinstance(x, Tensor)}
+        evidence = teacher_evidence(full, ids, request.needs, request.top_k)
+        parts = {name: x.split(lengths) for name, x in evidence.items() if isinstance(x, Tensor)}
         whole = full.split(lengths)
         return [
             TeacherScores(
@@ -124,8 +116,8 @@ class TabularLM:
                 topk_ids_TK=parts["teacher_topk_ids_NK"][n],
                 topk_logprobs_TK=parts["teacher_topk_logprobs_NK"][n],
                 entropy_T=parts["teacher_entropy_N"][n],
-                at_student_topk_TJ=whole[n].gather(-1, student_topk_ids_TJ[n]) if student_topk_ids_TJ else None,
-                full_logprobs_TV=whole[n] if Needs.FULL in needs else None,
+                at_student_topk_TJ=whole[n].gather(-1, at_ids_TJ[n]) if at_ids_TJ else None,
+                full_logprobs_TV=whole[n] if Needs.FULL in request.needs else None,
             )
             for n in range(len(rollouts))
         ]

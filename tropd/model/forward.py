@@ -20,6 +20,7 @@ from tropd.model.head import Head, at_rest, causal_lm_of, differ, tiles
 from tropd.model.hf import recomputes
 from tropd.model.one_pass import TopRows, can_fuse, read_rows
 from tropd.model.spans import attends_by_span, spans, worth_it
+from tropd.model.tiling import Tiling
 from tropd.objective.evidence import ABSENT, Needs, StudentView, Tokens, at_least_float32
 from tropd.objective.support import expected_gap
 from tropd.types import Rollout
@@ -104,16 +105,13 @@ class Forward:
         model: nn.Module,
         *,
         vocab_size: int | None = None,
-        tile_tokens: int = 512,
-        tile_vocab: int | None = None,
+        tiling: Tiling | None = None,
         layout: Arrangement | Literal["best"] = "best",
         within: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        if tile_tokens < 1:
-            raise ConfigError(f"tile_tokens = {tile_tokens} was asked for; a tile holds at least 1 token.")
         if layout not in ("padded", "packed", "best"):
             raise ConfigError(f"layout = {layout!r} was asked for; there are 'padded', 'packed' and 'best'.")
-        self.model, self.tile_tokens, self.tile_vocab, self.within = model, tile_tokens, tile_vocab, within
+        self.model, self.tiling, self.within = model, tiling or Tiling(), within
         self.layout: Arrangement = "packed" if layout == "packed" else "padded"
         with self._at_rest():
             self.head = Head.of(model, vocab_size)
@@ -153,7 +151,7 @@ class Forward:
             columns.append(tokens.teacher_topk_ids_NK)
         if Needs.STUDENT_TOPK in needs:
             columns.append(tokens.student_topk_ids_NJ)
-        read = self.head.read(hidden_NH, self._wanted(columns), self.tile_tokens, full=Needs.FULL in needs)
+        read = self.head.read(hidden_NH, self._wanted(columns), self.tiling.tile_tokens, full=Needs.FULL in needs)
         parts = list(read["at"].split([column.shape[1] for column in columns], dim=1))
         return StudentView(
             logprobs_N=parts.pop(0).squeeze(1),
@@ -175,17 +173,23 @@ class Forward:
         """The model's own opinion, without gradient or dropout: entropy and the whole distribution where `needs` asks
         for them, this model's `top_k` likeliest tokens (at most the vocabulary), and its opinion of given tokens."""
         columns = [self._response_ids(rollouts).unsqueeze(1), *([] if at_ids_NJ is None else [at_ids_NJ])]
-        shape = {
-            "top_k": min(top_k, self.vocab_size),
-            "entropy": bool(needs & (Needs.TEACHER_ENTROPY | Needs.STUDENT_ENTROPY)),
-        }
+        top_k, tile_tokens = min(top_k, self.vocab_size), self.tiling.tile_tokens
+        entropy, full = bool(needs & (Needs.TEACHER_ENTROPY | Needs.STUDENT_ENTROPY)), Needs.FULL in needs
         with self._at_rest():
             hidden_NH, ids_NM = self.hidden(rollouts), self._wanted(columns)
-            if Needs.FULL in needs or not can_fuse(self.head):
-                read = self.head.read(hidden_NH, ids_NM, self.tile_tokens, full=Needs.FULL in needs, **shape)
+            if full or not can_fuse(self.head):
+                read = self.head.read(hidden_NH, ids_NM, tile_tokens, full=full, top_k=top_k, entropy=entropy)
             else:
-                tile = {"tile_vocab": self.tile_vocab, "top_rows": top_rows}
-                read = read_rows(self.head, hidden_NH, ids_NM, self.tile_tokens, **shape, **tile)
+                read = read_rows(
+                    self.head,
+                    hidden_NH,
+                    ids_NM,
+                    tile_tokens,
+                    top_k=top_k,
+                    entropy=entropy,
+                    tile_vocab=self.tiling.tile_vocab,
+                    top_rows=top_rows,
+                )
         if not bool(read["log_z"].isfinite().all()):
             names = ", ".join(rollout.id for rollout in rollouts[:4])
             raise TrainingDiverged(
@@ -226,7 +230,7 @@ class Forward:
         with teacher._at_rest():
             teacher_NH = teacher.hidden(as_read)
         ids_N, found = self._response_ids(rollouts), [student_NH.new_zeros(0, dtype=at_least_float32(student_NH).dtype)]
-        for tile in tiles(student_NH.shape[0], self.tile_tokens):
+        for tile in tiles(student_NH.shape[0], self.tiling.tile_tokens):
             student_NV = self.full_logprobs(student_NH[tile], ids_N[tile])
             teacher_NV = teacher.full_logprobs(teacher_NH[tile], ids_N[tile])
             found.append(expected_gap(student_NV.exp(), student_NV, teacher_NV.to(student_NV.device)))

@@ -27,7 +27,7 @@ from tropd.config.run import Run
 from tropd.errors import CheckpointError, EngineError, EngineOutOfSync, ServerRefused, TropdError
 from tropd.rollout import canary, draws
 from tropd.rollout.draw_check import show_draws
-from tropd.rollout.jobs import score_canary
+from tropd.rollout.jobs import ServedStudent, score_canary
 from tropd.servers.dialects import dialect_of
 from tropd.servers.pool import Pool
 
@@ -77,6 +77,11 @@ class Delivery:
         self._strange, self.wary = True, wary  # they have not shown yet how they draw
         self._drawn: dict[str, draws.Gathered] = {}
         self.notes = self._meet()
+
+    @property
+    def student(self) -> ServedStudent:
+        """As the servers hold it now."""
+        return ServedStudent(model=self.asked, version=self.version, vocab_size=self.vocab_size)
 
     @property
     def asked(self) -> str:
@@ -201,15 +206,14 @@ class Delivery:
 
     def _verify(self, expected: canary.Expected) -> None:
         for url, pool in self.pools.items():
-            found = score_canary(pool, self.text, model=self.asked, version=self.version, vocab_size=self.vocab_size)
+            found = score_canary(pool, self.text, self.student)
             try:
                 canary.compare(url, expected, found, self.sync_nats)
             except EngineOutOfSync as error:
                 raise EngineOutOfSync(f"{error}{self._advice()}") from error
             self._found[url] = found
         if self._strange:
-            how: dict[str, Any] = {"model": self.asked, "version": self.version, "vocab_size": self.vocab_size}
-            show_draws(self.pools, self.text, expected.after_V, self._drawn, **how)
+            show_draws(self.pools, self.text, expected.after_V, self._drawn, self.student)
             self._strange = False
 
     def _cure(self, url: str, error: ServerRefused) -> str:

@@ -19,7 +19,7 @@ from tropd.model.head import tiles
 from tropd.objective.evidence import Needs
 from tropd.rollout import draws
 from tropd.rollout.engine import Engine
-from tropd.rollout.jobs import draw_after
+from tropd.rollout.jobs import ServedStudent, draw_after
 from tropd.servers.pool import Pool
 from tropd.types import Author, Completion, Prompt, Request, Rollout, Sampling, key_of
 
@@ -62,7 +62,7 @@ def _read(forward: Forward, rollouts: list[Rollout], sampling: Sampling, found: 
     ids_N = torch.tensor([i for r in rollouts for i in r.response_ids], device=hidden_NH.device)
     own_N = torch.tensor(authors, device=hidden_NH.device) == Author.STUDENT
     hidden_NH, ids_N = hidden_NH[own_N], ids_N[own_N]
-    for tile in tiles(len(ids_N), min(forward.tile_tokens, _TILE)):
+    for tile in tiles(len(ids_N), min(forward.tiling.tile_tokens, _TILE)):
         logprobs_CV = forward.full_logprobs(hidden_NH[tile], ids_N[tile])
         found.evidence = draws.total([found.evidence, draws.evidence(logprobs_CV, ids_N[tile], sampling)])
         found.tokens += len(logprobs_CV)
@@ -83,13 +83,16 @@ def alike(rollouts: Iterable[Rollout]) -> float:
 
 
 def show_draws(
-    pools: Mapping[str, Pool], text: Sequence[int], after_V: Tensor, gathered: dict[str, draws.Gathered], **how: Any
+    pools: Mapping[str, Pool],
+    text: Sequence[int],
+    after_V: Tensor,
+    gathered: dict[str, draws.Gathered],
+    student: ServedStudent,
 ) -> None:
-    """Have every server draw single tokens after a text, and refuse those that do it wrongly.  `how` says what writes,
-    as `draw_after` takes it."""
+    """Have every server draw single tokens after a text, and refuse those that do it wrongly."""
     for url, pool in pools.items():
-        first = draw_after(pool, text, range(1, _NUM_DRAWS + 1), **how)
-        again = draw_after(pool, text, range(1, _NUM_DRAWN_AGAIN + 1), **how)
+        first = draw_after(pool, text, range(1, _NUM_DRAWS + 1), student)
+        again = draw_after(pool, text, range(1, _NUM_DRAWN_AGAIN + 1), student)
         check_single(url, after_V, first, again, gathered.setdefault(url, draws.Gathered()))
 
 
@@ -117,7 +120,7 @@ def check_single(
         )
 
 
-class Overheard:
+class Overheard(Engine):
     """An engine whose texts are read by the trainer."""
 
     def __init__(self, engine: Engine) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from tropd.errors import EngineError
+from tropd.rollout.engine import Engine
 from tropd.types import Completion, Finish, Request
 
 
-class ScriptedEngine:
+class ScriptedEngine(Engine):
     """Answers each request with `answers(request)`, then with the request's first stop id where there is room."""
 
     def __init__(self, answers: Callable[[Request], Sequence[int]], *, logprob: float = 0.0, version: int = 0) -> None:

@@ -24,6 +24,7 @@ from tropd.model import hf
 from tropd.model.hf import Cache
 from tropd.rollout.cache import RowCache
 from tropd.rollout.decoding import MIN_STEPS, Misread, Stepper, obstacle
+from tropd.rollout.engine import Engine
 from tropd.rollout.fixed import FixedShapes
 from tropd.rollout.rows import Batch
 from tropd.rollout.sampling import check_request
@@ -33,7 +34,7 @@ from tropd.types import Completion, Request
 _REREADS = "reads each text whole for every token, since no key-value cache works"
 
 
-class TransformersEngine:
+class TransformersEngine(Engine):
     """Writes tokens with the trainer's own model.  `vocab_size` leaves out padded rows of the head.
 
     `fixed`: steps of fixed shape, the same tokens; None: on CUDA, where they can be recorded.
@@ -61,7 +62,7 @@ class TransformersEngine:
         if max_batch < 1:
             raise ConfigError(f"max_batch is {max_batch}, but a batch needs at least one row.")
         self.model, self.max_batch, self.pad_id, self.version = model, max_batch, pad_id, version
-        self.context: int | None = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+        self.context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
         self._cache_argument = hf.cache_argument(base)
         self._last_only = {"logits_to_keep": 1} if hf.takes(base, "logits_to_keep") else {}
         self._no_cache = {"use_cache": False} if hf.takes(base, "use_cache") else {}
@@ -103,7 +104,7 @@ class TransformersEngine:
                 self.stepper.graphs.forget()
 
     @property
-    def notes(self) -> list[str]:
+    def notes(self) -> Sequence[str]:
         """What is slower than it could be on this machine."""
         if self.rereads:
             return [f"{type(self.model).__name__} {_REREADS}: the same tokens, much slower ({self.rereads})."]
@@ -115,9 +116,6 @@ class TransformersEngine:
     def sync(self, version: int) -> None:
         """The weights are the trainer's own: only the version is noted."""
         self.version = version
-
-    def close(self) -> None:
-        pass
 
     def last_logits(
         self, input_ids_BT: Tensor, mask: Tensor | dict[str, Tensor] | None, positions_BT: Tensor, cache: Cache

@@ -26,6 +26,7 @@ from tropd.errors import (
 )
 from tropd.rollout import canary
 from tropd.rollout.delivery import NOT_FOUND, Delivery, weights_folder
+from tropd.rollout.engine import Engine
 from tropd.rollout.jobs import text_job
 from tropd.rollout.sampling import check_request
 from tropd.servers.cards import Card, read_cards
@@ -37,7 +38,7 @@ from tropd.types import Completion, Request, Sampling
 log = logging.getLogger("tropd.rollout")
 
 
-class VllmEngine:
+class VllmEngine(Engine):
     """Writes tokens with servers that hold a copy of `model`; `delivery` and the options are those of Delivery."""
 
     def __init__(
@@ -102,7 +103,7 @@ class VllmEngine:
             self.weights.give(version)
 
     def rest(self) -> None:
-        """Nothing is written until the next weights: servers that are to sleep may."""
+        """Servers that are to sleep may."""
         with _said_by_engine():
             self.weights.rest()
 
@@ -113,9 +114,8 @@ class VllmEngine:
 
     def _write(self, requests: Sequence[Request]) -> list[Completion]:
         held = self.weights
-        how: dict[str, Any] = {"model": held.asked, "version": held.version, "vocab_size": self.vocab_size}
         texts = self.pool.run(
-            [text_job(self.dialect, request, f"rollout request {n}", **how) for n, request in enumerate(requests)]
+            [text_job(self.dialect, r, f"rollout request {n}", held.student) for n, r in enumerate(requests)]
         )
         held.check(anew=bool(self.pool.returned))
         self.pool.returned.clear()

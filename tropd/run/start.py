@@ -27,7 +27,6 @@ from tropd.monitoring.trackers import make_trackers
 from tropd.run.loop import Training
 from tropd.run.signals import stop_on_signals
 from tropd.run.state import State
-from tropd.teachers.local import LocalTeacher
 from tropd.training.assembly import Parts, load_parts, shards_student
 from tropd.version import __version__
 
@@ -85,8 +84,8 @@ def assemble(run: Run, directory: Path, world: Ranks = ALONE) -> Parts:
     """Everything that can be refused is refused here; what is merely odd is among the notes."""
     parts = load_parts(run, directory, world)
     parts = dataclasses.replace(parts, notes=(*parts.notes, *quick_checks(parts)))
-    if world.size > 1 and run.parallel.teacher == "sharded" and isinstance(parts.teacher, LocalTeacher):
-        parts.teacher.shard(world)  # after the checks, which read whole weights
+    # After the checks, which read whole weights.
+    if world.size > 1 and run.parallel.teacher == "sharded" and parts.teacher.shard(world):
         parts.learner.margin = None  # the ranks ask it together, so one of them cannot ask again
     return parts
 
@@ -114,9 +113,9 @@ def _checkpoint_of(run: Run, directory: Path, step: int | None, world: Ranks) ->
 
 @contextmanager
 def _closing(parts: Parts) -> Iterator[None]:
-    """Engines are closed, however the run ends and even where closing one fails."""
+    """Engines and teachers are closed, however the run ends and even where closing one fails."""
     with ExitStack() as stack:
-        for end in (parts.engine, *([parts.writer] if parts.writer else [])):
+        for end in (parts.engine, parts.teacher, *([parts.writer] if parts.writer else [])):
             stack.callback(end.close)
         yield
 

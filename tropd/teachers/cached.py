@@ -5,18 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
 
 from tropd.base.fast_paths import TAKEN, FastPath
-from tropd.errors import EvidenceError, TeacherError
-from tropd.objective.evidence import OF_TEACHER, Needs
-from tropd.teachers.teacher import RunTeacher, TopKRows
+from tropd.errors import TeacherError
+from tropd.objective.evidence import Needs
+from tropd.teachers.teacher import ScoreRequest, Teacher
 from tropd.types import Rollout, TeacherScores
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _KEPT = Needs.SAMPLED | Needs.TOPK | Needs.TEACHER_ENTROPY
 _SLICE = 64
@@ -24,16 +29,17 @@ _SLICE = 64
 _FIELDS = ("logprobs_T", "topk_ids_TK", "topk_logprobs_TK", "entropy_T")
 
 
-class Cached:
+class Cached(Teacher):
     """Asks its teacher only for what is not there.  Worth it where texts come again: data sets, replay, resumed steps.
 
     Whole distributions and hidden states are too large to keep, so it does not offer them.
     """
 
-    def __init__(self, teacher: RunTeacher, path: Path, identity: str) -> None:
+    def __init__(self, teacher: Teacher, path: Path, identity: str) -> None:
         """`identity` names the teacher's weights: other weights, other scores."""
         self.teacher, self.path, self.identity = teacher, path, identity
-        self.capabilities = teacher.capabilities & _KEPT
+        self.name, self.capabilities = teacher.name, teacher.capabilities & _KEPT
+        self.context, self.noise, self.elsewhere = teacher.context, teacher.noise, teacher.elsewhere
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # One thread at a time, which need not be this one: batches may be written ahead.
@@ -43,43 +49,32 @@ class Cached:
         except (sqlite3.Error, OSError) as error:
             raise self._refuse("opened", error) from error
 
-    @property
-    def context(self) -> int | None:
-        return self.teacher.context
-
-    @property
-    def noise(self) -> float:
-        return self.teacher.noise
-
-    def score(
-        self,
-        rollouts: Sequence[Rollout],
-        needs: Needs,
-        *,
-        top_k: int = 0,
-        student_topk_ids_TJ: Sequence[Tensor] | None = None,
-        top_k_rows: TopKRows | None = None,
-    ) -> list[TeacherScores]:
-        """One TeacherScores per rollout, in order; of every row, whatever `top_k_rows` wants now."""
-        if beyond := needs & OF_TEACHER & ~self.capabilities:
-            raise EvidenceError(f"{beyond} was asked of a cached teacher, which keeps {self.capabilities}.")
-        if Needs.TOPK in needs and top_k < 1:
-            raise EvidenceError(f"Needs.TOPK was asked of a cached teacher with top_k = {top_k}; give top_k >= 1.")
-        keys = [self._key(rollout, needs, top_k) for rollout in rollouts]
+    def score(self, request: ScoreRequest) -> list[TeacherScores]:
+        """Of every row, whatever `top_k_rows` wants now."""
+        request.check(self)
+        keys = [self._key(rollout, request.needs, request.top_k) for rollout in request.rollouts]
         known = self._read(set(keys))
         if known:
             TAKEN.add(FastPath.KEPT_SCORES)
-        missing = list({key: rollout for key, rollout in zip(keys, rollouts, strict=True) if key not in known}.items())
+        missing = list({key: place for place, key in enumerate(keys) if key not in known}.items())
+        whole = replace(request, top_k_rows=None)
         for start in range(0, len(missing), _SLICE):
             part = missing[start : start + _SLICE]
-            found = self.teacher.score([rollout for _, rollout in part], needs, top_k=top_k)
-            fresh = {key: score for (key, _), score in zip(part, found, strict=True)}
+            scores = self.teacher.score(whole.take([place for _, place in part]))
+            fresh = dict(zip([key for key, _ in part], scores, strict=True))
             self._write(fresh)
             known |= fresh
         return [known[key] for key in keys]
 
+    def prepare(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, device: torch.device) -> None:
+        self.teacher.prepare(tokenizer, vocab_size, device)
+
+    def whole(self) -> AbstractContextManager[None]:
+        return self.teacher.whole()
+
     def close(self) -> None:
         self.db.close()
+        self.teacher.close()
 
     def _key(self, rollout: Rollout, needs: Needs, top_k: int) -> str:
         wanted = [top_k if Needs.TOPK in needs else 0, (needs & _KEPT).value]

@@ -21,15 +21,15 @@ from tropd.config.run import Run
 from tropd.data.stream import LazyPromptStream, PromptStream
 from tropd.distributed.ranks import Ranks
 from tropd.errors import DataError, EngineError, TeacherError, TropdError
-from tropd.model.forward import Forward
 from tropd.model.loading import load_model, load_tokenizer
 from tropd.model.origins import Origin, name_of, origin_of
+from tropd.model.tiling import Tiling
 from tropd.rollout.engine import Engine
 from tropd.rollout.transformers import TransformersEngine
-from tropd.teachers.local import BaseAsTeacher, LocalTeacher, same_vocabulary, shared_vocab_size, without_adapter
+from tropd.teachers.local import LocalTeacher, base_as_teacher, same_vocabulary, shared_vocab_size, without_adapter
 from tropd.teachers.routed import Routed, RoutedWriter
-from tropd.teachers.served import Served, meet_teacher, serve_writer, served_size
-from tropd.teachers.teacher import RunTeacher
+from tropd.teachers.served import ServedTeacher, meet_teacher, serve_writer, served_size
+from tropd.teachers.teacher import Teacher
 from tropd.teachers.texts import CachedTexts
 from tropd.types import Completion, Prompt, Request
 
@@ -40,7 +40,7 @@ TEXTS = "teacher_texts.sqlite"
 
 
 @dataclass(kw_only=True)
-class Found:
+class TeacherParts:
     """One teacher on its way: what is known of it so far."""
 
     name: str
@@ -52,7 +52,7 @@ class Found:
     """None for the base under the student's adapter."""
     model: Any = None
     """None for the base, and where servers hold it."""
-    served: Served | None = None
+    served: ServedTeacher | None = None
 
     @property
     def config(self) -> TeacherConfig:
@@ -72,35 +72,30 @@ class Found:
 class Engaged:
     """Teachers ready to score."""
 
-    teacher: RunTeacher
+    teacher: Teacher
     """Scores for all of them."""
-    forward: Forward | None
-    """Of the only one, if it computes in this process: its head makes whole distributions here."""
     notes: tuple[str, ...]
 
 
-class TeacherEngine:
+class TeacherEngine(Engine):
     """The teacher as a writer, inside a context such as the adapter switched off."""
 
-    def __init__(self, engine: Engine, context: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
-        self.engine, self.context = engine, context
+    def __init__(self, engine: Engine, within: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+        self.engine, self.within, self.context = engine, within, engine.context
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         try:
-            with self.context():
+            with self.within():
                 return self.engine.generate(requests)
         except EngineError as error:
             raise TeacherError(f"the teacher cannot write: {error}") from error
-
-    def sync(self, version: int) -> None:
-        self.engine.sync(version)
 
     def close(self) -> None:
         self.engine.close()
 
 
-def find(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[Found]:
-    found = [Found(name=name, several=bool(run.teachers), run=run.taught_by(name)) for name in run.all_teachers]
+def find(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[TeacherParts]:
+    found = [TeacherParts(name=name, several=bool(run.teachers), run=run.taught_by(name)) for name in run.all_teachers]
     for one in found:
         if one.config.path != "base":
             with _named(run, one.name):
@@ -109,14 +104,14 @@ def find(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[Found]:
     return found
 
 
-def load(run: Run, found: Sequence[Found], device: torch.device) -> None:
+def load(run: Run, found: Sequence[TeacherParts], device: torch.device) -> None:
     for one in found:
         if one.config.path != "base" and not one.config.servers:
             with _named(run, one.name):
                 one.model = load_model(one.config, "teacher", device)
 
 
-def shared_size(found: Sequence[Found], student: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+def shared_size(found: Sequence[TeacherParts], student: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many token ids the student and all teachers know."""
     sizes = [shared_vocab_size(student, tokenizer, student, tokenizer)]
     for one in found:
@@ -128,35 +123,38 @@ def shared_size(found: Sequence[Found], student: Any, tokenizer: PreTrainedToken
 
 
 def engage(
-    run: Run, found: Sequence[Found], student: Any, shape: Mapping[str, Any], directory: Path, world: Ranks
+    run: Run,
+    found: Sequence[TeacherParts],
+    student: Any,
+    vocab_size: int,
+    tiling: Tiling,
+    directory: Path,
+    world: Ranks,
 ) -> Engaged:
-    """`shape` is what forward passes share: how large the vocabulary is, and their tiles."""
-    teachers: dict[str, RunTeacher] = {}
+    """`vocab_size` and `tiling` are what forward passes of student and teachers share."""
+    teachers: dict[str, Teacher] = {}
     notes: list[str] = []
     for one in found:
         if one.config.servers:
             with _named(run, one.name):
-                one.served = meet_teacher(one.run, shape["vocab_size"], one.tokenizer, directory, world, name=one.name)
+                one.served = meet_teacher(one.run, vocab_size, one.tokenizer, directory, world, name=one.name)
             teachers[one.name] = one.served.teacher
             notes += one.says(one.served.notes)
         elif one.model is not None:
-            teachers[one.name] = LocalTeacher(one.model, name=one.name, **shape)
+            teachers[one.name] = LocalTeacher(one.model, name=one.name, vocab_size=vocab_size, tiling=tiling)
         else:
-            teachers[one.name] = BaseAsTeacher(student, name=one.name, **shape)
-    if run.teachers:
-        return Engaged(teacher=Routed(teachers), forward=None, notes=tuple(notes))
-    (teacher,) = teachers.values()
-    return Engaged(teacher=teacher, forward=getattr(teacher, "forward", None), notes=tuple(notes))
+            teachers[one.name] = base_as_teacher(student, name=one.name, vocab_size=vocab_size, tiling=tiling)
+    return Engaged(teacher=Routed(teachers) if run.teachers else teachers["default"], notes=tuple(notes))
 
 
-def origin_of_teacher(one: Found) -> Origin:
+def origin_of_teacher(one: TeacherParts) -> Origin:
     """The whole content of its files, or what its servers call themselves."""
     return origin_of(one.config, one.model) if one.served is None else {"server": one.served.identity}
 
 
 def writer_of(
     run: Run,
-    found: Sequence[Found],
+    found: Sequence[TeacherParts],
     student: Any,
     size: int,
     prompts: tuple[PreTrainedTokenizerBase, PromptStream | LazyPromptStream],
@@ -182,7 +180,7 @@ def writer_of(
     return (RoutedWriter(writers) if run.teachers else writers["default"]), notes
 
 
-def _local_writer(one: Found, run: Run, student: Any, size: int) -> Engine:
+def _local_writer(one: TeacherParts, run: Run, student: Any, size: int) -> Engine:
     model = student if one.model is None else one.model
     engine = TransformersEngine(model, vocab_size=size, max_batch=run.rollout.max_batch)
     return TeacherEngine(engine) if one.model is not None else TeacherEngine(engine, lambda: without_adapter(student))

@@ -7,46 +7,36 @@ teacher.forward)`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, arange, cat, float32, float64, nn
 
-from tropd.errors import ConfigError, EvidenceError, TeacherError, TrainingDiverged, VocabularyError
+from tropd.errors import ConfigError, TeacherError, TrainingDiverged, VocabularyError
 from tropd.model.forward import Forward, Measured, similar_lengths
 from tropd.model.head import causal_lm_of
+from tropd.model.one_pass import TopRows
+from tropd.model.tiling import Tiling
 from tropd.objective.evidence import OF_TEACHER, Needs
-from tropd.teachers.teacher import TopKRows
+from tropd.teachers.teacher import ScoreRequest, Teacher, TopKRows
 from tropd.types import Rollout, TeacherScores
 
 if TYPE_CHECKING:
     from tropd.distributed.ranks import Ranks
     from tropd.distributed.sharding import ShardedTeacher
 
-_CAPABILITIES = OF_TEACHER & ~Needs.REFERENCE
+_NOISE = {float32: 1e-3, float64: 1e-6}
+"""Nats: rounding between batches of other shapes."""
+_NOISE_OF_HALF_PRECISION = 0.1
 
 
-def _no_more(number: int) -> int:
-    return 0
+class LocalTeacher(Teacher):
+    """A model in this process.  It is frozen (evaluation mode, no gradients), unless it belongs to somebody else: then
+    `within` is the context in which it is asked, such as the student's adapter switched off, and it is as before
+    afterwards."""
 
-
-class LocalTeacher:
-    """A model of its own.  It is frozen: evaluation mode, no gradients."""
-
-    capabilities = _CAPABILITIES
-    shards: ShardedTeacher | None = None
-
-    def shard(self, world: Ranks) -> None:
-        """Let each rank hold a part of it."""
-        from tropd.distributed.sharding import ShardedTeacher
-
-        self.shards = ShardedTeacher(self.forward.model, world)
-        self.forward = self.shards.forward(self.forward)
-
-    @property
-    def more_passes(self) -> Callable[[int], int]:
-        """How many passes to add to a number of them, so that every rank runs as many."""
-        return _no_more if self.shards is None else self.shards.more_passes
+    capabilities = OF_TEACHER & ~Needs.REFERENCE
+    forward: Forward
 
     def __init__(
         self,
@@ -54,86 +44,67 @@ class LocalTeacher:
         *,
         name: str = "default",
         vocab_size: int | None = None,
-        tile_tokens: int = 512,
-        tile_vocab: int | None = None,
-        tokens_per_batch: int = 8192,
+        tiling: Tiling | None = None,
+        within: Callable[[], AbstractContextManager[Any]] | None = None,
     ) -> None:
-        self.name, self.tokens_per_batch = name, tokens_per_batch
-        self.forward = Forward(
-            model.eval().requires_grad_(False), vocab_size=vocab_size, tile_tokens=tile_tokens, tile_vocab=tile_vocab
-        )
+        self.name = name
+        self.owns_model = within is None
+        """Whether the weights are its own, and not the student's."""
+        if within is None:
+            model.eval().requires_grad_(False)
+        self.forward = Forward(model, vocab_size=vocab_size, tiling=tiling, within=within or nullcontext)
+        self.context = self.forward.context
+        self.noise = _NOISE.get(next(model.parameters()).dtype, _NOISE_OF_HALF_PRECISION)
+        self.shards: ShardedTeacher | None = None
 
-    @property
-    def context(self) -> int | None:
-        return self.forward.context
+    def score(self, request: ScoreRequest) -> list[TeacherScores]:
+        """Batches of similar length, then back to the order of the rollouts."""
+        request.check(self)
+        scores: dict[int, TeacherScores] = {}
+        lengths = [len(rollout.token_ids) for rollout in request.rollouts]
+        batches = similar_lengths(lengths, self.forward.tiling.tokens_per_batch)
+        for _ in range(self.more_passes(len(batches))):
+            self.forward.measure([request.rollouts[batches[0][0]]], Needs.SAMPLED)
+        for batch in batches:
+            part = request.take(batch)
+            ids_TJ = part.student_topk_ids_TJ if Needs.STUDENT_TOPK in part.needs else None
+            try:
+                measured = self.forward.measure(
+                    part.rollouts,
+                    part.needs,
+                    top_k=part.top_k if Needs.TOPK in part.needs else 0,
+                    at_ids_NJ=None if ids_TJ is None else cat(list(ids_TJ)),
+                    top_rows=_by_tile(part),
+                )
+            except TrainingDiverged as error:
+                raise TeacherError(f"teacher {self.name}: {error}") from error
+            scores.update(zip(batch, _split(measured, part.rollouts, self.name), strict=True))
+        return [scores[index] for index in range(len(request.rollouts))]
 
-    @property
-    def noise(self) -> float:
-        return _noise(self.forward)
+    def shard(self, world: Ranks) -> bool:
+        if not self.owns_model:
+            return False
+        from tropd.distributed.sharding import ShardedTeacher
 
-    def score(
-        self,
-        rollouts: Sequence[Rollout],
-        needs: Needs,
-        *,
-        top_k: int = 0,
-        student_topk_ids_TJ: Sequence[Tensor] | None = None,
-        top_k_rows: TopKRows | None = None,
-    ) -> list[TeacherScores]:
-        """One TeacherScores per rollout, in order; a `top_k` beyond the vocabulary gives the whole vocabulary."""
-        return _score(self, rollouts, needs, top_k, student_topk_ids_TJ, top_k_rows)
+        self.shards = ShardedTeacher(self.forward.model, world)
+        self.forward = self.shards.forward(self.forward)
+        return True
+
+    def more_passes(self, number: int) -> int:
+        return 0 if self.shards is None else self.shards.more_passes(number)
+
+    def whole(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.shards is None else self.shards.gathered()
 
 
-class BaseAsTeacher:
+def base_as_teacher(
+    student: nn.Module, *, name: str = "default", vocab_size: int | None = None, tiling: Tiling | None = None
+) -> LocalTeacher:
     """The student without its adapter, a teacher that takes no memory.  Adapter and modes are as before afterwards."""
-
-    capabilities = _CAPABILITIES
-    more_passes = staticmethod(_no_more)
-
-    def __init__(
-        self,
-        student: nn.Module,
-        *,
-        name: str = "default",
-        vocab_size: int | None = None,
-        tile_tokens: int = 512,
-        tile_vocab: int | None = None,
-        tokens_per_batch: int = 8192,
-    ) -> None:
-        _check_adapter(student)
-        self.name, self.tokens_per_batch = name, tokens_per_batch
-        self.forward = Forward(
-            student,
-            vocab_size=vocab_size,
-            tile_tokens=tile_tokens,
-            tile_vocab=tile_vocab,
-            within=lambda: without_adapter(student),
-        )
-
-    @property
-    def context(self) -> int | None:
-        return self.forward.context
-
-    @property
-    def noise(self) -> float:
-        return _noise(self.forward)
-
-    def score(
-        self,
-        rollouts: Sequence[Rollout],
-        needs: Needs,
-        *,
-        top_k: int = 0,
-        student_topk_ids_TJ: Sequence[Tensor] | None = None,
-        top_k_rows: TopKRows | None = None,
-    ) -> list[TeacherScores]:
-        """One TeacherScores per rollout, in order; a `top_k` beyond the vocabulary gives the whole vocabulary."""
-        return _score(self, rollouts, needs, top_k, student_topk_ids_TJ, top_k_rows)
-
-
-def _noise(forward: Forward) -> float:
-    """Rounding between batches of other shapes; half precision has much of it."""
-    return {float32: 1e-3, float64: 1e-6}.get(next(forward.model.parameters()).dtype, 0.1)
+    _check_adapter(student)
+    return LocalTeacher(
+        student, name=name, vocab_size=vocab_size, tiling=tiling, within=lambda: without_adapter(student)
+    )
 
 
 def same_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
@@ -178,42 +149,13 @@ def _num_ids(vocabulary: dict[str, int]) -> int:
     return max(vocabulary.values()) + 1
 
 
-def _score(
-    teacher: LocalTeacher | BaseAsTeacher,
-    rollouts: Sequence[Rollout],
-    needs: Needs,
-    top_k: int,
-    student_topk_ids_TJ: Sequence[Tensor] | None,
-    top_k_rows: TopKRows | None,
-) -> list[TeacherScores]:
-    """Batches of similar length, then back to the order of the rollouts."""
-    at_ids = student_topk_ids_TJ if Needs.STUDENT_TOPK in needs else None
-    _check_request(teacher, rollouts, needs, top_k, at_ids)
-    scores: dict[int, TeacherScores] = {}
-    rows_of = list(arange(sum(lengths := [len(r.response_ids) for r in rollouts])).split(lengths))
-    batches = similar_lengths([len(rollout.token_ids) for rollout in rollouts], teacher.tokens_per_batch)
-    for _ in range(teacher.more_passes(len(batches))):
-        teacher.forward.measure([rollouts[batches[0][0]]], Needs.SAMPLED)
-    for batch in batches:
-        members = [rollouts[index] for index in batch]
-        rows_N = cat([rows_of[index] for index in batch])
-        try:
-            measured = teacher.forward.measure(
-                members,
-                needs,
-                top_k=top_k if Needs.TOPK in needs else 0,
-                at_ids_NJ=None if at_ids is None else cat([at_ids[index] for index in batch]),
-                top_rows=None if top_k_rows is None else _within(top_k_rows, rows_N),
-            )
-        except TrainingDiverged as error:
-            raise TeacherError(f"teacher {teacher.name}: {error}") from error
-        scores.update(zip(batch, _split(measured, members, teacher.name), strict=True))
-    return [scores[index] for index in range(len(rollouts))]
-
-
-def _within(top_k_rows: TopKRows, rows_N: Tensor) -> Callable[[slice, Tensor], Tensor]:
-    """The same question about the rows of one batch."""
-    return lambda tile, logprobs_C: top_k_rows(rows_N[tile], logprobs_C)
+def _by_tile(request: ScoreRequest) -> TopRows | None:
+    """The rows that need the top-k, asked tile by tile."""
+    wanted: TopKRows | None = request.top_k_rows
+    if wanted is None:
+        return None
+    rows_N = arange(sum(len(rollout.response_ids) for rollout in request.rollouts))
+    return lambda tile, logprobs_C: wanted(rows_N[tile], logprobs_C)
 
 
 def _split(measured: Measured, rollouts: Sequence[Rollout], name: str) -> Iterator[TeacherScores]:
@@ -236,31 +178,6 @@ def _split(measured: Measured, rollouts: Sequence[Rollout], name: str) -> Iterat
 
 def _rows(column: Tensor | None, rows: slice) -> Tensor | None:
     return None if column is None else column[rows]
-
-
-def _check_request(
-    teacher: LocalTeacher | BaseAsTeacher,
-    rollouts: Sequence[Rollout],
-    needs: Needs,
-    top_k: int,
-    at_ids: Sequence[Tensor] | None,
-) -> None:
-    beyond = needs & OF_TEACHER & ~teacher.capabilities
-    if beyond:
-        raise EvidenceError(
-            f"{beyond} was asked of teacher {teacher.name}, but a local teacher gives {teacher.capabilities}. A "
-            "reference is a second teacher."
-        )
-    if Needs.TOPK in needs and top_k < 1:
-        raise EvidenceError(f"Needs.TOPK was asked of teacher {teacher.name} with top_k = {top_k}; give top_k >= 1.")
-    if Needs.STUDENT_TOPK in needs:
-        if at_ids is None:
-            raise EvidenceError(
-                f"Needs.STUDENT_TOPK was asked of teacher {teacher.name} without ids; "
-                "give student_topk_ids_TJ, a [T, J] tensor per rollout."
-            )
-        lengths = [len(ids) for ids in at_ids]
-        assert lengths == [len(rollout.response_ids) for rollout in rollouts], "student_topk_ids_TJ: a row per token"
 
 
 def _check_adapter(student: nn.Module) -> None:

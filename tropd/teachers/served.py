@@ -24,7 +24,7 @@ from tropd.teachers.meeting import CANARY, canary_of, keep, recall
 from tropd.teachers.questions import text_of
 from tropd.teachers.reference import reference_of
 from tropd.teachers.server import ServerTeacher
-from tropd.teachers.teacher import RunTeacher
+from tropd.teachers.teacher import Teacher
 from tropd.teachers.writer import ChatWriter, ServerWriter
 from tropd.types import Message
 
@@ -36,8 +36,8 @@ SPELLING = CANARY + " \n\tΩ 汉字 🙂 x_1=0.5;  def f(n):\n    return n**2  #
 
 
 @dataclass(frozen=True, kw_only=True)
-class Served:
-    teacher: RunTeacher
+class ServedTeacher:
+    teacher: Teacher
     model: str
     """The name it is served under."""
     identity: str
@@ -52,7 +52,7 @@ def meet_teacher(
     directory: Path,
     world: Ranks = ALONE,
     name: str = "default",
-) -> Served:
+) -> ServedTeacher:
     """Connect, and compare with what a resumed run met at its start.  `tokenizer` is the teacher's, `vocab_size` what
     all models know; `name` is the teacher's among several."""
     config = run.teacher
@@ -83,12 +83,12 @@ def meet_teacher(
         keep(teacher.canary, path)
     card = teacher.card
     identity = f"{config.server.kind} {card.id}" + (f" ({card.root})" if card.root not in (None, card.id) else "")
-    asked: RunTeacher = teacher
+    kept: Teacher = teacher
     if config.score_cache:
         # A name says little of weights: the known text's numbers, to a tenth of a nat, say more.
         weights = [round(x, 1) for x in teacher.canary.logprobs]
-        asked = Cached(teacher, directory / world.own_name(f"teacher_scores{own}.sqlite"), f"{identity} {weights}")
-    return Served(teacher=asked, model=card.id, identity=identity, notes=tuple(notes))
+        kept = Cached(teacher, directory / world.own_name(f"teacher_scores{own}.sqlite"), f"{identity} {weights}")
+    return ServedTeacher(teacher=kept, model=card.id, identity=identity, notes=tuple(notes))
 
 
 def served_size(config: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -139,7 +139,7 @@ def compare_tokenizers(clients: list[Client], model: str, tokenizer: PreTrainedT
 
 def serve_writer(
     config: TeacherConfig,
-    served: Served,
+    served: ServedTeacher,
     tokenizer: PreTrainedTokenizerBase,
     stream: PromptStream | LazyPromptStream,
     vocab_size: int,

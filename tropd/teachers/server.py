@@ -13,12 +13,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tropd.config.models import NATS_OF_HALF_PRECISION, ServerConfig
 from tropd.errors import (
     DataError,
-    EvidenceError,
     ServerError,
     ServerGarbled,
     ServerRefused,
@@ -26,7 +24,7 @@ from tropd.errors import (
     TeacherRefused,
     TeacherUnavailable,
 )
-from tropd.objective.evidence import OF_TEACHER, Needs
+from tropd.objective.evidence import Needs
 from tropd.servers.answers import Scored
 from tropd.servers.cards import Card
 from tropd.servers.dialects import dialect_of
@@ -34,7 +32,7 @@ from tropd.servers.pool import Job, Pool
 from tropd.teachers.audit import Known
 from tropd.teachers.meeting import Canary, card_of, meet
 from tropd.teachers.questions import Questions, text_of
-from tropd.teachers.teacher import TopKRows
+from tropd.teachers.teacher import ScoreRequest, Teacher
 from tropd.teachers.watch import Watch
 from tropd.types import Rollout, TeacherScores
 
@@ -44,8 +42,11 @@ _UNUSED = 0.01
 """Probability that a model may give to rows of its head that stand for no token."""
 
 
-class ServerTeacher:
+class ServerTeacher(Teacher):
     """Scores on one or more servers of the same model.  `canary` holds numbers already when a run is resumed."""
+
+    elsewhere = True
+    noise = NATS_OF_HALF_PRECISION
 
     def __init__(
         self,
@@ -71,7 +72,6 @@ class ServerTeacher:
         self.num_known = max(num_known or self.num_rows, vocab_size)
         self.dialect = dialect_of(settings)
         self.capabilities = self.dialect.capabilities
-        self.noise = NATS_OF_HALF_PRECISION
         self.pool = Pool(urls, self.settings)
         self.canary = canary
         self.card = Card(id=settings.model or "")
@@ -79,6 +79,8 @@ class ServerTeacher:
         self.notes: list[str] = []
         with said_by(name):
             self.card = card_of(urls, self.settings)
+            if self.card.max_model_len is not None:
+                self.context = self.card.max_model_len - 1  # servers always write one token
             if self.capabilities:
                 width = min(top_k, self.vocab_size)
                 self.canary = meet(urls, self.settings, self.card.id, canary, width)
@@ -93,25 +95,14 @@ class ServerTeacher:
                 self.watch = Watch(questions, self._ask_again, reference)
                 self.notes = self.watch.notes
 
-    @property
-    def context(self) -> int | None:
-        """The longest text it scores: one token less than it holds, because servers always write one."""
-        return None if self.card.max_model_len is None else self.card.max_model_len - 1
-
-    def score(
-        self,
-        rollouts: Sequence[Rollout],
-        needs: Needs,
-        *,
-        top_k: int = 0,
-        student_topk_ids_TJ: Sequence[Tensor] | None = None,
-        top_k_rows: TopKRows | None = None,
-    ) -> list[TeacherScores]:
-        """One TeacherScores per rollout, in order.  The top-k comes with the same request, so no row is left out."""
-        self._check(rollouts, needs, top_k)
-        width = min(top_k, self.vocab_size) if Needs.TOPK in needs else 0
+    def score(self, request: ScoreRequest) -> list[TeacherScores]:
+        """The top-k comes with the same request, so no row is left out."""
+        request.check(self)
+        rollouts, wants_top_k = request.rollouts, Needs.TOPK in request.needs
+        self._check(rollouts)
+        width = min(request.top_k, self.vocab_size) if wants_top_k else 0
         scores = {
-            index: _scores([], [], [], width, Needs.TOPK in needs, self.name)
+            index: _scores([], [], [], width, wants_top_k, self.name)
             for index, rollout in enumerate(rollouts)
             if not rollout.response_ids
         }
@@ -131,7 +122,7 @@ class ServerTeacher:
                 if kept is None:
                     short[index] = rollout
                 else:
-                    scores[index] = _scores(*kept, width, Needs.TOPK in needs, self.name)
+                    scores[index] = _scores(*kept, width, wants_top_k, self.name)
             open_, wider = short, width + (more or 0)
             if not open_:
                 self._check_servers(answers, batch, width)
@@ -203,15 +194,7 @@ class ServerTeacher:
             return None
         return scored.logprobs, [[i for i, _ in row] for row in kept], [[x for _, x in row] for row in kept]
 
-    def _check(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int) -> None:
-        beyond = needs & OF_TEACHER & ~self.capabilities
-        if beyond:
-            raise EvidenceError(
-                f"{beyond} was asked of teacher {self.name}, but a {self.settings.kind} server gives "
-                f"{self.capabilities}. Use a teacher in this process."
-            )
-        if Needs.TOPK in needs and top_k < 1:
-            raise EvidenceError(f"Needs.TOPK was asked of teacher {self.name} with top_k = {top_k}; give top_k >= 1.")
+    def _check(self, rollouts: Sequence[Rollout]) -> None:
         for rollout in rollouts:
             if self.context is not None and len(rollout.token_ids) > self.context:
                 raise DataError(

@@ -15,7 +15,7 @@ from tropd.rollout.engine import Engine
 from tropd.types import Completion, Finish, Request
 
 
-class CachedTexts:
+class CachedTexts(Engine):
     """An engine that asks another one only for what it has not written before.
 
     The key is the teacher, the prompt and everything that shapes the draw.  SQLite commits whole batches, so a process
@@ -45,9 +45,6 @@ class CachedTexts:
             known |= dict(zip(missing, written, strict=True))
             self._write({key: known[key] for key in missing})
         return [known[key] for key in keys]
-
-    def sync(self, version: int) -> None:
-        """A teacher does not change."""
 
     def close(self) -> None:
         self.db.close()

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from tropd.errors import TeacherError, TeacherRefused
+from tropd.rollout.engine import Engine
 from tropd.servers.dialect import Reply
 from tropd.servers.dialects import dialect_of
 from tropd.servers.pool import Job, Pool
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class ServerWriter:
+class ServerWriter(Engine):
     """An engine that continues token ids on the teacher's servers."""
 
     def __init__(self, pool: Pool, model: str, vocab_size: int, name: str = "default") -> None:
@@ -38,9 +39,6 @@ class ServerWriter:
                     "the teacher's texts."
                 )
         return texts
-
-    def sync(self, version: int) -> None:
-        """A teacher does not change."""
 
     def close(self) -> None:
         self.pool.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -24,12 +24,13 @@ from tropd.model.forward import Forward
 from tropd.model.loading import choose_device, load_model, load_tokenizer, wrap_student
 from tropd.model.optimizer import Optimizer
 from tropd.model.origins import Origin, origin_of, prompts_origin
+from tropd.model.tiling import Tiling
 from tropd.objective.losses import SampledForwardKL, SampledReverseKL
 from tropd.rollout.engine import Engine
 from tropd.rollout.transformers import TransformersEngine
 from tropd.teachers import loading
-from tropd.teachers.loading import Found
-from tropd.teachers.teacher import RunTeacher
+from tropd.teachers.loading import TeacherParts
+from tropd.teachers.teacher import Teacher
 from tropd.training.learner import ModelLearner
 from tropd.training.step import check_evidence
 from tropd.types import Prompt
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from tropd.distributed.sharding import Shards
-    from tropd.rollout.vllm import VllmEngine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Parts:
     model: Any
     learner: ModelLearner
     engine: Engine
-    teacher: RunTeacher
+    teacher: Teacher
     writer: Engine | None
     stream: PromptStream | LazyPromptStream
     stop_ids: tuple[int, ...]
@@ -82,20 +82,16 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE) -> Parts:
     cautions = _without_dropout(loaded)
     model = wrap_student(loaded, run.student, run.seed)
     size = loading.shared_size(found, model, tokenizer)
-    shape: dict[str, Any] = dict(
-        vocab_size=size,
-        tile_tokens=run.tile_tokens,
-        tile_vocab=run.tile_vocab,
-        tokens_per_batch=run.tokens_per_micro_batch,
-    )
-    engaged = loading.engage(run, found, model, shape, directory, world)
-    learner = _learner(run, model, shape, engaged.forward, world)
+    tiling = Tiling(tokens_per_batch=run.tokens_per_micro_batch, tile_tokens=run.tile_tokens, tile_vocab=run.tile_vocab)
+    engaged = loading.engage(run, found, model, size, tiling, directory, world)
+    engaged.teacher.prepare(tokenizer, size, device)
+    learner = _learner(run, model, size, tiling, engaged.teacher.forward, world)
     check_evidence(run.method.objective, engaged.teacher, run.method.name, grader is not None)
     engine = _engine(run, model, tokenizer, size, directory, world)
     with ExitStack() as opened:
         opened.callback(engine.close)
-        stream, notes = _open_stream(run, tokenizer, _shortest(learner, engine, engaged.teacher))
-        held_out, eval_notes = _held_out(run, tokenizer, _shortest(learner, engine))
+        stream, notes = _open_stream(run, tokenizer, _shortest(learner.forward, engine, engaged.teacher))
+        held_out, eval_notes = _held_out(run, tokenizer, _shortest(learner.forward, engine))
         origins = world.first(_origins(run, loaded, found, held_out) if world.leads else {})
         texts = directory / world.own_name(loading.TEXTS)
         writer, remarks = loading.writer_of(run, found, model, size, (tokenizer, stream), origins, texts)
@@ -119,16 +115,14 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE) -> Parts:
     )
 
 
-def _origins(run: Run, student: Any, found: Sequence[Found], held_out: Sequence[Prompt]) -> dict[str, Origin]:
+def _origins(run: Run, student: Any, found: Sequence[TeacherParts], held_out: Sequence[Prompt]) -> dict[str, Origin]:
     """What the run reads and no checkpoint holds."""
     origins = {"student": origin_of(run.student, None if run.student.lora is None else student)}
     origins |= {one.origin: loading.origin_of_teacher(one) for one in found if one.config.path != "base"}
     return origins | ({"held-out prompts": prompts_origin(map(name_of, held_out))} if held_out else {})
 
 
-def _engine(
-    run: Run, model: Any, tokenizer: Any, size: int, directory: Path, world: Ranks
-) -> TransformersEngine | VllmEngine:
+def _engine(run: Run, model: Any, tokenizer: Any, size: int, directory: Path, world: Ranks) -> Engine:
     """Whoever writes the rollouts."""
     if not run.rollout.servers:
         return TransformersEngine(model, vocab_size=size, max_batch=run.rollout.max_batch)
@@ -142,15 +136,16 @@ def _engine(
     return open_engine(run, model, tokenizer, size, directory, delivery)
 
 
-def _learner(run: Run, model: Any, shape: Mapping[str, Any], teacher: Forward | None, world: Ranks) -> ModelLearner:
-    """The student, cut to the vocabulary and read in the tiles that `shape` names."""
+def _learner(
+    run: Run, model: Any, vocab_size: int, tiling: Tiling, teacher: Forward | None, world: Ranks
+) -> ModelLearner:
     shards = _shards(run, model, world)
     total, add = run.steps * run.optimizer.num_updates, world.add_ if world.size > 1 else None
     if shards is not None:
         optimizer = Optimizer(shards.cut, run.optimizer, total)
     else:
         optimizer = Optimizer(model, run.optimizer, total, add)
-    return ModelLearner(model, optimizer, teacher=teacher, shards=shards, **shape)
+    return ModelLearner(model, optimizer, vocab_size=vocab_size, tiling=tiling, teacher=teacher, shards=shards)
 
 
 def shards_student(run: Run, world: Ranks) -> bool:
@@ -201,10 +196,9 @@ def _without_dropout(model: Any) -> list[str]:
     ]
 
 
-def _shortest(*readers: ModelLearner | TransformersEngine | VllmEngine | RunTeacher) -> int | None:
+def _shortest(*readers: Forward | Engine | Teacher) -> int | None:
     """The longest text that all of them can read."""
-    contexts = [one.forward.context if isinstance(one, ModelLearner) else one.context for one in readers]
-    return min((c for c in contexts if c is not None), default=None)
+    return min((reader.context for reader in readers if reader.context is not None), default=None)
 
 
 def _limit_prompts(data: DataConfig, context: int | None, max_new_tokens: int) -> DataConfig:

@@ -54,7 +54,7 @@ def iterate(
         written = source.take(step)
         source.begin(step + 1)
     with clock(seconds, "sync"):
-        _rest(parts.engine)
+        parts.engine.rest()
     with clock(seconds, "rollout"):
         rollouts = _graded(parts, written.rollouts)
     with clock(seconds, "score"):
@@ -226,14 +226,7 @@ def _rows_for(teacher: str, seen: Seen) -> Tensor:
 
 def _writing(parts: Parts) -> AbstractContextManager[Any]:
     """A sharded teacher that writes is whole for a while: ranks ask it different numbers of times."""
-    shards = getattr(parts.teacher, "shards", None)
-    return shards.gathered() if shards is not None and parts.writer is not None else nullcontext()
-
-
-def _rest(engine: Any) -> None:
-    """An engine that holds memory until it is given weights again may give it back."""
-    if (rest := getattr(engine, "rest", None)) is not None:
-        rest()
+    return nullcontext() if parts.writer is None else parts.teacher.whole()
 
 
 def _graded(parts: Parts, rollouts: list[Rollout]) -> list[Rollout]:

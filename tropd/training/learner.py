@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from tropd.errors import EvidenceError
 from tropd.model.dense import can_tile, dense_loss
 from tropd.model.forward import Forward, similar_lengths
 from tropd.model.one_pass import can_fuse, fused_loss, wanted
 from tropd.model.optimizer import Optimizer
+from tropd.model.tiling import Tiling
 from tropd.objective.evidence import Needs
 from tropd.objective.terms import World
-from tropd.teachers.routed import by_teacher
 from tropd.teachers.teacher import Teacher
 from tropd.training.micro_batch import MicroBatch, Piece, Seen
 from tropd.types import Rollout
@@ -32,9 +33,7 @@ class ModelLearner:
         optimizer: Optimizer,
         *,
         vocab_size: int,
-        tile_tokens: int,
-        tokens_per_batch: int,
-        tile_vocab: int | None = None,
+        tiling: Tiling | None = None,
         teacher: Forward | None = None,
         shards: Shards | None = None,
     ) -> None:
@@ -43,8 +42,8 @@ class ModelLearner:
         With `shards`, `model` is their whole: it is measured, and the cut is trained.
         """
         self.teacher = teacher
-        self.model, self.optimizer, self.tokens_per_batch = model, optimizer, tokens_per_batch
-        self.forward = Forward(model, vocab_size=vocab_size, tile_tokens=tile_tokens, tile_vocab=tile_vocab)
+        self.model, self.optimizer = model, optimizer
+        self.forward = Forward(model, vocab_size=vocab_size, tiling=tiling)
         self.shards = shards
         self.trained = self.forward if shards is None else shards.forward(self.forward)
         self.vocab_size: int | None = vocab_size
@@ -87,10 +86,12 @@ class ModelLearner:
             return keep(batch.loss(rows, view.with_(full_logprobs_NV=full_CV), **full))
 
         if can_fuse(forward.head) and not whole:
-            tile = forward.tile_tokens, forward.tile_vocab
-            fused_loss(forward.head, hidden_NH, ids_NM, loss_of_columns, *tile).backward()
+            tiling = forward.tiling
+            fused_loss(
+                forward.head, hidden_NH, ids_NM, loss_of_columns, tiling.tile_tokens, tiling.tile_vocab
+            ).backward()
         else:
-            dense_loss(forward.head, hidden_NH, ids_NM[:, 0], loss_of_whole, forward.tile_tokens).backward()
+            dense_loss(forward.head, hidden_NH, ids_NM[:, 0], loss_of_whole, forward.tiling.tile_tokens).backward()
         return batch.seen(pieces)
 
     def measure(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int) -> dict[str, Tensor]:
@@ -109,19 +110,23 @@ class ModelLearner:
         return self._in_parts(rollouts, ask, [len(r.token_ids) for r in rollouts])
 
     def reverse_kl(self, rollouts: Sequence[Rollout], teacher: Teacher, as_read: Sequence[Rollout]) -> Tensor:
-        found: dict[int, Tensor] = {}
+        kl_T: dict[int, Tensor] = {}
         theirs = {rollout.id: read for rollout, read in zip(rollouts, as_read, strict=True)}
-        for chosen, one in by_teacher(teacher, rollouts):
-            other: Any = one  # REVERSE_KL is offered only by teachers in this process, which have a forward pass
+        for chosen, single in teacher.parts(rollouts):
+            if (forward := single.forward) is None:
+                raise EvidenceError(
+                    f"the reverse KL to teacher {single.name} was asked for, but the teacher has no forward pass in "
+                    "this process. Take Needs.REVERSE_KL out of its capabilities, or give it a `forward`."
+                )
 
-            def ask(part: list[Rollout], other: Any = other) -> dict[str, Tensor]:
-                return {"x": self.forward.reverse_kl(part, other.forward, [theirs[r.id] for r in part])}
+            def ask(part: list[Rollout], forward: Forward = forward) -> dict[str, Tensor]:
+                return {"x": self.forward.reverse_kl(part, forward, [theirs[r.id] for r in part])}
 
-            own = [rollouts[i] for i in chosen]
-            longest = [max(len(r.token_ids), len(theirs[r.id].token_ids)) for r in own]
-            rows_N = self._in_parts(own, ask, longest, other.more_passes)["x"]
-            found |= zip(chosen, rows_N.split([len(r.response_ids) for r in own]), strict=True)
-        return torch.cat([found[i] for i in range(len(rollouts))])
+            read_here = [rollouts[i] for i in chosen]
+            longest = [max(len(r.token_ids), len(theirs[r.id].token_ids)) for r in read_here]
+            rows_N = self._in_parts(read_here, ask, longest, single.more_passes)["x"]
+            kl_T |= zip(chosen, rows_N.split([len(r.response_ids) for r in read_here]), strict=True)
+        return torch.cat([kl_T[i] for i in range(len(rollouts))])
 
     def spare_passes(self, num_passes: int, world: World) -> int:
         if self.shards is None:
@@ -145,13 +150,13 @@ class ModelLearner:
     def _in_parts(
         self,
         rollouts: Sequence[Rollout],
-        ask: Any,
+        ask: Callable[[list[Rollout]], dict[str, Tensor]],
         num_tokens: Sequence[int],
         more_passes: Callable[[int], int] = lambda number: 0,
     ) -> dict[str, Tensor]:
         """Ask under the token budget, similar lengths together; rows come back in the order of the rollouts."""
         pieces: list[dict[str, Tensor]] = [{} for _ in rollouts]
-        groups = similar_lengths(num_tokens, self.tokens_per_batch)
+        groups = similar_lengths(num_tokens, self.forward.tiling.tokens_per_batch)
         for _ in range(more_passes(len(groups))):
             ask([rollouts[groups[0][0]]])
         for group in groups:

@@ -26,6 +26,7 @@ from tropd.errors import CheckpointError, TeacherError
 from tropd.methods.drafts import RolloutJob, drafts_of
 from tropd.objective.evidence import OF_TEACHER
 from tropd.rollout.stage import begin, carry_on, roll_out
+from tropd.teachers.teacher import ScoreRequest
 from tropd.training.assembly import Parts
 from tropd.types import Author, Finish, Prompt, Rollout, TeacherScores
 
@@ -72,7 +73,7 @@ class Source:
         TAKEN.add(FastPath.WRITING_AHEAD)
         self._cursor = parts.stream.state_dict()
         job = self._job(step)
-        if all(teacher.servers for teacher in run.all_teachers.values()):
+        if parts.teacher.elsewhere:
             self._next = in_background(lambda: self._from_afar(job))
             return
         drafts = begin(run.method.rollout, job, parts.writer)  # a teacher in this process writes in this thread
@@ -122,7 +123,7 @@ class Source:
         if not objective.needs & OF_TEACHER:
             return Written(rollouts=rollouts)
         try:
-            scores = parts.teacher.score(rollouts, objective.needs, top_k=objective.teacher_top_k)
+            scores = parts.teacher.score(ScoreRequest(rollouts, objective.needs, top_k=objective.teacher_top_k))
         except TeacherError as error:
             log.warning("%s It is asked again when the step comes.", error)
             scores = None

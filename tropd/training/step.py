@@ -28,8 +28,7 @@ from tropd.objective.evidence import OF_TEACHER, Needs, Tokens
 from tropd.objective.objective import Objective
 from tropd.objective.plan import Counts, Plan, count
 from tropd.objective.terms import Context, Reach, World
-from tropd.teachers.routed import Routed
-from tropd.teachers.teacher import Teacher, TopKRows
+from tropd.teachers.teacher import ScoreRequest, Teacher, TopKRows
 from tropd.training.batches import ScoredBatch, add_scores, make_tokens
 from tropd.training.micro_batch import MicroBatch, Seen, add_terms
 from tropd.types import Author, Rollout, TeacherScores, TermStats
@@ -109,11 +108,11 @@ def check_evidence(objective: Objective, teacher: Teacher, name: str, grader: bo
 
 def _offers(teacher: Teacher, lacking: Needs) -> str:
     """What there is instead: of the teacher, or of those among several that fall short."""
-    several = teacher.teachers if isinstance(teacher, Routed) else {}
-    short = {name: one.capabilities for name, one in several.items() if lacking & ~one.capabilities}
-    if not short:
+    each = {name: single.capabilities for name, single in teacher.teachers.items()}
+    short = [f"{name!r} offers {_names(offered)}" for name, offered in each.items() if lacking & ~offered]
+    if len(each) < 2 or not short:
         return f"the teacher, which offers {_names(teacher.capabilities)}"
-    return "every teacher, but " + " and ".join(f"{name!r} offers {_names(own)}" for name, own in short.items())
+    return "every teacher, but " + " and ".join(short)
 
 
 def _names(needs: Needs) -> str:
@@ -144,18 +143,17 @@ def score(
     own: dict[str, Tensor] = {}
     if recall or needs & PASS_NEEDS:
         own = learner.measure(rollouts, needs, objective.student_top_k)
-    ids = own.get("student_topk_ids_NJ")
-    asked = None
-    if ids is not None:
-        asked = list(ids.split([len(r.response_ids) for r in rollouts]))
+    ids_NJ = own.get("student_topk_ids_NJ")
+    ids_TJ = None if ids_NJ is None else ids_NJ.split([len(r.response_ids) for r in rollouts])
     if Needs.FULL in needs and Needs.HIDDEN in teacher.capabilities and learner.expands:
         needs = (needs & ~Needs.FULL) | Needs.HIDDEN  # whole distributions are made tile by tile, where they are read
     if needs & OF_TEACHER and scores is None:
         known = tokens.with_(**own)
         wanted = top_k_rows(objective, known, context, 0.0 if own else learner.margin)
-        scores = teacher.score(
-            as_read, needs, top_k=objective.teacher_top_k, student_topk_ids_TJ=asked, top_k_rows=wanted
+        request = ScoreRequest(
+            as_read, needs, top_k=objective.teacher_top_k, student_topk_ids_TJ=ids_TJ, top_k_rows=wanted
         )
+        scores = teacher.score(request)
     if scores is not None:
         tokens = add_scores(tokens, rollouts, scores)
     if Needs.REVERSE_KL in needs:
@@ -228,7 +226,8 @@ def train_step(
 
 def _with_every_top_k(part: ScoredBatch, objective: Objective, teacher: Teacher) -> ScoredBatch:
     as_read = part.as_read or part.rollouts
-    scores = teacher.score(as_read, Needs.SAMPLED | Needs.TOPK, top_k=objective.teacher_top_k)
+    request = ScoreRequest(as_read, Needs.SAMPLED | Needs.TOPK, top_k=objective.teacher_top_k)
+    scores = teacher.score(request)
     names = ("teacher_topk_ids_NK", "teacher_topk_logprobs_NK")
     tokens = add_scores(part.tokens, part.rollouts, scores)
     return replace(part, tokens=part.tokens.with_(**{name: tokens.peek(name) for name in names}))
