@@ -20,6 +20,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from tests.small_runs import write_models
 from tests.tiny import byte_tokenizer
 
 torch.set_num_threads(1)
@@ -82,3 +83,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Students, teachers and data sets on disk, which tests only read."""
+    return write_models(tmp_path_factory.mktemp("models"))

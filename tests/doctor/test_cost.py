@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
-from tests.doctor import cases
+from tests.small_runs import run_of, write_rows
 from tests.tiny import VOCAB, byte_tokenizer
 from tropd.doctor.cost import need_of
 from tropd.doctor.subject import Subject, read_subject
@@ -27,13 +27,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("student", "teacher"):
         Qwen3ForCausalLM(config).save_pretrained(world / name)
         byte_tokenizer().save_pretrained(world / name)
-    cases.write_rows(world / "prompts.jsonl", [{"prompt": "1" * 40, "answer": "2"}])
+    write_rows(world / "prompts.jsonl", [{"prompt": "1" * 40, "answer": "2"}])
     return world
 
 
 def subject_of(world: Path, folder: Path, **changes: object) -> Subject:
     data = {"path": str(world / "prompts.jsonl")}
-    run = cases.run_of(world, folder / "run", data=data, tokens_per_micro_batch=TOKENS, **changes)
+    run = run_of(world, data=data, tokens_per_micro_batch=TOKENS, **changes)
     subject, _ = read_subject(run)
     assert subject is not None
     return subject

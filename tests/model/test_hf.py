@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
 import tropd
-from tests.integration.runs import prepare, run_in
 from tests.model.cases import rollouts_of
 from tests.rollout.plain import some_requests
+from tests.small_runs import run_of, write_models
 from tests.tiny import tiny_config, tiny_model
 from tropd.model import hf
 from tropd.model.forward import Forward
@@ -140,7 +140,7 @@ def test_a_run_without_any_known_inside_is_the_run_with_them(tmp_path: Path, mon
     rollout = {"max_new_tokens": 20}
     for name in ("known", "unknown"):
         (tmp_path / name).mkdir()
-        run = run_in(prepare(tmp_path / name), steps=2, rollout=rollout)
+        run = run_of(write_models(tmp_path / name), steps=2, rollout=rollout)
         if name == "unknown":
             monkeypatch.setattr(hf, "CACHE_ARGUMENTS", ("store",))
             monkeypatch.setattr(hf, "PARTS", {**hf.PARTS, "embed": "model.moved"})
@@ -157,11 +157,11 @@ del transformers.cache_utils.DynamicLayer
 transformers.AttentionInterface = type("AttentionInterface", (), {})
 import sys
 from pathlib import Path
-from tests.integration.runs import prepare, run_in
+from tests.small_runs import run_of, write_models
 from tropd.run.start import train
 folder = Path(sys.argv[1])
 folder.mkdir()
-print(train(run_in(prepare(folder), steps=1)))
+print(train(run_of(write_models(folder), steps=1)))
 """
 
 
