@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -22,7 +23,7 @@ def said_of(tmp_path: Path, rows: list[dict[str, str]], **special: str) -> list[
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     names = {"unk_token": "<unk>", "eos_token": "<end>", **special}
     model = save_model(tmp_path / "model", tokenizer=PreTrainedTokenizerFast(tokenizer_object=core, **names))
-    both = {side: {"path": str(model)} for side in ("student", "teacher")}
+    both: Any = {side: {"path": str(model)} for side in ("student", "teacher")}
     data = write_rows(tmp_path / "data.jsonl", rows)
     run = run_of(tmp_path, data={"path": str(data)}, grader=None, **both)
     return [check for check in examine(run, num_prompts=0) if check.name == "unknown tokens"]

@@ -11,12 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
-from transformers.models.gpt_neox import GPTNeoXConfig
 
 from tests.one_step import parts_of
 from tests.small_runs import run_of, save_model, write_models, write_run
-from tests.tiny import VOCAB, tiny_model
+from tests.tiny import tiny_model
 from tropd.cli.main import main
 from tropd.cli.trained import load_student
 from tropd.config import file as config_file
@@ -28,18 +26,12 @@ from tropd.run.start import resume, train
 CPU = torch.device("cpu")
 
 
-def neox() -> Any:
-    torch.manual_seed(0)
-    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
-    return AutoModelForCausalLM.from_config(GPTNeoXConfig(vocab_size=VOCAB, max_position_embeddings=64, **shape))
-
-
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: tiny_model("llama"),
     "qwen3": lambda: tiny_model("qwen3"),
     "qwen3, tied": lambda: tiny_model("qwen3", tied=True),
     "gpt2": lambda: tiny_model("gpt2", tied=True),
-    "gpt_neox": neox,
+    "gpt_neox": lambda: tiny_model("gpt_neox"),
     "gemma2": lambda: tiny_model("gemma2", tied=True),
 }
 
