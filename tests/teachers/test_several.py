@@ -247,7 +247,7 @@ def test_a_teacher_that_knows_nothing_is_found_among_good_ones(world: Path, tmp_
 
 
 def test_a_plan_says_that_it_reckons_with_one(world: Path) -> None:
-    with pytest.raises(ConfigError, match="reckons with one teacher, but the run has sums, products/all"):
+    with pytest.raises(ConfigError, match="estimated for one teacher, but the run has sums, products/all"):
         make_plan(run_of(world, **several(world)), DEVICES["h100"])
 
 

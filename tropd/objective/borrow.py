@@ -144,7 +144,9 @@ def _describe(
         raise EvidenceError(f"`sequences` holds {int(sequences_N.min())}; number the sequences from 0.")
     names = list(rollout_ids) if rollout_ids is not None else list(range(num_sequences))
     if len(names) < num_sequences:
-        raise EvidenceError(f"{num_sequences} sequences, but {len(names)} rollout_ids: give one name per sequence.")
+        raise EvidenceError(
+            f"there are {num_sequences} sequences, but {len(names)} `rollout_ids`: give one name per sequence."
+        )
     for name, x in (("rewards", rewards), ("groups", groups)):
         if x is not None and (x.dim() != 1 or len(x) < len(names)):
             raise EvidenceError(
