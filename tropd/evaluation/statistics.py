@@ -75,8 +75,8 @@ def paired_difference(
     values, baseline = _finite(values_per_item, "values_per_item"), _finite(baseline_per_item, "baseline_per_item")
     if len(values) != len(baseline):
         raise DataError(
-            f"a paired difference was asked of {len(values)} and {len(baseline)} items. Give both models the same items "
-            "in order."
+            f"a paired difference was asked of {len(values)} and {len(baseline)} items. Give both models the same "
+            "items in order."
         )
     gain = values - baseline
     low, high = bootstrap_interval(gain.tolist(), level=level, num_resamples=num_resamples, seed=seed)
@@ -90,8 +90,8 @@ def probability_of_improvement(scores: Sequence[Sequence[float]], baseline: Sequ
     """
     if len(scores) != len(baseline) or not scores:
         raise DataError(
-            f"a probability of improvement was asked of scores of {len(scores)} tasks against {len(baseline)}. Give both "
-            "the same tasks, at least one."
+            f"a probability of improvement was asked of scores of {len(scores)} tasks against {len(baseline)}. Give "
+            "both the same tasks, at least one."
         )
     wins = []
     for x, y in zip(scores, baseline, strict=True):
