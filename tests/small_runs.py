@@ -40,6 +40,7 @@ SHORT: dict[str, Any] = {
 }
 
 STOPPED: dict[str, Any] = {
+    "device": "auto",
     "steps": 6,
     "tokens_per_micro_batch": 160,
     "tile_tokens": 40,

@@ -68,6 +68,12 @@ def distillation_loss(
     sequences          which sequence each token of flat input belongs to
     seed, rollout_ids  key the trust draws: the same (seed, rollout id, position) gives the same draw in any batch
     counts             global denominators (`Objective.plan(...).counts`) when this is one of several micro-batches
+
+    >>> objective = Objective(Term("pull", STUDENT, ReverseKL()))
+    >>> ids, authors = torch.tensor([[0, 1]]), torch.tensor([[1, 1]])  # one sequence of two tokens, by the student
+    >>> student, teacher = torch.zeros(1, 2, 3), torch.tensor([[[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]]])
+    >>> distillation_loss(objective, token_ids=ids, authors=authors, logits=student, teacher_logits=teacher).loss
+    tensor(0.2371)
     """
     objective = method if isinstance(method, Objective) else method.objective
     given = _Given(token_ids.shape, token_ids.numel())
