@@ -19,7 +19,7 @@ from tropd.cli.main import main
 
 def write(folder: Path) -> Path:
     """Once for all cases, which only read it."""
-    world = write_models(folder, sharp=4.0)
+    world = write_models(folder)
     values = small_runs.values_of(world, "quick", output=str(world / "run"), evaluation=_held_out(world))
     assert main(["train", str(write_toml(world / "run.toml", values))]) == 0
     lora = {"path": str(world / "student"), "lora": {"rank": 2}}
