@@ -31,25 +31,25 @@ FIRST_SECONDS = 120
 LIMITS = {"slow": 1200, "server": 600}
 """Seconds that one test may take; the others have the limit in pyproject.toml."""
 COMPAT = (
+    "checkpoints/test_export.py",
+    "cli/test_main.py",
+    "config/test_file.py",
     "data/test_graders.py",
     "data/test_rows.py",
     "doctor/test_cost.py",
     "evaluation/test_runner.py",
     "integration/test_train.py",
+    "model/test_forward.py",
     "model/test_hf.py",
-    "report/test_trackers.py",
+    "model/test_kernels.py",
+    "model/test_spans.py",
+    "monitoring/test_trackers.py",
     "rollout/test_decoding.py",
+    "run/test_resume.py",
     "servers/test_runs.py",
-    "student/test_export.py",
-    "student/test_forward.py",
-    "student/test_kernels.py",
-    "student/test_spans.py",
     "teachers/test_cached.py",
     "teachers/test_local.py",
-    "test_cli.py",
-    "test_config_file.py",
-    "test_resume.py",
-    "test_versions.py",
+    "test_version.py",
 )
 """What other packages could break: train, kill, resume, evaluate, export, adapters, servers, kernels, every package."""
 
@@ -82,3 +82,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Students, teachers and data sets on disk, which tests only read."""
+    from tests.small_runs import write_models  # here, so that a broken package ends the session in its own way
+
+    return write_models(tmp_path_factory.mktemp("models"))

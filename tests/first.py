@@ -13,13 +13,13 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    from tests.integration.runs import prepare, run_in
+    from tests.small_runs import run_of, write_models
     from tropd.run.start import train
 
     with tempfile.TemporaryDirectory() as folder:
-        where = prepare(Path(folder))
+        where = write_models(Path(folder))
         data = {"path": str(where / "data.jsonl"), "limit": 2}
-        train(run_in(where, steps=1, evaluation={"data": data, "max_new_tokens": 4}))
+        train(run_of(where, steps=1, evaluation={"data": data, "max_new_tokens": 4}))
 
 
 if __name__ == "__main__":

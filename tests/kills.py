@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tests import run_case
-from tests.run_case import CASES, Order
+from tests.run_case import Order
+from tests.small_runs import CASES, write_models, write_run
 
 LONG: dict[str, Any] = {"steps": 12, "evaluation": {"every": 4}}
 KILLS_OF_A_RUN = 8
@@ -67,7 +68,7 @@ def of_every_case(
     folder: Path, num_kills: int, seed: int = 0, cases: Sequence[str] = (*CASES, SERVED)
 ) -> Iterator[Count]:
     """Kill runs of each case in turn until all of them together were killed so often."""
-    models = run_case.write_models(folder / "models")
+    models = write_models(folder / "models")
     left = num_kills
     for number, case in enumerate(cases):
         wanted = -(-left // (len(cases) - number))
@@ -81,13 +82,13 @@ def of_case(models: Path, folder: Path, case: str, num_kills: int, seed: int) ->
     with ExitStack() as servers:
         base, changes = (case, LONG) if case != SERVED else ("tropd", LONG | _served(models, servers))
         alone = folder / "alone"
-        ended = run_case.train(run_case.write_run(models, alone, base, **changes), alone)
+        ended = run_case.train(write_run(models, alone, base, **changes), alone)
         assert ended.code == 0, ended.said
         expected = run_case.trace(alone)
         while count.kills < num_kills:
             killed = folder / f"killed_{count.runs}"
             moments = random_moments(1000 * seed + count.runs, min(KILLS_OF_A_RUN, num_kills - count.kills), 12)
-            left = kill_at(run_case.write_run(models, killed, base, **changes), killed, moments)
+            left = kill_at(write_run(models, killed, base, **changes), killed, moments)
             count.runs, count.kills = count.runs + 1, count.kills + len(left)
             count.differ += run_case.trace(killed) != expected
     return count

@@ -21,10 +21,7 @@ from typing import Any
 
 import torch
 
-from tests.small_runs import CASES, merged, save_model, write_models, write_run
 from tropd.base.fast_paths import TAKEN
-
-__all__ = ["CASES", "merged", "save_model", "write_models", "write_run"]
 
 LIMIT_SECONDS = 300.0
 """Far above what a run takes on a busy machine: only a run that hangs comes to it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -11,6 +13,8 @@ from transformers.models.gpt2 import GPT2Config
 from transformers.models.gpt_neox import GPTNeoXConfig
 from transformers.models.granite import GraniteConfig
 from transformers.models.llama import LlamaConfig
+from transformers.models.mistral import MistralConfig
+from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen3 import Qwen3Config
 
 CHAT_TEMPLATE = (
@@ -36,41 +40,47 @@ def byte_tokenizer(vocab: int = VOCAB) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def tiny_config(family: str, vocab: int = VOCAB, tied: bool = False, width: int = 32, layers: int = 2):
-    """A two-layer configuration of a model family."""
+CONFIGS = {
+    "qwen3": Qwen3Config,
+    "qwen2": Qwen2Config,
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "gpt_neox": GPTNeoXConfig,
+    "gemma2": Gemma2Config,  # final soft-capping
+    "cohere": CohereConfig,  # logit scale
+    "granite": GraniteConfig,  # logits divided by a constant
+}
+
+
+def tiny_config(family: str, vocab: int = VOCAB, tied: bool = False, width: int = 32, layers: int = 2, **fields: Any):
+    """A two-layer configuration of a model family; `fields` are those of its own."""
     common = dict(vocab_size=vocab, tie_word_embeddings=tied, bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    modern = dict(
+    if family == "gpt2":
+        return GPT2Config(n_embd=width, n_layer=layers, n_head=4, n_positions=256, **common, **fields)
+    shape = dict(
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=width // 4,
         max_position_embeddings=256,
     )
-    if family == "gpt2":
-        return GPT2Config(n_embd=width, n_layer=layers, n_head=4, n_positions=256, **common)
-    if family == "gpt_neox":
-        modern = {name: modern[name] for name in modern if name not in ("num_key_value_heads", "head_dim")}
-        return GPTNeoXConfig(**common, **modern)
-    cls = {
-        "qwen3": Qwen3Config,
-        "llama": LlamaConfig,
-        "gemma2": Gemma2Config,  # final soft-capping
-        "cohere": CohereConfig,  # logit scale
-        "granite": GraniteConfig,  # logits divided by a constant
-    }[family]
-    if family == "cohere":
-        modern.pop("head_dim")
-    return cls(**common, **modern)
+    if family != "gpt_neox":
+        shape["num_key_value_heads"] = 2
+    if family in ("qwen3", "llama", "gemma2", "granite"):
+        shape["head_dim"] = width // 4
+    return CONFIGS[family](**{**common, **shape, **fields})
 
 
-def tiny_model(family: str = "qwen3", seed: int = 0, sharp: float = 16.0, **options):
+def random_model(config: Any, seed: int = 0, sharp: float = 16.0) -> Any:
     """A random model in eval mode; `sharp` scales the weights so that its distributions are not flat."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **options)).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        for _, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(sharp)
     return model
+
+
+def tiny_model(family: str = "qwen3", seed: int = 0, sharp: float = 16.0, **options: Any) -> Any:
+    return random_model(tiny_config(family, **options), seed, sharp)

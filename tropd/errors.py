@@ -1,25 +1,25 @@
 """Everything that tropd raises on purpose.
 
     TropdError
-      ConfigError(ValueError)          the run cannot be what it says
-        OutOfRange                     a number that its field cannot have
-        EvidenceError                  a term reads what nobody supplied, or what cannot be right
-          TopKLeftOut                  a row's top-k was not asked for, but a term reads it
-        VocabularyError                student and teacher do not share tokens
-      DataError(ValueError)            a dataset, a row or a grader
-      EngineError(RuntimeError)        whoever writes tokens as the student
+      ConfigError(ValueError)          settings, arguments or files that do not fit together
+        OutOfRange                     a number outside its field's range
+        EvidenceError                  log-probabilities, ids or rewards that are missing or impossible
+          TopKLeftOut                  a teacher's top-k that was not requested for a row
+        VocabularyError                student and teacher with different tokens
+      DataError(ValueError)            a data set, a row or a grader
+      EngineError(RuntimeError)        the engine that writes the student's tokens
         EngineTimeout, EngineOutOfSync
-      TeacherError(RuntimeError)       whoever judges tokens
+      TeacherError(RuntimeError)       the teacher
         TeacherUnavailable, TeacherRefused
-      ServerError(RuntimeError)        an inference server; teachers and engines say it in their own errors
+      ServerError(RuntimeError)        an inference server; a teacher or an engine turns it into its own error
         ServerUnavailable, ServerGarbled, ServerRefused
       CheckpointError(RuntimeError)    saving, loading, exporting
       ProcessLost(RuntimeError)        another process of the run has ended
-      TrainingDiverged(RuntimeError)   a non-finite loss or gradient, or an alarm that stops the run
+      TrainingDiverged(RuntimeError)   a loss or gradient that is not finite, or an alarm that stops the run
       Interrupted                      a signal stopped the run after a step; everything is saved
 
-A message has three parts: what was asked, what there is, what to do.  The command line prints the message alone and
-exits with code 2; a traceback means a defect of tropd.
+A message is a sentence with a subject and has three parts: what was asked, what there is, what to do.  The command line
+prints the message alone and exits with code 2; a traceback means a defect of tropd.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from signal import Signals
 
 
 class TropdError(Exception):
-    """The root: `except TropdError` catches every refusal and nothing else."""
+    """The base class: `except TropdError` catches every error that tropd raises on purpose, and nothing else."""
 
 
 class ConfigError(TropdError, ValueError):
-    """The run cannot be what it says."""
+    """Raised where settings, arguments or files do not fit together."""
 
 
 class OutOfRange(ConfigError):
-    """The run cannot be what it says."""
+    """Raised where a number lies outside the range of its field; `section` is the path of the table around it."""
 
     def __init__(self, section: str, message: str) -> None:
         super().__init__(section, message)
@@ -49,64 +49,64 @@ class OutOfRange(ConfigError):
 
 
 class EvidenceError(ConfigError):
-    """A term reads evidence that nobody supplied, or that cannot be right."""
+    """Raised where log-probabilities, ids or rewards that a term reads are missing, or cannot be right."""
 
 
 class TopKLeftOut(EvidenceError):
-    """A term reads the teacher's top-k of a row for which it was not asked."""
+    """Raised where a term reads the teacher's top-k of a row for which it was not requested."""
 
 
 class VocabularyError(ConfigError):
-    """Student and teacher do not share tokens."""
+    """Raised where student and teacher do not have the same tokens."""
 
 
 class DataError(TropdError, ValueError):
-    """A dataset, a row of it, or a grader is not what it should be."""
+    """Raised where a data set, a row or a grader cannot be used."""
 
 
 class EngineError(TropdError, RuntimeError):
-    """The engine that writes tokens as the student failed."""
+    """Raised where the engine that writes the student's tokens fails."""
 
 
 class EngineTimeout(EngineError):
-    """The engine did not answer in time."""
+    """Raised where the engine does not answer in time."""
 
 
 class EngineOutOfSync(EngineError):
-    """The engine does not hold the weights that it should."""
+    """Raised where the engine does not compute with the student's current weights."""
 
 
 class TeacherError(TropdError, RuntimeError):
-    """The teacher failed."""
+    """Raised where the teacher fails."""
 
 
 class TeacherUnavailable(TeacherError):
-    """The teacher did not answer."""
+    """Raised where the teacher does not answer."""
 
 
 class TeacherRefused(TeacherError):
-    """The teacher answered, and what it said is no."""
+    """Raised where the teacher answers that it cannot do what it was asked."""
 
 
 class ServerError(TropdError, RuntimeError):
-    """An inference server failed."""
+    """Raised where an inference server fails."""
 
 
 class ServerUnavailable(ServerError):
-    """No answer, not now, or cut off: the same request may succeed later, or elsewhere."""
+    """Raised where a server gives no answer, or none now: the same request may succeed later, or on another server."""
 
     def __init__(self, message: str, *, seconds: float | None = None) -> None:
         super().__init__(message)
         self.seconds = seconds
-        """After which the server wishes to be asked again."""
+        """How long the server asks its clients to wait, if it says so."""
 
 
 class ServerGarbled(ServerError):
-    """An answer that cannot be right."""
+    """Raised where a server's answer cannot be right."""
 
 
 class ServerRefused(ServerError):
-    """The server says no."""
+    """Raised where a server refuses a request."""
 
     def __init__(self, message: str, *, status: int = 0) -> None:
         super().__init__(message)
@@ -114,15 +114,15 @@ class ServerRefused(ServerError):
 
 
 class CheckpointError(TropdError, RuntimeError):
-    """A checkpoint cannot be written, read or exported."""
+    """Raised where a checkpoint cannot be written, read or exported."""
 
 
 class ProcessLost(TropdError, RuntimeError):
-    """Another process of the run has ended."""
+    """Raised where another process of the run has ended."""
 
 
 class TrainingDiverged(TropdError, RuntimeError):
-    """Training would go on with numbers that mean nothing."""
+    """Raised where a loss or a gradient is not finite, or an alarm stops the run."""
 
 
 class MethodWarning(UserWarning):

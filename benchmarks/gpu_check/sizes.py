@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -67,15 +67,7 @@ _1B7 = Shape(
     intermediate_size=6144,
     tie_word_embeddings=True,
 )
-_1B = Shape(
-    hidden_size=2048,
-    num_hidden_layers=16,
-    num_attention_heads=16,
-    num_key_value_heads=8,
-    head_dim=128,
-    intermediate_size=6144,
-    tie_word_embeddings=True,
-)
+_1B = replace(_1B7, num_hidden_layers=16)
 _0B6 = Shape(
     hidden_size=1024,
     num_hidden_layers=28,

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from tests import run_case
-from tests.tiny import byte_tokenizer, tiny_model
+from tests.small_runs import save_model, write_run
+from tests.tiny import tiny_model
 from tropd.checkpoints import checkpoint as checkpoints
 from tropd.cli.trained import load_checkpoint
 from tropd.errors import CheckpointError, ConfigError
@@ -23,15 +24,10 @@ from tropd.run import start
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_case.write_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="session")
 def stopped(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run stopped after step 5, with checkpoints of 2, 3 (the best), 4 and 5.  Copy it before touching it."""
     directory = tmp_path_factory.mktemp("stopped") / "run"
-    path = run_case.write_run(models, directory, checkpoint={"keep": 9})
+    path = write_run(models, directory, checkpoint={"keep": 9})
     ended = run_case.train(path, directory, stop_after=5)
     assert ended.code == 0 and checkpoints.steps_kept(directory) == [2, 3, 4, 5], ended.said
     return directory
@@ -109,7 +105,7 @@ def test_an_older_checkpoint_leads_to_the_same_end(models: Path, copied: Path, t
     assert loadable(copied) == [2, 3, 4] and run_case.num_recorded(copied) == 4
     assert run_case.resume(copied).code == 0
     straight = tmp_path / "straight"
-    assert run_case.train(run_case.write_run(models, straight, checkpoint={"keep": 9}), straight).code == 0
+    assert run_case.train(write_run(models, straight, checkpoint={"keep": 9}), straight).code == 0
     assert run_case.trace(copied) == run_case.trace(straight)
 
 
@@ -122,7 +118,7 @@ def test_a_step_without_checkpoint_and_a_folder_without_run_are_refused(copied: 
 
 def test_a_checkpoint_of_another_run_is_refused(models: Path, copied: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    assert run_case.train(run_case.write_run(models, other, seed=1), other, stop_after=2).code == 0
+    assert run_case.train(write_run(models, other, seed=1), other, stop_after=2).code == 0
     shutil.rmtree(copied / "checkpoints")
     shutil.copytree(other / "checkpoints", copied / "checkpoints")
     with pytest.raises(CheckpointError, match="made by another run than"):
@@ -142,13 +138,13 @@ def own_models(models: Path, tmp_path: Path) -> Path:
 
 def test_a_student_of_another_shape_is_refused(models: Path, tmp_path: Path) -> None:
     own, directory = own_models(models, tmp_path), tmp_path / "run"
-    assert run_case.train(run_case.write_run(own, directory), directory, stop_after=2).code == 0
-    run_case.save_model(tiny_model("qwen3", tied=True, width=16), byte_tokenizer(), own / "student")
+    assert run_case.train(write_run(own, directory), directory, stop_after=2).code == 0
+    save_model(own / "student", tiny_model("qwen3", tied=True, width=16))
     with pytest.raises(CheckpointError, match=r"has shape \(262, 32\), the student's has \(262, 16\).*another model"):
         load_checkpoint(directory, None, "cpu")
     with pytest.raises(CheckpointError, match=r"of the student, config\.json changed"):
         start.resume(directory)
-    run_case.save_model(tiny_model("qwen3", tied=True, layers=3), byte_tokenizer(), own / "student")
+    save_model(own / "student", tiny_model("qwen3", tied=True, layers=3))
     with pytest.raises(CheckpointError, match="they differ in 'model.layers.2.* It belongs to another model"):
         load_checkpoint(directory, None, "cpu")
 
@@ -158,8 +154,8 @@ def test_weights_that_no_checkpoint_holds_must_be_the_same_on_resuming(
     case: str, whose: str, models: Path, tmp_path: Path
 ) -> None:
     own, directory = own_models(models, tmp_path), tmp_path / "run"
-    assert run_case.train(run_case.write_run(own, directory, case), directory, stop_after=2).code == 0
-    run_case.save_model(tiny_model("qwen3", tied=True, seed=7), byte_tokenizer(), own / whose)
+    assert run_case.train(write_run(own, directory, case), directory, stop_after=2).code == 0
+    save_model(own / whose, tiny_model("qwen3", tied=True, seed=7))
     with pytest.raises(CheckpointError, match=f"of the {whose}, model.safetensors changed"):
         start.resume(directory)
 
@@ -167,7 +163,7 @@ def test_weights_that_no_checkpoint_holds_must_be_the_same_on_resuming(
 def test_the_newest_and_the_best_checkpoints_stay(models: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     changes: dict[str, Any] = {"checkpoint": {"every": 2, "keep": 1}, "evaluation": {"every": 3}, "steps": 8}
-    assert run_case.train(run_case.write_run(models, directory, **changes), directory).code == 0
+    assert run_case.train(write_run(models, directory, **changes), directory).code == 0
     best = checkpoints.load(checkpoints.place_of(directory, 8)).state["best"]
     assert best["step"] == 3, "all score the same, so the first evaluation stays the best, at a step that is not saved"
     assert loadable(directory) == [3, 8]

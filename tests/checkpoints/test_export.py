@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import tropd
 from tests import run_case
+from tests.small_runs import write_run
 from tropd.checkpoints import checkpoint as checkpoints
 from tropd.checkpoints.export import export, merge, model_card
 from tropd.config import file as config_file
@@ -51,14 +52,9 @@ Asked = dict[str, tuple[torch.Tensor, torch.Tensor, str]]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_case.write_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
 def runs(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
-    paths = {case: run_case.write_run(models, folder / case, case) for case in ("tropd", "bfloat16", "lora")}
+    paths = {case: write_run(models, folder / case, case) for case in ("tropd", "bfloat16", "lora")}
     for case, path in paths.items():
         ended = run_case.train(path, folder / case)
         assert ended.code == 0, ended.said
@@ -128,21 +124,21 @@ def test_the_card_says_how_the_model_was_made_and_how_well_it_does(models: Path,
     directory = runs["tropd"]
     card = (directory / "model" / "README.md").read_text()
     versions = (tropd.__version__, torch.__version__, transformers.__version__)
-    wanted = ("`tropd`", "2606.01249", str(models / "teacher"), str(models / "data.jsonl"), "| avg@2 |", *versions)
+    wanted = ("`tropd`", "2606.01249", str(models / "teacher"), str(models / "four.jsonl"), "| avg@2 |", *versions)
     assert all(text in card for text in wanted), card
     assert config_file.load(directory / "model" / "run.toml") == config_file.load(directory / "run.toml")
 
 
 def test_the_card_names_a_base_model_only_where_the_hub_could_know_it(models: Path, tmp_path: Path) -> None:
-    local = config_file.load(run_case.write_run(models, tmp_path / "a"))
-    hub = config_file.load(run_case.write_run(models, tmp_path / "b", student={"path": "Qwen/Qwen3-0.6B"}))
+    local = config_file.load(write_run(models, tmp_path / "a"))
+    hub = config_file.load(write_run(models, tmp_path / "b", student={"path": "Qwen/Qwen3-0.6B"}))
     assert "base_model" not in model_card(local, step=1, results={})
     assert 'base_model: "Qwen/Qwen3-0.6B"' in model_card(hub, step=1, results={})
     assert "Not evaluated." in model_card(hub, step=1, results={})
 
 
 def test_an_export_that_cannot_be_written_leaves_the_one_before_it(models: Path, tmp_path: Path) -> None:
-    run = config_file.load(run_case.write_run(models, tmp_path / "run"))
+    run = config_file.load(write_run(models, tmp_path / "run"))
     model = load_model(run.student, "student", torch.device("cpu"))
     tokenizer = load_tokenizer(run.student, "student")
     folder = export(model, tokenizer, run, tmp_path / "model", step=1, results={})

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests import run_case
-from tests.integration.runs import prepare, run_in
 from tests.run_case import Order
+from tests.small_runs import run_of, write_models, write_run
 from tropd.checkpoints.run_folder import BEGUN, RUN, begun
 from tropd.cli.main import main
 from tropd.config import file as config_file
@@ -31,7 +31,7 @@ def everything(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
     """Student and data in a folder named as a run would name its own, and a teacher elsewhere."""
-    folder = prepare(tmp_path / "prepared")
+    folder = write_models(tmp_path / "prepared")
     work = tmp_path / "work"
     work.mkdir()
     (folder / "student").rename(work / "model")
@@ -40,11 +40,11 @@ def work(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run_of(place: Path, output: str) -> Run:
+def run_at(place: Path, output: str) -> Run:
     folder, work = place / "prepared", place / "work"
     teacher, data = {"path": str(place / "teacher")}, {"path": str(work / "data.jsonl")}
     student = {"path": str(work / "model")}
-    return run_in(folder, OPD, output=output, steps=1, student=student, teacher=teacher, data=data)
+    return run_of(folder, OPD, output=output, steps=1, student=student, teacher=teacher, data=data)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_a_run_begins_neither_over_its_inputs_nor_over_files_of_others(
         (work / "kept" / name).write_text("mine")
     monkeypatch.chdir(work)
     for place in (output, str(work / output)):
-        run = run_of(work, place)
+        run = run_at(work, place)
         before = everything(work)
         with pytest.raises(ConfigError, match=words):
             train(run)
@@ -84,7 +84,7 @@ def test_a_run_begins_in_an_empty_folder_and_over_what_a_killed_start_left(work:
     directory.mkdir()
     for name in (BEGUN, "teacher_texts.sqlite-journal", "rank_1_teacher_texts.sqlite"):
         (directory / name).touch()
-    train(run_of(work, str(directory)))
+    train(run_at(work, str(directory)))
     assert (directory / "model").is_dir() and not (directory / BEGUN).exists()
 
 
@@ -92,7 +92,7 @@ def test_a_start_that_is_refused_leaves_no_run(work: Path) -> None:
     shutil.rmtree(work / "teacher")
     for _ in range(2):
         with pytest.raises(ConfigError, match="teacher"):
-            train(run_of(work, str(work / "run")))
+            train(run_at(work, str(work / "run")))
     assert not (work / "run" / RUN).exists() and not (work / "run" / BEGUN).exists()
 
 
@@ -102,12 +102,12 @@ def test_a_run_file_that_is_a_link_to_something_else_is_not_written_through(work
     other.write_text("mine")
     (directory / BEGUN).symlink_to(other)
     with pytest.raises(CheckpointError, match="cannot be written"):
-        train(run_of(work, str(directory)))
+        train(run_at(work, str(directory)))
     assert other.read_text() == "mine"
 
 
 def test_a_run_does_not_go_on_where_it_would_write_over_what_it_reads(work: Path) -> None:
-    directory = train(run_of(work, str(work / "run")))
+    directory = train(run_at(work, str(work / "run")))
     text = (directory / RUN).read_text()
     (directory / RUN).write_text(text.replace(str(work / "work" / "model"), str(directory / "model")))
     with pytest.raises(ConfigError, match="holds what student.path names"):
@@ -117,12 +117,9 @@ def test_a_run_does_not_go_on_where_it_would_write_over_what_it_reads(work: Path
 def test_of_two_runs_that_begin_in_one_folder_one_is_refused_and_the_other_keeps_its_configuration(
     tmp_path: Path,
 ) -> None:
-    models, directory = run_case.write_models(tmp_path / "models"), tmp_path / "run"
+    models, directory = write_models(tmp_path / "models"), tmp_path / "run"
     changes = [{"steps": 2, "seed": seed, "evaluation": {"every": 9}} for seed in range(4)]
-    paths = [
-        run_case.write_run(models, tmp_path / f"run_{n}", "entropy", output=str(directory), **changes[n])
-        for n in range(4)
-    ]
+    paths = [write_run(models, tmp_path / f"run_{n}", "entropy", output=str(directory), **changes[n]) for n in range(4)]
     logs = [tmp_path / f"logs_{n}" for n in range(4)]
     running = [
         run_case.start(Order(train=path, directory=directory, logs=log)) for path, log in zip(paths, logs, strict=True)
@@ -135,17 +132,17 @@ def test_of_two_runs_that_begin_in_one_folder_one_is_refused_and_the_other_keeps
             assert one.error in ("CheckpointError", "ConfigError"), one.said
             assert "another process is at work" in one.message or "holds a run already" in one.message
     alone = tmp_path / "alone"
-    path = run_case.write_run(models, alone, "entropy", **changes[winner])
+    path = write_run(models, alone, "entropy", **changes[winner])
     assert run_case.train(path, alone).code == 0
     assert run_case.trace(alone)["files"] == run_case.trace(directory)["files"]
 
 
 def test_the_lock_is_there_before_the_first_byte_and_goes_with_its_holder(work: Path) -> None:
-    run, directory = run_of(work, str(work / "run")), work / "run"
+    run, directory = run_at(work, str(work / "run")), work / "run"
     with begun(run, directory) as settle:
         before = everything(directory)
         with pytest.raises(CheckpointError, match="another process is at work"):
-            train(run_of(work, str(directory)))
+            train(run_at(work, str(directory)))
         settle()
         with pytest.raises(CheckpointError, match="another process is at work"):
             resume(directory)
@@ -191,9 +188,9 @@ def already_there(folder: Path) -> Path:
 def test_what_is_exported_or_merged_replaces_nothing(
     command: str, place: Callable[[Path], Path], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = prepare(tmp_path / "work")
+    folder = write_models(tmp_path / "work")
     student = {"path": str(folder / "student"), "lora": {"rank": 2, "alpha": 4}}
-    directory = train(run_in(folder, OPD, steps=1, student=student))
+    directory = train(run_of(folder, OPD, steps=1, student=student))
     output = place(tmp_path)
     before = everything(tmp_path)
     source = directory if command == "export" else directory / "model"

@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.doctor import cases
+from tests.small_runs import save_model, write_models, write_run
 from tropd.checkpoints import checkpoint as checkpoints
 from tropd.cli.main import main
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = cases.write_world(tmp_path_factory.mktemp("world"))
-    cases.save_model(folder / "teacher", seed=1, sharp=12.0)
+    folder = write_models(tmp_path_factory.mktemp("world"))
+    save_model(folder / "teacher", seed=1, sharp=12.0)
     return folder
 
 
@@ -30,7 +30,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(world: Path) -> Path:
     """A finished run of two steps with both checkpoints."""
     evaluation = {"data": {"path": str(world / "data.jsonl")}, "num_samples": 2, "max_new_tokens": 6, "every": 1}
-    assert main(["train", str(cases.write_run(world, world / "run", evaluation=evaluation))]) == 0
+    assert main(["train", str(write_run(world, world / "run", "quick", evaluation=evaluation))]) == 0
     return world / "run"
 
 
@@ -38,7 +38,7 @@ def trained(world: Path) -> Path:
 def adapter(world: Path) -> Path:
     """A finished run of one step that trained an adapter."""
     student = {"path": str(world / "student"), "lora": {"rank": 2}}
-    path = cases.write_run(world, world / "adapter", student=student)
+    path = write_run(world, world / "adapter", "quick", student=student)
     assert main(["train", str(path), "--steps", "1", "--optimizer.learning-rate", "0.1"]) == 0
     return world / "adapter"
 
@@ -163,7 +163,7 @@ def test_scored_rollouts_have_the_log_probabilities_of_both_models(trained: Path
 def test_users_errors_are_one_paragraph_and_start_nothing(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = str(cases.write_run(world, tmp_path / "run"))
+    run = str(write_run(world, tmp_path / "run", "quick"))
     for said, argv in {
         "needs the file of a run first": ["train"],
         "there is no file": ["train", str(tmp_path / "nothing.toml")],
@@ -203,7 +203,7 @@ def test_every_command_helps(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_process_of_its_own_refuses_without_a_traceback(world: Path, tmp_path: Path) -> None:
-    run = cases.write_run(world, tmp_path / "run", teacher={"path": str(world / "missing")})
+    run = write_run(world, tmp_path / "run", "quick", teacher={"path": str(world / "missing")})
     done = subprocess.run(
         [sys.executable, "-m", "tropd", "train", str(run)],
         capture_output=True,

@@ -6,23 +6,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.doctor import cases
+from tests.small_runs import write_models, write_rows, write_run
 from tropd.cli.main import main
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return cases.write_world(tmp_path_factory.mktemp("world"))
+    return write_models(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture
 def folder(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the commands run: a run file, a folder of runs, a folder of pictures, a folder of files."""
-    cases.write_run(world, tmp_path / "run")
+    write_run(world, tmp_path / "run", "quick")
     for name in ("runs/first", "pictures", "files"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "pictures" / "cat.png").touch()
-    cases.write_rows(tmp_path / "files" / "data.jsonl")
+    write_rows(tmp_path / "files" / "data.jsonl", [{"prompt": "1+1=", "answer": "2"}])
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

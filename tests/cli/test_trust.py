@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.doctor import cases
+from tests.small_runs import write_models, write_run
 from tropd.cli.main import main
 
 CODE = """
@@ -25,7 +25,7 @@ def judge(prompts, completions, **columns):
 @pytest.fixture
 def run_with_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run file whose student, and whose grader, leave a mark when their code runs."""
-    world = cases.write_world(tmp_path / "world")
+    world = write_models(tmp_path / "world")
     config = world / "student" / "config.json"
     changes = {"model_type": "odd", "auto_map": {"AutoConfig": "odd_config.OddConfig"}}
     config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
@@ -34,7 +34,7 @@ def run_with_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     student = {"path": str(world / "student"), "trust_remote_code": True}
-    path = cases.write_run(world, world / "run", student=student, grader="odd_judge:judge")
+    path = write_run(world, world / "run", "quick", student=student, grader="odd_judge:judge")
     (world / "run").mkdir()
     (world / "run" / "run.toml").write_text(path.read_text())
     return path

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.integration.runs import save_model
 from tests.servers.mini import MiniServer
+from tests.small_runs import save_model
 from tests.tiny import VOCAB, tiny_model
 from tropd.config.models import ServerConfig
 from tropd.data.graders import GRADERS

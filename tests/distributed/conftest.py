@@ -10,16 +10,15 @@ from typing import Any
 import pytest
 
 from tests import run_case
-from tests.distributed.launch import write_run
-from tests.tiny import byte_tokenizer, tiny_model
+from tests.small_runs import save_model, write_models, write_run
 
 Alone = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = run_case.write_models(tmp_path_factory.mktemp("models"))
-    run_case.save_model(tiny_model("llama", seed=0, tied=False), byte_tokenizer(), folder / "untied")
+    folder = write_models(tmp_path_factory.mktemp("models"))
+    save_model(folder / "untied", family="llama", tied=False)
     return folder
 
 
@@ -32,7 +31,7 @@ def alone(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Alone:
         name = json.dumps(changes)
         if name not in made:
             directory = tmp_path_factory.mktemp("alone") / "run"
-            ended = run_case.train(write_run(models, directory, **changes), directory)
+            ended = run_case.train(write_run(models, directory, "ranks", **changes), directory)
             assert ended.code == 0, ended.said
             made[name] = directory
         return made[name]

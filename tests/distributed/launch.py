@@ -20,21 +20,6 @@ PRELOAD = ["tropd.checkpoints.sharded_checkpoint", "pandas", "torch.distributed.
 if PRELOAD[0] not in run_case.PRELOAD:  # read when the first process starts
     run_case.PRELOAD.extend(PRELOAD)
 
-SIZES: dict[str, Any] = {
-    "steps": 3,
-    "rollout": {"num_prompts": 5, "num_rollouts": 2, "save_every": 1},
-    # AdamW divides by the gradient's own size: this epsilon keeps rounding errors from becoming steps.
-    "optimizer": {"learning_rate": 1e-2, "epsilon": 1e-2},
-    "evaluation": {"every": 3, "limit": 3},
-    "checkpoint": {"every": 1, "keep": 9},
-}
-"""Five prompts for two or four processes: shares of unequal size, so some ranks have more micro-batches than others."""
-
-
-def write_run(models: Path, directory: Path, **changes: Any) -> Path:
-    sizes = run_case.merged({**SIZES, "data": {"path": str(models / "many.jsonl")}}, changes)
-    return run_case.write_run(models, directory, **sizes)
-
 
 def free_port() -> int:
     with socket.socket() as probe:

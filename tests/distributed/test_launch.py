@@ -11,6 +11,7 @@ import torch
 
 from tests import run_case
 from tests.distributed.launch import become, free_port
+from tests.small_runs import write_run
 from tropd.distributed.launch import launched
 from tropd.distributed.ranks import ALONE, Ranks
 from tropd.errors import ConfigError
@@ -65,7 +66,7 @@ def test_a_launch_says_how_many_there_are(change: dict[str, str], size: int) -> 
 )
 def test_what_cannot_be_sharded_is_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
-        run_case.write_run(tmp_path, tmp_path / "run", **changes)
+        write_run(tmp_path, tmp_path / "run", **changes)
 
 
 def said_by(rank: int) -> list[torch.Tensor]:

@@ -18,7 +18,8 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from tests import run_case
-from tests.distributed.launch import distance, free_port, write_run
+from tests.distributed.launch import distance, free_port
+from tests.small_runs import write_run
 from tropd.cli.main import main
 from tropd.monitoring.records import read_records
 
@@ -26,11 +27,6 @@ needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not inst
 ROOT = Path(__file__).parents[2]
 LIMIT_SECONDS = 600.0
 """A Ray cluster of its own, three processes and a server begin within it on two busy cores."""
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_case.write_models(tmp_path_factory.mktemp("models"))
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, list[str]]:
@@ -49,7 +45,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_torchrun_understands_the_printed_lines(
     processes: int, nodes: int, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write_run(models, tmp_path / "run")
+    path = write_run(models, tmp_path / "run", "ranks")
     said = printed(capsys, str(path), "--processes", str(processes), "--nodes", str(nodes))
     titles = list(said)
     assert [title.split(",")[0] for title in titles] == ["torchrun", "SLURM", "SLURM"]
@@ -70,7 +66,7 @@ def test_torchrun_understands_the_printed_lines(
 
 def test_a_run_that_has_begun_is_resumed(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
-    path = write_run(models, folder)
+    path = write_run(models, folder, "ranks")
     folder.mkdir()
     path.rename(folder / "run.toml")
     assert printed(capsys, str(folder))["torchrun"] == [f"torchrun --nproc-per-node 1 -m tropd resume {folder}"]
@@ -81,7 +77,9 @@ def test_what_is_printed_is_quoted_whatever_the_names_are(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     odd = tmp_path / "a $(touch gone) 'b' \"c\"; #"
-    path = write_run(models, odd / "run", teacher={"servers": ["http://10.0.0.5:8001"], "server": {"model": "$(x)"}})
+    path = write_run(
+        models, odd / "run", "ranks", teacher={"servers": ["http://10.0.0.5:8001"], "server": {"model": "$(x)"}}
+    )
     (server,), (torchrun,), *_ = printed(capsys, str(path)).values()
     words = shlex.split(server)
     assert words[words.index("--served-model-name") + 1] == "$(x)"
@@ -97,7 +95,7 @@ def test_a_name_that_no_command_should_hold_is_refused(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     server = {"servers": ["http://10.0.0.5:8001"], "server": {"model": name}}
-    path = write_run(models, tmp_path / "run", teacher=server)
+    path = write_run(models, tmp_path / "run", "ranks", teacher=server)
     assert main(["launch", str(path), "--print"]) == 2
     said = capsys.readouterr()
     assert "\x1b" not in said.out + said.err and ("flags" in said.err or "control character" in said.err)
@@ -109,7 +107,11 @@ def test_servers_get_commands(models: Path, tmp_path: Path, capsys: pytest.Captu
         "server": {"api_key_env": "KEY", "model": "t"},
     }
     path = write_run(
-        models, tmp_path / "run", teacher={**there, "dtype": "float32"}, rollout={"servers": ["http://10.0.0.7:8002"]}
+        models,
+        tmp_path / "run",
+        "ranks",
+        teacher={**there, "dtype": "float32"},
+        rollout={"servers": ["http://10.0.0.7:8002"]},
     )
     (*teachers, student), *_ = printed(capsys, str(path)).values()
     assert teachers == 2 * [
@@ -125,7 +127,7 @@ def test_each_of_several_teachers_gets_its_own(
     one, other = ({"path": str(models / "teacher"), "servers": [f"http://127.0.0.1:800{n}"]} for n in range(2))
     teachers = {"sums": one, "sky": {**other, "server": {"kind": "sglang"}}, "here": {"path": str(models / "teacher")}}
     changes = {"teacher": {"path": "base"}, "teachers": teachers, "data": {"teacher_column": "answer"}}
-    commands, *_ = printed(capsys, str(write_run(models, tmp_path / "run", **changes))).values()
+    commands, *_ = printed(capsys, str(write_run(models, tmp_path / "run", "ranks", **changes))).values()
     assert [command.split()[0] for command in commands] == ["vllm", "python"]
     assert "--port 8000 --max-logprobs 8" in commands[0] and "--max-logprobs" not in commands[1]
 
@@ -138,7 +140,7 @@ def test_two_names_on_one_address_are_one_server_or_refused(
     for name, other in others.items():
         teachers = {"sums": one, "sky": {**one, "servers": ["http://127.0.0.1:8000/"], **other}}
         changes = {"teacher": {"path": "base"}, "teachers": teachers, "data": {"teacher_column": "answer"}}
-        path = str(write_run(models, tmp_path / name, **changes))
+        path = str(write_run(models, tmp_path / name, "ranks", **changes))
         if not other:
             commands, *_ = printed(capsys, path).values()
             assert len(commands) == 1 and commands[0].startswith(f"vllm serve {models}/teacher ")
@@ -151,13 +153,13 @@ def test_two_names_on_one_address_are_one_server_or_refused(
 def test_a_server_of_this_machine_alone_is_not_opened_to_others(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write_run(models, tmp_path / "run", teacher={"servers": ["http://127.0.0.1:8001"]})
+    path = write_run(models, tmp_path / "run", "ranks", teacher={"servers": ["http://127.0.0.1:8001"]})
     (teacher,), *_ = printed(capsys, str(path)).values()
     assert "--host 127.0.0.1 --port 8001" in teacher
 
 
 def test_a_launch_that_cannot_be_is_refused(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = str(write_run(models, tmp_path / "run"))
+    path = str(write_run(models, tmp_path / "run", "ranks"))
     assert "needs --cluster ray, or --print" in refused(capsys, path)
     assert "3 processes on 2 machines" in refused(capsys, path, "--processes", "3", "--nodes", "2", "--print")
     assert "there is no file" in refused(capsys, str(tmp_path / "nothing.toml"), "--print")
@@ -221,13 +223,15 @@ def test_ray_trains_the_student_of_one_process(models: Path, tmp_path: Path) -> 
     )
     stand_in.chmod(0o755)
     server = {"servers": [f"http://127.0.0.1:{free_port()}"]}
-    path = write_run(models, tmp_path / "two", teacher=server, steps=2, evaluation={"every": 9})
+    path = write_run(models, tmp_path / "two", "ranks", teacher=server, steps=2, evaluation={"every": 9})
     process = launch(str(path), "--processes", "2", path=tmp_path / "bin")
     said = end_of(process)
     assert process.returncode == 0, said
     assert f"the student is in {tmp_path}/two/model" in re.sub(r"\s+", " ", said)
     assert not left_of(str(tmp_path)), "nothing is left"
-    alone = run_case.train(write_run(models, tmp_path / "one", steps=2, evaluation={"every": 9}), tmp_path / "one")
+    alone = run_case.train(
+        write_run(models, tmp_path / "one", "ranks", steps=2, evaluation={"every": 9}), tmp_path / "one"
+    )
     assert alone.code == 0, alone.said
     steps = read_records(tmp_path / "two" / "records.jsonl").steps
     assert len(steps) == 2
@@ -237,7 +241,7 @@ def test_ray_trains_the_student_of_one_process(models: Path, tmp_path: Path) -> 
 @needs_ray
 @pytest.mark.slow
 def test_an_interrupt_stops_all_ranks_after_the_step(models: Path, tmp_path: Path) -> None:
-    path = write_run(models, tmp_path / "run", steps=500)
+    path = write_run(models, tmp_path / "run", "ranks", steps=500)
     process = launch(str(path), "--processes", "2")
     deadline = time.monotonic() + LIMIT_SECONDS
     while run_case.num_recorded(tmp_path / "run") < 2:
@@ -256,7 +260,7 @@ def test_an_interrupt_stops_all_ranks_after_the_step(models: Path, tmp_path: Pat
 @needs_ray
 @pytest.mark.slow
 def test_what_cannot_be_placed_is_refused(models: Path, tmp_path: Path) -> None:
-    path = write_run(models, tmp_path / "run", teacher={"servers": ["http://203.0.113.9:8001"]})
+    path = write_run(models, tmp_path / "run", "ranks", teacher={"servers": ["http://203.0.113.9:8001"]})
     process = launch(str(path), "--processes", "2")
     said = " ".join(end_of(process).split())
     assert process.returncode == 2, said

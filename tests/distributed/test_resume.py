@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from tests import run_case
 from tests.distributed import launch
 from tests.distributed.conftest import Alone
-from tests.distributed.launch import distance, weights_of, write_run
+from tests.distributed.launch import distance, weights_of
 from tests.distributed.test_same import TOLERANCE, assert_same_run
+from tests.small_runs import write_run
 from tropd.checkpoints import checkpoint as checkpoints
 from tropd.cli.main import main
 
@@ -32,7 +33,7 @@ def go_on(directory: Path, sizes: list[int], train: Path, **how: Any) -> None:
 
 def test_two_then_four_then_one_process_train_the_student_of_one(models: Path, alone: Alone, tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    go_on(directory, [2, 4, 1], write_run(models, directory))
+    go_on(directory, [2, 4, 1], write_run(models, directory, "ranks"))
     layouts = [
         sorted(p.name[:11] for p in folder.glob("*.safetensors"))
         for folder in sorted((directory / "checkpoints").iterdir())
@@ -48,7 +49,7 @@ def test_a_checkpoint_of_one_process_goes_on_on_several(
     sizes: list[int], method: str, models: Path, alone: Alone, tmp_path: Path
 ) -> None:
     directory = tmp_path / "run"
-    go_on(directory, sizes, write_run(models, directory, method={"name": method}))
+    go_on(directory, sizes, write_run(models, directory, "ranks", method={"name": method}))
     assert distance(alone(method={"name": method}), directory) < TOLERANCE
 
 
@@ -56,7 +57,7 @@ def test_a_checkpoint_of_one_process_goes_on_on_several(
 def test_half_precision_keeps_its_masters_from_one_number_of_processes_to_another(models: Path, tmp_path: Path) -> None:
     """The shards hold what one process would: bfloat16 weights, float32 masters, float32 moments."""
     directory = tmp_path / "run"
-    go_on(directory, [2, 1, 2], write_run(models, directory, **HALF))
+    go_on(directory, [2, 1, 2], write_run(models, directory, "ranks", **HALF))
     saved = [checkpoints.load(checkpoints.place_of(directory, step)) for step in (1, 2, 3)]
     for one, other in itertools.pairwise(saved):
         assert one.weights.keys() == other.weights.keys() and one.optimizer.keys() == other.optimizer.keys()
@@ -72,7 +73,7 @@ def test_half_precision_keeps_its_masters_from_one_number_of_processes_to_anothe
 
 def test_a_sharded_checkpoint_is_exported_by_one_process(models: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    launch.run(2, train=write_run(models, directory, steps=1), directory=directory)
+    launch.run(2, train=write_run(models, directory, "ranks", steps=1), directory=directory)
     assert main(["export", str(directory), "--step", "1", "-o", str(tmp_path / "model")]) == 0
     exported, own = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", directory / "model"))
     assert exported.keys() == own.keys() and all(torch.equal(x, own[name]) for name, x in exported.items())
@@ -82,7 +83,7 @@ def test_a_sharded_checkpoint_is_exported_by_one_process(models: Path, tmp_path:
 
 def test_a_damaged_shard_is_refused_in_words(models: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    launch.run(2, train=write_run(models, directory, steps=2), directory=directory)
+    launch.run(2, train=write_run(models, directory, "ranks", steps=2), directory=directory)
     shard = next((directory / "checkpoints" / "step_000002").glob("shard-00002*"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1

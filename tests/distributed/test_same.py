@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests import run_case
 from tests.distributed import launch
 from tests.distributed.conftest import Alone
-from tests.distributed.launch import distance, rollouts_of, weights_of, write_run
+from tests.distributed.launch import distance, rollouts_of, weights_of
 from tests.servers.sleeper import Sleeper
+from tests.small_runs import merged, write_run
 from tropd.monitoring.records import read_records
 
 TOLERANCE = 1e-5
@@ -44,7 +44,7 @@ def here(models: Path, changes: dict[str, Any]) -> dict[str, Any]:
         found.setdefault("teachers", {})[name] = {"path": str(models / teacher["path"])}
     if path := changes.get("student", {}).get("path"):
         found["student"] = {"path": str(models / path)}
-    return run_case.merged(changes, found)
+    return merged(changes, found)
 
 
 def assert_same_run(one: Path, other: Path, tolerance: float = TOLERANCE) -> None:
@@ -71,7 +71,7 @@ def assert_same_run(one: Path, other: Path, tolerance: float = TOLERANCE) -> Non
 
 def compare(models: Path, alone: Alone, directory: Path, size: int, parallel: dict[str, Any], **changes: Any) -> Path:
     changes = here(models, changes)
-    path = write_run(models, directory, parallel=parallel, **changes)
+    path = write_run(models, directory, "ranks", parallel=parallel, **changes)
     launch.run(size, train=path, directory=directory)
     assert_same_run(alone(**changes), directory)
     return directory
@@ -117,7 +117,7 @@ def test_processes_share_the_servers_that_write(sleeps: bool, models: Path, alon
     """Rank 0 gives the weights, which every rank then finds there; the server's draws are the engine's own."""
     with Sleeper(models / "student") as server:
         rollout = {"servers": [server.url], "weights_folder": str(tmp_path / "memory"), "servers_sleep": sleeps}
-        path = write_run(models, tmp_path / "run", rollout=rollout, method={"name": "opd"})
+        path = write_run(models, tmp_path / "run", "ranks", rollout=rollout, method={"name": "opd"})
         launch.run(2, train=path, directory=tmp_path / "run")
         reloads = [body for body in server.requests if body.get("method") == "reload_weights"]
     assert len(reloads) == 4, "at the start and after each of three steps, by one process"
@@ -130,7 +130,7 @@ def test_processes_share_the_servers_that_write(sleeps: bool, models: Path, alon
 
 @pytest.mark.slow
 def test_activation_checkpointing_changes_nothing(models: Path, alone: Alone, tmp_path: Path) -> None:
-    path = write_run(models, tmp_path / "run", student={"gradient_checkpointing": True})
+    path = write_run(models, tmp_path / "run", "ranks", student={"gradient_checkpointing": True})
     launch.run(2, train=path, directory=tmp_path / "run")
     assert_same_run(alone(), tmp_path / "run")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.run_case import write_models
+from tests.small_runs import write_models
 from tropd.cli.main import COMMANDS, main
 from tropd.config import file as config_file
 from tropd.laboratory.exact import Setting, run_all

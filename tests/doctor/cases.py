@@ -1,8 +1,7 @@
-"""Small runs on disk, good and bad: models, tokenizers, data and the file that joins them."""
+"""Models that are near each other or lean to some tokens, and graders that are of no use."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,59 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import byte_tokenizer, tiny_model
-from tropd.config import file as config_file
-from tropd.config.run import Run
-
-
-def save_model(folder: Path, *, tokenizer: Any = None, **options: Any) -> Path:
-    model = tiny_model(**{"family": "qwen3", "tied": True, "sharp": 4.0, **options})
-    model.save_pretrained(folder)
-    (tokenizer or byte_tokenizer()).save_pretrained(folder)
-    return folder
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]] | None = None) -> Path:
-    rows = rows or [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(3) for b in range(2)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def write_world(folder: Path) -> Path:
-    """A student, a stronger teacher and a data set."""
-    save_model(folder / "student", seed=0)
-    save_model(folder / "teacher", seed=1)
-    write_rows(folder / "data.jsonl")
-    return folder
-
-
-def values_of(world: Path, output: Path, **changes: Any) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "output": str(output),
-        "student": {"path": str(world / "student")},
-        "teacher": {"path": str(world / "teacher")},
-        "data": {"path": str(world / "data.jsonl")},
-        "method": {"name": "tropd", "top_k": 8, "beta": 0.1},
-        "rollout": {"num_prompts": 2, "num_rollouts": 2, "max_new_tokens": 12, "save_every": 1},
-        "checkpoint": {"every": 1},
-        "optimizer": {"learning_rate": 1e-3},
-        "alarms": {"support_collapse": "off"},
-        "grader": "exact",
-        "steps": 2,
-        "tokens_per_micro_batch": 256,
-        "device": "cpu",
-    }
-    return {**values, **changes}
-
-
-def run_of(world: Path, output: Path, **changes: Any) -> Run:
-    return config_file.build(values_of(world, output, **changes), "test")
-
-
-def write_run(world: Path, output: Path, **changes: Any) -> Path:
-    """The file of a run, beside the folder that the run would make."""
-    path = output.with_name(output.name + ".toml")
-    path.write_text(config_file.dump(run_of(world, output, **changes)))
-    return path
 
 
 def perturb(source: Path, target: Path, noise: float, seed: int = 7) -> Path:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
-from tests.doctor import cases
-from tests.tiny import VOCAB, byte_tokenizer
+from tests.small_runs import run_of, save_model, write_rows
+from tests.tiny import VOCAB
 from tropd.doctor.cost import need_of
 from tropd.doctor.subject import Subject, read_subject
 from tropd.model.loading import load_model, wrap_student
@@ -21,19 +21,16 @@ TOKENS = 96
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Wide enough that what is kept per head and per token, whatever the width, does not count."""
     world = tmp_path_factory.mktemp("world")
-    shape = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3, "head_dim": 32}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
-    config = Qwen3Config(vocab_size=VOCAB, bos_token_id=None, eos_token_id=None, pad_token_id=None, **shape, **heads)
+    wide = {"width": 128, "layers": 3, "intermediate_size": 320, "max_position_embeddings": 512}
     for name in ("student", "teacher"):
-        Qwen3ForCausalLM(config).save_pretrained(world / name)
-        byte_tokenizer().save_pretrained(world / name)
-    cases.write_rows(world / "prompts.jsonl", [{"prompt": "1" * 40, "answer": "2"}])
+        save_model(world / name, sharp=1.0, tied=False, **wide)
+    write_rows(world / "prompts.jsonl", [{"prompt": "1" * 40, "answer": "2"}])
     return world
 
 
-def subject_of(world: Path, folder: Path, **changes: object) -> Subject:
+def subject_of(world: Path, folder: Path, **changes: Any) -> Subject:
     data = {"path": str(world / "prompts.jsonl")}
-    run = cases.run_of(world, folder / "run", data=data, tokens_per_micro_batch=TOKENS, **changes)
+    run = run_of(world, data=data, tokens_per_micro_batch=TOKENS, **changes)
     subject, _ = read_subject(run)
     assert subject is not None
     return subject

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.doctor import cases
+from tests.small_runs import run_of, save_model, write_models
 from tropd.cli.main import main
 from tropd.config.file import dump
 from tropd.doctor.inspection import read_step
@@ -30,9 +30,9 @@ STEP = 1
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
-    world = cases.write_world(tmp_path_factory.mktemp("world"))
-    cases.save_model(world / "teacher", seed=1, sharp=12.0)
-    return assemble(cases.run_of(world, world / "run"), world / "texts")
+    world = write_models(tmp_path_factory.mktemp("world"))
+    save_model(world / "teacher", seed=1, sharp=12.0)
+    return assemble(run_of(world), world / "texts")
 
 
 @pytest.fixture(scope="module")

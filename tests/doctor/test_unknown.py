@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tests.doctor import cases
+from tests.small_runs import run_of, save_model, write_rows
 from tropd.doctor import Check, examine
 
 
@@ -21,10 +22,10 @@ def said_of(tmp_path: Path, rows: list[dict[str, str]], **special: str) -> list[
     core = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     names = {"unk_token": "<unk>", "eos_token": "<end>", **special}
-    model = cases.save_model(tmp_path / "model", tokenizer=PreTrainedTokenizerFast(tokenizer_object=core, **names))
-    both = {side: {"path": str(model)} for side in ("student", "teacher")}
-    data = cases.write_rows(tmp_path / "data.jsonl", rows)
-    run = cases.run_of(tmp_path, tmp_path / "run", data={"path": str(data)}, grader=None, **both)
+    model = save_model(tmp_path / "model", tokenizer=PreTrainedTokenizerFast(tokenizer_object=core, **names))
+    both: Any = {side: {"path": str(model)} for side in ("student", "teacher")}
+    data = write_rows(tmp_path / "data.jsonl", rows)
+    run = run_of(tmp_path, data={"path": str(data)}, grader=None, **both)
     return [check for check in examine(run, num_prompts=0) if check.name == "unknown tokens"]
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from tests.model.kernel_cases import DTYPES, allowed, errors, numbers, tile
-from tests.rollout.families import FAMILIES, make
+from tests.rollout.families import FAMILIES
 from tests.rollout.plain import SAMPLINGS, some_requests
+from tests.tiny import random_model, tiny_model
 from tropd.model.fused import kernels_for, soften_rows_
 from tropd.model.head import Head
 from tropd.model.lean import exponentials_
@@ -150,7 +151,7 @@ def _assert_recorded(engine: TransformersEngine, device: str) -> None:
 
 
 def recorded(family: str, own: bool, device: str) -> None:
-    fixed, plain = _engines(make(FAMILIES[family]).to(device))
+    fixed, plain = _engines(random_model(FAMILIES[family]).to(device))
     fixed.stepper.misread = plain.stepper.misread = own
     for _ in range(2):  # the second time with what was recorded the first
         _assert_same(_written(fixed), _written(plain), device)
@@ -158,7 +159,7 @@ def recorded(family: str, own: bool, device: str) -> None:
 
 
 def trained_in_place(device: str) -> None:
-    model = make(FAMILIES["qwen3"]).to(device)
+    model = tiny_model("qwen3").to(device)
     fixed, plain = _engines(model)
     before = _written(fixed)
     with torch.no_grad():
@@ -175,7 +176,7 @@ def adapter(device: str) -> None:
 
     torch.manual_seed(0)
     chosen = LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
-    model: Any = get_peft_model(make(FAMILIES["qwen3"], sharp=6.0), chosen).to(device).eval()
+    model: Any = get_peft_model(tiny_model("qwen3", sharp=6.0), chosen).to(device).eval()
     fixed, plain = _engines(model)
     adapted = _written(fixed)
     _assert_same(adapted, _written(plain), device)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.integration.runs import TROPD, judge, parts_of, prepare, step_of, write
 from tests.model.cases import plain
+from tests.one_step import judge, parts_of, step_of, write
+from tests.small_runs import TROPD, write_models
 from tests.tiny import tiny_model
 from tropd.methods import METHODS
 from tropd.objective.evidence import Needs
@@ -31,7 +32,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def pair_with_a_copy(tmp_path: Path, family: str = "qwen3") -> Path:
-    return prepare(tmp_path, family, teacher=tiny_model(family, seed=0, tied=True))
+    return write_models(tmp_path, family, teacher=tiny_model(family, seed=0, tied=True))
 
 
 def norm(gradients: dict[str, Tensor]) -> float:
@@ -61,7 +62,7 @@ def test_a_student_that_is_its_teacher_gets_no_gradient_from_divergences_beyond_
 ) -> None:
     method = {"name": name} | ON_POLICY.get(name, {})
     at_teacher = step_of(parts_of(pair_with_a_copy(tmp_path / "same"), method))
-    elsewhere = step_of(parts_of(prepare(tmp_path / "other"), method))
+    elsewhere = step_of(parts_of(write_models(tmp_path / "other"), method))
     assert norm(elsewhere.gradients) > 1e-2
     assert norm(at_teacher.gradients) < 1e-5 * norm(elsewhere.gradients)
 
@@ -107,7 +108,7 @@ def everything(parts: Parts, rollouts: list[Rollout]) -> tuple[ScoredBatch, dict
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2"])
 def test_evidence_of_every_token_is_a_whole_forward_pass_gathered_at_that_token(tmp_path: Path, family: str) -> None:
-    folder = prepare(tmp_path, family)
+    folder = write_models(tmp_path, family)
     rollouts = write(parts_of(folder))
     assert {author for r in rollouts for author in r.authors} == {Author.CONTEXT, Author.TEACHER, Author.STUDENT}
     assert len({len(r.prompt.token_ids) for r in rollouts}) > 1
@@ -188,7 +189,7 @@ def test_a_top_k_that_is_asked_for_again_is_that_of_what_the_teacher_reads(tmp_p
 
 
 def test_whole_distributions_of_the_teacher_are_those_of_a_whole_forward_pass(tmp_path: Path) -> None:
-    parts = parts_of(prepare(tmp_path))
+    parts = parts_of(write_models(tmp_path))
     rollouts = write(parts)
     scores = parts.teacher.score(ScoreRequest(rollouts, Needs.FULL))
     for rollout, given in zip(rollouts, scores, strict=True):
@@ -199,7 +200,7 @@ def test_whole_distributions_of_the_teacher_are_those_of_a_whole_forward_pass(tm
 
 
 def test_the_student_that_is_trained_is_a_whole_forward_pass_gathered_at_that_token(tmp_path: Path) -> None:
-    parts = parts_of(prepare(tmp_path), tokens_per_micro_batch=60)
+    parts = parts_of(write_models(tmp_path), tokens_per_micro_batch=60)
     rollouts = write(parts)
     full = dict(zip((r.id for r in rollouts), full_of(parts, rollouts), strict=True))
     step = step_of(parts, rollouts)
@@ -212,7 +213,7 @@ def test_the_student_that_is_trained_is_a_whole_forward_pass_gathered_at_that_to
 
 
 def test_evidence_that_is_one_token_off_would_be_noticed(tmp_path: Path) -> None:
-    parts = parts_of(prepare(tmp_path))
+    parts = parts_of(write_models(tmp_path))
     batch, by_hand = everything(parts, write(parts))
     for shift in (1, -1):
         moved_N = batch.tokens.teacher_logprobs_N.roll(shift)
@@ -221,7 +222,7 @@ def test_evidence_that_is_one_token_off_would_be_noticed(tmp_path: Path) -> None
 
 
 def test_what_the_sampler_says_is_what_the_trainer_says(tmp_path: Path) -> None:
-    parts = parts_of(prepare(tmp_path))
+    parts = parts_of(write_models(tmp_path))
     rollouts = write(parts)
     full_NV = torch.cat(full_of(parts, rollouts))
     own_N = torch.tensor([a == Author.STUDENT for r in rollouts for a in r.authors[len(r.prompt.token_ids) :]])
@@ -232,7 +233,7 @@ def test_what_the_sampler_says_is_what_the_trainer_says(tmp_path: Path) -> None:
 
 
 def test_the_whole_batch_is_scored_in_the_order_of_its_rollouts(tmp_path: Path) -> None:
-    parts = parts_of(prepare(tmp_path))
+    parts = parts_of(write_models(tmp_path))
     rollouts = write(parts)
     forward, backward = judge(parts, rollouts).tokens, judge(parts, rollouts[::-1]).tokens
     lengths = [len(r.response_ids) for r in rollouts]

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.integration.runs import TROPD, judge, parts_of, prepare, run_in, step_of, write
 from tests.model.cases import plain
+from tests.one_step import judge, parts_of, step_of, write
+from tests.small_runs import TROPD, run_of, write_models
 from tests.tiny import VOCAB, tiny_model
 from tropd.errors import ConfigError, EvidenceError, TeacherError
 from tropd.methods import METHODS, ManyFaces
@@ -58,7 +59,7 @@ def test_every_defect_has_an_address_and_a_proof_that_exists() -> None:
 
 def test_what_is_known_before_the_gradient_pass_carries_no_gradient(tmp_path: Path) -> None:
     for method in (TROPD, {"name": "tip"}, {"name": "many_faces"}):
-        parts = parts_of(prepare(tmp_path / method["name"]), method)
+        parts = parts_of(write_models(tmp_path / method["name"]), method)
         batch = judge(parts, write(parts))
         found = [
             getattr(batch.tokens, f.name) for f in dataclasses.fields(Tokens) if batch.tokens.peek(f.name) is not None
@@ -80,7 +81,7 @@ def test_what_a_teacher_cannot_give_is_refused_before_the_first_step_and_never_a
 
 
 def test_scores_of_other_tokens_than_the_rollouts_are_refused(tmp_path: Path) -> None:
-    parts = parts_of(prepare(tmp_path))
+    parts = parts_of(write_models(tmp_path))
     rollouts = write(parts)
     batch = judge(parts, rollouts)
     scores = parts.teacher.score(ScoreRequest(rollouts))
@@ -92,7 +93,7 @@ def test_scores_of_other_tokens_than_the_rollouts_are_refused(tmp_path: Path) ->
 
 
 def test_tokens_that_no_text_gives_back_are_scored_as_they_were_written(tmp_path: Path) -> None:
-    parts = parts_of(prepare(tmp_path), {"name": "opd"})
+    parts = parts_of(write_models(tmp_path), {"name": "opd"})
     rollouts = write(parts)
     again = [parts.tokenizer.encode(parts.tokenizer.decode(r.response_ids)) for r in rollouts]
     assert any(tuple(ids) != r.response_ids for ids, r in zip(again, rollouts, strict=True))
@@ -104,7 +105,7 @@ def test_tokens_that_no_text_gives_back_are_scored_as_they_were_written(tmp_path
 
 
 def test_placeholder_logprobs_of_what_the_student_did_not_write_reach_nothing(tmp_path: Path) -> None:
-    folder = prepare(tmp_path)
+    folder = write_models(tmp_path)
     parts = parts_of(folder)
     rollouts = write(parts)
     assert any(Author.TEACHER in r.authors for r in rollouts)
@@ -123,13 +124,13 @@ def test_placeholder_logprobs_of_what_the_student_did_not_write_reach_nothing(tm
 
 
 def test_a_column_that_only_a_teacher_would_read_is_refused_while_none_does(tmp_path: Path) -> None:
-    run = run_in(prepare(tmp_path), data={"privileged_column": "answer"})
+    run = run_of(write_models(tmp_path), data={"privileged_column": "answer"})
     with pytest.raises(ConfigError, match="data.privileged_column is 'answer'.*it would do nothing"):
         train(run)
 
 
 def test_the_temperature_of_rollouts_is_not_that_of_the_teacher(tmp_path: Path) -> None:
-    folder = prepare(tmp_path)
+    folder = write_models(tmp_path)
     parts = parts_of(folder, {"name": "opd"}, rollout={"sampling": {"temperature": 0.5}})
     rollouts = write(parts)
     assert all(r.behavior_logprobs != r.model_logprobs for r in rollouts)
@@ -148,7 +149,7 @@ def short_teacher() -> Any:
 
 
 def test_prompts_leave_room_in_the_context_of_the_teacher_too(tmp_path: Path) -> None:
-    folder = prepare(tmp_path, teacher=short_teacher())
+    folder = write_models(tmp_path, teacher=short_teacher())
     parts = parts_of(folder, rollout={"max_new_tokens": 10})
     assert any("too long" in note for note in parts.notes)
     rollouts = write(parts)
@@ -174,12 +175,12 @@ def test_a_teachers_text_is_written_once_and_kept_on_disk(tmp_path: Path) -> Non
 
 
 def test_a_teacher_with_padded_rows_trains_a_student_without(tmp_path: Path) -> None:
-    folder = prepare(tmp_path, teacher=tiny_model(seed=1, tied=True, vocab=VOCAB + 58))
+    folder = write_models(tmp_path, teacher=tiny_model(seed=1, tied=True, vocab=VOCAB + 58))
     parts = parts_of(folder, TROPD | {"top_k": 64})
     batch = judge(parts, write(parts))
     assert int(batch.tokens.teacher_topk_ids_NK.max()) < VOCAB
     for score in parts.teacher.score(ScoreRequest(batch.rollouts, Needs.FULL)):
         assert score.full_logprobs_TV is not None and score.full_logprobs_TV.shape[1] == VOCAB
         torch.testing.assert_close(score.full_logprobs_TV.exp().sum(-1), torch.ones(len(score.logprobs_T)))
-    records = read_records(train(run_in(folder, steps=1)) / "records.jsonl").steps
+    records = read_records(train(run_of(folder, steps=1)) / "records.jsonl").steps
     assert records[0].gradient_norm > 0

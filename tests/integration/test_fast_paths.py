@@ -21,8 +21,8 @@ import pytest
 import torch
 
 from tests import run_case
-from tests.integration.runs import parts_of, prepare
 from tests.model.cases import rollouts_of
+from tests.one_step import parts_of
 from tests.rollout.plain import some_prompts
 from tests.rollout.recorded import record
 from tests.servers.mini import MiniServer
@@ -187,9 +187,9 @@ def read(num_tokens: int = 1, tile_vocab: int | None = None, unread: int = 0) ->
 
 def train_step(folder: Path, method: str, **changes: Any) -> None:
     """One step, as `tropd train` takes it."""
-    from tests.integration.runs import step_of
+    from tests.one_step import step_of
 
-    step_of(parts_of(prepare(folder), {"name": method}, **changes))
+    step_of(parts_of(write_models(folder), {"name": method}, **changes))
 
 
 def ask_for_texts(folder: Path, times: int) -> None:
@@ -205,7 +205,7 @@ def ask_for_scores(folder: Path, times: int) -> None:
 
 
 def write_ahead(folder: Path, staleness: int) -> None:
-    with MiniServer(prepare(folder) / "student") as server:
+    with MiniServer(write_models(folder) / "student") as server:
         rollout = {"servers": [server.url], "staleness": staleness}
         parts = parts_of(folder, {"name": "opd"}, output=str(folder / "run"), rollout=rollout)
         source = Source(parts)

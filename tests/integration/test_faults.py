@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from tests import run_case
 from tests.run_case import Order
+from tests.small_runs import save_model, write_run
 from tests.tiny import VOCAB, byte_tokenizer, tiny_model
 from tropd.checkpoints import checkpoint as checkpoints
 from tropd.checkpoints.run_folder import alone
@@ -30,15 +31,10 @@ from tropd.training.kept_batch import load_batch
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_case.write_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="session")
 def stopped(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run stopped after step 5, with checkpoints of 2, 3 (the best), 4 and 5.  Copy it before touching it."""
     directory = tmp_path_factory.mktemp("stopped") / "run"
-    path = run_case.write_run(models, directory, checkpoint={"keep": 9})
+    path = write_run(models, directory, checkpoint={"keep": 9})
     ended = run_case.train(path, directory, stop_after=5)
     assert ended.code == 0 and checkpoints.steps_kept(directory) == [2, 3, 4, 5], ended.said
     return directory
@@ -58,7 +54,7 @@ def loadable(directory: Path) -> list[int]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_step_finish_saves_and_says_how_to_go_on(number: int, models: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    path = run_case.write_run(models, directory, checkpoint={"every": 6}, evaluation={"every": 6})
+    path = write_run(models, directory, checkpoint={"every": 6}, evaluation={"every": 6})
     ended = run_case.train(path, directory, stop_after=2, signals=(number,))
     assert ended.code == 0, ended.said
     assert "stopping after this step" in ended.said and f"Go on with: tropd resume {directory}" in ended.said
@@ -69,7 +65,7 @@ def test_a_signal_lets_the_step_finish_saves_and_says_how_to_go_on(number: int, 
 
 def test_a_second_interrupt_stops_at_once_and_the_run_still_goes_on(models: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    path = run_case.write_run(models, directory, checkpoint={"every": 6}, evaluation={"every": 6})
+    path = write_run(models, directory, checkpoint={"every": 6}, evaluation={"every": 6})
     ended = run_case.train(path, directory, stop_after=2, signals=(signal.SIGINT, signal.SIGINT))
     assert ended.error == "KeyboardInterrupt" and checkpoints.steps_kept(directory) == []
     assert run_case.resume(directory).code == 0
@@ -107,8 +103,8 @@ def fill_and_go_on(models: Path, disk: Path, tmp_path: Path, size: str) -> run_c
     remount(disk, f"size={size}")
     directory, straight = disk / "run", tmp_path / "straight"
     changes = {"checkpoint": {"every": 1, "keep": 9}}
-    assert run_case.train(run_case.write_run(models, straight, **changes), straight).code == 0
-    path = run_case.write_run(models, tmp_path / "run", output=str(directory), **changes)
+    assert run_case.train(write_run(models, straight, **changes), straight).code == 0
+    path = write_run(models, tmp_path / "run", output=str(directory), **changes)
     ended = run_case.start(Order(train=path, directory=directory, logs=tmp_path)).wait()
     loadable(directory)
     assert not list(directory.glob("checkpoints/*.tmp")) and not (directory / "model").exists()
@@ -139,7 +135,7 @@ def test_wherever_the_disk_is_full_the_run_goes_on_when_there_is_room(
 
 def test_a_disk_that_became_read_only_is_told(models: Path, small_disk: Path, tmp_path: Path) -> None:
     directory = small_disk / "run"
-    path = run_case.write_run(models, directory)
+    path = write_run(models, directory)
     assert run_case.start(Order(train=path, directory=directory, logs=tmp_path, stop_after=2)).wait().code == 0
     remount(small_disk, "ro")
     ended = run_case.start(Order(directory=directory, logs=tmp_path)).wait()
@@ -161,7 +157,7 @@ def test_a_folder_that_cannot_be_made_is_told_before_models_are_read(models: Pat
     blocked.write_text("no folder")
     directory = blocked / "run"
     (tmp_path / "no model").mkdir()
-    run = config_file.load(run_case.write_run(models, tmp_path / "run", student={"path": str(tmp_path / "no model")}))
+    run = config_file.load(write_run(models, tmp_path / "run", student={"path": str(tmp_path / "no model")}))
     with pytest.raises(CheckpointError, match=str(directory)):
         start.train(config_file.build({**config_file.to_dict(run), "output": str(directory)}, "test"))
 
@@ -171,7 +167,7 @@ def save_teacher(tmp_path: Path, change: Callable[[Any], object], family: str = 
     model = tiny_model(family, seed=1)
     with torch.no_grad():
         change(model)
-    run_case.save_model(model, byte_tokenizer(), tmp_path / "teacher")
+    save_model(tmp_path / "teacher", model)
     return {"teacher": {"path": str(tmp_path / "teacher")}}
 
 
@@ -191,7 +187,7 @@ def nothing_left(directory: Path) -> bool:
 
 def test_a_teacher_of_nan_is_refused_before_the_first_step(models: Path, tmp_path: Path) -> None:
     changes = save_teacher(tmp_path, partial(fill, value=torch.nan))
-    run = config_file.load(run_case.write_run(models, tmp_path / "run", **changes))
+    run = config_file.load(write_run(models, tmp_path / "run", **changes))
     with pytest.raises(ConfigError, match="not finite"):
         start.train(run)
     assert not (tmp_path / "run" / "run.toml").exists() and not list((tmp_path / "run").glob("*.tmp"))
@@ -199,7 +195,7 @@ def test_a_teacher_of_nan_is_refused_before_the_first_step(models: Path, tmp_pat
 
 def test_scores_that_are_nan_are_never_trained_on_and_their_batch_is_kept(models: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    path = run_case.write_run(models, directory, "entropy", **save_teacher(tmp_path, spoil_one_token))
+    path = write_run(models, directory, "entropy", **save_teacher(tmp_path, spoil_one_token))
     ended = run_case.train(path, directory)
     assert ended.error == "TeacherError" and "not finite" in ended.message, ended.said
     assert str(directory / "batches" / "step_000000") in ended.message
@@ -210,7 +206,7 @@ def test_scores_that_are_nan_are_never_trained_on_and_their_batch_is_kept(models
 
 def test_a_teacher_that_cannot_write_is_named(models: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    ended = run_case.train(run_case.write_run(models, directory, **save_teacher(tmp_path, spoil_one_token)), directory)
+    ended = run_case.train(write_run(models, directory, **save_teacher(tmp_path, spoil_one_token)), directory)
     assert ended.error == "TeacherError" and "the teacher cannot write" in ended.message, ended.said
     assert run_case.read_texts(directory / "teacher_texts.sqlite") == [] and nothing_left(directory)
 
@@ -218,7 +214,7 @@ def test_a_teacher_that_cannot_write_is_named(models: Path, tmp_path: Path) -> N
 def test_a_teacher_without_weights_stops_the_run_by_the_alarm_of_its_name(models: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     changes = save_teacher(tmp_path, partial(fill, value=0.0))
-    ended = run_case.train(run_case.write_run(models, directory, **changes), directory)
+    ended = run_case.train(write_run(models, directory, **changes), directory)
     assert ended.error == "TrainingDiverged" and 'alarms.uniform_teacher = "warn"' in ended.message, ended.said
     teacher_N = load_batch(directory, 0).tokens.teacher_logprobs_N
     torch.testing.assert_close(teacher_N, torch.full_like(teacher_N, -math.log(262)))
@@ -235,14 +231,12 @@ def forbid_most_tokens(model: Any) -> None:
 def test_a_gradient_that_is_not_finite_stops_the_run_and_is_not_applied(models: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     changes = {**save_teacher(tmp_path, forbid_most_tokens, "gpt2"), "checkpoint": {"every": 1}}
-    ended = run_case.train(run_case.write_run(models, directory, "entropy", **changes), directory)
+    ended = run_case.train(write_run(models, directory, "entropy", **changes), directory)
     assert ended.error == "TrainingDiverged" and 'alarms.non_finite = "warn"' in ended.message, ended.said
     assert "gradient norm is" in ended.message and "loss is" not in ended.message
     assert load_batch(directory, 0).tokens.teacher_logprobs_N.min() == -1e30 and nothing_left(directory)
     regardless = {**changes, "steps": 2, "alarms": {"non_finite": "warn"}, "evaluation": {"data": None}}
-    assert (
-        run_case.train(run_case.write_run(models, tmp_path / "on", "entropy", **regardless), tmp_path / "on").code == 0
-    )
+    assert run_case.train(write_run(models, tmp_path / "on", "entropy", **regardless), tmp_path / "on").code == 0
     before, after = (load_file(path / "model.safetensors") for path in (models / "student", tmp_path / "on/model"))
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -251,7 +245,7 @@ def test_a_run_stopped_by_an_alarm_keeps_its_checkpoints_and_the_batch(models: P
     directory = tmp_path / "run"
     alarms = {"entropy_collapse": "stop", "entropy_collapse_share": 1e9}  # rings as soon as there is a first entropy
     changes = {"checkpoint": {"every": 1}, "alarms": alarms}
-    ended = run_case.train(run_case.write_run(models, directory, "entropy", **changes), directory)
+    ended = run_case.train(write_run(models, directory, "entropy", **changes), directory)
     for stopped in (ended, run_case.resume(directory)):
         assert stopped.error == "TrainingDiverged", stopped.said
         assert 'alarms.entropy_collapse = "warn"' in stopped.message
@@ -268,9 +262,9 @@ def test_weights_that_are_not_finite_are_never_saved(models: Path, tmp_path: Pat
     directory, student = tmp_path / "run", tiny_model("qwen3", seed=0, vocab=VOCAB + 1)
     with torch.no_grad():
         student.model.embed_tokens.weight[VOCAB] = torch.inf
-    run_case.save_model(student, byte_tokenizer(), tmp_path / "student")
+    save_model(tmp_path / "student", student)
     changes = {"student": {"path": str(tmp_path / "student")}, "checkpoint": {"every": 1}}
-    ended = run_case.train(run_case.write_run(models, directory, **changes), directory)
+    ended = run_case.train(write_run(models, directory, **changes), directory)
     assert ended.error == "TrainingDiverged" and "is not finite after 1 steps" in ended.message, ended.said
     assert nothing_left(directory)
 
@@ -278,7 +272,7 @@ def test_weights_that_are_not_finite_are_never_saved(models: Path, tmp_path: Pat
 def test_a_batch_that_was_damaged_is_refused_in_words(models: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     changes = save_teacher(tmp_path, partial(fill, value=0.0))
-    run_case.train(run_case.write_run(models, directory, **changes), directory)
+    run_case.train(write_run(models, directory, **changes), directory)
     for name in ("rollouts.jsonl", "tokens.safetensors"):
         os.truncate(directory / "batches/step_000000" / name, 100)
         with pytest.raises(CheckpointError, match="damaged"):

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.integration.runs import TROPD, Step, parts_of, prepare, step_of, write
+from tests.one_step import Step, parts_of, step_of, write
+from tests.small_runs import TROPD, write_models
 from tropd.model.forward import Forward
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -61,7 +62,7 @@ def assert_same_step(step: Step, other: Step) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_is_the_same_however_it_is_cut(tmp_path: Path, method: str) -> None:
-    folder = prepare(tmp_path)
+    folder = write_models(tmp_path)
     parts = parts_of(folder, METHODS[method], optimizer=OPTIMIZER)
     before = {name: p.detach().clone() for name, p in parts.model.named_parameters()}
     rollouts = write(parts)
@@ -78,7 +79,7 @@ def test_a_step_is_the_same_however_it_is_cut(tmp_path: Path, method: str) -> No
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 def test_a_packed_row_trains_as_padded_ones(tmp_path: Path, family: str) -> None:
-    folder = prepare(tmp_path, family)
+    folder = write_models(tmp_path, family)
     padded = parts_of(folder, optimizer=OPTIMIZER)
     rollouts = write(padded)
     packed = parts_of(folder, optimizer=OPTIMIZER)
@@ -90,7 +91,7 @@ def test_a_packed_row_trains_as_padded_ones(tmp_path: Path, family: str) -> None
 
 
 def test_rollouts_and_their_step_do_not_depend_on_who_is_written_at_the_same_time(tmp_path: Path) -> None:
-    folder = prepare(tmp_path)
+    folder = write_models(tmp_path)
     at_once = {"max_new_tokens": 28, "num_prompts": 5, "num_rollouts": 3}
     steps = []
     for max_batch in (64, 4, 1):
@@ -108,7 +109,7 @@ def test_rollouts_and_their_step_do_not_depend_on_who_is_written_at_the_same_tim
 
 
 def test_trust_is_drawn_both_ways_and_belongs_to_the_rollout_and_position(tmp_path: Path) -> None:
-    folder = prepare(tmp_path)
+    folder = write_models(tmp_path)
     step = step_of(parts_of(folder, TROPD | {"guidance": False}, tokens_per_micro_batch=50))
     trusted = torch.cat(list(step.shares["trusted"].values())) > 0
     outlier = torch.cat(list(step.shares["outlier"].values())) > 0
@@ -120,7 +121,7 @@ def test_trust_is_drawn_both_ways_and_belongs_to_the_rollout_and_position(tmp_pa
 
 
 def test_the_order_of_rollouts_does_not_change_a_step(tmp_path: Path) -> None:
-    folder = prepare(tmp_path)
+    folder = write_models(tmp_path)
     parts = parts_of(folder, optimizer=OPTIMIZER)
     rollouts = write(parts)
     turned = step_of(parts_of(folder, optimizer=OPTIMIZER), rollouts[::-1])
@@ -129,7 +130,7 @@ def test_the_order_of_rollouts_does_not_change_a_step(tmp_path: Path) -> None:
 
 def test_a_mean_of_micro_batch_means_would_be_noticed(tmp_path: Path) -> None:
     """The classic mistake, on the same rollouts: the gradient of each rollout's own mean, averaged."""
-    folder = prepare(tmp_path)
+    folder = write_models(tmp_path)
     changes: dict[str, Any] = {"optimizer": OPTIMIZER, "rollout": {"max_new_tokens": 40}}
     parts = parts_of(folder, {"name": "opd"}, **changes)
     rollouts = write(parts)

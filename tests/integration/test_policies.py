@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.runs import TROPD, parts_of, prepare, step_of
+from tests.one_step import parts_of, step_of
+from tests.small_runs import TROPD, write_models
 from tropd.errors import ConfigError
 from tropd.methods.drafts import RolloutJob
 from tropd.methods.policies import Mixture, OnPolicy, RolloutPolicy, TeacherPrefix, TeacherText
@@ -263,7 +264,7 @@ def test_texts_that_nobody_can_write_are_refused_with_the_way_out() -> None:
 
 @pytest.mark.parametrize("denominator", ["actions", "student"])
 def test_prefix_tokens_count_in_the_denominator_or_not(tmp_path: Path, denominator: str) -> None:
-    step = step_of(parts_of(prepare(tmp_path), TROPD | {"denominator": denominator}))
+    step = step_of(parts_of(write_models(tmp_path), TROPD | {"denominator": denominator}))
     authors = [a for r in step.rollouts for a in r.authors]
     num_student, num_teacher = authors.count(Author.STUDENT), authors.count(Author.TEACHER)
     assert num_teacher > 0

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.integration.runs import parts_of, prepare, step_of, write
+from tests.one_step import parts_of, step_of, write
+from tests.small_runs import write_models
 from tropd.errors import EvidenceError
 from tropd.monitoring.sample import sampled_rows
 from tropd.objective import Context, Needs, Objective, PolicyGradient, Selector, Term, Tokens
@@ -29,7 +30,7 @@ METHODS = [
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: "-".join(map(str, m.values()))[:30])
 def test_a_step_is_the_same_as_with_the_top_k_of_every_token(tmp_path: Path, method: dict) -> None:
-    folder = prepare(tmp_path)
+    folder = write_models(tmp_path)
     rollouts = write(parts_of(folder, method))
     few, all_of_it = parts_of(folder, method), parts_of(folder, method)
     all_of_it.learner.margin = None
@@ -44,7 +45,7 @@ def test_a_step_is_the_same_as_with_the_top_k_of_every_token(tmp_path: Path, met
 
 
 def test_tokens_that_the_teacher_wrote_cost_no_top_k(tmp_path: Path) -> None:
-    parts = parts_of(prepare(tmp_path), METHODS[0])
+    parts = parts_of(write_models(tmp_path), METHODS[0])
     tokens = step_of(parts, write(parts, 0.0)).batch.tokens
     by_teacher_N = tokens.authors_N == Author.TEACHER
     assert bool(by_teacher_N.any())
@@ -52,7 +53,7 @@ def test_tokens_that_the_teacher_wrote_cost_no_top_k(tmp_path: Path) -> None:
 
 
 def test_a_top_k_that_was_left_out_is_never_read_silently(tmp_path: Path) -> None:
-    parts = parts_of(prepare(tmp_path), METHODS[0])
+    parts = parts_of(write_models(tmp_path), METHODS[0])
     objective, rollouts = parts.run.method.objective, write(parts)
     batch = score(rollouts, objective, parts.teacher, parts.learner, seed=0, recall=True)
     missing = torch.full_like(batch.tokens.teacher_topk_logprobs_NK, NOTHING)
@@ -64,7 +65,7 @@ def test_a_top_k_that_was_left_out_is_never_read_silently(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_students_ask_for_few_rows_and_again_where_those_do_not_do(tmp_path: Path, dtype: str) -> None:
-    folder, half = prepare(tmp_path), {"student": {"dtype": dtype}, "teacher": {"dtype": dtype}}
+    folder, half = write_models(tmp_path), {"student": {"dtype": dtype}, "teacher": {"dtype": dtype}}
     rollouts = write(parts_of(folder, METHODS[1], **half))
     few, again, all_of_it = (parts_of(folder, METHODS[1], **half) for _ in range(3))
     again.learner.margin, all_of_it.learner.margin = 0.0, None
@@ -79,7 +80,7 @@ def test_half_precision_students_ask_for_few_rows_and_again_where_those_do_not_d
 
 def test_a_micro_batch_whose_top_k_was_left_out_is_scored_again(tmp_path: Path) -> None:
     """Rollouts that say that the student is sure of every token it wrote leave no outliers to ask for."""
-    parts = parts_of(folder := prepare(tmp_path), METHODS[1])
+    parts = parts_of(folder := write_models(tmp_path), METHODS[1])
     truth = write(parts)
     wrong = [replace(r, model_logprobs=(-30.0,) * len(r.token_ids)) for r in truth]
     a, b = step_of(parts, wrong), step_of(parts_of(folder, METHODS[1]), truth)
@@ -91,7 +92,7 @@ def test_a_micro_batch_whose_top_k_was_left_out_is_scored_again(tmp_path: Path) 
 
 def test_probes_of_the_support_speak_of_a_random_share_of_all_tokens(tmp_path: Path) -> None:
     """Not of the outliers, for which the top-k was made: those are where the student is off the support."""
-    parts = parts_of(prepare(tmp_path), METHODS[0])
+    parts = parts_of(write_models(tmp_path), METHODS[0])
     rollouts = write(parts, 0.9)
     step = step_of(parts, rollouts)
     tokens = step.batch.tokens
@@ -124,7 +125,7 @@ class Known(Selector):
 
 
 def test_a_selector_reads_the_top_k_of_every_token_though_no_loss_does(tmp_path: Path) -> None:
-    parts = parts_of(prepare(tmp_path), {"name": "opd"})
+    parts = parts_of(write_models(tmp_path), {"name": "opd"})
     rollouts = write(parts)
     objective = Objective(Term("t", STUDENT & (Sure() | Known()), PolicyGradient()))
     batch = score(rollouts, objective, parts.teacher, parts.learner, seed=0, recall=False)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.integration.runs import NEW_TOKENS, TROPD, prepare, run_in
+from tests.small_runs import NEW_TOKENS, TROPD, run_of, write_models, write_run
 from tropd.checkpoints import checkpoint as checkpoints
 from tropd.cli.main import main
 from tropd.methods import METHODS
@@ -31,7 +31,7 @@ def exported(directory: Path) -> Any:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2"])
 def test_one_toml_trains_any_family_end_to_end(tmp_path: Path, family: str, tied: bool) -> None:
-    run = run_in(prepare(tmp_path, family, tied))
+    run = run_of(write_models(tmp_path, family, tied=tied))
     directory = train(run)
     records = records_of(directory)
     assert [record.step for record in records] == [0, 1, 2]
@@ -51,7 +51,7 @@ def test_one_toml_trains_any_family_end_to_end(tmp_path: Path, family: str, tied
 def test_what_a_run_leaves_can_be_read_by_others(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
-    directory = train(run_in(prepare(tmp_path)))
+    directory = train(run_of(write_models(tmp_path)))
     tables = [pq.read_table(path).to_pylist() for path in sorted((directory / "rollouts").iterdir())]
     assert [len(rows) for rows in tables] == [6, 6, 6]
     for row in tables[0]:
@@ -74,7 +74,7 @@ def test_what_a_run_leaves_can_be_read_by_others(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_on_a_pair_of_models(tmp_path: Path, name: str) -> None:
-    directory = train(run_in(prepare(tmp_path), {"name": name}, steps=2))
+    directory = train(run_of(write_models(tmp_path), {"name": name}, steps=2))
     records = records_of(directory)
     assert len(records) == 2
     assert all(math.isfinite(record.loss) and math.isfinite(record.gradient_norm) for record in records)
@@ -84,7 +84,7 @@ def test_every_method_trains_on_a_pair_of_models(tmp_path: Path, name: str) -> N
 
 
 def test_an_adapter_is_trained_and_its_base_left_alone(tmp_path: Path) -> None:
-    run = run_in(prepare(tmp_path), student={"lora": {"rank": 4, "alpha": 8}}, optimizer={"learning_rate": 1e-2})
+    run = run_of(write_models(tmp_path), student={"lora": {"rank": 4, "alpha": 8}}, optimizer={"learning_rate": 1e-2})
     directory = train(run)
     assert records_of(directory)[-1].gradient_norm > 0
     adapter = load_file(directory / "model" / "adapter_model.safetensors")
@@ -93,8 +93,8 @@ def test_an_adapter_is_trained_and_its_base_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_base_is_the_teacher_of_its_own_adapter_and_says_nothing_at_first(tmp_path: Path) -> None:
-    run = run_in(
-        prepare(tmp_path),
+    run = run_of(
+        write_models(tmp_path),
         TROPD | {"guidance": False},
         teacher={"path": "base"},
         student={"lora": {"rank": 4, "alpha": 8}},
@@ -105,23 +105,23 @@ def test_a_base_is_the_teacher_of_its_own_adapter_and_says_nothing_at_first(tmp_
 
 
 def test_several_updates_on_one_batch_leave_the_sampling_student_behind(tmp_path: Path) -> None:
-    directory = train(run_in(prepare(tmp_path), optimizer={"learning_rate": 1e-3, "num_updates": 3}, steps=1))
+    directory = train(run_of(write_models(tmp_path), optimizer={"learning_rate": 1e-3, "num_updates": 3}, steps=1))
     (record,) = records_of(directory)
     assert math.isfinite(record.loss) and record.gradient_norm > 0
     assert checkpoints.load(directory / "checkpoints" / "step_000001").state["optimizer_steps"] == 3
 
 
 def test_a_students_own_dropout_is_switched_off_and_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    directory = train(run_in(prepare(tmp_path, "gpt2"), steps=1))
+    directory = train(run_of(write_models(tmp_path, "gpt2"), steps=1))
     assert "own dropout (0.1) is switched off" in capsys.readouterr().out
     assert records_of(directory)[0].probes["mismatch/behavior_max"] < 1e-4
     assert exported(directory).config.resid_pdrop == 0.1
 
 
 def test_the_command_line_trains_what_the_file_says_and_flags_change_it(tmp_path: Path) -> None:
-    run_in(prepare(tmp_path))
-    assert main(["train", str(tmp_path / "asked.toml"), "--steps", "1", "--method.top-k", "4"]) == 0
+    path = str(write_run(write_models(tmp_path), tmp_path / "run", "short"))
+    assert main(["train", path, "--steps", "1", "--method.top-k", "4"]) == 0
     (record,) = records_of(tmp_path / "run")
     assert record.gradient_norm > 0
     assert "top_k = 4" in (tmp_path / "run" / "run.toml").read_text()
-    assert main(["train", str(tmp_path / "asked.toml")]) == 2  # nothing is written over a run
+    assert main(["train", path]) == 2  # nothing is written over a run

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from tests.integration.runs import prepare, run_in
+from tests.small_runs import run_of, write_models
 from tropd.cli.main import main
 from tropd.config import file as config_file
 from tropd.errors import ConfigError
@@ -28,8 +28,8 @@ EVALUATION = {"num_samples": 2, "max_new_tokens": 4, "every": 1}
 @pytest.fixture
 def bed(tmp_path):
     """A run file with two tiny models, and held-out prompts."""
-    folder = prepare(tmp_path / "bed")
-    run = run_in(folder, evaluation={**EVALUATION, "data": {"path": str(folder / "data.jsonl"), "limit": 4}}, steps=2)
+    folder = write_models(tmp_path / "bed")
+    run = run_of(folder, evaluation={**EVALUATION, "data": {"path": str(folder / "data.jsonl"), "limit": 4}}, steps=2)
     (folder / "run.toml").write_text(config_file.dump(run))
     return str(folder / "run.toml")
 
@@ -170,8 +170,8 @@ def test_a_wrong_comparison_is_refused_in_words(text, said, tmp_path, capsys):
 
 
 def test_a_run_file_that_evaluates_nothing_is_refused_before_it_is_trained(tmp_path):
-    folder = prepare(tmp_path)
-    (folder / "run.toml").write_text(config_file.dump(run_in(folder, steps=1)))
+    folder = write_models(tmp_path)
+    (folder / "run.toml").write_text(config_file.dump(run_of(folder, steps=1)))
     with pytest.raises(ConfigError, match=r"\[evaluation.data\], and a grader"):
         lab_in(tmp_path / "out", str(folder / "run.toml"))
 

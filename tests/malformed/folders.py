@@ -40,15 +40,16 @@ def cases(world: Path) -> Iterator[Case]:
     for name, spoil in every.items():
         file = "rollouts/step_000001.parquet"
         yield spoilt(f"rollouts, {name}", run, file, spoil, ["inspect", "COPY", "--step", "1"], "step")
+    (kept,) = (stopped / "batches").iterdir()
     for file in ("tokens.safetensors", "rollouts.jsonl"):
         for name, spoil in every.items():
             yield spoilt(
                 f"kept {file}, {name}",
                 stopped,
-                f"batches/step_000001/{file}",
+                f"batches/{kept.name}/{file}",
                 spoil,
-                ["inspect", "COPY", "--step", "1"],
-                "step_000001",
+                ["inspect", "COPY", "--step", str(int(kept.name.removeprefix("step_")))],
+                kept.name,
             )
     for name, spoil in (every | texts.JSON).items():
         command = ["merge", "COPY", "-o", "FOLDER/out"]

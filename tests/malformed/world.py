@@ -10,22 +10,23 @@ from typing import Any
 
 import tomli_w
 
-from tests.doctor import cases
+from tests import small_runs
 from tests.malformed.case import Case
 from tests.malformed.texts import Spoil
+from tests.small_runs import write_models, write_run
 from tropd.cli.main import main
 
 
 def write(folder: Path) -> Path:
     """Once for all cases, which only read it."""
-    world = cases.write_world(folder)
-    values = cases.values_of(world, world / "run", evaluation=_held_out(world))
+    world = write_models(folder)
+    values = small_runs.values_of(world, "quick", output=str(world / "run"), evaluation=_held_out(world))
     assert main(["train", str(write_toml(world / "run.toml", values))]) == 0
     lora = {"path": str(world / "student"), "lora": {"rank": 2}}
-    adapter = cases.write_run(world, world / "adapter", student=lora)
+    adapter = write_run(world, world / "adapter", "quick", student=lora)
     assert main(["train", str(adapter), "--steps", "1"]) == 0
     stopping = {"support_collapse": "stop", "support_collapse_mass": 1.0}
-    assert main(["train", str(cases.write_run(world, world / "stopped", alarms=stopping))]) == 2
+    assert main(["train", str(write_run(world, world / "stopped", "quick", alarms=stopping))]) == 2
     return world
 
 
@@ -34,7 +35,7 @@ def _held_out(world: Path) -> dict[str, Any]:
 
 
 def values_of(world: Path, folder: Path, **changes: Any) -> dict[str, Any]:
-    return cases.values_of(world, folder / "run", **changes)
+    return small_runs.values_of(world, "quick", output=str(folder / "run"), **changes)
 
 
 def write_toml(path: Path, values: dict[str, Any]) -> Path:

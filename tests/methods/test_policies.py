@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 from rich.console import Console
 
-from tests.integration.runs import prepare, run_in
+from tests.small_runs import run_of, write_models
 from tropd.base.ranges import Count
 from tropd.doctor.method import check_guidance
 from tropd.doctor.subject import read_subject
@@ -115,7 +115,7 @@ def test_a_policy_of_ones_own_is_explained(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_policy_of_ones_own_is_planned_and_examined(tmp_path) -> None:
-    run = run_in(prepare(tmp_path), rollout={"max_new_tokens": BUDGET, "num_rollouts": 3, "num_prompts": 2})
+    run = run_of(write_models(tmp_path), rollout={"max_new_tokens": BUDGET, "num_rollouts": 3, "num_prompts": 2})
     plan = make_plan(replace(run, method=Mine()), DEVICES["h100"])
     assert plan.texts.by_student == 6 and plan.texts.prefix == 2 and plan.texts.by_teacher == 4
     assert plan.texts.written == 6 * (BUDGET - 2)

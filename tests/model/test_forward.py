@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from tests.model.cases import LENGTHS, assert_same_gradients, gradients, plain, rollouts_of, tokens_of, written
-from tests.tiny import VOCAB, tiny_config, tiny_model
+from tests.tiny import VOCAB, tiny_model
 from tropd.errors import ConfigError, DataError, EvidenceError, TrainingDiverged, VocabularyError
 from tropd.model.forward import Forward, lay_out
 from tropd.model.tiling import Tiling
@@ -44,10 +43,7 @@ def test_logprobs_are_the_models_own(family: str, tied: bool, layout: Any) -> No
 
 @pytest.mark.parametrize("layout", ["padded", "packed", "best"])
 def test_sequences_do_not_see_each_other_in_sliding_windows(layout: Any) -> None:
-    config = tiny_config("gemma2")
-    config.sliding_window = 4
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval().double()
+    model = tiny_model("gemma2", sharp=1.0, sliding_window=4).double()
     rollouts = rollouts_of()
     measured_N = Forward(model, layout=layout).measure(rollouts, Needs.SAMPLED).logprobs_N
     with torch.no_grad():

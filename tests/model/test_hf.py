@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
 import tropd
-from tests.integration.runs import prepare, run_in
 from tests.model.cases import rollouts_of
 from tests.rollout.plain import some_requests
+from tests.small_runs import run_of, write_models
 from tests.tiny import tiny_config, tiny_model
 from tropd.model import hf
 from tropd.model.forward import Forward
@@ -79,15 +79,10 @@ class Renamed(Qwen3ForCausalLM):
 
 
 def test_a_cache_under_an_unknown_name_leaves_texts_that_are_read_whole() -> None:
-    torch.manual_seed(0)
-    model = Renamed(tiny_config("qwen3")).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(16.0 if parameter.dim() > 1 else 1.0)
+    plain, model = tiny_model("qwen3"), Renamed(tiny_config("qwen3")).eval()
+    model.load_state_dict(plain.state_dict())
     engine = TransformersEngine(model, max_batch=3)
     assert "none of its arguments is cache or past_key_values" in engine.notes[0]
-    plain = AutoModelForCausalLM.from_config(tiny_config("qwen3")).eval()
-    plain.load_state_dict(model.state_dict())
     assert [c.token_ids for c in engine.generate(REQUESTS)] == written(plain)
 
 
@@ -140,7 +135,7 @@ def test_a_run_without_any_known_inside_is_the_run_with_them(tmp_path: Path, mon
     rollout = {"max_new_tokens": 20}
     for name in ("known", "unknown"):
         (tmp_path / name).mkdir()
-        run = run_in(prepare(tmp_path / name), steps=2, rollout=rollout)
+        run = run_of(write_models(tmp_path / name), steps=2, rollout=rollout)
         if name == "unknown":
             monkeypatch.setattr(hf, "CACHE_ARGUMENTS", ("store",))
             monkeypatch.setattr(hf, "PARTS", {**hf.PARTS, "embed": "model.moved"})
@@ -157,11 +152,11 @@ del transformers.cache_utils.DynamicLayer
 transformers.AttentionInterface = type("AttentionInterface", (), {})
 import sys
 from pathlib import Path
-from tests.integration.runs import prepare, run_in
+from tests.small_runs import run_of, write_models
 from tropd.run.start import train
 folder = Path(sys.argv[1])
 folder.mkdir()
-print(train(run_in(prepare(folder), steps=1)))
+print(train(run_of(write_models(folder), steps=1)))
 """
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import run_case
 from tests.run_case import Order
-from tests.small_runs import write_run
+from tests.small_runs import merged, write_models, write_run
 from tropd.checkpoints.checkpoint import find, load, seal
 from tropd.cli.main import main
 from tropd.config import file as config_file
@@ -31,8 +31,8 @@ SMALL: dict[str, Any] = {"steps": 4, "checkpoint": {"every": 1, "keep": 9}, "eva
 
 def stopped(folder: Path, case: str = "tropd", **changes: Any) -> tuple[Path, Path]:
     """A run that stopped after two steps, and the models that it reads."""
-    models, directory = run_case.write_models(folder / "models"), folder / "run"
-    path = write_run(models, directory, case, **run_case.merged(SMALL, changes))
+    models, directory = write_models(folder / "models"), folder / "run"
+    path = write_run(models, directory, case, **merged(SMALL, changes))
     ended = run_case.train(path, directory, stop_after=2)
     assert ended.code == 0, ended.said
     return models, directory
@@ -195,7 +195,7 @@ def test_lines_that_are_missing_from_the_records_are_told_and_recorded(tmp_path:
 
 
 def test_an_evaluation_does_not_take_answers_of_a_model_that_differs_in_one_weight(tmp_path: Path) -> None:
-    models, answers = run_case.write_models(tmp_path / "models"), tmp_path / "answers"
+    models, answers = write_models(tmp_path / "models"), tmp_path / "answers"
     ask = ["evaluate", str(models / "student"), "--data", str(models / "data.jsonl"), "--grader", "exact"]
     ask += ["--output", str(answers), "--num-samples", "1", "--max-new-tokens", "2"]
     found = []

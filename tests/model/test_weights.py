@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
-from transformers.models.gpt_neox import GPTNeoXConfig
 
-from tests.integration.runs import parts_of, prepare, run_in, save_model
-from tests.tiny import VOCAB, tiny_model
+from tests.one_step import parts_of
+from tests.small_runs import run_of, save_model, write_models, write_run
+from tests.tiny import tiny_model
 from tropd.cli.main import main
 from tropd.cli.trained import load_student
+from tropd.config import file as config_file
 from tropd.config.models import ModelConfig
 from tropd.errors import ConfigError
 from tropd.model.loading import load_model
@@ -26,18 +26,12 @@ from tropd.run.start import resume, train
 CPU = torch.device("cpu")
 
 
-def neox() -> Any:
-    torch.manual_seed(0)
-    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
-    return AutoModelForCausalLM.from_config(GPTNeoXConfig(vocab_size=VOCAB, max_position_embeddings=64, **shape))
-
-
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: tiny_model("llama"),
     "qwen3": lambda: tiny_model("qwen3"),
     "qwen3, tied": lambda: tiny_model("qwen3", tied=True),
     "gpt2": lambda: tiny_model("gpt2", tied=True),
-    "gpt_neox": neox,
+    "gpt_neox": lambda: tiny_model("gpt_neox"),
     "gemma2": lambda: tiny_model("gemma2", tied=True),
 }
 
@@ -129,24 +123,25 @@ def test_what_an_architecture_declares_needless_is_no_fault(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("whose", ["student", "teacher"])
 def test_neither_training_nor_resuming_begins_with_weights_that_do_not_fit(whose: str, tmp_path: Path) -> None:
-    folder = prepare(tmp_path)
-    run = run_in(folder, {"name": "opd"}, steps=1)
+    folder = write_models(tmp_path)
+    run = run_of(folder, {"name": "opd"}, steps=1)
     train(run)
     change_config(folder / whose, layers=3)
     with pytest.raises(ConfigError, match=f"weights of the {whose} .* do not fit Qwen3ForCausalLM"):
         resume(folder / "run", step=1)
     with pytest.raises(ConfigError, match=f"weights of the {whose} .* do not fit Qwen3ForCausalLM"):
-        train(run_in(folder, {"name": "opd"}, output=str(folder / "other")))
+        train(run_of(folder, {"name": "opd"}, output=str(folder / "other")))
 
 
 def test_neither_doctor_nor_evaluation_nor_export_uses_weights_that_do_not_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = prepare(tmp_path)
-    train(run_in(folder, {"name": "opd"}, steps=1))
+    folder = write_models(tmp_path)
+    path = write_run(folder, folder / "run", "short", method={"name": "opd"}, steps=1)
+    train(config_file.load(path))
     change_config(folder / "student", layers=3)
     asks = [
-        ["doctor", str(folder / "asked.toml"), "--json", "--output", str(folder / "new")],
+        ["doctor", str(path), "--json", "--output", str(folder / "new")],
         ["export", str(folder / "run"), "-o", str(folder / "exported")],
         ["evaluate", str(folder / "student"), "--data", str(folder / "data.jsonl"), "--grader", "exact"],
     ]
@@ -160,9 +155,9 @@ def test_neither_doctor_nor_evaluation_nor_export_uses_weights_that_do_not_fit(
 def test_an_adapter_that_lacks_a_tensor_is_neither_evaluated_nor_merged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = prepare(tmp_path)
+    folder = write_models(tmp_path)
     student = {"path": str(folder / "student"), "lora": {"rank": 2, "alpha": 4}}
-    train(run_in(folder, {"name": "opd"}, steps=1, student=student))
+    train(run_of(folder, {"name": "opd"}, steps=1, student=student))
     adapter = folder / "run" / "model"
     load_student(str(adapter), None, "cpu", "auto")
     name = change_tensors(adapter, lambda tensors, name: tensors.pop(name), "adapter_model")
@@ -174,7 +169,7 @@ def test_an_adapter_that_lacks_a_tensor_is_neither_evaluated_nor_merged(
 
 
 def test_a_whole_model_passes_in_every_precision_and_its_doctor_too(tmp_path: Path) -> None:
-    folder = prepare(tmp_path)
+    folder = write_models(tmp_path)
     for dtype in ("float32", "bfloat16"):
         assert parts_of(folder, student={"path": str(folder / "student"), "dtype": dtype}).model is not None
     save_model(folder / "half", tiny_model("qwen3", seed=2).half())

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from tests.integration.runs import prepare, run_in
 from tests.report.examples import rollout
+from tests.small_runs import run_of, write_models
 from tropd.monitoring.rollouts import NUM_ALTERNATIVES, pieces, text_alone, write_rollouts
 from tropd.objective.support import NOTHING
 from tropd.run.start import train
@@ -115,7 +115,7 @@ def test_what_the_teacher_would_have_written_is_kept_where_it_was_asked(
 def test_a_run_keeps_both_opinions_of_every_response_token(tmp_path: Path, method: str) -> None:
     """With outlier treatment some rows are not in the gradient pass; the sampler's word stands in for them."""
     options = {"prefix": {"shape": "constant", "start": 0.4}, "top_k": 8} if method == "tropd" else {}
-    directory = train(run_in(prepare(tmp_path), {"name": method, **options}, steps=1))
+    directory = train(run_of(write_models(tmp_path), {"name": method, **options}, steps=1))
     for row in pq.read_table(directory / "rollouts" / "step_000000.parquet").to_pylist():
         assert "".join(row["token_texts"]) == row["prompt"] + row["response"]
         responses = [author != "context" for author in row["authors"]]

@@ -12,16 +12,9 @@ from tests.objective.cases import F64, close, make_case
 from tropd.errors import ConfigError
 from tropd.objective import Context, NegativeLogLikelihood, Objective, PolicyGradient, Term
 from tropd.objective.evidence import Needs, Tokens, around
+from tropd.objective.places import FirstOf, LastPositions, PositionBelow
 from tropd.objective.rewards import LogRatio, chain
-from tropd.objective.selectors import (
-    STUDENT,
-    Everywhere,
-    FirstOf,
-    LastPositions,
-    PerplexityWeight,
-    PositionBelow,
-    TopFraction,
-)
+from tropd.objective.selectors import STUDENT, Everywhere, PerplexityWeight, TopFraction
 from tropd.objective.terms import Measure, Reward, Selector
 from tropd.training.batches import make_tokens
 from tropd.types import Author, Prompt, Rollout

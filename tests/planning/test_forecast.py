@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.integration.runs import prepare, run_in, save_model
+from tests.small_runs import run_of, save_model, write_models
 from tests.tiny import tiny_model
 from tropd.cli.main import main
 from tropd.config import file as config_file
@@ -25,7 +25,7 @@ SLOW_CPU = Device(name="slow cpu", memory=1e12, operations=1e3, bandwidth=1e3, k
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return run_in(prepare(tmp_path_factory.mktemp("world")), rollout={"max_new_tokens": 10})  # one micro-batch
+    return run_of(write_models(tmp_path_factory.mktemp("world")), rollout={"max_new_tokens": 10})  # one micro-batch
 
 
 def test_memory_is_the_models_own(run):

@@ -7,28 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
-from transformers.models.llama import LlamaConfig
-from transformers.models.qwen2 import Qwen2Config
 
 from tests.rollout.plain import plain_logits, some_requests
-from tests.tiny import VOCAB, tiny_config, tiny_model
+from tests.tiny import random_model, tiny_config, tiny_model
 from tropd.rollout.decoding import obstacle
 from tropd.rollout.transformers import TransformersEngine
 from tropd.types import Request
 
 REQUESTS = [replace(r, stop_ids=(0, 60)) for r in some_requests(12)]
-SHAPE = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    bos_token_id=None,
-    eos_token_id=None,
-)
 LLAMA3 = dict(
     rope_type="llama3",
     rope_theta=1e4,
@@ -40,21 +26,19 @@ LLAMA3 = dict(
 CONFIGS = {
     "llama": tiny_config("llama"),
     "llama, tied": tiny_config("llama", tied=True),
-    "llama with biases and scaled positions": LlamaConfig(
-        **SHAPE, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3
+    "llama with biases and scaled positions": tiny_config(
+        "llama", attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3
     ),
-    "qwen2": Qwen2Config(**SHAPE),
+    "qwen2": tiny_config("qwen2"),
     "qwen3": tiny_config("qwen3"),
     "qwen3, wide": tiny_config("qwen3", width=320),
 }
 
 
 def make(config, dtype: torch.dtype = torch.float32):
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = random_model(config, seed=1, sharp=8.0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(8.0 if parameter.dim() > 1 else 1.0)
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.3)  # weights of norms start at one, biases at zero
     return model.to(dtype)

@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.models.gpt_neo import GPTNeoConfig
 
-from tests.rollout.families import FAMILIES, make
+from tests.rollout.families import FAMILIES
 from tests.rollout.plain import SAMPLINGS, some_requests
 from tests.rollout.recorded import record
-from tests.tiny import VOCAB, tiny_model
+from tests.tiny import VOCAB, random_model, tiny_model
 from tropd.errors import EngineError
 from tropd.model.hf import FAMILIES as DECODED
 from tropd.model.hf import cache_argument, windows_of
@@ -47,7 +47,7 @@ def tokens(engine: TransformersEngine, requests=REQUESTS) -> list[tuple[int, ...
 @pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.parametrize("own", [False, True], ids=["decoder", "own forward"])
 def test_recorded_steps_write_the_tokens_of_plain_steps(config, own):
-    fixed, plain = engines(make(config))
+    fixed, plain = engines(random_model(config))
     fixed.stepper.misread = plain.stepper.misread = own
     written = fixed.generate(REQUESTS)
     expected = plain.generate(REQUESTS)
@@ -68,7 +68,7 @@ def test_rows_come_and_go_and_buffers_grow_without_changing_a_token(max_batch):
 
 
 def test_weights_that_are_trained_in_place_need_no_new_recording():
-    model = make(FAMILIES["qwen3"])
+    model = tiny_model("qwen3")
     fixed, plain = engines(model)
     before = tokens(fixed)
     recorded = dict(fixed.stepper.graphs.recorded)
@@ -80,7 +80,7 @@ def test_weights_that_are_trained_in_place_need_no_new_recording():
 
 
 def test_replaced_weights_and_another_adapter_are_recorded_anew():
-    model = make(FAMILIES["qwen3"], sharp=6.0)
+    model = tiny_model("qwen3", sharp=6.0)
     fixed, plain = engines(model)
     tokens(fixed)
     first = set(fixed.stepper.graphs.recorded.values())
@@ -107,7 +107,7 @@ def test_a_family_with_masks_of_its_own_is_stepped_plainly_and_says_so():
         window_size=8,
         max_position_embeddings=256,
     )
-    fixed, plain = engines(make(config))
+    fixed, plain = engines(random_model(config))
     with pytest.warns(UserWarning, match="GPTNeoForCausalLM is not stepped in fixed shapes.*its masks are its own"):
         written = tokens(fixed)
     assert fixed.stepper.slots is None
@@ -174,7 +174,7 @@ def test_sizes_are_few_and_never_far_above_what_is_needed():
 @pytest.mark.parametrize("own", [False, True], ids=["decoder", "own forward"])
 def test_a_step_stays_on_its_device_and_never_waits_for_it(config, own):
     """Told without a GPU by a device whose tensors have no values: whoever asks for one, or mixes devices, fails."""
-    model, prefilled = make(config), DynamicCache()
+    model, prefilled = random_model(config), DynamicCache()
     arguments = {str(cache_argument(model)): prefilled, "use_cache": True}
     with torch.no_grad():
         model(torch.zeros(3, 8, dtype=torch.long), **arguments)

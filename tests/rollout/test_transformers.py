@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
 from tests.rollout.plain import (
     GREEDY,
@@ -17,7 +16,7 @@ from tests.rollout.plain import (
     some_prompts,
     some_requests,
 )
-from tests.tiny import VOCAB, tiny_config, tiny_model
+from tests.tiny import VOCAB, tiny_model
 from tropd.errors import EngineError
 from tropd.model.hf import cache_argument
 from tropd.rollout.rows import PREFILL_TOKENS
@@ -38,13 +37,7 @@ def test_greedy_tokens_are_those_of_generate(family):
 
 
 def test_greedy_tokens_are_those_of_generate_beyond_a_sliding_window():
-    config = tiny_config("gemma2")
-    config.sliding_window = 8
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(16.0)
+    model = tiny_model("gemma2", sliding_window=8)
     requests = [Request(token_ids=p, max_new_tokens=20, seed=0, sampling=GREEDY) for p in some_prompts()]
     for request, completion in zip(requests, TransformersEngine(model, max_batch=4).generate(requests), strict=True):
         assert list(completion.token_ids) == greedy_by_transformers(model, request)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests import run_case
+from tests.small_runs import write_run
 from tropd.checkpoints import checkpoint as checkpoints
 from tropd.cli.main import main
 from tropd.config import file as config_file
@@ -30,13 +31,8 @@ FLAT: dict[str, Any] = {"method": {"name": "opd"}, "checkpoint": {"every": 2, "k
 """Nothing in it depends on how long the run is."""
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_case.write_models(tmp_path_factory.mktemp("models"))
-
-
 def written(models: Path, directory: Path, **changes: Any) -> Path:
-    return run_case.write_run(models, directory, **{**FLAT, **changes})
+    return write_run(models, directory, **{**FLAT, **changes})
 
 
 def trained(path: Path, **how: Any) -> Path:

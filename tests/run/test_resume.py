@@ -14,15 +14,9 @@ from safetensors.torch import load_file
 
 from tests import kills, run_case
 from tests.kills import LONG, kill_at, random_moments, recorded
-from tests.run_case import CASES, Order
-from tests.small_runs import TAKES
+from tests.run_case import Order
+from tests.small_runs import CASES, TAKES, write_run
 from tropd.checkpoints import checkpoint as checkpoints
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_case.write_models(tmp_path_factory.mktemp("models"))
-
 
 Straight = Callable[..., Path]
 
@@ -36,7 +30,7 @@ def straight(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Straight
         name = f"{case} {changes}"
         if name not in made:
             directory = tmp_path_factory.mktemp("straight") / "run"
-            ended = run_case.train(run_case.write_run(models, directory, case, **changes), directory)
+            ended = run_case.train(write_run(models, directory, case, **changes), directory)
             assert ended.code == 0, ended.said
             made[name] = directory
         return made[name]
@@ -50,7 +44,7 @@ def test_a_run_stopped_and_resumed_is_the_run_left_alone_bit_for_bit(
 ) -> None:
     resumed = tmp_path / "resumed"
     stops = (1, 3, 4, None) if case == "tropd" else (2, 5, None)
-    ended = run_case.train(run_case.write_run(models, resumed, case), resumed, stop_after=stops[0])
+    ended = run_case.train(write_run(models, resumed, case), resumed, stop_after=stops[0])
     assert ended.code == 0, ended.said
     took: set[str] = set()
     for stop in stops[1:]:
@@ -76,7 +70,7 @@ def test_the_weights_move_in_every_case_so_that_equality_means_something(models:
 
 def test_a_resume_in_a_new_interpreter_is_exact_too(models: Path, straight: Straight, tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    path = run_case.write_run(models, directory)
+    path = write_run(models, directory)
     code = (
         "import sys, torch; from pathlib import Path; torch.set_num_threads(1)\n"
         "from tropd.config import file as config_file; from tropd.run.start import resume\n"
@@ -104,7 +98,7 @@ def test_a_run_killed_at_random_moments_ends_like_one_left_alone(
     models: Path, straight: Straight, tmp_path: Path
 ) -> None:
     killed = tmp_path / "killed"
-    left = kill_at(run_case.write_run(models, killed, **LONG), killed, random_moments(0, 4, 12))
+    left = kill_at(write_run(models, killed, **LONG), killed, random_moments(0, 4, 12))
     assert len(left) == 4
     assert run_case.trace(killed) == run_case.trace(straight(**LONG))
 
@@ -127,7 +121,7 @@ def test_a_run_killed_while_it_writes_ends_like_one_left_alone(
     changes = {**LONG, "data": {"path": str(models / "many.jsonl")}, "checkpoint": {"every": 1}}
     for attempt in range(5):  # seen from outside, the moment may be over before the kill arrives
         killed = tmp_path / f"killed_{attempt}"
-        left = kill_at(run_case.write_run(models, killed, **changes), killed, [(during, 0.0)])
+        left = kill_at(write_run(models, killed, **changes), killed, [(during, 0.0)])
         if any(unfinished in names for names in left):
             break
     else:
@@ -137,7 +131,7 @@ def test_a_run_killed_while_it_writes_ends_like_one_left_alone(
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over(models: Path, straight: Straight, tmp_path: Path) -> None:
     killed, changes = tmp_path / "killed", {"checkpoint": {"every": 6}, "evaluation": {"every": 6}}
-    path = run_case.write_run(models, killed, **changes)
+    path = write_run(models, killed, **changes)
     assert run_case.start(Order(train=path, directory=killed)).kill_when(lambda: recorded(2)(killed))
     assert not checkpoints.steps_kept(killed) and run_case.num_recorded(killed) >= 2
     again = run_case.train(path, killed)

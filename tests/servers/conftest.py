@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.runs import save_model
+from tests.small_runs import save_model
 from tests.tiny import tiny_model
 
 

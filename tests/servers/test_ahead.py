@@ -13,11 +13,12 @@ import torch
 from pyarrow import parquet
 
 from tests import run_case
-from tests.integration.runs import TROPD, judge, parts_of, prepare, run_in, step_of
+from tests.one_step import judge, parts_of, step_of
 from tests.run_case import Order
 from tests.servers.mini import MiniServer
 from tests.servers.proxy import Proxy, Reply, status
 from tests.servers.test_rollouts import nudge
+from tests.small_runs import TROPD, run_of, write_models, write_run
 from tropd.base.fast_paths import FastPath
 from tropd.errors import ConfigError, EngineTimeout, TeacherError
 from tropd.monitoring.records import read_records
@@ -35,12 +36,7 @@ QUICK = {"deadline_seconds": 0.5}
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_case.write_models(tmp_path_factory.mktemp("models"))
+    return write_models(tmp_path_factory.mktemp("world"))
 
 
 def rows_of(directory: Path, step: int) -> list[dict[str, Any]]:
@@ -85,7 +81,7 @@ def test_a_batch_is_written_while_the_one_before_it_is_trained(
     with MiniServer(world / "student") as server, Proxy(server.url, asked) as proxy:
         rollout = {"servers": [proxy.url], "staleness": 1}
         grader = f"{__name__}:grade_late"
-        directory = train(run_in(world, OPD, output=str(tmp_path / "run"), rollout=rollout, grader=grader, steps=4))
+        directory = train(run_of(world, OPD, output=str(tmp_path / "run"), rollout=rollout, grader=grader, steps=4))
     assert versions(directory, 4) == [{0}, {0}, {1}, {2}]
     first, *later = read_records(directory / "records.jsonl").steps
     assert first.probes["staleness/max"] == 0 and "staleness/drift" not in first.probes
@@ -125,7 +121,7 @@ def test_ratios_and_the_teachers_top_k_are_those_of_the_student_that_trains(worl
 def test_without_staleness_nothing_is_written_ahead(world: Path, tmp_path: Path) -> None:
     with MiniServer(world / "student") as server:
         rollout = {"servers": [server.url], "staleness": 0}
-        directory = train(run_in(world, OPD, output=str(tmp_path / "run"), rollout=rollout))
+        directory = train(run_of(world, OPD, output=str(tmp_path / "run"), rollout=rollout))
     assert versions(directory, 3) == [{0}, {1}, {2}]
     for record in read_records(directory / "records.jsonl").steps:
         assert not any(name.startswith("staleness") for name in record.probes)
@@ -144,9 +140,9 @@ def test_a_run_that_is_interrupted_and_killed_ends_like_one_left_alone(case: str
         if case == "tropd":
             changes["teacher"] = {"servers": [teacher.url], "score_cache": True}
         straight, broken = tmp_path / "straight", tmp_path / "broken"
-        ended = run_case.train(run_case.write_run(models, straight, case, **changes), straight)
+        ended = run_case.train(write_run(models, straight, case, **changes), straight)
         assert ended.code == 0, ended.said
-        ended = run_case.train(run_case.write_run(models, broken, case, **changes), broken, stop_after=2)
+        ended = run_case.train(write_run(models, broken, case, **changes), broken, stop_after=2)
         assert ended.code == 0, ended.said
         killed = run_case.start(Order(directory=broken)).kill_when(lambda: run_case.num_recorded(broken) >= 4, 0.02)
         ended = run_case.resume(broken)
@@ -164,7 +160,7 @@ def test_a_batch_that_could_not_be_written_costs_no_trained_step_and_no_prompt(
     with MiniServer(world / "student") as server, Proxy(server.url, asked) as proxy:
         rollout = {"servers": [proxy.url], "staleness": 1, "server": QUICK}
         whole, broken = (
-            run_in(world, OPD, output=str(tmp_path / name), rollout=rollout, steps=4) for name in ("whole", "broken")
+            run_of(world, OPD, output=str(tmp_path / name), rollout=rollout, steps=4) for name in ("whole", "broken")
         )
         train(whole)
         asked.texts, asked.broken = 0, True
@@ -196,8 +192,8 @@ def test_a_teacher_that_fails_ahead_is_asked_again_in_its_own_step(world: Path, 
         served = {"servers": [proxy.url], "server": QUICK}
         seldom: dict[str, Any] = {"rollout": rollout, "checkpoint": {"every": 50}}
         whole = {"servers": [teacher.url]}
-        train(run_in(world, TROPD, output=str(tmp_path / "whole"), teacher=whole, **seldom))
-        run = run_in(world, TROPD, output=str(tmp_path / "run"), teacher=served, **seldom)
+        train(run_of(world, TROPD, output=str(tmp_path / "whole"), teacher=whole, **seldom))
+        run = run_of(world, TROPD, output=str(tmp_path / "run"), teacher=served, **seldom)
         with pytest.raises(TeacherError, match=r"step \d: .*503.*The batch is in"):
             train(run)
         assert run_case.num_recorded(tmp_path / "run") == 2
@@ -215,6 +211,6 @@ def test_what_cannot_be_written_ahead_is_refused_and_what_is_biased_then_is_said
             parts = parts_of(world, {**OPD, "estimator": estimator}, output=str(tmp_path), rollout=rollout)
             assert any("no importance ratio" in note for note in parts.notes) == biased
     with pytest.raises(ConfigError, match="rollout.servers is empty"):
-        run_in(world, rollout={"staleness": 1})
+        run_of(world, rollout={"staleness": 1})
     with pytest.raises(ConfigError, match="would be no earlier"):
-        run_in(world, rollout={"staleness": 2, "servers": ["http://127.0.0.1:1"]})
+        run_of(world, rollout={"staleness": 2, "servers": ["http://127.0.0.1:1"]})

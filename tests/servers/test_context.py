@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.integration.runs import prepare, run_in
 from tests.servers.mini import MiniServer
+from tests.small_runs import run_of, write_models
 from tropd.config.run import Run
 from tropd.errors import DataError
 from tropd.monitoring.records import read_records
@@ -23,7 +23,7 @@ HELD = 50
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = prepare(tmp_path_factory.mktemp("world"))
+    folder = write_models(tmp_path_factory.mktemp("world"))
     for name, lengths in (("mixed", range(5, 65, 5)), ("long", range(45, 65))):
         rows = [{"prompt": "1+1".ljust(length, "="), "answer": "2"} for length in lengths]
         (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
@@ -32,7 +32,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_on(world: Path, output: Path, server: MiniServer, **changes: Any) -> Run:
     rollout = {"servers": [server.url], **changes.pop("rollout", {})}
-    return run_in(world, OPD, output=str(output), rollout=rollout, **changes)
+    return run_of(world, OPD, output=str(output), rollout=rollout, **changes)
 
 
 def test_prompts_without_room_at_a_server_are_left_out_and_told_of(world: Path, tmp_path: Path) -> None:

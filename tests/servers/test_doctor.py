@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.integration.runs import prepare, run_in
 from tests.servers.mini import MiniServer
 from tests.servers.proxy import Proxy, garbage
+from tests.small_runs import run_of, write_models
 from tests.tiny import byte_tokenizer, tiny_model
 from tropd.cli.main import main
 from tropd.config import file as config_file
@@ -25,12 +25,12 @@ QUICK = {"deadline_seconds": 1.5, "answer_seconds": 5.0}
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare(tmp_path_factory.mktemp("world"), teacher=tiny_model(seed=1, tied=True, sharp=4.0))
+    return write_models(tmp_path_factory.mktemp("world"), teacher=tiny_model(seed=1, tied=True, sharp=4.0))
 
 
 def run_at(world: Path, *urls: str, **changes: Any) -> Run:
     teacher = {"servers": list(urls), "server": QUICK, **changes.pop("teacher", {})}
-    return run_in(world, output=str(world / "never"), teacher=teacher, **changes)
+    return run_of(world, output=str(world / "never"), teacher=teacher, **changes)
 
 
 def of_servers(run: Run, **options: Any) -> dict[str, Check]:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.integration.runs import prepare, run_in
 from tests.servers.mini import MiniServer
+from tests.small_runs import run_of, write_models
 from tests.tiny import tiny_model
 from tropd.errors import EngineError, TeacherError, TrainingDiverged
 from tropd.rollout import draws
@@ -51,7 +51,7 @@ class Drawer(MiniServer):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = prepare(tmp_path_factory.mktemp("world"), teacher=tiny_model(seed=1, tied=True))
+    folder = write_models(tmp_path_factory.mktemp("world"), teacher=tiny_model(seed=1, tied=True))
     (folder / "held_out.jsonl").write_text(
         "".join(json.dumps({"prompt": f"{n}=", "answer": "0"}) + "\n" for n in range(12))
     )
@@ -59,7 +59,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_at(world: Path, folder: Path, **changes: Any) -> Any:
-    return run_in(world, output=str(folder / "run"), **changes)
+    return run_of(world, output=str(folder / "run"), **changes)
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "when it should not"])
@@ -76,7 +76,7 @@ def test_a_rollout_server_that_draws_otherwise_ends_the_run(world: Path, tmp_pat
     with Drawer(world / "student", way, begins=40) as server:
         rollout = {"servers": [server.url], **LARGE}
         with pytest.raises(TrainingDiverged, match="the servers of the student|two answers to one prompt"):
-            train(run_in(world, output=str(tmp_path / "later"), steps=12, rollout=rollout))
+            train(run_of(world, output=str(tmp_path / "later"), steps=12, rollout=rollout))
 
 
 @pytest.mark.parametrize("way", ["at temperature 0.7", "at temperature 2", "with top_p = 0.9", "greedily"])
@@ -112,7 +112,7 @@ def test_a_teachers_server_that_draws_its_texts_otherwise_ends_the_run(world: Pa
     method = {"name": "tropd", "top_k": 8, "prefix": {"shape": "constant", "start": 0.9}, "beta": 0.1}
     with Drawer(world / "teacher", "at temperature 0.7", begins=8) as server:
         how = {"rollout": {**LARGE, "num_prompts": 10}, "teacher": {"servers": [server.url]}}
-        run = run_in(world, method, output=str(tmp_path / "run"), steps=5, **how)
+        run = run_of(world, method, output=str(tmp_path / "run"), steps=5, **how)
         with pytest.raises(TrainingDiverged, match="the servers of the teacher write is not drawn .* temperature 0.7"):
             train(run)
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from tests import run_case
-from tests.integration.runs import prepare, run_in
 from tests.servers.mini import MiniServer
 from tests.servers.proxy import Fault, Proxy, Reply, status, untouched
+from tests.small_runs import run_of, write_models
 from tropd.errors import DataError, EngineError, EngineTimeout
 from tropd.run.start import resume, train
 
@@ -24,7 +24,7 @@ FEW = 4
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare(tmp_path_factory.mktemp("world"))
+    return write_models(tmp_path_factory.mktemp("world"))
 
 
 def gone_from(update: int) -> Fault:
@@ -42,7 +42,7 @@ def gone_from(update: int) -> Fault:
 def asked(world: Path, output: Path, url: str, **changes: Any) -> Any:
     rollout = {"servers": [url], "server": {"deadline_seconds": 0.5}, **changes.pop("rollout", {})}
     seldom = {"steps": 4, "checkpoint": {"every": 50}}
-    return run_in(world, OPD, output=str(output), rollout=rollout, **seldom, **changes)
+    return run_of(world, OPD, output=str(output), rollout=rollout, **seldom, **changes)
 
 
 @pytest.mark.parametrize("staleness", [0, 1])

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.integration.runs import prepare, run_in, save_model
 from tests.servers.lies import LIES, ROWS, Liar, noisy, scaled
 from tests.servers.mini import MiniServer
 from tests.servers.proxy import Proxy, status, untouched
+from tests.small_runs import run_of, save_model, write_models
 from tests.tiny import VOCAB, tiny_model
 from tropd.config.models import ServerConfig, TeacherConfig
 from tropd.errors import TeacherError, TeacherRefused, TeacherUnavailable
@@ -182,11 +182,11 @@ def test_one_answer_in_five_that_is_another_rollouts_is_found_within_some_batche
 
 
 def test_no_step_is_trained_on_lies_that_begin_during_a_run(tmp_path: Path) -> None:
-    world = prepare(tmp_path, teacher=tiny_model(seed=1, tied=True))
+    world = write_models(tmp_path, teacher=tiny_model(seed=1, tied=True))
     with Liar(world / "teacher", rows=ROWS["rows shifted back"], begins=10**6) as server:
         server.begins = 150
         with pytest.raises(TeacherError, match="teacher default: "):
-            train(run_in(world, steps=20, teacher={"servers": [server.url]}))
+            train(run_of(world, steps=20, teacher={"servers": [server.url]}))
     lines = (tmp_path / "run" / "records.jsonl").read_text().splitlines()
     assert 1 < len(lines) < 20
 

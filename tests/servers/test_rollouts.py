@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.integration.runs import prepare, run_in, save_model
 from tests.servers.mini import MiniServer, Refusal
+from tests.small_runs import run_of, save_model, write_models
 from tests.tiny import VOCAB, byte_tokenizer, tiny_model
 from tropd.checkpoints.export import export_untied
 from tropd.config.models import LoraConfig, ServerConfig
@@ -210,19 +210,19 @@ def test_what_servers_cannot_do_is_refused(student: Any, folder: Path, tmp_path:
         server.name = "renamed"
         with pytest.raises(EngineError, match="does not exist"):
             engine.generate(REQUESTS)
-        prepare(tmp_path)
+        write_models(tmp_path)
         rollout = {"servers": [server.url], "sampling": {"temperature": 0.7}}
         with pytest.raises(ConfigError, match="temperature 1 without truncation"):
-            train(run_in(tmp_path, rollout=rollout))
+            train(run_of(tmp_path, rollout=rollout))
         with pytest.raises(ConfigError, match="vLLM servers only"):
-            train(run_in(tmp_path, rollout={"servers": [server.url], "server": {"kind": "openai"}}))
+            train(run_of(tmp_path, rollout={"servers": [server.url], "server": {"kind": "openai"}}))
 
 
 def test_a_run_with_rollouts_from_a_server_is_the_run_without(tmp_path: Path) -> None:
-    prepare(tmp_path, tied=True)
+    write_models(tmp_path, tied=True)
     with MiniServer(tmp_path / "student") as server:
         found = [
-            read_records(train(run_in(tmp_path, output=str(tmp_path / name), rollout=rollout)) / "records.jsonl").steps
+            read_records(train(run_of(tmp_path, output=str(tmp_path / name), rollout=rollout)) / "records.jsonl").steps
             for name, rollout in (("here", {}), ("there", {"servers": [server.url]}))
         ]
     for here, there in zip(*found, strict=True):

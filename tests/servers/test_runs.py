@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.integration.runs import prepare, run_in
 from tests.servers.mini import MiniServer
 from tests.servers.proxy import Fault, Proxy, Reply, corrupt, cut, first, garbage, status, truncated
+from tests.small_runs import run_of, write_models
 from tests.tiny import tiny_model
 from tropd.errors import ConfigError, EvidenceError, TeacherError, TropdError
 from tropd.run.start import resume, train
@@ -22,7 +22,7 @@ QUICK = {"deadline_seconds": 1.5, "answer_seconds": 5.0}
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare(tmp_path_factory.mktemp("world"), teacher=tiny_model(seed=1, tied=True))
+    return write_models(tmp_path_factory.mktemp("world"), teacher=tiny_model(seed=1, tied=True))
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -33,7 +33,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 def served(world: Path, url: str, output: Path, **changes: Any) -> Any:
     changes = {"steps": 2, **changes}
     teacher = {"servers": [url], "server": QUICK, **changes.pop("teacher", {})}
-    return run_in(world, output=str(output), teacher=teacher, **changes)
+    return run_of(world, output=str(output), teacher=teacher, **changes)
 
 
 def in_steps(fault: Fault) -> Fault:
@@ -49,7 +49,7 @@ def in_steps(fault: Fault) -> Fault:
 
 
 def test_a_run_on_a_server_is_the_local_run(world: Path, tmp_path: Path) -> None:
-    local = train(run_in(world, output=str(tmp_path / "local"), steps=2))
+    local = train(run_of(world, output=str(tmp_path / "local"), steps=2))
     with MiniServer(world / "teacher") as server:
         far = train(served(world, server.url, tmp_path / "far", teacher={"score_cache": True}))
         texts = [r for r in server.requests if r.get("max_tokens", 0) > 1]
@@ -94,7 +94,7 @@ def test_no_step_is_trained_on_spoiled_answers(world: Path, tmp_path: Path) -> N
 
 
 def test_another_model_stops_the_run_and_its_resumption(world: Path, tmp_path: Path) -> None:
-    other = prepare(tmp_path / "other", teacher=tiny_model(seed=5, tied=True)) / "teacher"
+    other = write_models(tmp_path / "other", teacher=tiny_model(seed=5, tied=True)) / "teacher"
     with MiniServer(world / "teacher") as server, MiniServer(other) as impostor, Proxy(server.url) as proxy:
 
         def swap(number: int, request: bytes, reply: Any) -> Any:
@@ -138,6 +138,6 @@ def test_what_cannot_work_is_refused_before_the_first_step(world: Path, tmp_path
             with pytest.raises(kind, match=words):
                 run = served(world, server.url, tmp_path / str(number), **changes)
                 if method:
-                    run = run_in(world, method, output=run.output, teacher={"servers": [server.url], "server": QUICK})
+                    run = run_of(world, method, output=run.output, teacher={"servers": [server.url], "server": QUICK})
                 train(run)
             assert not (tmp_path / str(number) / "run.toml").exists()

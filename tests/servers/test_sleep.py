@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.integration.runs import prepare, run_in
 from tests.run_case import num_recorded
 from tests.servers.mini import MiniServer, Refusal
 from tests.servers.sleeper import Sleeper
 from tests.servers.test_rollouts import REQUESTS, engine_of
+from tests.small_runs import run_of, write_models
 from tests.tiny import tiny_model
 from tropd.config.run import Run
 from tropd.errors import ConfigError, EngineError, EngineOutOfSync, TeacherError
@@ -30,7 +30,7 @@ GIVEN = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare(tmp_path_factory.mktemp("world"))
+    return write_models(tmp_path_factory.mktemp("world"))
 
 
 class Watcher(MiniServer):
@@ -51,7 +51,7 @@ class Watcher(MiniServer):
 
 def run_on(world: Path, output: Path, server: MiniServer, **changes: Any) -> Run:
     rollout = {"servers": [server.url], "servers_sleep": True, **changes.pop("rollout", {})}
-    return run_in(world, OPD, output=str(output), rollout=rollout, **changes)
+    return run_of(world, OPD, output=str(output), rollout=rollout, **changes)
 
 
 def losses(directory: Path) -> list[float]:
@@ -71,7 +71,7 @@ def test_servers_sleep_whenever_they_do_not_write_and_the_run_is_the_same(
     asked = ["/v1/models", "/server_info?config_format=json", *asleep, *written, *asleep, *written, *asleep, *written]
     assert [path for path, _ in itertools.groupby(paths)] == asked, "the last weights are left with it"
     assert teacher.seen[-4:] == [True] * 4, "it sleeps while the teacher scores"
-    train(run_in(world, OPD, output=str(tmp_path / "here"), **same))
+    train(run_of(world, OPD, output=str(tmp_path / "here"), **same))
     assert losses(tmp_path / "there") == pytest.approx(losses(tmp_path / "here"), abs=1e-4)
 
 
@@ -142,6 +142,6 @@ def test_a_server_that_keeps_its_memory_is_told_of(world: Path, tmp_path: Path) 
 
 def test_sleep_is_refused_where_nobody_would_or_could(world: Path) -> None:
     with pytest.raises(ConfigError, match="nobody would sleep"):
-        run_in(world, rollout={"servers_sleep": True})
+        run_of(world, rollout={"servers_sleep": True})
     with pytest.raises(ConfigError, match="write at that time"):
-        run_in(world, rollout={"servers_sleep": True, "staleness": 1, "servers": ["http://127.0.0.1:1"]})
+        run_of(world, rollout={"servers_sleep": True, "staleness": 1, "servers": ["http://127.0.0.1:1"]})

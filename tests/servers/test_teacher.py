@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.integration.runs import save_model
 from tests.servers.mini import MiniServer, load
 from tests.servers.proxy import Proxy, Reply, Swapped, corrupt, cut, first, garbage, huge, status, truncated, untouched
+from tests.small_runs import save_model
 from tests.tiny import VOCAB, byte_tokenizer, tiny_model
 from tropd.config.models import ServerConfig
 from tropd.errors import DataError, EvidenceError, TeacherRefused, TeacherUnavailable, VocabularyError

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.integration.runs import prepare, run_in
 from tests.servers.mini import MiniServer, load
+from tests.small_runs import run_of, write_models
 from tropd.config.run import Run
 from tropd.errors import ConfigError, EngineError
 from tropd.run.start import train
@@ -18,7 +18,7 @@ OPD = {"name": "opd"}
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare(tmp_path_factory.mktemp("world"))
+    return write_models(tmp_path_factory.mktemp("world"))
 
 
 class Watching(MiniServer):
@@ -42,7 +42,7 @@ class Watching(MiniServer):
 
 def run_on(world: Path, output: Path, server: MiniServer, memory: Path, **changes: Any) -> Run:
     rollout = {"servers": [server.url], "weights_folder": str(memory), **changes.pop("rollout", {})}
-    return run_in(world, OPD, output=str(output), rollout=rollout, **changes)
+    return run_of(world, OPD, output=str(output), rollout=rollout, **changes)
 
 
 def test_every_run_has_a_folder_of_its_own_there_and_removes_it(world: Path, tmp_path: Path) -> None:
@@ -76,4 +76,4 @@ def test_it_is_removed_too_where_a_run_fails_before_its_first_step(world: Path, 
 
 def test_a_folder_for_nobody_is_refused(world: Path) -> None:
     with pytest.raises(ConfigError, match=r"weights_folder is \"/dev/shm\".*rollout.servers is empty"):
-        run_in(world, rollout={"weights_folder": "/dev/shm"})
+        run_of(world, rollout={"weights_folder": "/dev/shm"})

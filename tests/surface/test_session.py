@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import COMPAT, TESTS
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -25,3 +27,7 @@ def test_a_session_whose_first_command_fails_ends_before_its_first_test(tmp_path
 
 def test_every_test_has_a_limit(request: pytest.FixtureRequest) -> None:
     assert 0 < float(request.config.getini("timeout")) <= 120
+
+
+def test_every_file_that_is_marked_compat_exists() -> None:
+    assert [name for name in COMPAT if not (TESTS / name).is_file()] == []

@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.integration.runs import TROPD, parts_of, prepare, run_in, save_model, step_of, write
+from tests.one_step import parts_of, step_of, write
 from tests.servers.mini import MiniServer
+from tests.small_runs import TROPD, run_of, save_model, write_models
 from tests.tiny import byte_tokenizer, tiny_model
 from tropd.config.run import Run
 from tropd.doctor import examine
@@ -34,7 +35,7 @@ SERVED = {"score_cache": True, "server": QUICK}
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sums for one teacher, products for another."""
-    folder = prepare(tmp_path_factory.mktemp("world"))
+    folder = write_models(tmp_path_factory.mktemp("world"))
     save_model(folder / "other", tiny_model("qwen3", seed=2, tied=True, sharp=4.0))
     rows = [
         {"id": f"{a}{sign}{b}", "prompt": f"{a}{sign}{b}=", "answer": "0", "kind": kind}
@@ -103,8 +104,8 @@ def _teacher(path: Path, vocab_size: int) -> LocalTeacher:
 
 
 def test_a_run_goes_on_as_if_nothing_had_happened_and_tells_of_each_teacher(world: Path, tmp_path: Path) -> None:
-    whole = train(run_in(world, output=str(tmp_path / "whole"), **several(world, steps=4)))
-    half = train(run_in(world, output=str(tmp_path / "half"), **several(world, steps=4)))
+    whole = train(run_of(world, output=str(tmp_path / "whole"), **several(world, steps=4)))
+    half = train(run_of(world, output=str(tmp_path / "half"), **several(world, steps=4)))
     last = sorted((half / "checkpoints").iterdir())[-1]
     for file in last.iterdir():
         file.unlink()
@@ -123,10 +124,10 @@ def test_a_run_goes_on_as_if_nothing_had_happened_and_tells_of_each_teacher(worl
 
 
 def test_one_of_them_on_a_server_is_both_in_this_process(world: Path, tmp_path: Path) -> None:
-    local = train(run_in(world, output=str(tmp_path / "local"), **several(world, steps=2)))
+    local = train(run_of(world, output=str(tmp_path / "local"), **several(world, steps=2)))
     with MiniServer(world / "other") as server:
         mixed = {"sums": {}, "products/all": {"path": str(world / "other"), "servers": [server.url], **SERVED}}
-        far = train(run_in(world, output=str(tmp_path / "far"), **several(world, mixed, steps=2)))
+        far = train(run_of(world, output=str(tmp_path / "far"), **several(world, mixed, steps=2)))
         asked = [byte_tokenizer().decode(text) for r in server.requests for text in _texts(r.get("prompt"))]
     for a, b in zip(records(local), records(far), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4) and a["tokens"] == b["tokens"]
@@ -177,13 +178,13 @@ def test_what_cannot_be_several_teachers_is_refused(world: Path, changes: dict[s
     values |= {name: {**values.get(name, {}), **x} if name == "data" else x for name, x in changes.items()}
     values["data"] = {name: x for name, x in values["data"].items() if x is not None}
     with pytest.raises(ConfigError, match=said):
-        run_in(world, **values)
+        run_of(world, **values)
 
 
 def test_the_one_that_lacks_evidence_is_named(world: Path, tmp_path: Path) -> None:
     with MiniServer(world / "other") as server:
         mixed = {"sums": {}, "products/all": {"path": str(world / "other"), "servers": [server.url], "server": QUICK}}
-        run = run_in(world, {"name": "gkd"}, output=str(tmp_path / "run"), **several(world, mixed))
+        run = run_of(world, {"name": "gkd"}, output=str(tmp_path / "run"), **several(world, mixed))
         said = "needs FULL from every teacher, but 'products/all' offers SAMPLED and TOPK. Use another"
         with pytest.raises(EvidenceError, match=said):
             train(run)
@@ -194,7 +195,7 @@ def test_the_one_that_lacks_evidence_is_named(world: Path, tmp_path: Path) -> No
 def test_a_teacher_whose_numbers_cannot_be_written_is_refused_in_words(world: Path, tmp_path: Path) -> None:
     with MiniServer(world / "other") as server:
         mixed = {"sums": {}, "products/all": {"path": str(world / "other"), "servers": [server.url], **SERVED}}
-        run = run_in(world, output=str(tmp_path / "run"), **several(world, mixed))
+        run = run_of(world, output=str(tmp_path / "run"), **several(world, mixed))
         train(run)
         (canary := tmp_path / "run" / "teacher_canary.products%2Fall.json").unlink()
         canary.mkdir()
@@ -205,7 +206,7 @@ def test_a_teacher_whose_numbers_cannot_be_written_is_refused_in_words(world: Pa
 def test_a_damaged_cache_of_scores_is_refused_with_a_cure_for_that_teacher(world: Path, tmp_path: Path) -> None:
     with MiniServer(world / "other") as server:
         mixed = {"sums": {}, "products/all": {"path": str(world / "other"), "servers": [server.url], **SERVED}}
-        run = run_in(world, output=str(tmp_path / "run"), **several(world, mixed))
+        run = run_of(world, output=str(tmp_path / "run"), **several(world, mixed))
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "teacher_scores.products%2Fall.sqlite").write_bytes(b"garbage " * 1000)
         with pytest.raises(TeacherError, match=r"teacher 'products/all': .*score_cache = false in that teacher's sec"):
@@ -215,17 +216,17 @@ def test_a_damaged_cache_of_scores_is_refused_with_a_cure_for_that_teacher(world
 def test_prompts_without_a_teacher_and_strange_teachers_are_refused_by_name(world: Path, tmp_path: Path) -> None:
     alone = several(world, {"sums": {}})
     with pytest.raises(DataError, match=r"8 of 16 prompts are for teachers .*'products/all' \(8\)\. It has 'sums'"):
-        train(run_in(world, output=str(tmp_path / "a"), **alone))
-    assert [c.level for c in examine(run_in(world, **alone), num_prompts=0) if c.name == "teachers"] == ["error"]
+        train(run_of(world, output=str(tmp_path / "a"), **alone))
+    assert [c.level for c in examine(run_of(world, **alone), num_prompts=0) if c.name == "teachers"] == ["error"]
     with pytest.raises(TropdError, match="8 of 16 prompts"):  # found among the first ones that are read
-        train(run_in(world, output=str(tmp_path / "b"), **several(world, {"sums": {}}, data={"streaming": True})))
+        train(run_of(world, output=str(tmp_path / "b"), **several(world, {"sums": {}}, data={"streaming": True})))
     strange = tmp_path / "strange"
     save_model(strange, tiny_model("qwen3", seed=2))
     tokens = json.loads((strange / "tokenizer.json").read_text())
     tokens["model"]["vocab"] = {t: (i + 1) % 200 if i < 200 else i for t, i in tokens["model"]["vocab"].items()}
     (strange / "tokenizer.json").write_text(json.dumps(tokens))
     with pytest.raises(VocabularyError, match="teacher 'products/all': a teacher that reads the student's tokens"):
-        run = run_in(world, **several(world, {"sums": {}, "products/all": {"path": str(strange)}}))
+        run = run_of(world, **several(world, {"sums": {}, "products/all": {"path": str(strange)}}))
         train(run)
 
 
@@ -236,18 +237,18 @@ def test_a_teacher_that_knows_nothing_is_found_among_good_ones(world: Path, tmp_
             parameter.zero_()
     save_model(tmp_path / "empty", empty)
     values = several(world, {"sums": {}, "products/all": {"path": str(tmp_path / "empty")}}, method={"name": "opd"})
-    run: Run = run_in(world, output=str(tmp_path / "run"), **values)
+    run: Run = run_of(world, output=str(tmp_path / "run"), **values)
     with pytest.raises(TropdError, match="step 0: teacher 'products/all': the teacher knows nothing"):
         train(run)
-    fresh = run_in(world, output=str(tmp_path / "fresh"), **values)
+    fresh = run_of(world, output=str(tmp_path / "fresh"), **values)
     levels = {check.name: check.level for check in examine(fresh, num_prompts=2, max_new_tokens=8)}
     assert levels["sums: teacher"] == "ok" and levels["products/all: teacher"] == "error"
     assert levels["sums: tokenizers"] == levels["products/all: tokenizers"] == "ok"
 
 
 def test_a_plan_says_that_it_reckons_with_one(world: Path) -> None:
-    with pytest.raises(ConfigError, match="reckons with one teacher, but the run has sums, products/all"):
-        make_plan(run_in(world, **several(world)), DEVICES["h100"])
+    with pytest.raises(ConfigError, match="estimated for one teacher, but the run has sums, products/all"):
+        make_plan(run_of(world, **several(world)), DEVICES["h100"])
 
 
 def test_the_shortest_context_of_all_limits_prompts_and_is_named(world: Path, tmp_path: Path) -> None:
@@ -255,7 +256,7 @@ def test_the_shortest_context_of_all_limits_prompts_and_is_named(world: Path, tm
     short.config.max_position_embeddings = 16
     save_model(tmp_path / "short", short)
     teachers = {"sums": {}, "products/all": {"path": str(tmp_path / "short")}}
-    run = run_in(world, **several(world, teachers, rollout={"max_new_tokens": 10}))
+    run = run_of(world, **several(world, teachers, rollout={"max_new_tokens": 10}))
     (found,) = [check for check in examine(run, num_prompts=0) if check.name == "lengths"]
     assert found.level == "error" and "in the context of the teacher 'products/all', 16 tokens" in found.found
     with pytest.raises(DataError, match="tokens, and at most 6 fit"):
@@ -266,7 +267,7 @@ def test_a_stream_that_shows_no_prompt_of_a_teacher_is_said_to_have_shown_none(w
     rows = [json.dumps({"id": n, "prompt": f"{n}=", "kind": "sums"}) for n in range(70)]
     (tmp_path / "sorted.jsonl").write_text("\n".join([*rows, json.dumps({"id": "x", "prompt": "x", "kind": "late"})]))
     data = {"path": str(tmp_path / "sorted.jsonl"), "streaming": True}
-    run = run_in(world, **several(world, {"sums": {}, "late": {}}, data=data))
+    run = run_of(world, **several(world, {"sums": {}, "late": {}}, data=data))
     (found,) = [check for check in examine(run, num_prompts=0) if check.name == "teachers"]
     assert found.level == "warning" and "none of the first 64 prompts is for 'late'" in found.found
 
@@ -279,7 +280,7 @@ def test_a_stranger_late_in_a_stream_costs_no_step(world: Path, tmp_path: Path) 
     data = {"path": str(file), "streaming": True, "id_column": "id"}
     rollout = {"num_prompts": 8, "num_rollouts": 1, "max_new_tokens": 2, "save_every": 0}
     values = several(world, {"sums": {}}, data=data, steps=11, checkpoint={"every": 50}, rollout=rollout)
-    run = run_in(world, {"name": "opd"}, output=str(output), **values)
+    run = run_of(world, {"name": "opd"}, output=str(output), **values)
     with pytest.raises(DataError, match="the teachers 'Sums', but .* The 8 steps before are kept"):
         train(run)
     file.write_text(file.read_text().replace("Sums", "sums"))

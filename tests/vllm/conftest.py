@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.runs import save_model
+from tests.small_runs import save_model
 from tests.tiny import byte_tokenizer, tiny_model
 from tests.vllm.vllm import VENV, Server, serve
 from tropd.checkpoints.export import export_untied

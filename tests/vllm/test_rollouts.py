@@ -11,8 +11,9 @@ import torch
 from pyarrow import parquet
 from safetensors.torch import load_file
 
-from tests.integration.runs import prepare, run_in, save_model, step_of, write
+from tests.one_step import step_of, write
 from tests.servers.test_rollouts import export_tied, nudge
+from tests.small_runs import run_of, save_model, write_models
 from tests.tiny import VOCAB, byte_tokenizer
 from tests.vllm.conftest import DEV, tiny_student
 from tests.vllm.vllm import Server
@@ -132,8 +133,8 @@ def versions_of(directory: Path, step: int) -> set[tuple[int, ...]]:
 
 def run_on(folder: Path, student: Server, teacher_folder: Path, **changes: Any) -> Run:
     """A TrOPD run whose student is on a server; without changes its teacher is in this process."""
-    prepare(folder)
+    write_models(folder)
     save_model(folder / "student", tiny_student())
     changes["teacher"] = {"path": str(teacher_folder), **changes.pop("teacher", {})}
     changes["rollout"] = {"servers": [student.url], **changes.pop("rollout", {})}
-    return run_in(folder, optimizer={"learning_rate": 1e-2}, **changes)
+    return run_of(folder, optimizer={"learning_rate": 1e-2}, **changes)

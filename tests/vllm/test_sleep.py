@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.integration.runs import save_model
 from tests.servers.test_rollouts import nudge, nudge_adapter
+from tests.small_runs import save_model
 from tests.vllm.conftest import DEV, tiny_student
 from tests.vllm.test_rollouts import check_texts, engine_of, run_on, versions_of
 from tests.vllm.vllm import Server

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.integration.runs import run_in, save_model
 from tests.servers.proxy import Fault, Proxy, Swapped, corrupt, cut, delayed, garbage, huge, status, truncated
+from tests.small_runs import run_of, save_model
 from tests.tiny import VOCAB
 from tests.vllm.conftest import tiny_student
 from tests.vllm.vllm import Server
@@ -118,7 +118,7 @@ def world(tmp_path: Path, teacher_folder: Path) -> Path:
 
 def steps_of(world: Path, name: str, **changes: Any) -> list[Any]:
     changes = {"steps": 4, "optimizer": {"learning_rate": 1e-3}, **changes}
-    return read_records(train(run_in(world, output=str(world / name), **changes)) / "records.jsonl").steps
+    return read_records(train(run_of(world, output=str(world / name), **changes)) / "records.jsonl").steps
 
 
 def test_a_run_with_teacher_and_rollouts_on_two_servers_is_the_run_with_the_teacher_in_this_process(
@@ -141,7 +141,7 @@ def test_the_teacher_writes_prefixes_on_the_server_as_well(world: Path, teacher_
 
 
 def test_the_doctor_finds_nothing_wrong_with_it(world: Path, teacher_server: Server) -> None:
-    run = run_in(world, output=str(world / "never"), teacher={"servers": [teacher_server.url]})
+    run = run_of(world, output=str(world / "never"), teacher={"servers": [teacher_server.url]})
     checks = {check.name: check for check in examine(run, num_prompts=1) if check.name.startswith("servers")}
     assert len(checks) == 11 and {check.level for check in checks.values()} == {"ok"}, checks
     assert "the top-64, and" in checks["servers: top-k"].found

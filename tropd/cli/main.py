@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None, commands: Mapping[str, tuple[Command, st
             return 128 + stop.signal
         except TropdError as error:
             if _speaks():
-                _say(errors, "error: ", "bold red", _paragraph(error))
+                _say(errors, "error: ", "bold red", " ".join(str(error).split()))
             return 2
         except BrokenPipeError:  # `tropd ... | head`: whoever read has enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -96,16 +96,6 @@ def _overview(commands: Mapping[str, tuple[Command, str]]) -> Table:
     for name, (_, line) in commands.items():
         table.add_row(name, Text(line))
     return table
-
-
-def _paragraph(error: TropdError) -> str:
-    """What kind of refusal it is, from the class itself, then the message, without line breaks of their own."""
-    kind = type(error).__dict__.get("__doc__") if type(error) is not TropdError else None
-    words = " ".join(str(error).split())
-    if not kind:
-        return words
-    meaning = kind.split("\n")[0].strip().rstrip(".")
-    return f"{meaning[0].lower()}{meaning[1:]}: {words}"
 
 
 def _say(console: Console, label: str, style: str, text: str) -> None:

@@ -75,8 +75,8 @@ class Subject:
         """The only one."""
         if self.run.teachers:
             raise ConfigError(
-                f"this reckons with one teacher, but the run has {', '.join(self.teachers)}. Name the largest as "
-                "[teacher], without data.teacher_column."
+                f"memory and time are estimated for one teacher, but the run has {', '.join(self.teachers)}. Name the "
+                "largest as [teacher], without data.teacher_column."
             )
         (side,) = self.teachers.values()
         return side

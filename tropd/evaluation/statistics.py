@@ -21,7 +21,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     """
     if not 0 <= num_correct <= num_samples:
         raise ConfigError(
-            f"pass@k of {num_correct} correct samples out of {num_samples}: give 0 <= correct <= samples."
+            f"pass@k was asked of {num_correct} correct samples out of {num_samples}. Give 0 <= correct <= samples."
         )
     if not 1 <= k <= num_samples:
         raise ConfigError(f"pass@{k} was asked, but there are {num_samples} samples. Take at least k samples, k >= 1.")
@@ -75,7 +75,8 @@ def paired_difference(
     values, baseline = _finite(values_per_item, "values_per_item"), _finite(baseline_per_item, "baseline_per_item")
     if len(values) != len(baseline):
         raise DataError(
-            f"a paired difference of {len(values)} and {len(baseline)} items. Give both models the same items in order."
+            f"a paired difference was asked of {len(values)} and {len(baseline)} items. Give both models the same "
+            "items in order."
         )
     gain = values - baseline
     low, high = bootstrap_interval(gain.tolist(), level=level, num_resamples=num_resamples, seed=seed)
@@ -89,7 +90,8 @@ def probability_of_improvement(scores: Sequence[Sequence[float]], baseline: Sequ
     """
     if len(scores) != len(baseline) or not scores:
         raise DataError(
-            f"scores of {len(scores)} tasks against {len(baseline)}. Give both the same tasks, at least one."
+            f"a probability of improvement was asked of scores of {len(scores)} tasks against {len(baseline)}. Give "
+            "both the same tasks, at least one."
         )
     wins = []
     for x, y in zip(scores, baseline, strict=True):

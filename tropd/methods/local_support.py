@@ -9,7 +9,8 @@ from tropd.base.ranges import Count, PositiveShare, Whole
 from tropd.methods.base import Method, warn
 from tropd.objective.losses import DivergenceLoss, ForwardKL, ReverseKL
 from tropd.objective.objective import Objective
-from tropd.objective.selectors import STUDENT, FirstOf, TokenIn
+from tropd.objective.places import FirstOf, TokenIn
+from tropd.objective.selectors import STUDENT
 from tropd.objective.support import Outside, Support
 from tropd.objective.terms import Term
 from tropd.types import Sampling

@@ -68,6 +68,12 @@ def distillation_loss(
     sequences          which sequence each token of flat input belongs to
     seed, rollout_ids  key the trust draws: the same (seed, rollout id, position) gives the same draw in any batch
     counts             global denominators (`Objective.plan(...).counts`) when this is one of several micro-batches
+
+    >>> objective = Objective(Term("pull", STUDENT, ReverseKL()))
+    >>> ids, authors = torch.tensor([[0, 1]]), torch.tensor([[1, 1]])  # one sequence of two tokens, by the student
+    >>> student, teacher = torch.zeros(1, 2, 3), torch.tensor([[[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]]])
+    >>> distillation_loss(objective, token_ids=ids, authors=authors, logits=student, teacher_logits=teacher).loss
+    tensor(0.2371)
     """
     objective = method if isinstance(method, Objective) else method.objective
     given = _Given(token_ids.shape, token_ids.numel())
@@ -144,7 +150,9 @@ def _describe(
         raise EvidenceError(f"`sequences` holds {int(sequences_N.min())}; number the sequences from 0.")
     names = list(rollout_ids) if rollout_ids is not None else list(range(num_sequences))
     if len(names) < num_sequences:
-        raise EvidenceError(f"{num_sequences} sequences, but {len(names)} rollout_ids: give one name per sequence.")
+        raise EvidenceError(
+            f"there are {num_sequences} sequences, but {len(names)} `rollout_ids`: give one name per sequence."
+        )
     for name, x in (("rewards", rewards), ("groups", groups)):
         if x is not None and (x.dim() != 1 or len(x) < len(names)):
             raise EvidenceError(

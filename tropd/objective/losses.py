@@ -1,10 +1,11 @@
-"""What to minimise at a token.  Each loss is named by the gradient that it produces.
+"""What to minimise at a token, in nats.  Each loss is named by the gradient that it produces.
 
-Two paths that are never confused:
-  PolicyGradient   a written token is judged, -a * grad log pi_S(x); valid because a depends on the drawn token
-  divergences      summed over a support and differentiated through the student's probabilities
+Two kinds:
+  PolicyGradient   weighs log pi_S of the written token by a reward: -a * grad log pi_S(x)
+  divergences      sum over a support and are differentiated through the student's probabilities
 
-A divergence may enter the first path only through `StateReward`, which says what that does.
+`StateReward` is the only way from the second kind to the first, and says what goes wrong.  Paste an example after
+`from tropd.objective.examples import *`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ class PolicyGradient(TokenLoss):
 
     Gradient: -a rho grad log pi_S(x).  With x ~ pi_S its expectation is that of the divergence the reward names.
     `clip`  PPO: no gain from moving rho beyond 1 +- clip.   `cap`  truncated importance weight min(rho, cap).
+
+    >>> tokens = some_tokens(student_logprobs_N=[-1.0, -2.0], teacher_logprobs_N=[-0.5, -4.0])
+    >>> logprobs_N = torch.tensor([-1.0, -2.0], requires_grad=True)
+    >>> PolicyGradient()(tokens, StudentView(logprobs_N=logprobs_N), tokens.log_ratio_N).sum().backward()
+    >>> logprobs_N.grad  # minus the reward: a step makes the first token likelier, the second less likely
+    tensor([-0.5000,  2.0000])
     """
 
     reward: Reward = field(default_factory=LogRatio)
@@ -56,7 +63,12 @@ class PolicyGradient(TokenLoss):
 
 @dataclass(frozen=True)
 class NegativeLogLikelihood(TokenLoss):
-    """-log pi_S(x).  On the teacher's tokens: forward KL, one sample at a time; the teacher needs no probabilities."""
+    """-log pi_S(x).  On the teacher's tokens: forward KL, one sample at a time; the teacher needs no probabilities.
+
+    >>> view = StudentView(logprobs_N=torch.tensor([-1.0, -2.0]))
+    >>> NegativeLogLikelihood()(some_tokens(token_ids_N=[5, 6]), view, None)
+    tensor([1., 2.])
+    """
 
     def __call__(self, tokens: Tokens, student: StudentView, reward_N: Tensor | None) -> Tensor:
         return -student.logprobs_N
@@ -64,7 +76,12 @@ class NegativeLogLikelihood(TokenLoss):
 
 @dataclass(frozen=True)
 class SampledReverseKL(TokenLoss):
-    """(log pi_S - log pi_T)^2 / 2 on the student's own tokens ("k2").  Gradient: that of KL(student || teacher)."""
+    """(log pi_S - log pi_T)^2 / 2 on the student's own tokens ("k2").  Gradient: that of KL(student || teacher).
+
+    >>> view = StudentView(logprobs_N=torch.tensor([-1.0, -2.0]))
+    >>> SampledReverseKL()(some_tokens(teacher_logprobs_N=[-1.0, -4.0]), view, None)
+    tensor([0., 2.])
+    """
 
     own_needs = Needs.SAMPLED
 
@@ -77,6 +94,10 @@ class SampledForwardKL(TokenLoss):
     """e^r - 1 - r with r = log pi_T - log pi_S on the student's own tokens ("k3").
 
     Its *value* estimates reverse KL, its *gradient* is that of KL(teacher || student).
+
+    >>> view = StudentView(logprobs_N=torch.tensor([-1.0, -2.0]))
+    >>> SampledForwardKL()(some_tokens(teacher_logprobs_N=[-1.0, -4.0]), view, None)
+    tensor([0.0000, 1.1353])
     """
 
     own_needs = Needs.SAMPLED
@@ -88,7 +109,7 @@ class SampledForwardKL(TokenLoss):
 
 @dataclass(frozen=True)
 class DivergenceLoss(TokenLoss):
-    """What the divergences share: a support, and what happens to the probability outside it."""
+    """What the divergences share: the tokens to sum over, and what happens to the probability of the others."""
 
     support: Support = "full"
     top_k: Count = 64
@@ -147,6 +168,11 @@ class ForwardKL(DivergenceLoss):
 
     Gradient (logits): P S - T on the support with P the teacher's mass there, bounded by 2 in L1.  The fixed point of
     `ignore` on top-k is the teacher renormalised; `generalised` (+ S - T) and `bucket` have the teacher itself.
+
+    >>> teacher, student = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[0.4, 0.4, 0.2]])
+    >>> view = StudentView(logprobs_N=student[:, 0].log(), full_logprobs_NV=student.log())
+    >>> ForwardKL()(some_tokens(teacher_full_logprobs_NV=teacher.log()), view, None)
+    tensor([0.1838])
     """
 
     skew: Annotated[float, Range(at_least=0, below=1)] = 0.0
@@ -169,9 +195,14 @@ class ForwardKL(DivergenceLoss):
 class ReverseKL(DivergenceLoss):
     """sum_v S log(S / T): KL(student || teacher).
 
-    On a top-k support `ignore` is not a divergence: its fixed point is S / T = 1/e and it leaks mass.
-    `stop_gradient` S (sg[log S] - log T), `generalised` (- S + T) and `bucket` have the teacher as their fixed point;
-    `renormalise` fixes the shape and leaves the mass free.
+    On a top-k support `ignore` is not a divergence: its fixed point is S / T = 1/e, and probability leaks out of the
+    support.  `stop_gradient` S (sg[log S] - log T), `generalised` (- S + T) and `bucket` have the teacher as their
+    fixed point; `renormalise` fixes the shape and leaves the mass free.
+
+    >>> teacher, student = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[0.4, 0.4, 0.2]])
+    >>> view = StudentView(logprobs_N=student[:, 0].log(), full_logprobs_NV=student.log())
+    >>> ReverseKL()(some_tokens(teacher_full_logprobs_NV=teacher.log()), view, None)
+    tensor([0.1920])
     """
 
     def __post_init__(self) -> None:
@@ -189,7 +220,13 @@ class ReverseKL(DivergenceLoss):
 
 @dataclass(frozen=True)
 class JensenShannon(DivergenceLoss):
-    """beta KL(T || M) + (1 - beta) KL(S || M),  M = beta T + (1 - beta) S,  0 < beta < 1."""
+    """beta KL(T || M) + (1 - beta) KL(S || M),  M = beta T + (1 - beta) S,  0 < beta < 1.
+
+    >>> teacher, student = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[0.4, 0.4, 0.2]])
+    >>> view = StudentView(logprobs_N=student[:, 0].log(), full_logprobs_NV=student.log())
+    >>> JensenShannon(beta=0.5)(some_tokens(teacher_full_logprobs_NV=teacher.log()), view, None)
+    tensor([0.0462])
+    """
 
     beta: Annotated[
         float,
@@ -216,8 +253,14 @@ class StateReward(TokenLoss):
     """A divergence used as a reward: -reward * rho with reward = -sg[divergence].
 
     The divergence depends on the state, not on the drawn token, so over all tokens its expected gradient is exactly
-    zero and only noise is left.  Restricted to outliers it pushes down the over-weighted tokens, and nothing else.
-    Kept to reproduce published collapses; methods that use it warn.
+    zero and only noise remains.  Restricted to outliers it makes the tokens that the student overrates less likely, and
+    nothing else.  It reproduces published collapses; methods that use it warn.
+
+    >>> teacher, student = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[0.4, 0.4, 0.2]])
+    >>> view = StudentView(logprobs_N=student[:, 0].log(), full_logprobs_NV=student.log())
+    >>> tokens = some_tokens(teacher_full_logprobs_NV=teacher.log(), behavior_logprobs_N=student[:, 0].log())
+    >>> StateReward(ReverseKL())(tokens, view, None)
+    tensor([0.1920])
     """
 
     divergence: DivergenceLoss

@@ -17,6 +17,12 @@ from tropd.types import Author
 
 @dataclass(frozen=True)
 class StudentEntropy(Measure):
+    """The entropy of the student's next-token distribution, in nats.
+
+    >>> StudentEntropy()(some_tokens(student_entropy_N=[0.1, 1.5]), Context())
+    tensor([0.1000, 1.5000])
+    """
+
     own_needs = Needs.STUDENT_ENTROPY
 
     def __call__(self, tokens: Tokens, context: Context) -> Tensor:
@@ -25,7 +31,11 @@ class StudentEntropy(Measure):
 
 @dataclass(frozen=True)
 class ReverseKLAt(Measure):
-    """KL(student || teacher) at the position, over the whole vocabulary."""
+    """KL(student || teacher) of the next-token distributions at the position, over the whole vocabulary, in nats.
+
+    >>> ReverseKLAt()(some_tokens(reverse_kl_N=[0.02, 0.9]), Context())
+    tensor([0.0200, 0.9000])
+    """
 
     own_needs = Needs.REVERSE_KL
 
@@ -35,10 +45,17 @@ class ReverseKLAt(Measure):
 
 @dataclass(frozen=True)
 class Normalised(Measure):
-    """A measure brought to [0, 1] over the student's tokens of the whole batch, on all ranks.
+    """A measure scaled to [0, 1] over the student's tokens of the whole batch, on all ranks.
 
-    min_max   (x - min) / (max - min) of the finite values; an infinite one is 1 or 0.  One huge value squashes the rest
-    rank      the share of tokens that score lower
+        min_max   (x - min) / (max - min) of the finite values, 1 or 0 for an infinite one; a single huge value makes
+              all others small
+        rank      the share of tokens that score lower
+
+    >>> tokens = some_tokens(student_entropy_N=[0.0, 1.0, 0.5, 2.0])
+    >>> Normalised(StudentEntropy())(tokens, Context())
+    tensor([0.0000, 0.5000, 0.2500, 1.0000])
+    >>> Normalised(StudentEntropy(), by="rank")(tokens, Context())
+    tensor([0.0000, 0.5000, 0.2500, 0.7500])
     """
 
     measure: Measure
@@ -61,7 +78,12 @@ class Normalised(Measure):
 
 @dataclass(frozen=True)
 class EitherHigh(Measure):
-    """a + b - a b: high where either is (TIP's soft OR)."""
+    """a + b - a b: high where one of two measures in [0, 1] is (TIP's soft OR).
+
+    >>> tokens = some_tokens(student_entropy_N=[0.0, 0.5, 1.0], reverse_kl_N=[0.0, 0.5, 0.0])
+    >>> EitherHigh(StudentEntropy(), ReverseKLAt())(tokens, Context())
+    tensor([0.0000, 0.7500, 1.0000])
+    """
 
     first: Measure
     second: Measure

@@ -24,7 +24,14 @@ class LossOutput:
 
 @dataclass(frozen=True)
 class Objective:
-    """L = sum of its terms.  `plan` once per batch, then call it on any cut of the rows."""
+    """L = sum of its terms.  `plan` once per batch, then call it on any cut of the rows.
+
+    >>> objective = Objective(Term("pull", STUDENT, SampledReverseKL()))
+    >>> tokens = some_tokens(student_logprobs_N=[-1.0, -2.0], teacher_logprobs_N=[-1.0, -4.0])
+    >>> output = objective(tokens, StudentView(logprobs_N=tokens.student_logprobs_N), objective.plan(tokens))
+    >>> output.loss  # (0 + 2) / 2 tokens
+    tensor(1.)
+    """
 
     terms: tuple[Term, ...]
 

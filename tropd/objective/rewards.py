@@ -1,7 +1,8 @@
-"""How a written token is judged: links of a chain, each (reward so far) -> (next reward).  No gradient.
+"""How good a written token was: each piece takes the reward so far and gives the next one.  No gradient.
 
-`PolicyGradient` turns the chain's result a into -a * grad log pi_S(x).  With x drawn from the student, its expectation
-is the gradient of whatever divergence the link names; `tests/objective/test_theorems.py` enumerates it.
+Log-ratios and divergences are in nats.  `PolicyGradient` turns the final reward a into -a * grad log pi_S(x).  With x
+drawn from the student, its expectation is the gradient of the divergence that the piece names;
+`tests/objective/test_theorems.py` enumerates it.  Paste an example after `from tropd.objective.examples import *`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ from tropd.types import Author
 
 @dataclass(frozen=True)
 class chain(Reward):
-    """Links applied in order, starting from 0."""
+    """Rewards applied one after another, starting from 0.
+
+    >>> tokens = some_tokens(student_logprobs_N=[-0.5, -0.5], teacher_logprobs_N=[-1.0, -9.0])
+    >>> chain(LogRatio(), Clip(low=-3.0))(torch.zeros(2), tokens, Context())
+    tensor([-0.5000, -3.0000])
+    """
 
     links: tuple[Reward, ...]
 
@@ -37,9 +43,13 @@ class chain(Reward):
 
 @dataclass(frozen=True)
 class LogRatio(Reward):
-    """+ log pi_T - log pi_S.  Gradient: that of KL(student || teacher).
+    """+ scale * (log pi_T - log pi_S) of the written token.  Gradient: that of KL(student || teacher).
 
-    `against` "behavior" has the log-probability of whatever drew the token instead of the student's own.
+    `against` "behavior" subtracts the log-probability of whatever drew the token instead of the student's own.
+
+    >>> tokens = some_tokens(student_logprobs_N=[-0.5, -2.0], teacher_logprobs_N=[-1.0, -1.0])
+    >>> LogRatio()(torch.zeros(2), tokens, Context())
+    tensor([-0.5000,  1.0000])
     """
 
     scale: Finite = 1.0
@@ -55,7 +65,11 @@ class LogRatio(Reward):
 
 @dataclass(frozen=True)
 class Clip(Reward):
-    """Into [low, high]."""
+    """The reward, cut to [low, high].
+
+    >>> Clip(low=-3.0)(torch.tensor([-8.0, 0.5]), some_tokens(token_ids_N=[5, 6]), Context())
+    tensor([-3.0000,  0.5000])
+    """
 
     low: Annotated[float, Range(unbounded=True)] = -math.inf
     high: Annotated[float, Range(unbounded=True)] = math.inf
@@ -66,9 +80,12 @@ class Clip(Reward):
 
 @dataclass(frozen=True)
 class ProximalTeacher(Reward):
-    """log(alpha e^r + 1 - alpha): the teacher replaced by alpha pi_T + (1 - alpha) pi_S; bounded by log(1 - alpha).
+    """log(alpha e^r + 1 - alpha): a log-ratio against the teacher alpha pi_T + (1 - alpha) pi_S instead of pi_T.
 
-    alpha = 1 changes nothing.
+    It never falls below log(1 - alpha), however unlikely the token is to the teacher; alpha = 1 changes nothing.
+
+    >>> ProximalTeacher(alpha=0.9)(torch.tensor([-50.0, 1.0]), some_tokens(token_ids_N=[5, 6]), Context())
+    tensor([-2.3026,  0.9347])
     """
 
     alpha: PositiveShare
@@ -85,11 +102,15 @@ Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon"]
 
 @dataclass(frozen=True)
 class DivergenceWeight(Reward):
-    """The advantage whose gradient is that of D_f = E_S[f(u)], u = pi_T / pi_S (OPD+, arXiv 2606.01039).
+    """The reward whose policy gradient is that of D_f = E_S[f(u)], u = pi_T / pi_S (OPD+, arXiv 2606.01039).
 
         w(u) = -f(u) + u f'(u):   forward_kl  u       reverse_kl  log u - 1       jensen_shannon  log((1 + u) / 2) / 2
 
-    The naive advantage -f(u) points the wrong way for forward KL (`naive`, kept for the test that shows it).
+    The reward so far must be log u.  The naive reward -f(u) points the wrong way for forward KL (`naive`, kept for the
+    test that shows it).
+
+    >>> DivergenceWeight("forward_kl")(torch.tensor([-1.0, 0.0]), some_tokens(token_ids_N=[5, 6]), Context())
+    tensor([0.3679, 1.0000])
     """
 
     divergence: Divergence
@@ -112,6 +133,9 @@ class FutureSum(Reward):
     """sum_{i >= t} discount^(i - t) r_i over the rest of the sequence.
 
     `current`: whether i = t counts.  `mean`: divided by the number of tokens in the sum.
+
+    >>> FutureSum(discount=0.5)(torch.tensor([1.0, 0.0, 4.0]), some_tokens(token_ids_N=[5, 6, 7]), Context())
+    tensor([2., 2., 4.])
     """
 
     discount: Share = 1.0
@@ -141,7 +165,11 @@ class FutureSum(Reward):
 
 @dataclass(frozen=True)
 class PlusFutureMean(Reward):
-    """+ the mean reward of the rest of the sequence."""
+    """+ the mean reward of the later tokens of the sequence.
+
+    >>> PlusFutureMean()(torch.tensor([1.0, 0.0, 4.0]), some_tokens(token_ids_N=[5, 6, 7]), Context())
+    tensor([3., 4., 4.])
+    """
 
     own_reach = Reach.SEQUENCE
 
@@ -153,7 +181,10 @@ class PlusFutureMean(Reward):
 class Standardise(Reward):
     """(r - mean) / std over the student's tokens of the batch on all ranks, or of each group of rollouts.
 
-    The mean is a baseline, free in expectation when it is constant; the division rescales the learning rate.
+    Subtracting a constant mean changes no expected gradient; dividing by the std rescales the learning rate.
+
+    >>> Standardise()(torch.tensor([1.0, 3.0]), some_tokens(token_ids_N=[5, 6]), Context())
+    tensor([-1.,  1.])
     """
 
     scope: Literal["batch", "group"] = "batch"
@@ -184,6 +215,12 @@ class Standardise(Reward):
 
 @dataclass(frozen=True)
 class Scale(Reward):
+    """factor * r.
+
+    >>> Scale(0.5)(torch.tensor([1.0, 3.0]), some_tokens(token_ids_N=[5, 6]), Context())
+    tensor([0.5000, 1.5000])
+    """
+
     factor: Finite
 
     def __call__(self, reward_N: Tensor, tokens: Tokens, context: Context) -> Tensor:
@@ -192,7 +229,14 @@ class Scale(Reward):
 
 @dataclass(frozen=True)
 class ReverseKLBaseline(Reward):
-    """+ KL(student || teacher) at the position: centres LogRatio; unbiased, since it does not depend on the token."""
+    """+ KL(student || teacher) at the position: LogRatio then has mean 0 over the student's draws.
+
+    The gradient stays unbiased, since what is added does not depend on the drawn token.
+
+    >>> tokens = some_tokens(student_logprobs_N=[-0.5], teacher_logprobs_N=[-1.0], reverse_kl_N=[0.2])
+    >>> chain(LogRatio(), ReverseKLBaseline())(torch.zeros(1), tokens, Context())
+    tensor([-0.3000])
+    """
 
     own_needs = Needs.REVERSE_KL
 
@@ -202,7 +246,12 @@ class ReverseKLBaseline(Reward):
 
 @dataclass(frozen=True)
 class GroupAdvantage(Reward):
-    """+ weight * (grader's reward - mean of its group): GRPO's advantage without the division."""
+    """+ weight * (the grader's reward - the mean reward of the group): GRPO's advantage without the division.
+
+    >>> tokens = some_tokens(token_ids_N=[5, 6, 7], sequences_N=[0, 0, 1], rewards_S=[1.0, 0.0], groups_S=[0, 0])
+    >>> GroupAdvantage()(torch.zeros(3), tokens, Context())
+    tensor([ 0.5000,  0.5000, -0.5000])
+    """
 
     weight: Finite = 1.0
     own_needs = Needs.REWARD

@@ -15,9 +15,14 @@ Shape = Literal["constant", "linear", "cosine", "convex", "switch"]
 class Schedule(Ranged):
     """From `start` to `end` while progress goes from 0 to `until`, then `end`.
 
-    cosine   half a cosine: slow, fast, slow
-    convex   a quarter sine: fast, then slow (the curve drawn in TrOPD's figure 2)
-    switch   `start` until `until`, then `end`
+        constant   `start` throughout
+        cosine     half a cosine: slow, fast, slow
+        convex     a quarter sine: fast, then slow (the curve drawn in TrOPD's figure 2)
+        switch     `start` until `until`, then `end`
+
+    >>> fade = Schedule(shape="linear", start=0.4, end=0.0, until=0.5)
+    >>> fade(0.0), fade(0.25), fade(0.8)
+    (0.4, 0.2, 0.0)
     """
 
     shape: Shape = "constant"

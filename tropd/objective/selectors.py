@@ -1,4 +1,8 @@
-"""Which tokens, how much.  Evaluated once per batch, in the plan; no gradient."""
+"""Which tokens a term counts, and how much: a weight >= 0 per token.
+
+Selectors are evaluated once per batch, in the plan, and carry no gradient.  Each docstring has an example; paste it
+after `from tropd.objective.examples import *`.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,9 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from tropd.base.ranges import Finite, Positive, PositiveShare, Range, Share, Whole
+from tropd.base.ranges import Finite, Positive, PositiveShare, Range, Share
 from tropd.objective.draws import uniform
-from tropd.objective.evidence import Needs, Tokens, at_least_float32, trained
+from tropd.objective.evidence import Needs, Tokens, at_least_float32
 from tropd.objective.measures import kth_highest, numbers_of
 from tropd.objective.terms import Context, Measure, Reach, Selector
 from tropd.types import Author
@@ -23,6 +27,13 @@ def as_weight(mask_N: Tensor, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class WrittenBy(Selector):
+    """1 on the tokens that `author` wrote, 0 on the others.  STUDENT and TEACHER are the two in use.
+
+    >>> tokens = some_tokens(authors_N=[Author.TEACHER, Author.STUDENT, Author.STUDENT])
+    >>> STUDENT(tokens, Context())
+    tensor([0., 1., 1.])
+    """
+
     author: Author
 
     def __call__(self, tokens: Tokens, context: Context) -> Tensor:
@@ -46,7 +57,13 @@ class TrustRegion(Selector):
         threshold   1 where agreement >= tau
         soft        the agreement itself: same expectation as bernoulli, no draw
 
-    Gradient: none; the student is the one of planning time, so the region stays put while it is trained on.
+    The ratio is that of planning time, so the region does not move while the student is trained on the batch.
+
+    >>> tokens = some_tokens(student_logprobs_N=[-0.5, -0.5], teacher_logprobs_N=[-0.1, -3.0])
+    >>> TrustRegion("soft")(tokens, Context())  # e^-2.5 = 0.08
+    tensor([1.0000, 0.0821])
+    >>> TrustRegion("threshold", tau=0.5)(tokens, Context())
+    tensor([1., 0.])
     """
 
     rule: Trust = "bernoulli"
@@ -65,7 +82,12 @@ class TrustRegion(Selector):
 
 @dataclass(frozen=True)
 class LogRatioAbove(Selector):
-    """1 where log pi_T - log pi_S > floor (`inclusive`: >=)."""
+    """1 where log pi_T - log pi_S of the written token is above `floor`, in nats (`inclusive`: at or above it).
+
+    >>> tokens = some_tokens(student_logprobs_N=[-0.5, -0.5], teacher_logprobs_N=[-1.0, -3.0])
+    >>> LogRatioAbove(-2.0)(tokens, Context())
+    tensor([1., 0.])
+    """
 
     floor: Annotated[float, Range(unbounded=True)]
     inclusive: bool = False
@@ -78,7 +100,12 @@ class LogRatioAbove(Selector):
 
 @dataclass(frozen=True)
 class ProbabilityGapAbove(Selector):
-    """1 where pi_T - pi_S > tau (AOPD's gate, arXiv 2605.06387)."""
+    """1 where pi_T - pi_S of the written token is above `tau` (AOPD's gate, arXiv 2605.06387).
+
+    >>> tokens = some_tokens(student_logprobs_N=[-2.0, -0.5], teacher_logprobs_N=[-1.0, -3.0])
+    >>> ProbabilityGapAbove(0.1)(tokens, Context())  # e^-1 - e^-2 = 0.23
+    tensor([1., 0.])
+    """
 
     tau: Annotated[float, Range(at_least=-1, at_most=1)] = 0.0
     own_needs = Needs.SAMPLED
@@ -93,7 +120,11 @@ class ProbabilityGapAbove(Selector):
 
 @dataclass(frozen=True)
 class TeacherEntropyAbove(Selector):
-    """1 where the teacher's next-token entropy exceeds a number of nats."""
+    """1 where the entropy of the teacher's next-token distribution is above `nats`.
+
+    >>> TeacherEntropyAbove(0.8)(some_tokens(teacher_entropy_N=[0.1, 1.5]), Context())
+    tensor([0., 1.])
+    """
 
     nats: Finite
     own_needs = Needs.TEACHER_ENTROPY
@@ -104,10 +135,14 @@ class TeacherEntropyAbove(Selector):
 
 @dataclass(frozen=True)
 class TopFraction(Selector):
-    """1 on the `fraction` of the student's tokens that score highest, rounded up; ties at the cut are kept.
+    """1 on the `fraction` of the student's tokens with the highest score, rounded up; ties at the cut are kept.
 
-    The cut is taken over the whole batch of all ranks, or within each sequence: never within a micro-batch, where the
-    top 20 % of one token is that token.
+    `scope` "batch" compares all tokens of the batch on all ranks, "sequence" those of each sequence.  A micro-batch is
+    never cut alone: the top 20 % of one token is that token.
+
+    >>> tokens = some_tokens(student_entropy_N=[0.1, 2.0, 0.7, 1.2])
+    >>> TopFraction(StudentEntropy(), 0.5)(tokens, Context())
+    tensor([0., 1., 0., 1.])
     """
 
     score: Measure
@@ -132,65 +167,16 @@ class TopFraction(Selector):
 
 
 @dataclass(frozen=True)
-class TokenIn(Selector):
-    """1 where the written token is one of `ids` (special-token masking: `~TokenIn(...)`)."""
-
-    ids: tuple[Whole, ...]
-
-    def __call__(self, tokens: Tokens, context: Context) -> Tensor:
-        ids = torch.tensor(self.ids, dtype=tokens.token_ids_N.dtype, device=tokens.token_ids_N.device)
-        return as_weight(torch.isin(tokens.token_ids_N, ids), tokens.token_ids_N)
-
-
-@dataclass(frozen=True)
-class FirstOf(Selector):
-    """1 where a response holds one of these ids for the first time, each id by itself; only the student's count."""
-
-    ids: tuple[Whole, ...]
-    own_reach = Reach.SEQUENCE
-
-    def __call__(self, tokens: Tokens, context: Context) -> Tensor:
-        first_N = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.token_ids_N.device)
-        for token_id in self.ids:
-            here_N = (tokens.token_ids_N == token_id) & (tokens.authors_N == Author.STUDENT)
-            place_N = torch.where(here_N, tokens.num_before_N, torch.iinfo(tokens.num_before_N.dtype).max)
-            earliest_S = place_N.new_full((len(tokens.keys_S),), torch.iinfo(place_N.dtype).max)
-            earliest_S.scatter_reduce_(0, tokens.sequences_N, place_N, "amin")
-            first_N |= here_N & (place_N == earliest_S[tokens.sequences_N])
-        return as_weight(first_N, tokens.token_ids_N)
-
-
-@dataclass(frozen=True)
-class PositionBelow(Selector):
-    """1 on the first `limit` tokens of each response, counting those of the token's own author only.
-
-    Neither a teacher's prefix nor a tool's answer takes the place of a token that the student wrote.
-    """
-
-    limit: Whole
-
-    def __call__(self, tokens: Tokens, context: Context) -> Tensor:
-        return as_weight((tokens.num_before_N < self.limit) & trained(tokens), tokens.num_before_N)
-
-
-@dataclass(frozen=True)
-class LastPositions(Selector):
-    """1 on the last `count` tokens of each response, counting those of the token's own author only."""
-
-    count: Whole
-
-    def __call__(self, tokens: Tokens, context: Context) -> Tensor:
-        return as_weight((tokens.num_after_N < self.count) & trained(tokens), tokens.num_after_N)
-
-
-@dataclass(frozen=True)
 class PerplexityWeight(Selector):
-    """Weights of the sequences of a group by perplexity^(1 / temperature), summing to their number (SCOPE).
+    """A weight per sequence, proportional to perplexity^(1 / temperature) within its group (SCOPE).
 
-    The perplexity is that of the student's tokens; a prefix that the teacher wrote takes no part in it.
+    The weights of a group sum to the number of its sequences, so their mean is 1.  `who` names the model whose
+    perplexity counts, over the tokens that the student wrote.  `sign` +1 favours surprising sequences, -1 likely ones.
+    Sequences without a token in `among` get 0 and do not count.
 
-    `who` is the model whose perplexity counts; `sign` +1 favours the surprising sequences, -1 the likely ones; only
-    sequences that `among` selects take part.
+    >>> tokens = some_tokens(student_logprobs_N=[-1.0, -1.0, -2.0], sequences_N=[0, 0, 1], groups_S=[0, 0])
+    >>> PerplexityWeight("student", sign=1, among=STUDENT)(tokens, Context())  # e^1 against e^2
+    tensor([0.5379, 0.5379, 1.4621])
     """
 
     who: Literal["student", "teacher"]
@@ -222,7 +208,13 @@ class PerplexityWeight(Selector):
 
 @dataclass(frozen=True)
 class FromProgress(Selector):
-    """`early` until `switch` of training is over, then `late`."""
+    """`early` until the share `switch` of training is over, then `late`.
+
+    >>> curriculum = FromProgress(STUDENT, ~STUDENT, switch=0.5)
+    >>> tokens = some_tokens(authors_N=[Author.STUDENT, Author.TEACHER])
+    >>> curriculum(tokens, Context(progress=0.2)), curriculum(tokens, Context(progress=0.7))
+    (tensor([1., 0.]), tensor([0., 1.]))
+    """
 
     early: Selector
     late: Selector
@@ -234,7 +226,12 @@ class FromProgress(Selector):
 
 @dataclass(frozen=True)
 class Verified(Selector):
-    """1 on sequences that the grader passes (reward > `above`)."""
+    """1 on the tokens of sequences whose reward from the grader is above `above`.
+
+    >>> tokens = some_tokens(token_ids_N=[5, 6, 7], sequences_N=[0, 0, 1], rewards_S=[1.0, 0.0])
+    >>> Verified()(tokens, Context())
+    tensor([1., 1., 0.])
+    """
 
     above: Finite = 0.0
     own_needs = Needs.REWARD
@@ -245,7 +242,11 @@ class Verified(Selector):
 
 @dataclass(frozen=True)
 class Everywhere(Selector):
-    """1."""
+    """1 on every token.
+
+    >>> Everywhere()(some_tokens(token_ids_N=[5, 6, 7]), Context())
+    tensor([1., 1., 1.])
+    """
 
     def __call__(self, tokens: Tokens, context: Context) -> Tensor:
         return torch.ones(len(tokens), device=tokens.token_ids_N.device)

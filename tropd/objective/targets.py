@@ -19,7 +19,12 @@ class Target(Piece):
 
 @dataclass(frozen=True)
 class Temperature(Target):
-    """T^(1 / temperature), normalised."""
+    """T^(1 / temperature), normalised: above 1 the target is flatter than the teacher, below 1 sharper.
+
+    >>> log_t = torch.tensor([[0.8, 0.2]]).log()
+    >>> Temperature(2.0)(log_t, log_t).exp()
+    tensor([[0.6667, 0.3333]])
+    """
 
     temperature: Positive
 
@@ -29,7 +34,12 @@ class Temperature(Target):
 
 @dataclass(frozen=True)
 class GeometricBridge(Target):
-    """T^(1 - a) S^a, normalised: a target between the two (Veto)."""
+    """T^(1 - share) S^share, normalised: a target between teacher and student (Veto).
+
+    >>> log_t, log_s = torch.tensor([[0.8, 0.2]]).log(), torch.tensor([[0.2, 0.8]]).log()
+    >>> GeometricBridge(0.5)(log_t, log_s).exp()
+    tensor([[0.5000, 0.5000]])
+    """
 
     share: Share
 

@@ -123,6 +123,13 @@ class Selector(Measure):
 
 @dataclass(frozen=True)
 class Both(Selector):
+    """`a & b`: the product of two weights.
+
+    >>> tokens = some_tokens(authors_N=[1, 1, 2], teacher_entropy_N=[0.1, 1.5, 1.5])  # the teacher wrote the last
+    >>> (STUDENT & TeacherEntropyAbove(0.8))(tokens, Context())
+    tensor([0., 1., 0.])
+    """
+
     first: Selector
     second: Selector
 
@@ -135,7 +142,12 @@ class Both(Selector):
 
 @dataclass(frozen=True)
 class Either(Selector):
-    """1 - (1 - a)(1 - b)."""
+    """`a | b`: 1 - (1 - a)(1 - b).
+
+    >>> tokens = some_tokens(authors_N=[1, 2, 2], teacher_entropy_N=[0.1, 0.1, 1.5])  # the student wrote the first
+    >>> (STUDENT | TeacherEntropyAbove(0.8))(tokens, Context())
+    tensor([1., 0., 1.])
+    """
 
     first: Selector
     second: Selector
@@ -150,7 +162,12 @@ class Either(Selector):
 
 @dataclass(frozen=True)
 class Not(Selector):
-    """1 - w: with a soft selector, the rest of the weight."""
+    """`~a`: 1 - a.  Of a soft selector it is the rest of the weight.
+
+    >>> tokens = some_tokens(student_logprobs_N=[-0.5, -0.5], teacher_logprobs_N=[-0.1, -3.0])
+    >>> (~TrustRegion("soft"))(tokens, Context())
+    tensor([0.0000, 0.9179])
+    """
 
     inner: Selector
 
@@ -162,14 +179,14 @@ class Not(Selector):
 
 
 class Reward(Piece):
-    """One link in the judgement of written tokens: takes the reward so far, gives the next.  No gradient."""
+    """How good a written token was: takes the reward so far, in nats, and gives the next one.  No gradient."""
 
     def __call__(self, reward_N: Tensor, tokens: Tokens, context: Context) -> Tensor:
         raise NotImplementedError
 
 
 class TokenLoss(Piece):
-    """What to minimise at a token.  `reward` is judged in the plan and handed back as `reward_N`."""
+    """What to minimise at a token.  `reward` is computed in the plan and comes back as `reward_N`."""
 
     reward: Reward | None = None
 
@@ -184,7 +201,13 @@ the selector's own weights; or per sequence and then over sequences (a mean of m
 
 @dataclass(frozen=True)
 class Term(Ranged):
-    """Which tokens, what to minimise there, how strongly, divided by what."""
+    """A loss on some tokens: which tokens, what to minimise there, with which weight, divided by what.
+
+    >>> tokens = some_tokens(student_logprobs_N=[-1.0, -2.0, -3.0], authors_N=[1, 1, 2])
+    >>> term = Term("imitate", STUDENT, NegativeLogLikelihood(), weight=0.5, over="student")
+    >>> Objective(term).plan(tokens).weights["imitate"]  # 0.5 / 2 on each of the student's tokens
+    tensor([0.2500, 0.2500, 0.0000])
+    """
 
     name: str
     where: Selector

@@ -1,19 +1,15 @@
-"""Small real runs on disk: two tiny models, a byte tokenizer, twenty sums, and the TOML that ties them together."""
+"""One training step in this process, taken apart: what was written, scored and learnt, and what came of it."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 import torch
 
-from tests.tiny import byte_tokenizer, tiny_model
-from tropd.config import file as config_file
-from tropd.config.run import Run
+from tests.small_runs import run_of
 from tropd.methods.drafts import RolloutJob
 from tropd.objective.evidence import StudentView
 from tropd.objective.terms import Context
@@ -25,53 +21,9 @@ from tropd.training.micro_batch import Seen
 from tropd.training.step import StepSums, recall_needed, score, train_step
 from tropd.types import Rollout
 
-NEW_TOKENS = 28
-TROPD = {"name": "tropd", "top_k": 8, "prefix": {"shape": "constant", "start": 0.4}, "beta": 0.1}
 
-
-def save_model(folder: Path, model: Any) -> Path:
-    """A model with its tokenizer, as a checkpoint of transformers."""
-    tokenizer = byte_tokenizer()
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def prepare(folder: Path, family: str = "qwen3", tied: bool = True, teacher: Any = None) -> Path:
-    """A folder with student, teacher and data; the teacher is another random model unless given."""
-    save_model(folder / "student", tiny_model(family, seed=0, tied=tied))
-    save_model(folder / "teacher", tiny_model(family, seed=1, tied=tied) if teacher is None else teacher)
-    rows = [{"prompt": f"{a}+{b}" + "=" * (1 + a), "answer": str(a + b)} for a in range(5) for b in range(4)]
-    (folder / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    return folder
-
-
-def run_in(folder: Path, method: Mapping[str, Any] = TROPD, **changes: Any) -> Run:
-    """The run that a TOML file in a prepared folder describes; tables in `changes` are merged key by key."""
-    values: dict[str, Any] = {
-        "steps": 3,
-        "output": str(folder / "run"),
-        "grader": "exact",
-        "device": "cpu",
-        "tokens_per_micro_batch": 128,
-        "student": {"path": str(folder / "student")},
-        "teacher": {"path": str(folder / "teacher")},
-        "data": {"path": str(folder / "data.jsonl")},
-        "method": dict(method),
-        "rollout": {"num_prompts": 3, "num_rollouts": 2, "max_new_tokens": NEW_TOKENS, "save_every": 1},
-        "optimizer": {"learning_rate": 1e-3},
-        "checkpoint": {"every": 1, "keep": 9},
-    }
-    for name, change in changes.items():
-        values[name] = {**values[name], **change} if isinstance(values.get(name), dict) else change
-    path = folder / "asked.toml"
-    path.write_text(tomli_w.dumps(values))
-    return config_file.load(path)
-
-
-def parts_of(folder: Path, method: Mapping[str, Any] = TROPD, **changes: Any) -> Parts:
-    return assemble(run_in(folder, method, **changes), folder)
+def parts_of(folder: Path, method: Mapping[str, Any] | None = None, **changes: Any) -> Parts:
+    return assemble(run_of(folder, method, **changes), folder)
 
 
 def write(parts: Parts, progress: float = 0.3, seed: int = 5) -> list[Rollout]:
