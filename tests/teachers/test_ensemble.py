@@ -18,8 +18,8 @@ from tropd.methods import METHODS, TrOPD
 from tropd.model.optimizer import Optimizer
 from tropd.objective.evidence import OF_TEACHER, Needs
 from tropd.objective.terms import Context
+from tropd.servers.dialects import dialect_of
 from tropd.teachers.local import LocalTeacher
-from tropd.teachers.server import CAPABILITIES
 from tropd.teachers.teacher import ScoreRequest, Teacher
 from tropd.testing import check_teacher, some_rollouts
 from tropd.training.learner import ModelLearner
@@ -78,7 +78,7 @@ def test_what_cannot_be_mixed_is_not_offered_and_refused() -> None:
     with pytest.raises(EvidenceError, match=r"HIDDEN was asked of teacher m0 \+ m1"):
         mixture.score(ScoreRequest(some_rollouts(VOCAB), Needs.HIDDEN))
     served = members()
-    served[1].capabilities = CAPABILITIES[ServerConfig().kind]
+    served[1].capabilities = dialect_of(ServerConfig()).capabilities
     without = ensemble(served)
     assert without.capabilities == Needs.SAMPLED  # which tokens are likeliest in the mean, no top-k can tell
     with pytest.raises(EvidenceError, match="needs TOPK from the teacher, which offers SAMPLED"):

@@ -118,7 +118,7 @@ def some_tokens(**fields: Any) -> Tokens:
     >>> tokens.log_ratio_N
     tensor([-0.5000,  1.0000])
     """
-    given = {name: x if isinstance(x, Tensor | int) else torch.tensor(x) for name, x in fields.items()}
+    given: dict[str, Any] = {n: x if isinstance(x, Tensor | int) else torch.tensor(x) for n, x in fields.items()}
     length = next(len(x) for name, x in given.items() if "_N" in name)
     authors_N = given.setdefault("authors_N", torch.full((length,), int(Author.STUDENT)))
     sequences_N = given.setdefault("sequences_N", torch.zeros(length, dtype=torch.int64))
