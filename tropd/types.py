@@ -56,8 +56,6 @@ class Prompt:
     """What the grader compares with."""
     teacher: str = "default"
     """Which of several teachers it is for."""
-    privileged: str | None = None
-    """What only the teacher may read."""
     response_ids: tuple[int, ...] = ()
     """A written answer from the dataset: an off-policy text for prefixes, GKD and SeqKD."""
     columns: Mapping[str, Any] = field(default_factory=dict)

@@ -31,7 +31,7 @@ def test_text_becomes_a_users_message_with_its_answer_and_columns(tmp_path: Path
     (prompt,) = load(tmp_path, [{"prompt": "2+2?", "answer": 4, "level": "easy"}]).prompts
     assert byte_tokenizer().decode(list(prompt.token_ids)) == "<|user|>2+2?<|end|><|assistant|>"
     assert prompt.messages == (Message(role="user", content="2+2?"),)
-    assert (prompt.answer, prompt.teacher, prompt.privileged, prompt.response_ids) == ("4", "default", None, ())
+    assert (prompt.answer, prompt.teacher, prompt.response_ids) == ("4", "default", ())
     assert prompt.columns == {"level": "easy"}
 
 
@@ -85,7 +85,7 @@ def test_the_last_turn_of_the_assistant_is_dropped_or_kept(tmp_path: Path) -> No
 
 
 def test_named_columns_fill_their_fields(tmp_path: Path) -> None:
-    row = {"q": "2+2?", "solution": "4", "key": 7, "who": "math", "hint": "count", "said": "Four", "level": 1}
+    row = {"q": "2+2?", "solution": "4", "key": 7, "who": "math", "said": "Four", "level": 1}
     (prompt,) = load(
         tmp_path,
         [row],
@@ -93,10 +93,9 @@ def test_named_columns_fill_their_fields(tmp_path: Path) -> None:
         answer_column="solution",
         id_column="key",
         teacher_column="who",
-        privileged_column="hint",
         response_column="said",
     ).prompts
-    assert (prompt.id, prompt.answer, prompt.teacher, prompt.privileged) == ("7", "4", "math", "count")
+    assert (prompt.id, prompt.answer, prompt.teacher) == ("7", "4", "math")
     assert byte_tokenizer().decode(list(prompt.response_ids)) == "Four<|end|>"
     assert prompt.columns == {"solution": "4", "level": 1}, "a grader may ask for the answer by its own name"
 
@@ -142,7 +141,7 @@ def test_bad_rows_can_be_refused_all_at_once(tmp_path: Path) -> None:
 
 def test_a_missing_value_in_a_named_column_is_a_bad_row(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "hint": "h"}, {"prompt": "b"}, {"prompt": "c", "hint": ""}]
-    report = load(tmp_path, rows, privileged_column="hint").report
+    report = load(tmp_path, rows, response_column="hint").report
     assert report.skipped == {"malformed": 2} and "'hint'" in report.examples["malformed"][0]
 
 

@@ -77,7 +77,7 @@ def test_the_server_that_is_promised_for_some_evidence_is_one_that_gives_it():
     """What `tropd explain` says of servers is what the clients of servers say of themselves."""
     offered = reduce(Needs.__or__, (dialect.capabilities for dialect in DIALECTS.values()))
     for need in OF_TEACHER & ~Needs.HIDDEN:
-        if need in EVIDENCE and need != Needs.REFERENCE:  # another teacher's log-probabilities, as SAMPLED
+        if need in EVIDENCE:
             assert EVIDENCE[need][1].startswith("no server") == (need not in offered), need.name
 
 

@@ -143,7 +143,7 @@ def test_the_total_is_what_the_record_says_or_else_the_sum() -> None:
 
 
 def test_phases_come_in_the_order_of_a_step_and_share_what_was_spent() -> None:
-    seconds = {"save": 1.0, "train": 2.0, "rollout": 5.0, "plan": 0.0, "total": 99.0}
+    seconds = {"save": 1.0, "train": 2.0, "rollout": 5.0, "score": 0.0, "total": 99.0}
     assert shares(seconds) == {"rollout": 0.625, "train": 0.25, "save": 0.125}
     assert list(shares(seconds)) == ["rollout", "train", "save"]
     assert shares({}) == {}

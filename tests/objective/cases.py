@@ -64,7 +64,6 @@ def describe(
         num_actions_S=torch.bincount(sequences[action], minlength=num),
         behavior_logprobs_N=view.logprobs_N,
         student_logprobs_N=view.logprobs_N,
-        reference_logprobs_N=view.logprobs_N - 0.1,
         rewards_S=(torch.arange(num) % 2).to(logits.dtype),
         groups_S=torch.arange(num) // 2,
         **evidence,

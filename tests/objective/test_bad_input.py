@@ -40,7 +40,6 @@ _FIELDS = {
     "teacher_entropy_N": Needs.TEACHER_ENTROPY,
     "student_entropy_N": Needs.STUDENT_ENTROPY,
     "reverse_kl_N": Needs.REVERSE_KL,
-    "reference_logprobs_N": Needs.REFERENCE,
     "rewards_S": Needs.REWARD,
 }
 _VIEW = {

@@ -89,8 +89,6 @@ def test_top_k_beyond_the_vocabulary_is_the_whole_vocabulary() -> None:
 def test_requests_that_cannot_be_answered_are_refused() -> None:
     teacher = LocalTeacher(tiny_model())
     rollouts = rollouts_of()
-    with pytest.raises(EvidenceError, match="REFERENCE"):
-        teacher.score(ScoreRequest(rollouts, Needs.REFERENCE))
     with pytest.raises(EvidenceError, match="top_k = 0"):
         teacher.score(ScoreRequest(rollouts, Needs.TOPK))
     with pytest.raises(EvidenceError, match="student_topk_ids_TJ"):

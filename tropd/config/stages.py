@@ -36,8 +36,6 @@ class DataConfig(Ranged):
     """Unique names of the rows; without it a prompt is named by a hash of its content."""
     teacher_column: str | None = None
     """Which teacher scores the prompt."""
-    privileged_column: str | None = None
-    """What only the teacher may read."""
     response_column: str | None = None
     """A written answer, kept as off-policy text."""
     last_assistant: Literal["drop", "prefix"] = "drop"

@@ -145,7 +145,7 @@ class PromptReader:
         self._check_length(token_ids)
         if config.response_column is not None:
             response = read_text(row, config.response_column)
-        asked = (config.id_column, config.teacher_column, config.privileged_column, config.response_column)
+        asked = (config.id_column, config.teacher_column, config.response_column)
         taken = {self.source, *asked, *(["answer"] if config.answer_column == "answer" else [])}
         return Prompt(
             id=content_id if config.id_column is None else read_scalar(row, config.id_column),
@@ -153,7 +153,6 @@ class PromptReader:
             messages=messages,
             answer=read_scalar(row, config.answer_column) if row.get(config.answer_column) is not None else None,
             teacher="default" if teacher is None else teacher,
-            privileged=None if config.privileged_column is None else read_text(row, config.privileged_column),
             response_ids=chat.encode_response(response, self.tokenizer, self._end_id) if response else (),
             columns={column: value for column, value in row.items() if column not in taken},
         )
@@ -199,7 +198,6 @@ def _source_column(config: DataConfig, table: Table) -> str:
     for knob, column in (
         ("id_column", config.id_column),
         ("teacher_column", config.teacher_column),
-        ("privileged_column", config.privileged_column),
         ("response_column", config.response_column),
         ("answer_column", config.answer_column if config.answer_column != "answer" else None),
         *((f"{default}_column", column if column != default else None) for default, column in defaults.items()),

@@ -148,7 +148,7 @@ class LazyPromptStream:
 
 def name_of(prompt: Prompt) -> str:
     """Another one for whatever a run reads of a prompt: an id may stay when its row is changed."""
-    read = (prompt.token_ids, prompt.answer, prompt.teacher, prompt.privileged, prompt.response_ids)
+    read = (prompt.token_ids, prompt.answer, prompt.teacher, prompt.response_ids)
     columns = json.dumps(dict(prompt.columns), sort_keys=True, default=lambda value: type(value).__name__)
     return _fingerprint([prompt.id, repr(read), columns])
 

@@ -29,7 +29,7 @@ END = 0
 class TabularLM(Engine, Teacher):
     """A table of next-token logits, float64."""
 
-    capabilities = OF_TEACHER & ~(Needs.REFERENCE | Needs.HIDDEN)
+    capabilities = OF_TEACHER & ~Needs.HIDDEN
     device = torch.device("cpu")
     expands = False
     margin: float | None = 1e-6

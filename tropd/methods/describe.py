@@ -46,7 +46,6 @@ EVIDENCE: dict[Needs, tuple[str, str]] = {
         "KL(student || teacher) over the whole vocabulary at each token",
         "no server: the teacher must be in this process",
     ),
-    Needs.REFERENCE: ("a second teacher's log-probability of each written token", "as for the first teacher"),
     Needs.STUDENT_ENTROPY: ("the student's entropy at each token", "nothing: the student's own pass gives it"),
     Needs.REWARD: ("a grader's number for each sequence", "nothing: `data.grader` gives it"),
 }

@@ -25,7 +25,6 @@ from tropd.types import StepRecord
 PHASES = {
     "rollout": "cyan",
     "score": "magenta",
-    "plan": "yellow",
     "train": "green",
     "sync": "blue",
     "record": "bright_black",

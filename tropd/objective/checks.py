@@ -18,7 +18,6 @@ _LOGPROBS = (
     "teacher_topk_logprobs_NK",
     "teacher_at_student_topk_NJ",
     "teacher_full_logprobs_NV",
-    "reference_logprobs_N",
 )
 _SLACK = 1e-2  # a bfloat16 log-softmax can exceed 0 by rounding; logits exceed it by far more
 _SUM_SLACK = 0.1  # sums over the vocabulary collect more of it

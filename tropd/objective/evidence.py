@@ -38,8 +38,6 @@ class Needs(Flag):
     STUDENT_ENTROPY = auto()
     REVERSE_KL = auto()
     """KL(student || teacher) over the whole vocabulary at each token, as a number without gradient."""
-    REFERENCE = auto()
-    """log pi_reference of the written token (a second teacher)."""
     REWARD = auto()
     """A grader's number for each sequence."""
 
@@ -52,7 +50,6 @@ OF_TEACHER = (
     | Needs.HIDDEN
     | Needs.TEACHER_ENTROPY
     | Needs.REVERSE_KL
-    | Needs.REFERENCE
 )
 """The part of Needs that only a teacher can answer."""
 
@@ -72,7 +69,6 @@ _SOURCE = {
     "teacher_entropy_N": Needs.TEACHER_ENTROPY,
     "student_entropy_N": Needs.STUDENT_ENTROPY,
     "reverse_kl_N": Needs.REVERSE_KL,
-    "reference_logprobs_N": Needs.REFERENCE,
     "rewards_S": Needs.REWARD,
 }
 
@@ -142,7 +138,6 @@ class Tokens(Evidence):
     teacher_entropy_N: Tensor = ABSENT
     student_entropy_N: Tensor = ABSENT
     reverse_kl_N: Tensor = ABSENT
-    reference_logprobs_N: Tensor = ABSENT
     rewards_S: Tensor = ABSENT
     groups_S: Tensor = ABSENT
     """Sequences with the same number answer the same prompt."""

@@ -169,7 +169,7 @@ CHARTS = (
         title="Seconds of each phase",
         about="Where the time of a step goes.",
         kind="stacked",
-        lines=every("seconds/", ("rollout", "score", "plan", "train", "sync", "record", "evaluate")),
+        lines=every("seconds/", ("rollout", "score", "train", "sync", "record", "evaluate")),
         format="seconds",
     ),
     Chart(

@@ -35,7 +35,7 @@ class LocalTeacher(Teacher):
     `within` is the context in which it is asked, such as the student's adapter switched off, and it is as before
     afterwards."""
 
-    capabilities = OF_TEACHER & ~Needs.REFERENCE
+    capabilities = OF_TEACHER
     forward: Forward
 
     def __init__(

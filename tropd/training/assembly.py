@@ -71,7 +71,6 @@ class Parts:
 def load_parts(run: Run, directory: Path, world: Ranks = ALONE) -> Parts:
     """Load everything.  `directory` is where the teachers' texts are kept."""
     device = choose_device(run.device)
-    _check_columns(run.data)
     grader = resolve_grader(run.grader) if run.grader else None
     eval_grader = _eval_grader(run)
     tokenizer = load_tokenizer(run.student, "student")
@@ -165,15 +164,6 @@ def _shards(run: Run, model: Any, world: Ranks) -> Shards | None:
 def _eval_grader(run: Run) -> Grader | None:
     name = run.evaluation.grader or run.grader
     return resolve_grader(name) if name else None
-
-
-def _check_columns(data: DataConfig) -> None:
-    """Refuse what the data set would bring and no teacher would read."""
-    if data.privileged_column is not None:
-        raise ConfigError(
-            f"data.privileged_column is {data.privileged_column!r}, which asks for what only the teacher may read, but "
-            "teachers read exactly the student's tokens: it would do nothing. Leave it out."
-        )
 
 
 def _without_dropout(model: Any) -> list[str]:
