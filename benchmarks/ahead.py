@@ -30,7 +30,7 @@ import tyro
 from step import Settings as Models
 from step import prepare
 
-from tests.vllm.vllm import PYTHON, serve
+from tests.real_vllm.vllm import PYTHON, serve
 from tropd.monitoring.display import Silent
 
 OTHERS = 0.1
@@ -175,7 +175,7 @@ def medians(steps: list[Step]) -> dict[str, float]:
     return {**phases, "step": statistics.median(step.seconds for step in steps)}
 
 
-def show(steps: dict[int, list[Step]], plans: dict[int, Any]) -> None:
+def show(steps: dict[int, list[Step]], forecasts: dict[int, Any]) -> None:
     quiet = {k: [step for step in found if step.others <= OTHERS] for k, found in steps.items()}
     for k, found in quiet.items():
         print(f"staleness {k}: {len(found)} of {len(steps[k])} steps were quiet")
@@ -187,15 +187,15 @@ def show(steps: dict[int, list[Step]], plans: dict[int, Any]) -> None:
         print(f"staleness {k}, medians in seconds: {', '.join(f'{name} {x:.2f}' for name, x in found.items())}")
     print(f"synchronous / ahead: {now['step'] / ahead['step']:.2f}")
     print(f"promised by the synchronous phases: {promised:.2f} s, {now['step'] / promised:.2f}")
-    planned = {k: plan.step_seconds for k, plan in plans.items()}
-    phases = ", ".join(f"{name} {x:.2f}" for name, x in plans[0].seconds.items())
+    planned = {k: forecast.step_seconds for k, forecast in forecasts.items()}
+    phases = ", ".join(f"{name} {x:.2f}" for name, x in forecasts[0].seconds.items())
     print(f"tropd plan: {planned[0]:.2f} and {planned[1]:.2f} s, {planned[0] / planned[1]:.2f} ({phases})")
 
 
 def main(s: Settings) -> None:
     if not PYTHON.exists():
         sys.exit("vLLM is not installed: make vllm.")
-    from tropd.planning import make_plan, measure_here
+    from tropd.planning import make_forecast, measure_here
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
@@ -207,7 +207,7 @@ def main(s: Settings) -> None:
             steps = measure(folder, server.url, server.process.pid, s)
             device = measure_here(seconds=2.0)
             runs = {k: run_of(folder, server.url, "planned", k, s) for k in (0, 1)}
-            show(steps, {k: make_plan(run, device) for k, run in runs.items()})
+            show(steps, {k: make_forecast(run, device) for k, run in runs.items()})
     print(json.dumps({"settings": asdict(s), "steps": {k: [asdict(x) for x in found] for k, found in steps.items()}}))
 
 

@@ -3,8 +3,8 @@
     python benchmarks/plan.py
 
 Random models (student 4 x 256, teacher 6 x 384, 8 prompts of 64 tokens, 128 new ones, nobody stops early, so that the
-plan knows the lengths), one thread, seconds of wall clock, medians over steps.  The machine's speed is measured first,
-as `--cluster here` does.  Run it on a quiet machine: the prediction knows nothing of neighbours.
+forecast knows the lengths), one thread, seconds of wall clock, medians over steps.  The machine's speed is measured
+first, as `--cluster here` does.  Run it on a quiet machine: the prediction knows nothing of neighbours.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from rich.table import Table
 from step import Settings, prepare
 
 PHASES = {"write": "rollout", "score": "score", "train": "train"}
-"""The plan's names, and those of the records."""
+"""The forecast's names, and those of the records."""
 
 
 def compare(vocabulary: int, steps: int = 5) -> dict[str, dict[str, float]]:
     from tropd.config.file import build
     from tropd.monitoring.alarms import Alarms
-    from tropd.planning import make_plan, measure_here
+    from tropd.planning import make_forecast, measure_here
     from tropd.run.start import assemble
     from tropd.training.iteration import iterate
     from tropd.training.source import Source
@@ -49,7 +49,7 @@ def compare(vocabulary: int, steps: int = 5) -> dict[str, dict[str, float]]:
             },
             "benchmark",
         )
-        plan = make_plan(run, measure_here(seconds=2.0))
+        forecast = make_forecast(run, measure_here(seconds=2.0))
         parts, alarms, measured = assemble(run, Path(folder)), Alarms(run.alarms), []
         source = Source(parts)
         for step in range(steps):
@@ -58,7 +58,7 @@ def compare(vocabulary: int, steps: int = 5) -> dict[str, dict[str, float]]:
     found = {}
     for ours, theirs in PHASES.items():
         took = statistics.median(seconds[theirs] for seconds in measured[1:])
-        found[ours] = {"predicted": plan.seconds[ours], "measured": took, "ratio": took / plan.seconds[ours]}
+        found[ours] = {"predicted": forecast.seconds[ours], "measured": took, "ratio": took / forecast.seconds[ours]}
     total = {key: sum(phase[key] for phase in found.values()) for key in ("predicted", "measured")}
     return {**found, "step": {**total, "ratio": total["measured"] / total["predicted"]}}
 

@@ -22,7 +22,7 @@ from tests.run_case import Order
 from tests.small_runs import save_model, write_run
 from tests.tiny import VOCAB, byte_tokenizer, tiny_model
 from tropd.checkpoints import checkpoint as checkpoints
-from tropd.checkpoints.run_folder import alone
+from tropd.checkpoints.run_folder import locked
 from tropd.config import file as config_file
 from tropd.errors import CheckpointError, ConfigError
 from tropd.monitoring.records import read_records
@@ -73,7 +73,7 @@ def test_a_second_interrupt_stops_at_once_and_the_run_still_goes_on(models: Path
 
 def test_two_processes_cannot_work_on_one_run(copied: Path) -> None:
     path = copied / "run.toml"
-    with alone(copied), pytest.raises(CheckpointError, match="another process"):
+    with locked(copied), pytest.raises(CheckpointError, match="another process"):
         start.resume(copied)
     assert path.exists()
     assert run_case.resume(copied).code == 0, "the lock is gone with its holder"

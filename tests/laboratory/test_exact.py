@@ -13,7 +13,7 @@ from rich.console import Console
 from tropd.cli.exact import demonstrate
 from tropd.cli.main import main
 from tropd.errors import ConfigError
-from tropd.laboratory.exact import ARMS, Curve, Setting, divergences, make_pair, run_all, run_one, smallest_log_ratio
+from tropd.laboratory.exact import ARMS, Curve, Setting, divergences, make_tables, run_all, run_one, smallest_log_ratio
 from tropd.laboratory.exact_report import findings, mean_of
 
 TINY = Setting(
@@ -26,7 +26,7 @@ def test_a_run_measures_before_the_first_step_and_after_the_last():
     assert curve.steps == (0, 3, 6, 7)
     assert len(curve.gradient_norm) == 7
     assert (curve.reverse_kl[0], curve.forward_kl[0], curve.total_variation[0]) == divergences(
-        *make_pair(TINY, 0, 0.1), TINY.max_new_tokens
+        *make_tables(TINY, 0, 0.1), TINY.max_new_tokens
     )
 
 
@@ -41,7 +41,7 @@ def test_every_arm_starts_from_the_same_pair_and_a_second_run_gives_the_same_num
 def test_the_student_disagrees_strongly_where_it_goes_astray_and_little_elsewhere():
     near, far = (dataclasses.replace(Setting(), astray=share) for share in (0.0, 1.0))
     assert smallest_log_ratio(far) < -12.0 < -4.0 < smallest_log_ratio(near)
-    gaps = [divergences(*make_pair(s, 0, 0.1), 12)[0] for s in (near, far)]
+    gaps = [divergences(*make_tables(s, 0, 0.1), 12)[0] for s in (near, far)]
     assert gaps[1] > 5 * gaps[0]
 
 

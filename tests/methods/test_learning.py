@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from tropd.laboratory.exact import Setting, distil, make_pair
+from tropd.laboratory.exact import Setting, distil, make_tables
 from tropd.laboratory.tabular import TabularLM, sequence_kl, visits
 from tropd.methods import METHODS, Method
 from tropd.methods.describe import describe
@@ -31,7 +31,7 @@ def with_small_support(name: str) -> Method:
 
 
 def trained(name: str, setting: Setting) -> tuple[TabularLM, TabularLM, list[float]]:
-    student, teacher = make_pair(setting, SEED, 0.1)
+    student, teacher = make_tables(setting, SEED, 0.1)
     return student, teacher, list(distil(with_small_support(name), student, teacher, setting, SEED))
 
 
@@ -80,7 +80,7 @@ def test_the_divergence_that_a_method_targets_falls_below_three_fifths(name):
     # Forward KL from the student's own samples cannot see a token that the student never draws.
     sharpness = 1.0 if name == "opd_plus" else SMALL.sharpness
     setting = dataclasses.replace(SMALL, num_steps=35, sharpness=sharpness)
-    before = target(*make_pair(setting, SEED, 0.1))
+    before = target(*make_tables(setting, SEED, 0.1))
     with torch.enable_grad():
         student, teacher, _ = trained(name, setting)
     assert target(student, teacher) < 0.6 * before
@@ -88,7 +88,7 @@ def test_the_divergence_that_a_method_targets_falls_below_three_fifths(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_said_about_a_student_that_equals_its_teacher_is_so(name):
-    _, teacher = make_pair(SMALL, SEED, 0.1)
+    _, teacher = make_tables(SMALL, SEED, 0.1)
     student = TabularLM(teacher.logits.detach(), learning_rate=0.0)
     norms = list(distil(with_small_support(name), student, teacher, SMALL, SEED))
     if describe(name).at_teacher == "no signal, at any token.":

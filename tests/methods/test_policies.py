@@ -24,7 +24,7 @@ from tropd.objective.rewards import LogRatio
 from tropd.objective.schedules import Schedule
 from tropd.objective.selectors import STUDENT, TEACHER
 from tropd.objective.terms import Term
-from tropd.planning import DEVICES, make_plan
+from tropd.planning import DEVICES, make_forecast
 from tropd.rollout.scripted import ScriptedEngine
 from tropd.rollout.stage import roll_out
 from tropd.types import Author, Prompt, Sampling
@@ -116,10 +116,10 @@ def test_a_policy_of_ones_own_is_explained(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_policy_of_ones_own_is_planned_and_examined(tmp_path) -> None:
     run = run_of(write_models(tmp_path), rollout={"max_new_tokens": BUDGET, "num_rollouts": 3, "num_prompts": 2})
-    plan = make_plan(replace(run, method=Mine()), DEVICES["h100"])
-    assert plan.texts.by_student == 6 and plan.texts.prefix == 2 and plan.texts.by_teacher == 4
-    assert plan.texts.written == 6 * (BUDGET - 2)
-    assert plan.seconds["prefix"] > 0
+    forecast = make_forecast(replace(run, method=Mine()), DEVICES["h100"])
+    assert forecast.texts.by_student == 6 and forecast.texts.prefix == 2 and forecast.texts.by_teacher == 4
+    assert forecast.texts.written == 6 * (BUDGET - 2)
+    assert forecast.seconds["prefix"] > 0
     subject, _ = read_subject(replace(run, method=Mine(number=8)))
     assert subject is not None
     (check,) = check_guidance(subject)

@@ -1,4 +1,4 @@
-"""A plan counts what the models' configurations say, scales as arithmetic does, and refuses what it does not know."""
+"""A forecast counts what the models' configurations say, scales as arithmetic does, and refuses what is unknown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tropd.config.models import LoraConfig
 from tropd.config.stages import ParallelConfig
 from tropd.errors import ConfigError
 from tropd.methods import METHODS
-from tropd.planning import DEVICES, Device, make_plan, read_cluster
+from tropd.planning import DEVICES, Device, make_forecast, read_cluster
 
 SLOW_MEMORY = Device(name="slow memory", memory=1e12, operations=1e30, bandwidth=1e3)
 SLOW_UNITS = Device(name="slow units", memory=1e12, operations=1e3, bandwidth=1e30)
@@ -32,45 +32,45 @@ def test_memory_is_the_models_own(run):
     from transformers import AutoModelForCausalLM
 
     student = AutoModelForCausalLM.from_pretrained(run.student.path)
-    assert make_plan(run, SLOW_CPU).need.student == 4 * sum(p.numel() for p in student.parameters())
+    assert make_forecast(run, SLOW_CPU).need.student == 4 * sum(p.numel() for p in student.parameters())
 
 
 def test_arithmetic_is_spread_over_devices_and_what_each_reads_is_not(run):
     run = replace(run, parallel=ParallelConfig(student="replicated"))
-    one, two = (make_plan(run, SLOW_UNITS, n).seconds for n in (1, 2))
+    one, two = (make_forecast(run, SLOW_UNITS, n).seconds for n in (1, 2))
     assert all(one[phase] == pytest.approx(2 * two[phase]) for phase in one)
-    one, two = (make_plan(run, SLOW_MEMORY, n).seconds for n in (1, 2))
+    one, two = (make_forecast(run, SLOW_MEMORY, n).seconds for n in (1, 2))
     assert one["train"] == two["train"] and one["score"] == two["score"]
 
 
 def test_training_takes_three_forward_passes_of_arithmetic_and_an_adapter_two(run):
-    plan = make_plan(run, SLOW_UNITS)  # student and teacher have the same size
-    assert plan.seconds["train"] * 0.35 == pytest.approx(3 * plan.seconds["score"] * 0.5)
+    forecast = make_forecast(run, SLOW_UNITS)  # student and teacher have the same size
+    assert forecast.seconds["train"] * 0.35 == pytest.approx(3 * forecast.seconds["score"] * 0.5)
     lora = replace(run, student=replace(run.student, lora=LoraConfig(rank=1)))
-    adapted = make_plan(lora, SLOW_UNITS)
-    assert 2 < adapted.seconds["train"] * 0.35 / (plan.seconds["score"] * 0.5) < 2.4
+    adapted = make_forecast(lora, SLOW_UNITS)
+    assert 2 < adapted.seconds["train"] * 0.35 / (forecast.seconds["score"] * 0.5) < 2.4
     again = replace(run, student=replace(run.student, gradient_checkpointing=True))
-    assert 3 < make_plan(again, SLOW_UNITS).seconds["train"] * 0.35 / (plan.seconds["score"] * 0.5) < 4
+    assert 3 < make_forecast(again, SLOW_UNITS).seconds["train"] * 0.35 / (forecast.seconds["score"] * 0.5) < 4
     shares = replace(run, optimizer=replace(run.optimizer, num_updates=2))  # halves of the batch, measured before
-    assert make_plan(shares, SLOW_UNITS).seconds["train"] == pytest.approx(plan.seconds["train"])
-    assert make_plan(shares, SLOW_UNITS).seconds["measure"] == pytest.approx(plan.seconds["score"])
+    assert make_forecast(shares, SLOW_UNITS).seconds["train"] == pytest.approx(forecast.seconds["train"])
+    assert make_forecast(shares, SLOW_UNITS).seconds["measure"] == pytest.approx(forecast.seconds["score"])
 
 
 def test_teacher_servers_score_with_the_teachers_size(run, tmp_path):
     save_model(tmp_path / "large", tiny_model("qwen3", seed=2, tied=True, width=64))
     large = replace(run, teacher=replace(run.teacher, path=str(tmp_path / "large")))
-    inside, away = (make_plan(r, SLOW_UNITS) for r in (large, with_servers(large, teachers=1)))
+    inside, away = (make_forecast(r, SLOW_UNITS) for r in (large, with_servers(large, teachers=1)))
     assert away.need.teacher == 0 < inside.need.teacher
-    assert away.seconds["score"] == inside.seconds["score"] > 2 * make_plan(run, SLOW_UNITS).seconds["score"]
+    assert away.seconds["score"] == inside.seconds["score"] > 2 * make_forecast(run, SLOW_UNITS).seconds["score"]
 
 
 def test_prefixes_are_written_by_the_teacher_once_and_not_by_the_student(run):
-    opd = make_plan(replace(run, method=METHODS["opd"]()), SLOW_UNITS)
-    tropd = make_plan(run, SLOW_UNITS)  # a prefix of 0.4 x 10 tokens, one text for the two rollouts of a prompt
+    opd = make_forecast(replace(run, method=METHODS["opd"]()), SLOW_UNITS)
+    tropd = make_forecast(run, SLOW_UNITS)  # a prefix of 0.4 x 10 tokens, one text for the two rollouts of a prompt
     assert opd.texts.by_teacher == 0 and "prefix" not in opd.seconds
     assert opd.texts.written == 6 * 10 and tropd.texts.written == 6 * (10 - tropd.texts.prefix)
     assert 0 < tropd.texts.prefix <= 4 and tropd.texts.by_teacher == 3
-    later = make_plan(replace(run, steps=2000), SLOW_UNITS).texts  # all twenty prompts are answered after seven steps
+    later = make_forecast(replace(run, steps=2000), SLOW_UNITS).texts  # all prompts are answered after seven steps
     assert later.by_teacher == pytest.approx(20 / 2000, rel=0.1)
 
 
@@ -83,7 +83,7 @@ def with_servers(run, writers=0, teachers=0, staleness=0):
 @pytest.mark.parametrize(("writers", "teachers"), [(1, 0), (2, 0), (1, 1), (3, 2)])
 @pytest.mark.parametrize("device", [SLOW_UNITS, SLOW_MEMORY, SLOW_DISK, DEVICES["h100"]], ids=lambda d: d.name)
 def test_a_step_is_the_sum_of_its_phases_or_the_longer_side_and_what_cannot_overlap(run, device, writers, teachers):
-    now, ahead = (make_plan(with_servers(run, writers, teachers, s), device, 2) for s in (0, 1))
+    now, ahead = (make_forecast(with_servers(run, writers, teachers, s), device, 2) for s in (0, 1))
     seconds = now.seconds
     assert seconds == ahead.seconds and set(seconds) == {"prefix", "write", "score", "train", "sync"}
     assert now.step_seconds == pytest.approx(sum(seconds.values()))
@@ -98,30 +98,30 @@ def test_a_step_is_the_sum_of_its_phases_or_the_longer_side_and_what_cannot_over
 
 @pytest.mark.parametrize("device", [SLOW_UNITS, SLOW_MEMORY, DEVICES["h100"]], ids=lambda d: d.name)
 def test_more_servers_are_never_slower_but_in_taking_their_weights(run, device):
-    plan = make_plan(with_servers(run, 1, 1, 1), replace(device, disk=float("inf")))
+    forecast = make_forecast(with_servers(run, 1, 1, 1), replace(device, disk=float("inf")))
     for staleness in (0, 1):
         for few, many in (((1, 1), (2, 1)), ((2, 1), (2, 2)), ((2, 2), (5, 3)), ((5, 3), (6, 3))):
-            assert plan.step_with(*many, staleness) <= plan.step_with(*few, staleness)
-    one, two = (make_plan(with_servers(run, n), SLOW_DISK).seconds["sync"] for n in (1, 2))
+            assert forecast.step_with(*many, staleness) <= forecast.step_with(*few, staleness)
+    one, two = (make_forecast(with_servers(run, n), SLOW_DISK).seconds["sync"] for n in (1, 2))
     assert two == pytest.approx(1.5 * one)  # written once, read by each
 
 
 @pytest.mark.parametrize("teachers", [0, 1])
 def test_the_fewest_servers_that_keep_the_trainer_busy(run, teachers):
-    plan = make_plan(with_servers(run, 1, teachers, 1), SLOW_UNITS, 6)
-    writers, asked = plan.busy
-    servers, own, _ = plan.split(writers, asked)
+    forecast = make_forecast(with_servers(run, 1, teachers, 1), SLOW_UNITS, 6)
+    writers, asked = forecast.busy
+    servers, own, _ = forecast.split(writers, asked)
     assert servers <= own and (asked > 0) == (teachers > 0)
     one_less = [(w, writers + asked - 1 - w) for w in range(1, writers + asked - 1)] if teachers else [(writers - 1, 0)]
     assert one_less and one_less[0][0] > 0
     for fewer in one_less:
-        servers, own, _ = plan.split(*fewer)
+        servers, own, _ = forecast.split(*fewer)
         assert servers > own
 
 
 def test_no_number_of_servers_is_enough_where_one_answer_takes_too_long(run, capsys, tmp_path, monkeypatch):
     asked = with_servers(run, 1, 1, 1)
-    assert make_plan(asked, SLOW_MEMORY).busy is None  # each token of an answer reads all the weights
+    assert make_forecast(asked, SLOW_MEMORY).busy is None  # each token of an answer reads all the weights
     (tmp_path / "run.toml").write_text(config_file.dump(asked))
     monkeypatch.setitem(DEVICES, "slow", SLOW_MEMORY)
     assert main(["plan", str(tmp_path / "run.toml"), "--cluster", "slow"]) == 0
@@ -132,26 +132,26 @@ def test_a_tiny_models_step_takes_what_starting_its_operations_and_handling_its_
     """Two layers of width 32: no device is so fast that a step takes microseconds."""
     endless = Device(name="endless", memory=1e12, operations=1e30, bandwidth=1e30, launch=1.0, token=0.0)
     opd = replace(run, method=METHODS["opd"]())
-    seconds = make_plan(opd, endless).seconds
+    seconds = make_forecast(opd, endless).seconds
     started = seconds["score"]  # one forward pass
     assert started == 50 * (2 + 2)
     assert seconds["train"] == 5 * started and seconds["write"] == 10 * started  # 10 tokens, one batch
-    halves = make_plan(replace(opd, rollout=replace(opd.rollout, max_batch=3)), endless).seconds
+    halves = make_forecast(replace(opd, rollout=replace(opd.rollout, max_batch=3)), endless).seconds
     assert halves["write"] == 2 * seconds["write"]
-    replayed = make_plan(with_servers(opd, 1), replace(endless, disk=float("inf"))).seconds
+    replayed = make_forecast(with_servers(opd, 1), replace(endless, disk=float("inf"))).seconds
     assert replayed["write"] == seconds["write"] / 10
     many = replace(endless, launch=0.0, token=1.0)
-    plan = make_plan(opd, many)
-    assert plan.seconds["score"] == plan.texts.read and plan.seconds["train"] == 2 * plan.texts.read
-    assert plan.seconds["write"] == 6 * 10
+    forecast = make_forecast(opd, many)
+    assert forecast.seconds["score"] == forecast.texts.read and forecast.seconds["train"] == 2 * forecast.texts.read
+    assert forecast.seconds["write"] == 6 * 10
     for device in DEVICES.values():
-        assert make_plan(run, device).step_seconds > 1e-3
+        assert make_forecast(run, device).step_seconds > 1e-3
 
 
 def test_a_floor_changes_nothing_where_the_arithmetic_takes_longer(run):
     for device in (SLOW_UNITS, SLOW_MEMORY):
         free = replace(device, launch=0.0, token=0.0)
-        assert make_plan(run, device).seconds == make_plan(run, free).seconds
+        assert make_forecast(run, device).seconds == make_forecast(run, free).seconds
 
 
 def test_this_machine_says_what_it_takes_to_start_an_operation():
@@ -160,8 +160,8 @@ def test_this_machine_says_what_it_takes_to_start_an_operation():
 
 
 def test_a_plan_for_gpus_is_made_in_their_precision(run):
-    there = make_plan(replace(run, device="auto"), DEVICES["h100"])
-    here = make_plan(run, SLOW_CPU)
+    there = make_forecast(replace(run, device="auto"), DEVICES["h100"])
+    here = make_forecast(run, SLOW_CPU)
     assert here.need.student == 2 * there.need.student and here.need.masters == 0 < there.need.masters
 
 
@@ -221,21 +221,21 @@ def test_servers_are_advised_only_where_the_student_writes_and_the_step_gets_sho
 
 def test_lengths_that_training_refuses_are_refused_and_prompts_that_it_skips_are_told(run, tmp_path, capsys):
     with pytest.raises(ConfigError, match="would refuse this run: .*answers of up to 5000 tokens leave no room"):
-        make_plan(replace(run, rollout=replace(run.rollout, max_new_tokens=5000)), SLOW_UNITS)
+        make_forecast(replace(run, rollout=replace(run.rollout, max_new_tokens=5000)), SLOW_UNITS)
     rows = [{"prompt": "1+1=" * times, "answer": "2"} for times in (1, 2, 200)]
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
     long = replace(run, data=replace(run.data, path=str(tmp_path / "long.jsonl")))
     assert "1 of 3 prompts" in " ".join(said_of(long, tmp_path, capsys).split())
-    assert make_plan(run, SLOW_UNITS).cautions == ()
+    assert make_forecast(run, SLOW_UNITS).cautions == ()
 
 
 def test_what_servers_hold_is_counted_where_they_are(run, tmp_path, capsys, monkeypatch):
     small = Device(name="small", memory=1.0, operations=1e12, bandwidth=1e12)
-    plan = make_plan(with_servers(run, 1, 1), small)
-    student = plan.need.student
-    assert plan.served == {"rollout": student, "teacher": student} and make_plan(run, small).served == {}
+    forecast = make_forecast(with_servers(run, 1, 1), small)
+    student = forecast.need.student
+    assert forecast.served == {"rollout": student, "teacher": student} and make_forecast(run, small).served == {}
     rollout = replace(run.rollout, servers=("http://127.0.0.1:1",), servers_sleep=True, num_prompts=1, num_rollouts=1)
-    beside = make_plan(replace(run, rollout=rollout), small)
+    beside = make_forecast(replace(run, rollout=rollout), small)
     assert beside.peak >= beside.need.weights + beside.need.moments + beside.need.masters + student
     (tmp_path / "run.toml").write_text(config_file.dump(with_servers(run, 1, 1)))
     monkeypatch.setitem(DEVICES, "small", small)
@@ -244,7 +244,7 @@ def test_what_servers_hold_is_counted_where_they_are(run, tmp_path, capsys, monk
 
 
 def test_sharding_divides_training_state_and_makes_devices_wait_for_their_layers(run):
-    one, four = (make_plan(run, DEVICES["h100"], n) for n in (1, 4))
+    one, four = (make_forecast(run, DEVICES["h100"], n) for n in (1, 4))
     numbers = one.need.student / 2
     assert one.each == one.need and one.phases["train"].received == 0
     assert four.each.moments == pytest.approx(8 * numbers / 4, abs=1)
@@ -253,12 +253,12 @@ def test_sharding_divides_training_state_and_makes_devices_wait_for_their_layers
     gathered = (2 * 2 + 4 + 2) * numbers * 3 / 4  # one micro-batch: weights twice, gradients; the whole for rollouts
     assert four.phases["train"].received == pytest.approx(gathered)
     slow = Device(name="slow link", memory=1e12, operations=1e30, bandwidth=1e30, link=1.0)
-    assert make_plan(run, slow, 4).seconds["train"] == pytest.approx(gathered)
+    assert make_forecast(run, slow, 4).seconds["train"] == pytest.approx(gathered)
 
 
 def test_adapters_are_whole_on_every_device(run):
     lora = replace(run, student=replace(run.student, lora=LoraConfig(rank=2)))
-    four = make_plan(lora, DEVICES["h100"], 4)
+    four = make_forecast(lora, DEVICES["h100"], 4)
     assert four.each.moments == four.need.moments and four.each.emptied == 0
     assert four.phases["train"].received == pytest.approx(2 * four.need.moments / 2 * 3 / 4)  # gradients in float32
 

@@ -19,7 +19,7 @@ from tropd.config.run import Run
 from tropd.doctor import examine
 from tropd.errors import ConfigError, DataError, EvidenceError, TeacherError, TropdError, VocabularyError
 from tropd.planning.devices import DEVICES
-from tropd.planning.plan import make_plan
+from tropd.planning.forecast import make_forecast
 from tropd.report.contents import charts_of
 from tropd.report.history import read_history
 from tropd.rollout.transformers import TransformersEngine
@@ -248,7 +248,7 @@ def test_a_teacher_that_knows_nothing_is_found_among_good_ones(world: Path, tmp_
 
 def test_a_plan_says_that_it_reckons_with_one(world: Path) -> None:
     with pytest.raises(ConfigError, match="estimated for one teacher, but the run has sums, products/all"):
-        make_plan(run_of(world, **several(world)), DEVICES["h100"])
+        make_forecast(run_of(world, **several(world)), DEVICES["h100"])
 
 
 def test_the_shortest_context_of_all_limits_prompts_and_is_named(world: Path, tmp_path: Path) -> None:

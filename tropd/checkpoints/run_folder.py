@@ -141,7 +141,7 @@ def _set_aside(directory: Path) -> Iterator[Callable[[], None]]:
             f"{aside} exists: a start that was killed has put the run there that {directory} held. Move it back, or "
             "remove it."
         )
-    with alone(directory):
+    with locked(directory):
         directory.rename(aside)
 
     def remove() -> None:
@@ -208,9 +208,9 @@ def _claim(directory: Path) -> int:
 
 
 @contextmanager
-def alone(directory: Path, locked: str = RUN) -> Iterator[None]:
+def locked(directory: Path, file_name: str = RUN) -> Iterator[None]:
     """One process for a run: two would write into each other's records and checkpoints."""
-    with (directory / locked).open() as file:
+    with (directory / file_name).open() as file:
         _lock(file.fileno(), directory)
         yield
 

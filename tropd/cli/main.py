@@ -21,7 +21,7 @@ from rich.text import Text
 
 from tropd.base.reading import printable
 from tropd.base.terminal import PrintableConsole
-from tropd.cli import hub
+from tropd.cli import hub_log
 from tropd.cli.commands import LINES
 from tropd.cli.console import make_console
 from tropd.errors import Interrupted, MethodWarning, TropdError
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None, commands: Mapping[str, tuple[Command, st
     errors = PrintableConsole(stderr=True, highlight=False)
     if not errors.is_terminal:  # read by transformers too: its bars are noise in a log
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    hub.say_once()
+    hub_log.shorten()
     follows = os.environ.get("RANK", "0") not in ("", "0")  # of several processes, the first speaks for all
     if follows and name not in SHARED:
         return 0

@@ -13,7 +13,7 @@ from tropd.cli.console import make_console
 
 if TYPE_CHECKING:
     from tropd.doctor.cost import Need
-    from tropd.planning import Plan
+    from tropd.planning import Forecast
 
 PHASES = {
     "prefix": "the teacher writes new texts",
@@ -47,27 +47,27 @@ def main(argv: list[str]) -> int:
     run, notes = without_code(read_run(rest, "tropd plan"), asked.trust_code)
     for note in notes:
         make_console().print(printable(note), markup=False, soft_wrap=True)
-    from tropd.planning import make_plan, read_cluster
+    from tropd.planning import make_forecast, read_cluster
 
-    plan = make_plan(run, *read_cluster(asked.cluster))
-    _show(plan, asked.dollars_per_hour)
-    return 0 if plan.fits else 1
+    forecast = make_forecast(run, *read_cluster(asked.cluster))
+    _show(forecast, asked.dollars_per_hour)
+    return 0 if forecast.fits else 1
 
 
-def _show(plan: Plan, dollars: float | None) -> None:
+def _show(forecast: Forecast, dollars: float | None) -> None:
     console = make_console()
-    table = Table(title=_title(plan), title_justify="left", show_header=False)
-    sections = {"memory": _memory(plan), "time of a step": _times(plan), "in a step": _amounts(plan)}
-    sections["the whole run"] = _run(plan, dollars)
+    table = Table(title=_title(forecast), title_justify="left", show_header=False)
+    sections = {"memory": _memory(forecast), "time of a step": _times(forecast), "in a step": _amounts(forecast)}
+    sections["the whole run"] = _run(forecast, dollars)
     for section, rows in sections.items():
         for number, row in enumerate(rows):
             table.add_row("" if number else section, *row)
         table.add_section()
     console.print(table)
-    for line in _remarks(plan):
+    for line in _remarks(forecast):
         console.print(line, soft_wrap=True, markup=False)
-    shares = ", ".join(f"{kind} {share:.0%}" for kind, share in plan.device.reached.items())
-    fading = " Times are averages over the run, whose prefixes change." if plan.texts.prefix else ""
+    shares = ", ".join(f"{kind} {share:.0%}" for kind, share in forecast.device.reached.items())
+    fading = " Times are averages over the run, whose prefixes change." if forecast.texts.prefix else ""
     console.print(
         f"Every answer is taken to be as long as allowed, and devices to reach these shares of their peak: {shares}."
         f"{fading} Good to about a factor of two (docs/performance.md); start-up, evaluation, checkpoints and Python "
@@ -76,111 +76,114 @@ def _show(plan: Plan, dollars: float | None) -> None:
     )
 
 
-def _memory(plan: Plan) -> list[Row]:
+def _memory(forecast: Forecast) -> list[Row]:
     from tropd.doctor.cost import gib
 
-    whole, rows = _parts(plan.need), []
-    for name, num_bytes in _parts(plan.each).items():
+    whole, rows = _parts(forecast.need), []
+    for name, num_bytes in _parts(forecast.each).items():
         rows.append((name, gib(num_bytes), f"of {gib(whole[name])}, sharded" if num_bytes < whole[name] else ""))
-    rows.append(("a trainer at the peak", gib(int(plan.peak)), f"there are {gib(int(plan.device.memory))}"))
-    return [*rows, *((f"on a {name} server", gib(int(size)), "weights alone") for name, size in plan.served.items())]
+    rows.append(("a trainer at the peak", gib(int(forecast.peak)), f"there are {gib(int(forecast.device.memory))}"))
+    return [
+        *rows,
+        *((f"on a {name} server", gib(int(size)), "weights alone") for name, size in forecast.served.items()),
+    ]
 
 
-def _times(plan: Plan) -> list[Row]:
-    rows = [(PHASES[phase], spell(seconds), _where(plan, phase)) for phase, seconds in plan.seconds.items()]
-    return [*rows, ("the whole step", spell(plan.step_seconds), _sum_of(plan))]
+def _times(forecast: Forecast) -> list[Row]:
+    rows = [(PHASES[phase], spell(seconds), _where(forecast, phase)) for phase, seconds in forecast.seconds.items()]
+    return [*rows, ("the whole step", spell(forecast.step_seconds), _sum_of(forecast))]
 
 
-def _amounts(plan: Plan) -> list[Row]:
+def _amounts(forecast: Forecast) -> list[Row]:
     from tropd.doctor.cost import gib
 
-    rows = [("tokens by the student", f"{plan.texts.written:,.0f}", "at most")]
-    if plan.teachers:
-        rows.append(("answers of the teacher's servers", gib(int(plan.score_bytes)), "over the network"))
-    if plan.num_devices > 1:
-        rows.append(("weights and gradients", gib(int(plan.phases["train"].received)), "to each trainer"))
+    rows = [("tokens by the student", f"{forecast.texts.written:,.0f}", "at most")]
+    if forecast.teachers:
+        rows.append(("answers of the teacher's servers", gib(int(forecast.score_bytes)), "over the network"))
+    if forecast.num_devices > 1:
+        rows.append(("weights and gradients", gib(int(forecast.phases["train"].received)), "to each trainer"))
     return rows
 
 
-def _run(plan: Plan, dollars: float | None) -> list[Row]:
-    rows = [(f"{plan.run.steps} steps", spell(plan.run_seconds), "")]
+def _run(forecast: Forecast, dollars: float | None) -> list[Row]:
+    rows = [(f"{forecast.run.steps} steps", spell(forecast.run_seconds), "")]
     if dollars is not None:
-        cost = plan.run_seconds / 3600 * plan.all_devices * dollars
-        rows.append(("cost", f"${cost:,.2f}", f"{plan.all_devices} devices"))
+        cost = forecast.run_seconds / 3600 * forecast.all_devices * dollars
+        rows.append(("cost", f"${cost:,.2f}", f"{forecast.all_devices} devices"))
     return rows
 
 
-def _title(plan: Plan) -> str:
-    servers = [(plan.writers, "rollout"), (plan.teachers, "teacher")]
+def _title(forecast: Forecast) -> str:
+    servers = [(forecast.writers, "rollout"), (forecast.teachers, "teacher")]
     named = [f"{count} {kind} server{'s' if count > 1 else ''}" for count, kind in servers if count]
-    return " + ".join([f"{plan.num_devices} x {plan.device.name}", *named])
+    return " + ".join([f"{forecast.num_devices} x {forecast.device.name}", *named])
 
 
-def _where(plan: Plan, phase: str) -> str:
+def _where(forecast: Forecast, phase: str) -> str:
     if phase == "sync":
-        return f"written once, read {plan.writers} times, at {plan.device.disk / 1e9:g} GB/s"
-    kind, count = ("rollout", plan.writers) if phase == "write" else ("teacher", plan.teachers)
+        return f"written once, read {forecast.writers} times, at {forecast.device.disk / 1e9:g} GB/s"
+    kind, count = ("rollout", forecast.writers) if phase == "write" else ("teacher", forecast.teachers)
     away = count if phase in ("write", "prefix", "score") else 0
     if not away:
-        return "" if plan.num_devices == 1 else f"on {plan.num_devices} trainers"
-    ahead = ", for the next step" if plan.run.rollout.staleness else ""
+        return "" if forecast.num_devices == 1 else f"on {forecast.num_devices} trainers"
+    ahead = ", for the next step" if forecast.run.rollout.staleness else ""
     return f"on {count} {kind} server{'s' if count > 1 else ''}{ahead}"
 
 
-def _sum_of(plan: Plan) -> str:
-    if not plan.run.rollout.staleness:
-        return "one after another" if plan.writers or plan.teachers else ""
-    servers, own, alone = plan.split(plan.writers, plan.teachers)
+def _sum_of(forecast: Forecast) -> str:
+    if not forecast.run.rollout.staleness:
+        return "one after another" if forecast.writers or forecast.teachers else ""
+    servers, own, between = forecast.split(forecast.writers, forecast.teachers)
     sides = f"servers {spell(servers)}, trainers {spell(own)}"
-    return f"the longer of {sides}; and {spell(alone)}"
+    return f"the longer of {sides}; and {spell(between)}"
 
 
-def _remarks(plan: Plan) -> Iterator[str]:
+def _remarks(forecast: Forecast) -> Iterator[str]:
     """What to do about it."""
     from tropd.doctor.cost import CURE, gib
 
-    yield from plan.cautions
-    for name, size in plan.served.items():
-        if size > plan.device.memory:
+    yield from forecast.cautions
+    for name, size in forecast.served.items():
+        if size > forecast.device.memory:
             yield (
-                f"The weights of a {name} server do not fit on one {plan.device.name}: it needs several "
+                f"The weights of a {name} server do not fit on one {forecast.device.name}: it needs several "
                 "(--tensor-parallel-size), which are not counted here."
             )
-    if not plan.fits:
-        short = f"{gib(int(plan.peak))} of {gib(int(plan.device.memory))}"
-        sharded = ", sharded too" if plan.each != plan.need and plan.num_devices > 1 else ""
-        yield f"{plan.device.name} is too small for this{sharded}: each needs {short}. {CURE}"
-    elif plan.need.peak > plan.device.memory:
-        yield f"It fits on several only: torchrun --nproc-per-node {plan.num_devices} (docs/parallel.md)."
-    now, each = plan.asked_at_once
-    if plan.writers and now < each:
+    if not forecast.fits:
+        short = f"{gib(int(forecast.peak))} of {gib(int(forecast.device.memory))}"
+        sharded = ", sharded too" if forecast.each != forecast.need and forecast.num_devices > 1 else ""
+        yield f"{forecast.device.name} is too small for this{sharded}: each needs {short}. {CURE}"
+    elif forecast.need.peak > forecast.device.memory:
+        yield f"It fits on several only: torchrun --nproc-per-node {forecast.num_devices} (docs/parallel.md)."
+    now, each = forecast.asked_at_once
+    if forecast.writers and now < each:
         yield (
             f"A rollout server writes {now} of its {each} rollouts at a time: rollout.server.max_requests and "
             "max_tokens_in_flight bound that, and its memory may hold more."
         )
-    yield from _about_writing(plan)
+    yield from _about_writing(forecast)
 
 
-def _about_writing(plan: Plan) -> Iterator[str]:
+def _about_writing(forecast: Forecast) -> Iterator[str]:
     """What rollout servers are worth, or would be."""
-    writes = "write" in plan.phases
-    if plan.writers and not writes:
+    writes = "write" in forecast.phases
+    if forecast.writers and not writes:
         yield "The student writes nothing in a step: rollout servers are given weights, and write in evaluations alone."
-    if plan.run.rollout.servers_sleep:
+    if forecast.run.rollout.servers_sleep:
         yield (
             "The servers have the trainers' GPUs and sleep while those train: nothing overlaps, and they cost nothing."
         )
         return
-    if plan.writers and (writes or plan.saved):
-        yield _about_ahead(plan)
+    if forecast.writers and (writes or forecast.saved):
+        yield _about_ahead(forecast)
     if writes:
-        yield from _about_servers(plan)
+        yield from _about_servers(forecast)
 
 
-def _about_ahead(plan: Plan) -> str:
+def _about_ahead(forecast: Forecast) -> str:
     """What staleness does, or would do."""
-    saved, ahead = plan.saved, plan.run.rollout.staleness
-    synchronous = plan.step_seconds + (saved if ahead else 0.0)
+    saved, ahead = forecast.saved, forecast.run.rollout.staleness
+    synchronous = forecast.step_seconds + (saved if ahead else 0.0)
     share = f"{spell(saved)} of {spell(synchronous)} ({saved / synchronous:.0%})"
     if ahead:
         return f"Writing ahead (rollout.staleness = 1) saves {share} a step."
@@ -189,12 +192,12 @@ def _about_ahead(plan: Plan) -> str:
     return f"Writing ahead (rollout.staleness = 1) would save {share} a step; batches are then one step old."
 
 
-def _about_servers(plan: Plan) -> Iterator[str]:
+def _about_servers(forecast: Forecast) -> Iterator[str]:
     """How many servers would keep the trainer busy, if that is worth anything."""
-    busy = plan.busy
+    busy = forecast.busy
     if busy is None:
-        most = plan.texts.rollouts
-        servers, own, _ = plan.split(most, most if plan.teachers else 0)
+        most = forecast.texts.rollouts
+        servers, own, _ = forecast.split(most, most if forecast.teachers else 0)
         yield (
             "No number of servers keeps the trainer busy: an answer is written token by token, so the next batch takes "
             f"at least {spell(servers)}, and training on one {spell(own)}. Larger batches (rollout.num_prompts) or "
@@ -204,8 +207,8 @@ def _about_servers(plan: Plan) -> Iterator[str]:
     writers, teachers = busy
     asked = f"{writers} rollout server{'s' if writers > 1 else ''}"
     asked += f" and {teachers} teacher server{'s' if teachers > 1 else ''}" if teachers else ""
-    step, sync = plan.step_with(writers, teachers, 1), plan.seconds_with(writers, teachers)["sync"]
-    if step >= plan.step_seconds:
+    step, sync = forecast.step_with(writers, teachers, 1), forecast.seconds_with(writers, teachers)["sync"]
+    if step >= forecast.step_seconds:
         return
     given = ""
     if sync > WORTH * step:

@@ -45,7 +45,7 @@ def exact(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) ->
     return [float(normalize(text) == normalize(answer)) for text, answer in pairs]
 
 
-def chain(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+def ends_in_answer(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
     """1 where the text ends in the answer, mark and all, such as #3 (the tasks of tropd.testbeds)."""
     return [float(text.endswith(answer)) for text, answer in _pairs("chain", completions, columns)]
 
@@ -128,7 +128,7 @@ GRADERS: dict[str, Grader] = {
     "numeric": numeric,
     "multiple_choice": multiple_choice,
     "math": math,
-    "chain": chain,
+    "chain": ends_in_answer,
     "gym": gym,
 }
 

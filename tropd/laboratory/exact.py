@@ -90,7 +90,7 @@ class Curve:
     """At each step, before clipping."""
 
 
-def make_pair(setting: Setting, seed: int, learning_rate: float) -> tuple[TabularLM, TabularLM]:
+def make_tables(setting: Setting, seed: int, learning_rate: float) -> tuple[TabularLM, TabularLM]:
     """A student and its teacher, equally fond of ending a response."""
     size = (setting.num_prompts, setting.vocab_size)
     teacher = TabularLM.random(*size, 2 * seed, sharp=2.5)
@@ -144,7 +144,7 @@ def divergences(student: TabularLM, teacher: TabularLM, max_new_tokens: int) -> 
 def run_one(asked: tuple[str, float, int, Setting]) -> Curve:
     """One method, one learning rate, one pair."""
     arm, learning_rate, seed, setting = asked
-    student, teacher = make_pair(setting, seed, learning_rate)
+    student, teacher = make_tables(setting, seed, learning_rate)
     steps, measured, norms = [0], [divergences(student, teacher, setting.max_new_tokens)], []
     for norm in distil(ARMS[arm](setting.top_k), student, teacher, setting, seed):
         norms.append(norm)
@@ -175,14 +175,14 @@ def run_all(setting: Setting, workers: int = 1) -> Iterator[Curve]:
     if workers == 1:
         yield from map(run_one, asked)
         return
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_alone)
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_core)
     try:
         yield from pool.map(run_one, asked)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _alone() -> None:
+def _one_core() -> None:
     """A worker keeps to one core, and leaves Ctrl-C to the process that started it."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -192,7 +192,7 @@ def smallest_log_ratio(setting: Setting) -> float:
     """The lowest log pi_T - log pi_S at any token that a student gives at least 1 % at the start."""
     lowest = 0.0
     for seed in range(setting.num_seeds):
-        student, teacher = (m.logits.detach().log_softmax(-1) for m in make_pair(setting, seed, 1.0))
+        student, teacher = (m.logits.detach().log_softmax(-1) for m in make_tables(setting, seed, 1.0))
         likely = student.exp() >= 0.01
         lowest = min(lowest, float((teacher - student)[likely].min()))
     return lowest

@@ -17,7 +17,7 @@ from typing import IO, TypeVar
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from tropd.checkpoints.run_folder import alone
+from tropd.checkpoints.run_folder import locked
 from tropd.config import file as config_file
 from tropd.errors import ConfigError, MethodWarning
 from tropd.laboratory.lab import Lab, Trial, trials
@@ -35,7 +35,7 @@ def compare(lab: Lab, *, workers: int = 1, tell: Callable[[str], None] = print) 
     directory = Path(lab.output)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "results.jsonl").touch()
-    with alone(directory, "results.jsonl"):
+    with locked(directory, "results.jsonl"):
         known = read_outcomes(directory / "results.jsonl")
         _make_pairs(lab, known, workers, tell)
         _check(lab, known)
@@ -167,7 +167,7 @@ def _spread(work: Callable[[A], R], asked: list[A], workers: int) -> Iterator[R]
     if workers == 1 or len(asked) < 2:
         yield from map(work, asked)
         return
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_alone)
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_core)
     try:
         futures: list[Future[R]] = [pool.submit(work, a) for a in asked]
         for future in as_completed(futures):
@@ -176,7 +176,7 @@ def _spread(work: Callable[[A], R], asked: list[A], workers: int) -> Iterator[R]
         pool.shutdown(cancel_futures=True)
 
 
-def _alone() -> None:
+def _one_core() -> None:
     """A worker keeps to one core, leaves Ctrl-C to the process that began it, and says nothing twice."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,6 +1,6 @@
 """What a run will need on machines that are not at hand: memory, time, servers, bytes."""
 
 from tropd.planning.devices import DEVICES, Device, measure_here, read_cluster
-from tropd.planning.plan import Plan, make_plan
+from tropd.planning.forecast import Forecast, make_forecast
 
-__all__ = ["DEVICES", "Device", "Plan", "make_plan", "measure_here", "read_cluster"]
+__all__ = ["DEVICES", "Device", "Forecast", "make_forecast", "measure_here", "read_cluster"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from tropd.checkpoints import checkpoint as checkpoints
-from tropd.checkpoints.run_folder import RUN, alone, begun, check_inputs, rewritten
+from tropd.checkpoints.run_folder import RUN, begun, check_inputs, locked, rewritten
 from tropd.config import file as config_file
 from tropd.config.run import Run
 from tropd.data.stream import PromptStream
@@ -68,7 +68,7 @@ def resume(
     run = config_file.load(directory / RUN)
     longer = run if steps is None else dataclasses.replace(run, steps=steps)
     check_inputs(run, directory)
-    with together(run, directory) as world, alone(directory) if world.leads else nullcontext():
+    with together(run, directory) as world, locked(directory) if world.leads else nullcontext():
         saved = _checkpoint_of(run, directory, step, world)
         if saved is not None and (saved.step > longer.steps or saved.step == steps):
             raise ConfigError(

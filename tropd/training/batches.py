@@ -40,7 +40,7 @@ class ScoredBatch:
             as_read=tuple(self.as_read[i] for i in chosen) if self.as_read else (),
         )
 
-    def alone(self, chosen: Sequence[int]) -> ScoredBatch:
+    def only(self, chosen: Sequence[int]) -> ScoredBatch:
         """Some rollouts as a batch of its own, sequences renumbered."""
         part = self.take(chosen)
         new_of = torch.zeros(len(self.rollouts), dtype=torch.int64, device=part.tokens.sequences_N.device)

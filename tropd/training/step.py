@@ -217,7 +217,7 @@ def train_step(
     places = range(len(batch.rollouts)) if places is None else places
     for u in range(num_updates):
         chosen = [i for i, place in enumerate(places) if place % num_updates == u]
-        part = batch if num_updates == 1 else batch.alone(chosen)
+        part = batch if num_updates == 1 else batch.only(chosen)
         _accumulate(part, objective, learner, context, tokens_per_micro_batch, sums, 1.0 / num_updates, watch, teacher)
         norm, sums.learning_rate = learner.update()
         sums.gradient_norms.append(norm)

@@ -12,11 +12,11 @@ from pyarrow import parquet
 from safetensors.torch import load_file
 
 from tests.one_step import step_of, write
+from tests.real_vllm.conftest import DEV, tiny_student
+from tests.real_vllm.vllm import Server
 from tests.servers.test_rollouts import export_tied, nudge
 from tests.small_runs import run_of, save_model, write_models
 from tests.tiny import VOCAB, byte_tokenizer
-from tests.vllm.conftest import DEV, tiny_student
-from tests.vllm.vllm import Server
 from tropd.config.models import LoraConfig, ServerConfig
 from tropd.config.run import Run
 from tropd.errors import EngineOutOfSync

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from tests.real_vllm.vllm import VENV, Server, serve
 from tests.small_runs import save_model
 from tests.tiny import byte_tokenizer, tiny_model
-from tests.vllm.vllm import VENV, Server, serve
 from tropd.checkpoints.export import export_untied
 
 WIDTH = 128  # vLLM's attention on CPUs wants heads of at least 32

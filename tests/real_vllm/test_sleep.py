@@ -9,11 +9,11 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.real_vllm.conftest import DEV, tiny_student
+from tests.real_vllm.test_rollouts import check_texts, engine_of, run_on, versions_of
+from tests.real_vllm.vllm import Server
 from tests.servers.test_rollouts import nudge, nudge_adapter
 from tests.small_runs import save_model
-from tests.vllm.conftest import DEV, tiny_student
-from tests.vllm.test_rollouts import check_texts, engine_of, run_on, versions_of
-from tests.vllm.vllm import Server
 from tropd.config.models import LoraConfig
 from tropd.model.loading import add_adapter
 from tropd.monitoring.records import read_records

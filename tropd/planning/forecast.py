@@ -29,7 +29,7 @@ BY_TEACHER = ("prefix", "score")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Forecast:
     """A run on a cluster; seconds are per step.  Every server is one more device."""
 
     run: Run
@@ -90,14 +90,14 @@ class Plan:
         seconds = self.seconds_with(writers, teachers)
         away = {"write"} if writers else set()
         away |= set(BY_TEACHER) if teachers else set()
-        alone = {"sync"} if teachers or not writers else {"sync", "prefix"}  # before the servers can begin
+        between = {"sync"} if teachers or not writers else {"sync", "prefix"}  # before the servers can begin
         servers = sum(s for phase, s in seconds.items() if phase in away)
-        own = sum(s for phase, s in seconds.items() if phase not in away | alone)
-        return servers, own, sum(s for phase, s in seconds.items() if phase in alone)
+        own = sum(s for phase, s in seconds.items() if phase not in away | between)
+        return servers, own, sum(s for phase, s in seconds.items() if phase in between)
 
     def step_with(self, writers: int, teachers: int, staleness: int) -> float:
-        servers, own, alone = self.split(writers, teachers)
-        return (max(servers, own) if staleness else servers + own) + alone
+        servers, own, between = self.split(writers, teachers)
+        return (max(servers, own) if staleness else servers + own) + between
 
     @property
     def step_seconds(self) -> float:
@@ -142,12 +142,12 @@ class Plan:
         return self.peak <= self.device.memory
 
 
-def make_plan(run: Run, device: Device, num_devices: int = 1) -> Plan:
+def make_forecast(run: Run, device: Device, num_devices: int = 1) -> Forecast:
     """From the models' configurations and the prompts alone; no weights are read."""
     subject, refusals = read_subject(run)
     if subject is None or not subject.prompts:
         found = [str(check) for check in refusals] or ["there are no prompts"]
-        raise ConfigError("a plan needs the models' configurations and the prompts: " + " ".join(found))
+        raise ConfigError("a forecast needs the models' configurations and the prompts: " + " ".join(found))
     lengths = [check for check in check_lengths(subject) if check.level != "ok"]
     if any(check.level == "error" for check in lengths):
         raise ConfigError("training would refuse this run: " + " ".join(map(str, lengths)))
@@ -160,7 +160,7 @@ def make_plan(run: Run, device: Device, num_devices: int = 1) -> Plan:
     tied = subject.student.config.get_text_config().tie_word_embeddings
     weights = need.gradients if run.student.lora else need.student + (student.head * student.width if tied else 0)
     per_token = 8 + 12 * run.method.objective.teacher_top_k  # a log-probability, and ids with theirs
-    return Plan(
+    return Forecast(
         run=run,
         device=device,
         num_devices=num_devices,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.vllm.vllm import Server
+from tests.real_vllm.vllm import Server
 from tropd.config.models import ServerConfig
 from tropd.errors import ServerRefused
 from tropd.servers.answers import Scored

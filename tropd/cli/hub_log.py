@@ -37,6 +37,6 @@ class SaidOnce(logging.Filter):
 _ONCE = SaidOnce()
 
 
-def say_once() -> None:
+def shorten() -> None:
     """Only a command line does this: whoever imports tropd sets up logging himself."""
     logging.getLogger("huggingface_hub.utils._http").addFilter(_ONCE)

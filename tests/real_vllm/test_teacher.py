@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.real_vllm.conftest import tiny_student
+from tests.real_vllm.vllm import Server
 from tests.servers.proxy import Fault, Proxy, Swapped, corrupt, cut, delayed, garbage, huge, status, truncated
 from tests.small_runs import run_of, save_model
 from tests.tiny import VOCAB
-from tests.vllm.conftest import tiny_student
-from tests.vllm.vllm import Server
 from tropd.config.models import ServerConfig
 from tropd.doctor import examine
 from tropd.errors import TeacherError
