@@ -49,7 +49,7 @@ class ScoreRequest:
         if beyond := self.needs & OF_TEACHER & ~teacher.capabilities:
             raise EvidenceError(
                 f"{beyond} was asked of teacher {teacher.name}, which gives {teacher.capabilities}. Use a method that "
-                "reads less, or a teacher in this process, which can answer everything but Needs.REFERENCE."
+                "reads less, or a teacher in this process, which can answer everything."
             )
         if Needs.TOPK in self.needs and self.top_k < 1:
             raise EvidenceError(
