@@ -1,24 +1,7 @@
 """Who writes which token of a rollout.
 
-A policy of your own is a frozen dataclass with the members of `RolloutPolicy`; nothing else has to know it:
-
-    @dataclass(frozen=True, kw_only=True)
-    class FirstTokens(RolloutPolicy):
-        '''The teacher writes the first tokens of every response.'''
-
-        number: Count = 8
-
-        @property
-        def needs_teacher_text(self):
-            return True
-
-        def begin(self, job, writer):
-            drafts = job.drafts()
-            texts = teacher_texts(drafts, job, writer)
-            return [d.begun(text, self.number, job.max_new_tokens) for d, text in zip(drafts, texts, strict=True)]
-
-        def shares(self, progress, num_rollouts, max_new_tokens):
-            return Shares(prefix=min(self.number, max_new_tokens - 1), texts=num_rollouts)
+A policy of your own is a frozen dataclass with the members of `RolloutPolicy` (docs/own_parts.md): `begin` says what the
+teacher writes before the student goes on, `shares` how much that is on average.  Nothing else has to know it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Known texts that show which weights a server computes with.
+"""The canary of servers that hold the student: do they compute with the weights that the trainer gave to them?
 
     trainer   log pi(t_1..t_n) and the distribution of the token after them, by a forward pass of its own
     server    the same text scored, and one token written after it (which alone reads the prefix cache)
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tropd.errors import EngineOutOfSync
 from tropd.rollout.transformers import generating
+from tropd.servers.canary import Canary, shown
 from tropd.types import Completion, key_of
 
 _LONGEST = 160
@@ -31,8 +32,7 @@ _MOVED = 1e-4
 class Expected:
     """What the trainer's own weights make of the text."""
 
-    logprobs: list[float]
-    """Of all tokens but the first."""
+    canary: Canary
     after_V: Tensor
     """Log-probabilities of the token after the text."""
 
@@ -57,12 +57,12 @@ def expect(model: Any, ids: Sequence[int], vocab_size: int) -> Expected:
         logits_TV = model(input_ids=torch.tensor([list(ids)], device=device)).logits[0, :, :vocab_size]
         logprobs_TV = logits_TV.float().log_softmax(-1)
     own_T = logprobs_TV[:-1].gather(1, torch.tensor(ids[1:], device=device)[:, None])[:, 0]
-    return Expected(logprobs=own_T.tolist(), after_V=logprobs_TV[-1].cpu())
+    return Expected(canary=Canary(ids=tuple(ids), logprobs=tuple(own_T.tolist())), after_V=logprobs_TV[-1].cpu())
 
 
 def compare(url: str, expected: Expected, found: Found, nats: float) -> None:
     """Refuse a server that computes with other weights than the trainer, with both numbers."""
-    gaps = [abs(a - b) for a, b in zip(expected.logprobs, found.logprobs, strict=True)]
+    gaps = expected.canary.gaps(found.logprobs)
     mean = sum(gaps) / len(gaps)
     (token,), (there,) = found.written.token_ids, found.written.behavior_logprobs
     here = float(expected.after_V[token])
@@ -70,22 +70,18 @@ def compare(url: str, expected: Expected, found: Found, nats: float) -> None:
         return
     raise EngineOutOfSync(
         f"{url} does not compute with the student's weights. A known text of {len(gaps) + 1} tokens has the "
-        f"log-probabilities\n  trainer {shown(expected.logprobs)}\n  server  {shown(found.logprobs)}\n{mean:.3g} nats "
-        f"apart on average, {max(gaps):.3g} at most; the token written after it {here:.4f} here and {there:.4f} there "
+        f"log-probabilities\n  trainer {shown(expected.canary.logprobs)}\n  server  {shown(found.logprobs)}\n"
+        f"{mean:.3g} nats apart on average, {max(gaps):.3g} at most; the token written after it {here:.4f} here and {there:.4f} there "
         f"(rollout.sync_nats = {nats:g}). "
     )
 
 
 def compare_moves(url: str, before: tuple[Expected, Found], now: tuple[Expected, Found]) -> None:
     """Refuse a server whose numbers stand still to the last digit while the trainer's have moved."""
-    moved = max(abs(a - b) for a, b in zip(before[0].logprobs, now[0].logprobs, strict=True))
+    moved = max(before[0].canary.gaps(now[0].canary.logprobs))
     if moved > _MOVED and before[1].logprobs == now[1].logprobs:
         raise EngineOutOfSync(
             f"{url} took the new weights without a change: a known text has the log-probabilities\n"
-            f"  trainer {shown(before[0].logprobs)}, now {shown(now[0].logprobs)}\n"
+            f"  trainer {shown(before[0].canary.logprobs)}, now {shown(now[0].canary.logprobs)}\n"
             f"  server  {shown(before[1].logprobs)}, before and after.\n"
         )
-
-
-def shown(logprobs: Sequence[float]) -> str:
-    return ", ".join(f"{x:.4f}" for x in list(logprobs)[:4]) + ", ..."

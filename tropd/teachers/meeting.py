@@ -1,7 +1,7 @@
 """Getting to know a teacher's servers before the first step: who they are, and what a known text is worth to them.
 
-The canary is a short text that comes along with every scoring request from then on.  Its log-probabilities are those of
-the model that was met here, or somebody else is answering.
+The canary comes along with every scoring request from then on: its log-probabilities are those of the model that was
+met here, or somebody else is answering.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from tropd.config.models import ServerConfig
 from tropd.errors import ServerGarbled, ServerRefused, TeacherError, TeacherRefused
+from tropd.servers.canary import Canary
 from tropd.servers.cards import Card, cards_job
 from tropd.servers.dialects import dialect_of
 from tropd.servers.pool import Job, Pool
@@ -24,29 +25,6 @@ from tropd.servers.pool import Job, Pool
 CANARY = "The quick brown fox jumps over the lazy dog, and 12 + 30 = 42. Once upon a time there was"
 _LONGEST = 16
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Canary:
-    """A known text."""
-
-    ids: tuple[int, ...]
-    logprobs: tuple[float, ...] = ()
-    """Of all tokens but the first; () before anybody was asked."""
-
-    def gap(self, logprobs: Sequence[float]) -> float:
-        """Mean distance in nats."""
-        pairs = list(zip(self.logprobs, logprobs, strict=True))
-        return sum(abs(max(a, -1e4) - max(b, -1e4)) for a, b in pairs) / len(pairs)
-
-    def check(self, logprobs: Sequence[float], nats: float) -> None:
-        gap = self.gap(logprobs)
-        if not gap <= nats:
-            raise ServerGarbled(
-                f"another model answers than at the start: a known text of {len(self.ids)} tokens had the "
-                f"log-probabilities {_shown(self.logprobs)}, and now {_shown(logprobs)}: {gap:.2g} nats apart on "
-                f"average (server.canary_nats = {nats:g})."
-            )
 
 
 def canary_of(ids: Sequence[int], vocab_size: int) -> Canary:
@@ -129,7 +107,3 @@ def recall(path: Path, ids: tuple[int, ...]) -> Canary | None:
     except (OSError, ValidationError):
         return None
     return kept if kept.ids == ids else None
-
-
-def _shown(logprobs: Sequence[float]) -> str:
-    return "(" + ", ".join(f"{x:.2f}" for x in list(logprobs)[:4]) + ", ...)"
