@@ -82,17 +82,17 @@ class Cached(Teacher):
         return hashlib.sha256(shape.encode()).hexdigest()
 
     def _read(self, keys: set[str]) -> dict[str, TeacherScores]:
-        found: dict[str, TeacherScores] = {}
+        scores: dict[str, TeacherScores] = {}
         try:
             for key in sorted(keys):
                 row = self.db.execute("SELECT score FROM scores WHERE key = ?", (key,)).fetchone()
                 if row is not None:
                     held = load(row[0])
                     name = next(n for n in held if n.startswith("teacher:")).removeprefix("teacher:")
-                    found[key] = TeacherScores(**{f: held[f] for f in _FIELDS if f in held}, teacher=name)
+                    scores[key] = TeacherScores(**{f: held[f] for f in _FIELDS if f in held}, teacher=name)
         except (sqlite3.Error, OSError, SafetensorError, ValueError, TypeError, StopIteration) as error:
             raise self._refuse("read", error) from error
-        return found
+        return scores
 
     def _write(self, scores: dict[str, TeacherScores]) -> None:
         rows = []
@@ -105,8 +105,8 @@ class Cached(Teacher):
         except (sqlite3.Error, OSError) as error:
             raise self._refuse(f"given {len(rows)} more", error) from error
 
-    def _refuse(self, asked: str, error: Exception) -> TeacherError:
+    def _refuse(self, attempt: str, error: Exception) -> TeacherError:
         return TeacherError(
-            f"the cache of the teacher's scores, {self.path}, cannot be {asked}: {error}. Free the disk, delete the "
+            f"the cache of the teacher's scores, {self.path}, cannot be {attempt}: {error}. Free the disk, delete the "
             "file if it is damaged (its scores are made again), or set score_cache = false in that teacher's section."
         )

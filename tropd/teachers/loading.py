@@ -95,36 +95,37 @@ class TeacherEngine(Engine):
 
 
 def find(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[TeacherParts]:
-    found = [TeacherParts(name=name, several=bool(run.teachers), run=run.taught_by(name)) for name in run.all_teachers]
-    for one in found:
-        if one.config.path != "base":
-            with _named(run, one.name):
-                one.tokenizer = load_tokenizer(one.config, "teacher")
-                same_vocabulary(tokenizer, one.tokenizer)
-    return found
+    several = bool(run.teachers)
+    teachers = [TeacherParts(name=name, several=several, run=run.taught_by(name)) for name in run.all_teachers]
+    for teacher in teachers:
+        if teacher.config.path != "base":
+            with _named(run, teacher.name):
+                teacher.tokenizer = load_tokenizer(teacher.config, "teacher")
+                same_vocabulary(tokenizer, teacher.tokenizer)
+    return teachers
 
 
-def load(run: Run, found: Sequence[TeacherParts], device: torch.device) -> None:
-    for one in found:
-        if one.config.path != "base" and not one.config.servers:
-            with _named(run, one.name):
-                one.model = load_model(one.config, "teacher", device)
+def load(run: Run, teachers: Sequence[TeacherParts], device: torch.device) -> None:
+    for teacher in teachers:
+        if teacher.config.path != "base" and not teacher.config.servers:
+            with _named(run, teacher.name):
+                teacher.model = load_model(teacher.config, "teacher", device)
 
 
-def shared_size(found: Sequence[TeacherParts], student: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+def shared_size(teachers: Sequence[TeacherParts], student: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many token ids the student and all teachers know."""
     sizes = [shared_vocab_size(student, tokenizer, student, tokenizer)]
-    for one in found:
-        if one.model is not None:
-            sizes.append(shared_vocab_size(student, tokenizer, one.model, one.tokenizer))
-        elif one.config.servers:
-            sizes.append(served_size(one.config, one.tokenizer))
+    for teacher in teachers:
+        if teacher.model is not None:
+            sizes.append(shared_vocab_size(student, tokenizer, teacher.model, teacher.tokenizer))
+        elif teacher.config.servers:
+            sizes.append(served_size(teacher.config, teacher.tokenizer))
     return min(sizes)
 
 
 def engage(
     run: Run,
-    found: Sequence[TeacherParts],
+    teachers: Sequence[TeacherParts],
     student: Any,
     vocab_size: int,
     tiling: Tiling,
@@ -132,29 +133,31 @@ def engage(
     world: Ranks,
 ) -> Engaged:
     """`vocab_size` and `tiling` are what forward passes of student and teachers share."""
-    teachers: dict[str, Teacher] = {}
+    ready: dict[str, Teacher] = {}
     notes: list[str] = []
-    for one in found:
-        if one.config.servers:
-            with _named(run, one.name):
-                one.served = meet_teacher(one.run, vocab_size, one.tokenizer, directory, world, name=one.name)
-            teachers[one.name] = one.served.teacher
-            notes += one.says(one.served.notes)
-        elif one.model is not None:
-            teachers[one.name] = LocalTeacher(one.model, name=one.name, vocab_size=vocab_size, tiling=tiling)
+    for teacher in teachers:
+        if teacher.config.servers:
+            with _named(run, teacher.name):
+                teacher.served = meet_teacher(
+                    teacher.run, vocab_size, teacher.tokenizer, directory, world, name=teacher.name
+                )
+            ready[teacher.name] = teacher.served.teacher
+            notes += teacher.says(teacher.served.notes)
+        elif teacher.model is not None:
+            ready[teacher.name] = LocalTeacher(teacher.model, name=teacher.name, vocab_size=vocab_size, tiling=tiling)
         else:
-            teachers[one.name] = base_as_teacher(student, name=one.name, vocab_size=vocab_size, tiling=tiling)
-    return Engaged(teacher=Routed(teachers) if run.teachers else teachers["default"], notes=tuple(notes))
+            ready[teacher.name] = base_as_teacher(student, name=teacher.name, vocab_size=vocab_size, tiling=tiling)
+    return Engaged(teacher=Routed(ready) if run.teachers else ready["default"], notes=tuple(notes))
 
 
-def origin_of_teacher(one: TeacherParts) -> Origin:
+def origin_of_teacher(teacher: TeacherParts) -> Origin:
     """The whole content of its files, or what its servers call themselves."""
-    return origin_of(one.config, one.model) if one.served is None else {"server": one.served.identity}
+    return origin_of(teacher.config, teacher.model) if teacher.served is None else {"server": teacher.served.identity}
 
 
 def writer_of(
     run: Run,
-    found: Sequence[TeacherParts],
+    teachers: Sequence[TeacherParts],
     student: Any,
     size: int,
     prompts: tuple[PreTrainedTokenizerBase, PromptStream | LazyPromptStream],
@@ -167,23 +170,25 @@ def writer_of(
         return None, []
     writers: dict[str, Engine] = {}
     notes: list[str] = []
-    for one in found:
-        if one.served is not None:
-            with _named(run, one.name):
-                writer, remarks = serve_writer(one.config, one.served, *prompts, size, name=one.name)
-            notes += one.says(remarks)
+    for teacher in teachers:
+        if teacher.served is not None:
+            with _named(run, teacher.name):
+                writer, remarks = serve_writer(teacher.config, teacher.served, *prompts, size, name=teacher.name)
+            notes += teacher.says(remarks)
         else:
-            writer = _local_writer(one, run, student, size)
-        if one.config.text_cache:
-            writer = CachedTexts(writer, path, name_of(origins.get(one.origin) or origins["student"]))
-        writers[one.name] = writer
+            writer = _local_writer(teacher, run, student, size)
+        if teacher.config.text_cache:
+            writer = CachedTexts(writer, path, name_of(origins.get(teacher.origin) or origins["student"]))
+        writers[teacher.name] = writer
     return (RoutedWriter(writers) if run.teachers else writers["default"]), notes
 
 
-def _local_writer(one: TeacherParts, run: Run, student: Any, size: int) -> Engine:
-    model = student if one.model is None else one.model
-    engine = TransformersEngine(model, vocab_size=size, max_batch=run.rollout.max_batch)
-    return TeacherEngine(engine) if one.model is not None else TeacherEngine(engine, lambda: without_adapter(student))
+def _local_writer(teacher: TeacherParts, run: Run, student: Any, size: int) -> Engine:
+    """A model of the teacher's own, or the student with its adapter switched off."""
+    model, within = (
+        (student, lambda: without_adapter(student)) if teacher.model is None else (teacher.model, nullcontext)
+    )
+    return TeacherEngine(TransformersEngine(model, vocab_size=size, max_batch=run.rollout.max_batch), within)
 
 
 def share_prompts(run: Run, prompts: Sequence[Prompt]) -> dict[str, int]:

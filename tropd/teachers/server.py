@@ -114,10 +114,10 @@ class ServerTeacher(Teacher):
                 jobs = [
                     self._job(f"rollout {r.id}", r.token_ids, len(r.prompt.token_ids), wider) for r in open_.values()
                 ]
-                found = self.pool.run(jobs)
-            batch = batch or list(zip(open_.values(), found, strict=True))
+                answered = self.pool.run(jobs)
+            batch = batch or list(zip(open_.values(), answered, strict=True))
             short = {}
-            for (index, rollout), scored in zip(open_.items(), found, strict=True):
+            for (index, rollout), scored in zip(open_.items(), answered, strict=True):
                 kept = self._within_vocabulary(scored, width)
                 if kept is None:
                     short[index] = rollout
@@ -219,12 +219,13 @@ def _scores(
     wants_top_k: bool,
     name: str,
 ) -> TeacherScores:
-    found: dict[str, Any] = {}
+    ids_TK = top_TK = None
     if wants_top_k:
         shape = (len(logprobs), width)
-        found["topk_ids_TK"] = torch.tensor(topk_ids_TK, dtype=torch.int64).reshape(shape)
-        found["topk_logprobs_TK"] = torch.tensor(topk_logprobs_TK, dtype=torch.float32).reshape(shape)
-    return TeacherScores(logprobs_T=torch.tensor(logprobs, dtype=torch.float32), teacher=name, **found)
+        ids_TK = torch.tensor(topk_ids_TK, dtype=torch.int64).reshape(shape)
+        top_TK = torch.tensor(topk_logprobs_TK, dtype=torch.float32).reshape(shape)
+    logprobs_T = torch.tensor(logprobs, dtype=torch.float32)
+    return TeacherScores(logprobs_T=logprobs_T, topk_ids_TK=ids_TK, topk_logprobs_TK=top_TK, teacher=name)
 
 
 class said_by:

@@ -56,15 +56,15 @@ class CachedTexts(Engine):
         return hashlib.sha256(shape.encode()).hexdigest()
 
     def _read(self, keys: set[str]) -> dict[str, Completion]:
-        found: dict[str, Completion] = {}
+        texts: dict[str, Completion] = {}
         try:
             for key in sorted(keys):
                 row = self.db.execute("SELECT completion FROM texts WHERE key = ?", (key,)).fetchone()
                 if row is not None:
-                    found[key] = _decode(row[0])
+                    texts[key] = _decode(row[0])
         except (sqlite3.Error, OSError, ValueError, KeyError, TypeError) as error:
             raise self._refuse("read", error) from error
-        return found
+        return texts
 
     def _write(self, texts: dict[str, Completion]) -> None:
         rows = [(key, json.dumps(asdict(text))) for key, text in texts.items()]
@@ -74,9 +74,9 @@ class CachedTexts(Engine):
         except (sqlite3.Error, OSError) as error:
             raise self._refuse(f"given {len(rows)} more", error) from error
 
-    def _refuse(self, asked: str, error: Exception) -> TeacherError:
+    def _refuse(self, attempt: str, error: Exception) -> TeacherError:
         return TeacherError(
-            f"the cache of the teacher's texts, {self.path}, cannot be {asked}: {error}. Free the disk, delete the "
+            f"the cache of the teacher's texts, {self.path}, cannot be {attempt}: {error}. Free the disk, delete the "
             "file if it is damaged (its texts are written again), or set text_cache = false in the section of the "
             "teacher, of each where there are several."
         )

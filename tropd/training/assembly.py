@@ -74,15 +74,15 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE) -> Parts:
     grader = resolve_grader(run.grader) if run.grader else None
     eval_grader = _eval_grader(run)
     tokenizer = load_tokenizer(run.student, "student")
-    found = loading.find(run, tokenizer)  # cheap to refuse before any weights are read
+    teachers = loading.find(run, tokenizer)  # cheap to refuse before any weights are read
     loaded = load_model(run.student, "student", device)
-    loading.load(run, found, device)
+    loading.load(run, teachers, device)
     ends = stop_ids(tokenizer, loaded.generation_config)
     cautions = _without_dropout(loaded)
     model = wrap_student(loaded, run.student, run.seed)
-    size = loading.shared_size(found, model, tokenizer)
+    size = loading.shared_size(teachers, model, tokenizer)
     tiling = Tiling(tokens_per_batch=run.tokens_per_micro_batch, tile_tokens=run.tile_tokens, tile_vocab=run.tile_vocab)
-    engaged = loading.engage(run, found, model, size, tiling, directory, world)
+    engaged = loading.engage(run, teachers, model, size, tiling, directory, world)
     engaged.teacher.prepare(tokenizer, size, device)
     learner = _learner(run, model, size, tiling, engaged.teacher.forward, world)
     check_evidence(run.method.objective, engaged.teacher, run.method.name, grader is not None)
@@ -91,9 +91,9 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE) -> Parts:
         opened.callback(engine.close)
         stream, notes = _open_stream(run, tokenizer, _shortest(learner.forward, engine, engaged.teacher))
         held_out, eval_notes = _held_out(run, tokenizer, _shortest(learner.forward, engine))
-        origins = world.first(_origins(run, loaded, found, held_out) if world.leads else {})
+        origins = world.first(_origins(run, loaded, teachers, held_out) if world.leads else {})
         texts = directory / world.own_name(loading.TEXTS)
-        writer, remarks = loading.writer_of(run, found, model, size, (tokenizer, stream), origins, texts)
+        writer, remarks = loading.writer_of(run, teachers, model, size, (tokenizer, stream), origins, texts)
         opened.pop_all()  # nothing was refused
     return Parts(
         run=run,
@@ -114,10 +114,10 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE) -> Parts:
     )
 
 
-def _origins(run: Run, student: Any, found: Sequence[TeacherParts], held_out: Sequence[Prompt]) -> dict[str, Origin]:
+def _origins(run: Run, student: Any, teachers: Sequence[TeacherParts], held_out: Sequence[Prompt]) -> dict[str, Origin]:
     """What the run reads and no checkpoint holds."""
     origins = {"student": origin_of(run.student, None if run.student.lora is None else student)}
-    origins |= {one.origin: loading.origin_of_teacher(one) for one in found if one.config.path != "base"}
+    origins |= {t.origin: loading.origin_of_teacher(t) for t in teachers if t.config.path != "base"}
     return origins | ({"held-out prompts": prompts_origin(map(name_of, held_out))} if held_out else {})
 
 
@@ -171,17 +171,17 @@ def _without_dropout(model: Any) -> list[str]:
 
     Modules keep their rates as numbers (`p` of nn.Dropout, `attention_dropout`, `layerdrop`); the config stays.
     """
-    found: set[str] = set()
+    rates: set[str] = set()
     for module in model.modules():
         names = ["p"] if isinstance(module, torch.nn.Dropout) else [n for n in vars(module) if "drop" in n]
         for name in names:
             if isinstance(value := getattr(module, name), float) and value > 0:
                 setattr(module, name, 0.0)
-                found.add(f"{value:g}")
-    if not found:
+                rates.add(f"{value:g}")
+    if not rates:
         return []
     return [
-        f"the student's own dropout ({', '.join(sorted(found))}) is switched off: rollouts are drawn without it, and "
+        f"the student's own dropout ({', '.join(sorted(rates))}) is switched off: rollouts are drawn without it, and "
         "with it another student would be trained than the one that wrote. student.lora.dropout is yours to set."
     ]
 

@@ -99,11 +99,11 @@ class ModelLearner:
         needs &= Needs.STUDENT_ENTROPY
 
         def ask(part: list[Rollout]) -> dict[str, Tensor]:
-            found = self.forward.measure(part, needs, top_k=wanted)
+            measured = self.forward.measure(part, needs, top_k=wanted)
             fields = {
-                "student_logprobs_N": found.logprobs_N,
-                "student_entropy_N": found.entropy_N,
-                "student_topk_ids_NJ": found.topk_ids_NK if wanted else None,
+                "student_logprobs_N": measured.logprobs_N,
+                "student_entropy_N": measured.entropy_N,
+                "student_topk_ids_NJ": measured.topk_ids_NK if wanted else None,
             }
             return {name: x for name, x in fields.items() if x is not None}
 
@@ -160,9 +160,9 @@ class ModelLearner:
         for _ in range(more_passes(len(groups))):
             ask([rollouts[groups[0][0]]])
         for group in groups:
-            found = ask([rollouts[i] for i in group])
+            columns = ask([rollouts[i] for i in group])
             lengths = [len(rollouts[i].response_ids) for i in group]
-            for name, x in found.items():
+            for name, x in columns.items():
                 for i, rows in zip(group, x.split(lengths), strict=True):
                     pieces[i][name] = rows
         names = pieces[0].keys() if pieces else ()

@@ -140,16 +140,16 @@ def score(
     if context.world.size > 1:  # groups are numbered on each rank, and no group is on two
         tokens = tokens.with_(groups_S=tokens.groups_S * context.world.size + context.world.rank)
     needs = objective.needs
-    own: dict[str, Tensor] = {}
+    student: dict[str, Tensor] = {}
     if recall or needs & PASS_NEEDS:
-        own = learner.measure(rollouts, needs, objective.student_top_k)
-    ids_NJ = own.get("student_topk_ids_NJ")
+        student = learner.measure(rollouts, needs, objective.student_top_k)
+    ids_NJ = student.get("student_topk_ids_NJ")
     ids_TJ = None if ids_NJ is None else ids_NJ.split([len(r.response_ids) for r in rollouts])
     if Needs.FULL in needs and Needs.HIDDEN in teacher.capabilities and learner.expands:
         needs = (needs & ~Needs.FULL) | Needs.HIDDEN  # whole distributions are made tile by tile, where they are read
     if needs & OF_TEACHER and scores is None:
-        known = tokens.with_(**own)
-        wanted = top_k_rows(objective, known, context, 0.0 if own else learner.margin)
+        known = tokens.with_(**student)
+        wanted = top_k_rows(objective, known, context, 0.0 if student else learner.margin)
         request = ScoreRequest(
             as_read, needs, top_k=objective.teacher_top_k, student_topk_ids_TJ=ids_TJ, top_k_rows=wanted
         )
@@ -157,8 +157,10 @@ def score(
     if scores is not None:
         tokens = add_scores(tokens, rollouts, scores)
     if Needs.REVERSE_KL in needs:
-        own["reverse_kl_N"] = learner.reverse_kl(rollouts, teacher, as_read)
-    return ScoredBatch(rollouts=tuple(rollouts), tokens=tokens.with_(**own), measured=bool(own), as_read=as_read)
+        student["reverse_kl_N"] = learner.reverse_kl(rollouts, teacher, as_read)
+    return ScoredBatch(
+        rollouts=tuple(rollouts), tokens=tokens.with_(**student), measured=bool(student), as_read=as_read
+    )
 
 
 def top_k_rows(objective: Objective, tokens: Tokens, context: Context, margin: float | None) -> TopKRows | None:
