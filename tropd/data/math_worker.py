@@ -17,7 +17,7 @@ from typing import Any
 
 
 def _limit_time(seconds: float) -> None:
-    """Die by oneself, a little after the deadline: nobody else would end an orphan."""
+    """End this process a little after the deadline: where its parent is gone, nothing else would."""
     try:
         import resource
     except ImportError:  # not on Windows
@@ -28,7 +28,7 @@ def _limit_time(seconds: float) -> None:
 
 
 def _limit_memory(more: int) -> None:
-    """So many bytes beyond what the process has now: (10^10)^10^10 must not take the machine's."""
+    """Limit memory to so many bytes beyond what the process has now: (10^10)^10^10 would take all of it."""
     try:
         import resource
 
@@ -46,8 +46,8 @@ def _is_right(gold: str, completion: str) -> bool:
 
     timeout: Any = None  # the parent keeps the time
     expected = parse(gold, parsing_timeout=timeout)
-    found = parse(completion, parsing_timeout=timeout)
-    return bool(expected and found and verify(expected, found, timeout_seconds=None))
+    answer = parse(completion, parsing_timeout=timeout)
+    return bool(expected and answer and verify(expected, answer, timeout_seconds=None))
 
 
 def main() -> None:

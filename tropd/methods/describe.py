@@ -1,4 +1,4 @@
-"""What a method is, as plain data read off its own source: nothing is written twice."""
+"""The description of a method, as plain data read from its own source."""
 
 from __future__ import annotations
 
@@ -141,11 +141,11 @@ def _rollout_in_words(method: Method) -> str:
 
 
 def _teacher_in_words(method: Method) -> str:
-    asked = method.needs & OF_TEACHER
+    needs = method.needs & OF_TEACHER
     texts = " It also writes text, unless the dataset brings responses." if method.rollout.needs_teacher_text else ""
-    if not asked:
+    if not needs:
         return "The teacher is never asked for a probability." + texts
-    here = [str(n.name) for n in asked if EVIDENCE[n][1].startswith("no server")]
+    here = [str(n.name) for n in needs if EVIDENCE[n][1].startswith("no server")]
     if here:
         return f"A teacher in this process: no server gives {' or '.join(here)}." + texts
     return "A teacher in this process, or a server that can do what is named above." + texts
@@ -181,14 +181,14 @@ def _knobs(cls: type[Method]) -> Iterator[Knob]:
 
 
 def field_docstrings(cls: type) -> dict[str, str]:
-    """The string below each field, which Python itself forgets."""
+    """The docstring below each field, which Python does not keep."""
     tree = ast.parse(inspect.getsource(inspect.getmodule(cls) or cls))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
-    found = {}
+    docstrings = {}
     for field, after in pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(after, ast.Expr):
-            found[field.target.id] = " ".join(str(ast.literal_eval(after.value)).split())
-    return found
+            docstrings[field.target.id] = " ".join(str(ast.literal_eval(after.value)).split())
+    return docstrings
 
 
 def _default(field: Field[Any]) -> str:

@@ -33,7 +33,7 @@ class Needs(Flag):
     FULL = auto()
     """Both whole next-token distributions.  Nothing else builds [tokens, vocabulary]."""
     HIDDEN = auto()
-    """The teacher's last hidden states: whoever holds its head can make FULL of them, a tile at a time."""
+    """The teacher's last hidden states: with the teacher's head, FULL is computed from them a tile at a time."""
     TEACHER_ENTROPY = auto()
     STUDENT_ENTROPY = auto()
     REVERSE_KL = auto()
@@ -128,7 +128,7 @@ class Tokens(Evidence):
     num_after_N: Tensor = ABSENT
     """How many come after it."""
     behavior_logprobs_N: Tensor = ABSENT
-    """log-probability under whatever really sampled the token."""
+    """log-probability under the distribution that the token was sampled from."""
     student_logprobs_N: Tensor = ABSENT
     """The student's own log-probability when the batch was planned."""
     teacher_logprobs_N: Tensor = ABSENT
@@ -169,7 +169,7 @@ class Tokens(Evidence):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False, repr=False)
 class StudentView(Evidence):
-    """The student's current opinion of the same tokens.  Carries the gradient."""
+    """The student's current log-probabilities of the same tokens.  Carries the gradient."""
 
     logprobs_N: Tensor
     topk_logprobs_NK: Tensor = ABSENT

@@ -11,7 +11,7 @@ Format = Literal["number", "share", "nats", "tokens", "seconds"]
 
 
 def say(x: float, kind: Format) -> str:
-    """A number as a person reads it."""
+    """A number, formatted for reading."""
     text = f"{x:.3g}"
     if kind == "share":
         text = f"{100 * x:.3g} %"
