@@ -17,7 +17,7 @@ def in_background(work: Callable[[], T]) -> Future[T]:
     def carry_out() -> None:
         try:
             result.set_result(work())
-        except BaseException as error:  # handed to whoever asks for the result
+        except BaseException as error:  # raised again by `result()`
             result.set_exception(error)
 
     threading.Thread(target=carry_out, name="in the background", daemon=True).start()

@@ -3,7 +3,7 @@
     rank: Count = 32            # Annotated[int, Range(at_least=1)]
     alpha: PositiveShare = 0.2  # Annotated[float, Range(above=0, at_most=1)]
 
-A dataclass that inherits `Ranged` refuses a number out of range when it is made, whoever makes it: a run file, a flag
+A dataclass that inherits `Ranged` refuses a number out of range when it is made, wherever that is: a run file, a flag
 or Python.  NaN and infinity are refused everywhere; so are a bool, a text and, for whole numbers, a fraction.
 """
 

@@ -70,7 +70,7 @@ def opened(path: Path, error: Refusal = ConfigError) -> BinaryIO:
     """The open file; pipes, devices and folders are refused."""
     check_path(path, "the path", error)
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe that nobody writes to must not wait
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a writer must not wait
     except OSError as problem:
         raise error(f"{shortened(path)} cannot be read: {problem.strerror}.") from None
     kind = stat.S_IFMT(os.fstat(handle).st_mode)

@@ -53,7 +53,7 @@ def _is_right(gold: str, completion: str) -> bool:
 def main() -> None:
     with open(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as replies:
         warnings.simplefilter("ignore")
-        if not _is_right("$1$", "$1$"):  # before 0.8 it takes `None` for no time at all, and says so to nobody
+        if not _is_right("$1$", "$1$"):  # before 0.8 it takes `None` for no time at all, without an error
             raise SystemExit("math-verify does not find that 1 is 1: pip install 'tropd[math]'")
         logging.disable()
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what the parser prints is not a reply

@@ -159,7 +159,7 @@ class PromptReader:
         )
 
     def _read_conversation(self, row: Row) -> tuple[str, tuple[Message, ...], str | None]:
-        """The prompt as text or as messages (the other is empty), and the answer that stands behind it, if kept."""
+        """The prompt as text or as messages (the other is empty), and the assistant's text behind it, if kept."""
         value = row.get(self.source)
         if value is None or (isinstance(value, str) and not value.strip()):
             raise _BadRow("empty", f"nothing in '{self.source}'")

@@ -35,7 +35,7 @@ EVIDENCE: dict[Needs, tuple[str, str]] = {
     ),
     Needs.STUDENT_TOPK: (
         "the teacher's log-probabilities at the student's top_k tokens",
-        "no server that tropd speaks to scores given ids at each position: the teacher must be in this process",
+        "no server that tropd knows scores given ids at each position: the teacher must be in this process",
     ),
     Needs.FULL: ("both whole next-token distributions", "no server: the teacher must be in this process"),
     Needs.TEACHER_ENTROPY: (
@@ -107,12 +107,12 @@ def describe(name: str) -> Description:
         paper=paper_link(cls.paper),
         definition=inspect.cleandoc(cls.__doc__ or ""),
         terms=tuple(map(_row, method.objective.terms)),
-        rollout=_rollout_in_words(method),
+        rollout=_rollout_text(method),
         evidence=tuple(Evidence(name=str(n.name), what=EVIDENCE[n][0], server=EVIDENCE[n][1]) for n in method.needs),
-        teacher=_teacher_in_words(method),
+        teacher=_teacher_text(method),
         knobs=tuple(_knobs(cls)),
         readings=cls.readings,
-        at_teacher=_at_teacher_in_words(method),
+        at_teacher=_at_teacher_text(method),
     )
 
 
@@ -131,7 +131,7 @@ def _row(term: Term) -> TermRow:
     )
 
 
-def _rollout_in_words(method: Method) -> str:
+def _rollout_text(method: Method) -> str:
     words = method.rollout.description
     sampling = method.sampling
     if sampling is None:
@@ -140,7 +140,7 @@ def _rollout_in_words(method: Method) -> str:
     return f"{words} Drawn with {', '.join(f'{k} {v:g}' for k, v in drawn.items())}." if drawn else words
 
 
-def _teacher_in_words(method: Method) -> str:
+def _teacher_text(method: Method) -> str:
     needs = method.needs & OF_TEACHER
     texts = " It also writes text, unless the dataset brings responses." if method.rollout.needs_teacher_text else ""
     if not needs:
@@ -151,7 +151,7 @@ def _teacher_in_words(method: Method) -> str:
     return "A teacher in this process, or a server that can do what is named above." + texts
 
 
-def _at_teacher_in_words(method: Method) -> str:
+def _at_teacher_text(method: Method) -> str:
     if not method.zero_at_teacher:
         return "a signal that does not vanish."
     texts = [repr(t.name) for t in method.objective.terms if isinstance(t.loss, NegativeLogLikelihood)]
@@ -160,7 +160,7 @@ def _at_teacher_in_words(method: Method) -> str:
     return f"no signal where it wrote; {', '.join(texts)} stays, and is zero only on average over the teacher's texts."
 
 
-def needs_in_words(description: Description) -> str:
+def needs_text(description: Description) -> str:
     """The evidence in a few words, for tables."""
     short = [e.name.lower().replace("_", " ").replace("topk", "top-k") for e in description.evidence]
     if METHODS[description.name]().rollout.needs_teacher_text:

@@ -53,7 +53,7 @@ class RolloutPolicy(Ranged):
 
     @property
     def needs_teacher_text(self) -> bool:
-        """Whether somebody has to write texts for it: the teacher, or the data set."""
+        """Whether the policy needs texts that the teacher or the data set wrote."""
         return False
 
     @property

@@ -62,7 +62,7 @@ class Display(ABC):
 
 
 class Silent(Display):
-    """Shows nothing: of several processes one speaks."""
+    """Shows nothing: of several processes only rank 0 prints."""
 
     def start(self, facts: Mapping[str, str]) -> None:
         pass
@@ -131,7 +131,7 @@ class LiveDisplay(Display):
         self._pace = Pace(total_steps)
         self._evaluation = ""
         self._alarms: list[str] = []
-        # Redrawn by `update` alone: a drawing thread would have exceptions that nobody sees.
+        # Redrawn by `update` alone: exceptions in a drawing thread would be lost.
         self._live = Live(Text("waiting for the first step"), console=console, auto_refresh=False)
 
     def start(self, facts: Mapping[str, str]) -> None:

@@ -3,7 +3,7 @@
     {"schema": 1, "kind": "header", ...facts of the run}
     {"kind": "step", "step": 0, "loss": null, ..., "nonfinite": {"/loss": "nan"}}
 
-JSON has no NaN or infinity, so such a number is written as null and `nonfinite` tells, by JSON pointer, what it was;
+JSON has no NaN or infinity, so such a number is written as null and `nonfinite` holds, by JSON pointer, the number;
 `read_records` puts it back.  A report is made from these files alone.
 """
 

@@ -140,7 +140,7 @@ def _alternatives(ids_NK: Tensor, logprobs_NK: Tensor, rollouts: Sequence[Rollou
 def pieces(token_ids: Sequence[int], decode: Decode) -> list[str]:
     """Each token's part of the decoded text.  A character that several tokens make belongs to the last of them."""
     texts: list[str] = []
-    begin, reached = 0, 0  # text of token_ids[begin:reached] is told; it is decoded again only as context
+    begin, reached = 0, 0  # the text of token_ids[begin:reached] is out already; it is decoded again only as context
     for end in range(1, len(token_ids) + 1):
         told, text = decode(token_ids[begin:reached]), decode(token_ids[begin:end])
         if text.endswith(_UNFINISHED) and end - reached < _LONGEST and end < len(token_ids):

@@ -17,7 +17,7 @@ OF_A_TEACHER = (
     "teacher/max_logprob",
     "length/mean",
 )
-"""What is told of each of several teachers, as teachers/NAME/PROBE."""
+"""The probes that are recorded for each of several teachers, as teachers/NAME/PROBE."""
 
 
 def said_of(teacher: str, probes: Mapping[str, float]) -> dict[str, float]:

@@ -4,7 +4,7 @@ Axis legend and alignment rule: `tropd.types`.  Rows are flat: sequences lie one
 entry n of every *_N field describes token_ids_N[n] itself.
 
 `Tokens` is what is known before the gradient pass and carries no gradient.  `StudentView` is the only object with one.
-Reading a field that nobody supplied is an EvidenceError that names it, so a piece cannot use what it did not declare.
+Reading a field that was not supplied is an EvidenceError that names it, so a piece cannot use what it did not declare.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Evidence:
         if value is None and not name.startswith("__"):
             needs = _SOURCE.get(name)
             declare = f"; the piece that reads it must declare Needs.{needs.name}" if needs else ""
-            raise EvidenceError(f"evidence `{name}` was read, but nobody supplied it{declare}.")
+            raise EvidenceError(f"evidence `{name}` was read, but it was not supplied{declare}.")
         return value
 
     def peek(self, name: str) -> Tensor | None:

@@ -23,7 +23,7 @@ def say(x: float, kind: Format) -> str:
 
 
 def say_change(label: str, steps: Sequence[int], column: np.ndarray, kind: Format) -> str:
-    """First and last number, and the extreme between them where it is beyond both.  What is not finite is told."""
+    """First and last number, and the extreme between them where it is beyond both.  Infinite ones are counted."""
     name = label[:1].upper() + label[1:]
     finite = np.isfinite(column)
     if not finite.any():

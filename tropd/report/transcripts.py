@@ -107,7 +107,7 @@ def _read(path: Path, time: int, num_rows: int, num_tokens: int) -> _File:
         try:
             transcript = pack_row(row)
         except (TypeError, ValueError, LookupError) as error:
-            problems.append(f"{name}, rollout {row['id']!r} makes no sense ({error}); left out")
+            problems.append(f"{name}, rollout {row['id']!r} cannot be read ({error}); left out")
             continue
         used += len(transcript["texts"])
         if transcripts and used > num_tokens:
@@ -181,7 +181,7 @@ def _time(path: Path) -> int:
 
 @lru_cache(maxsize=100_000)
 def _num_rows(path: Path) -> int:
-    """From the file's footer alone; an unreadable file that nobody asked to see counts as empty."""
+    """From the file's footer alone; an unreadable file counts as empty."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -119,7 +119,7 @@ def _compare(history: History) -> tuple[Tone, str, list[str]]:
         return _by_intervals(before, after)
     span = f"{signed(paired.mean)}, 95 % interval [{signed(paired.low)}, {signed(paired.high)}]"
     finding = f"On the same {paired.num_items} prompts {metric} changed by {span}, paired prompt by prompt"
-    seed = "The interval speaks of other prompts of this kind, not of other seeds."
+    seed = "The interval covers other prompts of this kind, not other seeds."
     change = f"{metric} went from {before} to {after}"
     if not paired.excludes_zero:
         return "same", f"No difference can be told: {change}.", [f"{finding}: it includes 0.", seed]
