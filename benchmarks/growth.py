@@ -29,7 +29,8 @@ import torch
 import tyro
 from head import Problem, peak_megabytes, timed
 from head import Settings as HeadSettings
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from models import qwen3
+from transformers import PreTrainedModel
 
 from tropd.methods import TrOPD
 from tropd.model.tiling import Tiling
@@ -82,17 +83,9 @@ class Discard:
         return 0.0, 0.0
 
 
-def small_body(vocabulary: int, seed: int) -> Qwen3ForCausalLM:
+def small_body(vocabulary: int, seed: int) -> PreTrainedModel:
     """One layer under a whole vocabulary; frozen embeddings, whose gradient would be as large as the head's."""
-    torch.manual_seed(seed)
-    shape: dict[str, Any] = {
-        "hidden_size": 256,
-        "intermediate_size": 256,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    config = Qwen3Config(vocab_size=vocabulary, num_hidden_layers=1, head_dim=64, tie_word_embeddings=False, **shape)
-    model = Qwen3ForCausalLM(config)
+    model = qwen3(vocabulary, width=256, inner=256, layers=1, heads=(4, 2), seed=seed)
     model.get_input_embeddings().weight.requires_grad_(False)
     return model
 

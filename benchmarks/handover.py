@@ -20,21 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from models import qwen3
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
-from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
 from tropd.checkpoints.export import export_untied
-
-
-def make_model() -> Any:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 32_768, "hidden_size": 768, "intermediate_size": 2_304, "num_hidden_layers": 5}
-    heads = {"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64}
-    return Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, tie_word_embeddings=True))
 
 
 def read(orders: Connection) -> None:
@@ -47,7 +40,7 @@ def read(orders: Connection) -> None:
 
 def compare(disk: Path, memory: Path, repeats: int) -> dict[str, Any]:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
-    model = make_model()
+    model = qwen3(32_768, width=768, inner=2_304, layers=5, heads=(12, 4), tied=True)
     here, there = multiprocessing.Pipe()
     server = multiprocessing.get_context("spawn").Process(target=read, args=(there,), daemon=True)
     server.start()

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+from models import qwen3
+from transformers import PreTrainedModel
 
 from tropd.rollout.transformers import TransformersEngine
 from tropd.types import Request
@@ -47,22 +48,8 @@ CASES = (
 )
 
 
-def make_model(vocab_size: int, dtype: torch.dtype = torch.float32) -> Qwen3ForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=vocab_size,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=1024,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    model: Any = Qwen3ForCausalLM(config)
+def make_model(vocab_size: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    model: Any = qwen3(vocab_size, width=256, inner=768, layers=4, heads=(4, 2))
     return model.to(dtype).eval()
 
 
@@ -80,7 +67,7 @@ def make_requests(case: Case, seed: int) -> list[Request]:
     ]
 
 
-def write_with_engine(model: Qwen3ForCausalLM, requests: list[Request]) -> int:
+def write_with_engine(model: PreTrainedModel, requests: list[Request]) -> int:
     completions = TransformersEngine(model, max_batch=len(requests)).generate(requests)
     return sum(len(completion.token_ids) for completion in completions)
 
@@ -109,7 +96,7 @@ def num_until_stop(token_ids: list[int], stops: set[int]) -> int:
     return next((i + 1 for i, token_id in enumerate(token_ids) if token_id in stops), len(token_ids))
 
 
-Side = Callable[[Qwen3ForCausalLM, list[Request]], int]
+Side = Callable[[PreTrainedModel, list[Request]], int]
 SIDES: dict[str, Side] = {"generate": write_with_generate, "engine": write_with_engine}
 
 

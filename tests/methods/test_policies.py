@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -14,7 +15,7 @@ from tropd.base.ranges import Count
 from tropd.doctor.method import check_guidance
 from tropd.doctor.subject import read_subject
 from tropd.errors import ConfigError, OutOfRange
-from tropd.methods import METHODS, Method
+from tropd.methods import METHODS, Method, policies
 from tropd.methods.drafts import Draft, RolloutJob, Writer, teacher_texts
 from tropd.methods.explain import explain, methods
 from tropd.methods.policies import Mixture, OnPolicy, RolloutPolicy, Shares, TeacherPrefix, TeacherText
@@ -172,3 +173,9 @@ def test_drafts_that_nobody_could_go_on_from_are_refused() -> None:
         roll_out(Broken(), job_of(), student(), None)
     with pytest.raises(ConfigError, match=r"0/p/0/0 a prefix of 10 tokens, but it may have 9 of the 10"):
         roll_out(Broken(how="full"), job_of(), student(), None)
+
+
+@pytest.mark.parametrize("policy", [OnPolicy, TeacherPrefix, TeacherText, Mixture])
+def test_each_policy_has_an_example_that_prints_what_it_shows(policy: type[RolloutPolicy]) -> None:
+    (example,) = doctest.DocTestFinder(recurse=False).find(policy, globs=dict(vars(policies)))
+    assert example.examples and doctest.DocTestRunner().run(example).failed == 0

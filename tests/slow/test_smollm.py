@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-import tomli_w
 from safetensors.torch import load_file
 
-from tropd.config import file as config_file
+from tests import small_runs
+from tests.small_runs import write_rows
 from tropd.config.run import Run
 from tropd.monitoring.records import read_records
 from tropd.run.start import train
@@ -40,26 +39,17 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run_of(checkpoint: Path, folder: Path) -> Run:
-    (folder / "data.jsonl").write_text("\n".join(json.dumps({"prompt": question}) for question in QUESTIONS))
-    values = {
-        "steps": 3,
-        "output": str(folder / "run"),
-        "device": "cpu",
-        "tokens_per_micro_batch": 256,
-        "student": {
-            "path": str(checkpoint.parent),
-            "gguf_file": checkpoint.name,
-            "lora": {"rank": 4, "alpha": 8},
-            "gradient_checkpointing": True,
-        },
-        "teacher": {"path": "base"},
-        "data": {"path": str(folder / "data.jsonl")},
-        "method": {"name": "tropd", "beta": 0.5, "prefix": {"shape": "constant", "start": 0.5}},
-        "rollout": {"num_prompts": 2, "num_rollouts": 2, "max_new_tokens": 16, "save_every": 1},
-        "optimizer": {"learning_rate": 1e-3},
-    }
-    (folder / "asked.toml").write_text(tomli_w.dumps(values))
-    return config_file.load(folder / "asked.toml")
+    write_rows(folder / "data.jsonl", [{"prompt": question} for question in QUESTIONS])
+    lora = {"lora": {"rank": 4, "alpha": 8}, "gradient_checkpointing": True}
+    return small_runs.run_of(
+        folder,
+        {"name": "tropd", "beta": 0.5, "prefix": {"shape": "constant", "start": 0.5}},
+        grader=None,
+        tokens_per_micro_batch=256,
+        student={"path": str(checkpoint.parent), "gguf_file": checkpoint.name, **lora},
+        teacher={"path": "base"},
+        rollout={"num_prompts": 2, "max_new_tokens": 16},
+    )
 
 
 @pytest.mark.slow

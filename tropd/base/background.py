@@ -1,4 +1,4 @@
-"""Work beside this thread."""
+"""Runs work in a thread beside this one."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ T = TypeVar("T")
 
 
 def in_background(work: Callable[[], T]) -> Future[T]:
-    """Not in a pool: its threads would be waited for when the process ends."""
-    found: Future[T] = Future()
+    """Start `work` in a daemon thread: unlike a pool's threads, it does not keep the process alive."""
+    result: Future[T] = Future()
 
     def carry_out() -> None:
         try:
-            found.set_result(work())
-        except BaseException as error:  # handed to whoever asks for the result
-            found.set_exception(error)
+            result.set_result(work())
+        except BaseException as error:  # raised again by `result()`
+            result.set_exception(error)
 
     threading.Thread(target=carry_out, name="in the background", daemon=True).start()
-    return found
+    return result

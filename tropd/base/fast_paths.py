@@ -1,6 +1,6 @@
 """The fast paths: code that runs only from some size on, or only where something was kept, and which of it has run.
 
-Each must give what the plain path gives.  A test whose sizes switch a fast path off says nothing about it, so every
+Each must give what the plain path gives.  A test whose sizes switch a fast path off does not test it, so every
 fast path notes here that it ran, and tests assert that the runs they compare took the paths that they are about.
 """
 

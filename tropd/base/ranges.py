@@ -1,9 +1,9 @@
-"""Numbers that mean something: a field's type says its range, and `check_ranges` is the one place that looks.
+"""Ranges of numbers: a field's type says its range, and `check_ranges` is the one place that checks it.
 
     rank: Count = 32            # Annotated[int, Range(at_least=1)]
     alpha: PositiveShare = 0.2  # Annotated[float, Range(above=0, at_most=1)]
 
-A dataclass that inherits `Ranged` refuses a number out of range when it is made, whoever makes it: a run file, a flag
+A dataclass that inherits `Ranged` refuses a number out of range when it is made, wherever that is: a run file, a flag
 or Python.  NaN and infinity are refused everywhere; so are a bool, a text and, for whole numbers, a fraction.
 """
 
@@ -25,7 +25,7 @@ LARGEST = 2**63 - 1
 
 @dataclass(frozen=True)
 class Range:
-    """The values that a number may have.  Its text is how docstrings and errors say it."""
+    """The values that a number may have.  `str` gives the words that docstrings and errors use."""
 
     at_least: float | None = None
     above: float | None = None
@@ -94,15 +94,15 @@ def check_ranges(value: Any) -> None:
                 section = getattr(value, "section", None)
                 raise OutOfRange(
                     type(value).__name__ if section is None else section,
-                    f"{name} = {shortened(x)} was asked for, but it must be {problem}.",
+                    f"{name} = {short_value(x)} was asked for, but it must be {problem}.",
                 )
 
 
 @cache
 def _ranged_fields(cls: type) -> tuple[tuple[str, tuple[tuple[Any, Range | None], ...]], ...]:
     hints = get_type_hints(cls, include_extras=True)
-    found = ((f.name, tuple(kinds_of(hints[f.name]))) for f in fields(cls))
-    return tuple((name, kinds) for name, kinds in found if any(wanted for _, wanted in kinds))
+    kinds_by_field = ((f.name, tuple(kinds_of(hints[f.name]))) for f in fields(cls))
+    return tuple((name, kinds) for name, kinds in kinds_by_field if any(wanted for _, wanted in kinds))
 
 
 def kinds_of(hint: Any) -> Iterator[tuple[Any, Range | None]]:
@@ -128,20 +128,20 @@ def _numbers(value: Any) -> Iterator[Any]:
 
 
 def _problem(x: Any, kinds: tuple[tuple[Any, Range | None], ...]) -> str:
-    """What it must be, if it is not; values of the field's other classes are not looked at."""
+    """What the number must be, or "" where it is in range; values of the field's other classes are not checked."""
     if any(wanted is None and isinstance(x, kind) for kind, wanted in kinds):
         return ""
     kind, wanted = next((kind, wanted) for kind, wanted in kinds if wanted is not None)
-    said = f"{wanted}, or left out" if any(kind is NoneType for kind, _ in kinds) else str(wanted)
-    said += f": {wanted.advice}" if wanted.advice else ""
+    allowed = f"{wanted}, or left out" if any(kind is NoneType for kind, _ in kinds) else str(wanted)
+    allowed += f": {wanted.advice}" if wanted.advice else ""
     if isinstance(x, bool) or not isinstance(x, int if kind is int else int | float):
-        return f"a {'whole number' if kind is int else 'number'}, {said}"
+        return f"a {'whole number' if kind is int else 'number'}, {allowed}"
     if x not in wanted:
-        return said if abs(x) < math.inf else f"a finite number, {said}"
+        return allowed if abs(x) < math.inf else f"a finite number, {allowed}"
     return f"at most {LARGEST}" if kind is int and wanted.at_most is None and x > LARGEST else ""
 
 
-def shortened(value: Any) -> str:
+def short_value(value: Any) -> str:
     """A value as errors show it, however long it is."""
     try:
         text = repr(value)

@@ -1,4 +1,4 @@
-"""Files that somebody else wrote, read with care.
+"""Reads files that other programs wrote, within limits.
 
     opened(path)             a regular file, never a pipe, a device or a folder, which could be waited for without end
     read_text(path)          UTF-8, of a size that such a file can have
@@ -41,7 +41,7 @@ Refusal = type[TropdError]
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    """Nothing that a terminal would obey, and, without `lines`, no line break."""
+    """The text with its control characters escaped, and, without `lines`, its line breaks too."""
     kept = "\n" if lines else ""
     return "".join(c if c.isprintable() or c in kept else _escape(c) for c in text)
 
@@ -57,7 +57,7 @@ def shortened(path: Path | str) -> str:
 
 
 def check_path(path: Path | str, name: str, error: Refusal = ConfigError) -> None:
-    """Refuse what no file system has as a name."""
+    """Refuse a path that no file system can hold."""
     text = str(path)
     if "\0" in text:
         raise error(f"{name} is {shortened(text)}, and no path holds a null character. Take it out.")
@@ -67,10 +67,10 @@ def check_path(path: Path | str, name: str, error: Refusal = ConfigError) -> Non
 
 
 def opened(path: Path, error: Refusal = ConfigError) -> BinaryIO:
-    """The file to read from; whatever has no end, or no beginning, is refused."""
+    """The open file; pipes, devices and folders are refused."""
     check_path(path, "the path", error)
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe that nobody writes to must not wait
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a writer must not wait
     except OSError as problem:
         raise error(f"{shortened(path)} cannot be read: {problem.strerror}.") from None
     kind = stat.S_IFMT(os.fstat(handle).st_mode)
@@ -81,7 +81,7 @@ def opened(path: Path, error: Refusal = ConfigError) -> BinaryIO:
 
 
 def check_file(path: Path, error: Refusal = ConfigError) -> None:
-    """Refuse what another library would wait for, or read without end."""
+    """Refuse a path that another library would wait for, or read without end."""
     opened(path, error).close()
 
 
@@ -98,7 +98,7 @@ def read_text(path: Path, error: Refusal = ConfigError, limit: int = MOST_BYTES)
 
 
 def read_lines(path: Path, error: Refusal = ConfigError) -> Iterator[tuple[int, bytes]]:
-    """Every line with its number, from 1; the file is read as it is asked for."""
+    """Every line with its number, from 1, read one at a time."""
     with opened(path, error) as file:
         number = 0
         while line := file.readline(MOST_BYTES):
@@ -110,7 +110,7 @@ def read_lines(path: Path, error: Refusal = ConfigError) -> Iterator[tuple[int, 
 
 @contextmanager
 def refusing(say: Callable[[str], str], error: Refusal = ConfigError) -> Iterator[None]:
-    """Whatever another library raises over a file becomes one sentence: `say` gets the reason."""
+    """Turn any exception of another library into one error: `say` makes its message from the reason."""
     try:
         yield
     except TropdError:

@@ -1,4 +1,4 @@
-"""What is printed holds nothing that a terminal would obey, whoever named a file, a teacher or a column."""
+"""Printing without control characters, which names of files, teachers and columns may hold."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ class PrintableConsole(Console):
 
 
 def tell(text: str) -> None:
-    """A line for whoever asked, as it is."""
+    """Print text with its control characters escaped; line breaks stay."""
     print(printable(text, lines=True))

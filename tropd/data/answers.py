@@ -54,9 +54,9 @@ class Number(NamedTuple):
 
 def final_text(text: str) -> str:
     """What follows the model's thinking (nothing when it never ends), or the last line after GSM8K's ####."""
-    said = text.rpartition("</think>")[2].partition("<think>")[0].strip()
-    _, marked, result = said.rpartition("####")
-    return result.strip() if marked and result.strip() and "\n" not in result.strip() else said
+    answer = text.rpartition("</think>")[2].partition("<think>")[0].strip()
+    _, marked, result = answer.rpartition("####")
+    return result.strip() if marked and result.strip() and "\n" not in result.strip() else answer
 
 
 def last_boxed(text: str) -> str | None:
@@ -82,9 +82,9 @@ def read_number(text: str) -> Number | None:
     """The last number of a text (of its last box, if that holds one): 1,234.5   -3/4   2 1/2   \\frac{1}{2}   50%"""
     boxed = last_boxed(text)
     for candidate in (boxed, text):
-        found = None if candidate is None else _last_number(candidate)
-        if found is not None:
-            return found
+        number = None if candidate is None else _last_number(candidate)
+        if number is not None:
+            return number
     return None
 
 
@@ -120,9 +120,9 @@ def read_choice(text: str) -> str | None:
     if boxed is not None and (match := re.match(_LETTER, boxed)):
         return None if _AND_ANOTHER.match(boxed, match.end()) else match["letter"]
     for patterns in _CLAIMS:
-        said = [match for pattern in patterns for match in pattern.finditer(text)]
-        if said:
-            last = max(said, key=lambda match: match.end("letter"))
+        claims = [match for pattern in patterns for match in pattern.finditer(text)]
+        if claims:
+            last = max(claims, key=lambda match: match.end("letter"))
             return None if _AND_ANOTHER.match(text, last.end("letter")) else last["letter"]
     lines = [line for line in text.splitlines() if line.strip()]
     for line in (*lines[-1:], *lines[:1]):

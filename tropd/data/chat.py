@@ -74,7 +74,7 @@ def render(
 
 
 def encode_plain(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Text to be continued: what the tokenizer puts in front, and nothing behind."""
+    """Text to be continued: with the tokens that the tokenizer puts in front, and none behind."""
     ids = tokenizer.encode(text)
     bare = tokenizer.encode(text, add_special_tokens=False)
     if ids and ids[-1] == tokenizer.eos_token_id and bare[-1:] != ids[-1:]:
@@ -103,9 +103,9 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationCo
     Empty when there is none: then only the length ends a rollout.
     """
     of_model = generation_config.eos_token_id if generation_config is not None else None
-    found = [tokenizer.eos_token_id, *(of_model if isinstance(of_model, list | tuple) else [of_model])]
-    found.append(end_of_turn_id(tokenizer))
-    return tuple(dict.fromkeys(int(token) for token in found if token is not None))
+    ends = [tokenizer.eos_token_id, *(of_model if isinstance(of_model, list | tuple) else [of_model])]
+    ends.append(end_of_turn_id(tokenizer))
+    return tuple(dict.fromkeys(int(token) for token in ends if token is not None))
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -121,9 +121,9 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
         text = _render_text(turns, tokenizer, {}, False)
     except DataError:  # some templates write one exchange only
         text = _render_text(turns[:2], tokenizer, {}, False)
-    _, found, tail = text.rpartition(marker)
+    _, marked, tail = text.rpartition(marker)
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    for token in tokenizer.encode(tail, add_special_tokens=False) if found else ():
+    for token in tokenizer.encode(tail, add_special_tokens=False) if marked else ():
         if token == tokenizer.bos_token_id != tokenizer.eos_token_id:
             return None
         if token in special:

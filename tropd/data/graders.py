@@ -63,13 +63,13 @@ class Numeric(Ranged):
         return [self._score(text, answer) for text, answer in _pairs("numeric", completions, columns)]
 
     def _score(self, text: str, answer: str) -> float:
-        expected, found = read_number(answer), read_number(text)
+        expected, number = read_number(answer), read_number(text)
         if expected is None:
             raise DataError(f"grader 'numeric' finds no number in the answer {answer!r}. Give answers with a number.")
-        if found is None:
+        if number is None:
             return 0.0
-        scales = (1,) if expected.is_percent == found.is_percent else (1, 100)
-        small, large = (found, expected) if expected.is_percent else (expected, found)
+        scales = (1,) if expected.is_percent == number.is_percent else (1, 100)
+        small, large = (number, expected) if expected.is_percent else (expected, number)
         return float(any(self._equal(small.value * scale, large.value) for scale in scales))
 
     def _equal(self, a: Fraction, b: Fraction) -> bool:
@@ -105,8 +105,8 @@ class Math:
         self.process.close()
 
     def _score(self, text: str, answer: str) -> float:
-        said = last_boxed(text)
-        if normalize(text if said is None else said) == normalize(answer):
+        boxed = last_boxed(text)
+        if normalize(text if boxed is None else boxed) == normalize(answer):
             return 1.0
         has_delimiters = "$" in answer or "\\boxed" in answer or "\\(" in answer or "\\[" in answer
         right = self.process.compare(answer if has_delimiters else f"\\boxed{{{answer}}}", text)

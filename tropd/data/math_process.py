@@ -26,7 +26,7 @@ class MathProcess:
         atexit.register(self.close)
 
     def compare(self, gold: str, completion: str) -> bool | None:
-        """Whether they are equal; None where that could not be found out."""
+        """Whether the two are equal; None where the limits do not allow an answer."""
         task = {"gold": gold, "completion": completion, "seconds": self.seconds, "memory": self.memory}
         with self._lock:
             return self._ask(task)

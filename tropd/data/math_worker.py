@@ -17,7 +17,7 @@ from typing import Any
 
 
 def _limit_time(seconds: float) -> None:
-    """Die by oneself, a little after the deadline: nobody else would end an orphan."""
+    """End this process a little after the deadline: where its parent is gone, nothing else would."""
     try:
         import resource
     except ImportError:  # not on Windows
@@ -28,7 +28,7 @@ def _limit_time(seconds: float) -> None:
 
 
 def _limit_memory(more: int) -> None:
-    """So many bytes beyond what the process has now: (10^10)^10^10 must not take the machine's."""
+    """Limit memory to so many bytes beyond what the process has now: (10^10)^10^10 would take all of it."""
     try:
         import resource
 
@@ -46,14 +46,14 @@ def _is_right(gold: str, completion: str) -> bool:
 
     timeout: Any = None  # the parent keeps the time
     expected = parse(gold, parsing_timeout=timeout)
-    found = parse(completion, parsing_timeout=timeout)
-    return bool(expected and found and verify(expected, found, timeout_seconds=None))
+    answer = parse(completion, parsing_timeout=timeout)
+    return bool(expected and answer and verify(expected, answer, timeout_seconds=None))
 
 
 def main() -> None:
     with open(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as replies:
         warnings.simplefilter("ignore")
-        if not _is_right("$1$", "$1$"):  # before 0.8 it takes `None` for no time at all, and says so to nobody
+        if not _is_right("$1$", "$1$"):  # before 0.8 it takes `None` for no time at all, without an error
             raise SystemExit("math-verify does not find that 1 is 1: pip install 'tropd[math]'")
         logging.disable()
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what the parser prints is not a reply

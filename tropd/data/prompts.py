@@ -28,7 +28,7 @@ _NUM_EXAMPLES = 3
 
 @dataclass(frozen=True, kw_only=True)
 class RowReport:
-    """What became of the rows."""
+    """How many rows made prompts, and why the others did not."""
 
     num_rows: int
     num_prompts: int
@@ -56,7 +56,7 @@ class _BadRow(DataError):
 
 
 def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> LoadedPrompts:
-    """Every prompt of the data set, and what became of the other rows."""
+    """Every prompt of the data set, and a report on the rows that made none."""
     if config.streaming:
         raise ConfigError("data.streaming is set, so prompts cannot all be loaded. Use LazyPromptStream, or unset it.")
     reader = PromptReader(config, tokenizer)
@@ -123,7 +123,7 @@ class PromptReader:
             examples.append(f"row {number}: {bad}")
 
     def _refuse_repeats(self, prompt: Prompt, number: int) -> None:
-        """One prompt for two teachers is two."""
+        """Refuse one id twice; the same prompt for two teachers counts as two."""
         rendered = hashlib.blake2b(repr((prompt.token_ids, prompt.teacher)).encode(), digest_size=16).digest()
         if rendered in self._first_row_of:
             raise _BadRow("duplicate", f"the same prompt as row {self._first_row_of[rendered]}")
@@ -145,8 +145,8 @@ class PromptReader:
         self._check_length(token_ids)
         if config.response_column is not None:
             response = read_text(row, config.response_column)
-        asked = (config.id_column, config.teacher_column, config.response_column)
-        taken = {self.source, *asked, *(["answer"] if config.answer_column == "answer" else [])}
+        named = (config.id_column, config.teacher_column, config.response_column)
+        taken = {self.source, *named, *(["answer"] if config.answer_column == "answer" else [])}
         return Prompt(
             id=content_id if config.id_column is None else read_scalar(row, config.id_column),
             token_ids=token_ids,
@@ -158,7 +158,7 @@ class PromptReader:
         )
 
     def _read_conversation(self, row: Row) -> tuple[str, tuple[Message, ...], str | None]:
-        """The prompt as text or as messages (the other is empty), and the answer that stands behind it, if kept."""
+        """The prompt as text or as messages (the other is empty), and the assistant's text behind it, if kept."""
         value = row.get(self.source)
         if value is None or (isinstance(value, str) and not value.strip()):
             raise _BadRow("empty", f"nothing in '{self.source}'")

@@ -66,13 +66,13 @@ class PromptStream:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken; a state of other prompts or another seed is refused."""
-        own = self.state_dict()
-        _check_keys(state, own)
+        current = self.state_dict()
+        _check_keys(state, current)
         for key in ("num_prompts", "fingerprint", "seed"):
-            if state[key] != own[key]:
+            if state[key] != current[key]:
                 raise DataError(
-                    f"the saved stream has {key} {state[key]}, this one has {own[key]}: continuing would show other "
-                    "prompts. Resume with the data set and the seed of the saved run, or start a new run."
+                    f"the saved stream has {key} {state[key]}, this one has {current[key]}: continuing would show "
+                    "other prompts. Resume with the data set and the seed of the saved run, or start a new run."
                 )
         if not 0 <= state["position"] <= len(self._prompts) or state["visit"] < 0:
             raise DataError(f"the saved stream is at {state['position']} of visit {state['visit']}, which is nowhere.")
@@ -95,7 +95,7 @@ class LazyPromptStream:
 
     @property
     def report(self) -> RowReport:
-        """What became of the rows of the first epoch, as far as it has been read."""
+        """The report on the rows of the first epoch, as far as it has been read."""
         return self._first_report or self._reader.report
 
     def next(self, num_prompts: int) -> list[tuple[Prompt, int]]:
@@ -147,7 +147,7 @@ class LazyPromptStream:
 
 
 def name_of(prompt: Prompt) -> str:
-    """Another one for whatever a run reads of a prompt: an id may stay when its row is changed."""
+    """A hash of all that a run reads of a prompt: an id may stay the same when its row changes."""
     read = (prompt.token_ids, prompt.answer, prompt.teacher, prompt.response_ids)
     columns = json.dumps(dict(prompt.columns), sort_keys=True, default=lambda value: type(value).__name__)
     return _fingerprint([prompt.id, repr(read), columns])

@@ -30,7 +30,7 @@ class _TooMuch(BaseException):
 
 
 class _Watch:
-    """Looks at the conversation that is being written, every now and then, and ends it when it has had enough."""
+    """Checks time and memory while a conversation is rendered, and stops a template that takes too much."""
 
     def __init__(self) -> None:
         self.lock, self.thread = threading.Lock(), None

@@ -25,8 +25,8 @@ SCHEMA = 1
 def key_of_prompt(prompt: Prompt, version: int | str) -> str:
     """Names the weights and everything of the prompt that its answers and scores depend on."""
     facts = [str(version), prompt.id, list(prompt.token_ids), prompt.answer, dict(prompt.columns)]
-    said = json.dumps(facts, sort_keys=True, default=repr)
-    return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+    text = json.dumps(facts, sort_keys=True, default=repr)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 class ProgressFile:
@@ -73,8 +73,8 @@ class ProgressFile:
 
     def _check(self, header: dict[str, Any]) -> None:
         try:
-            found = json.loads(self._lines[0])
-            kind, schema, there = found["kind"], found["schema"], found["settings"]
+            first = json.loads(self._lines[0])
+            kind, schema, there = first["kind"], first["schema"], first["settings"]
         except (ValueError, KeyError, TypeError, RecursionError):
             kind, schema, there = None, None, {}
         if kind != KIND or schema != SCHEMA:
@@ -82,12 +82,13 @@ class ProgressFile:
                 f"{self.path} was given to save an evaluation's progress, but it is not such a file "
                 f"(schema {SCHEMA}). Give another path."
             )
-        asked = header["settings"]
-        differ = [name for name in sorted(asked.keys() | there.keys()) if asked.get(name) != there.get(name)]
+        wanted = header["settings"]
+        differ = [name for name in sorted(wanted.keys() | there.keys()) if wanted.get(name) != there.get(name)]
         if differ:
-            said = "; ".join(f"{name} was {there.get(name)!r}, now {asked.get(name)!r}" for name in differ)
+            changes = "; ".join(f"{name} was {there.get(name)!r}, now {wanted.get(name)!r}" for name in differ)
             raise ConfigError(
-                f"{self.path} holds an evaluation with other settings: {said}. Give another path, or the old settings."
+                f"{self.path} holds an evaluation with other settings: {changes}. Give another path, or the "
+                "old settings."
             )
 
 

@@ -1,4 +1,4 @@
-"""How answers are drawn and judged, and what came of it: every number is printed with the settings it depends on."""
+"""The results of an evaluation: every number is printed with the settings that it depends on."""
 
 from __future__ import annotations
 
@@ -77,12 +77,12 @@ class EvalResult:
         return "\n".join(lines)
 
     def _settings(self, sampling: Sampling) -> str:
-        said = [f"T={sampling.temperature:g}"]
+        words = [f"T={sampling.temperature:g}"]
         if sampling.temperature > 0.0:
-            said.append(f"top_p={sampling.top_p:g}")
-            said += [f"top_k={sampling.top_k}"] if sampling.top_k else []
-            said += [f"min_p={sampling.min_p:g}"] if sampling.min_p else []
-        return ", ".join([*said, f"{self.config.max_new_tokens} tokens", f"{len(self.items)} prompts"])
+            words.append(f"top_p={sampling.top_p:g}")
+            words += [f"top_k={sampling.top_k}"] if sampling.top_k else []
+            words += [f"min_p={sampling.min_p:g}"] if sampling.min_p else []
+        return ", ".join([*words, f"{self.config.max_new_tokens} tokens", f"{len(self.items)} prompts"])
 
 
 def summarize(items: Sequence[EvalItem], config: EvalConfig) -> EvalResult:

@@ -1,4 +1,4 @@
-"""Evaluation: sample answers, grade them, say how sure the score is.
+"""Evaluation: sample answers, grade them, and give each score its interval.
 
 Every draw has its own seed, made of (config.seed, prompt, sample): no other random state is read or moved, and the same
 model gives the same numbers.  With a `progress_path`, each prompt is one JSON line, written as soon as it is graded, so
@@ -102,7 +102,7 @@ def _answer(
     stop_ids: tuple[int, ...],
 ) -> list[EvalItem]:
     draws: list[int | str] = [*range(config.num_samples), *(["greedy"] if config.greedy else [])]
-    asked = [(prompt, draw) for prompt in prompts for draw in draws]
+    prompt_draws = [(prompt, draw) for prompt in prompts for draw in draws]
     requests = [
         Request(
             token_ids=prompt.token_ids,
@@ -111,14 +111,14 @@ def _answer(
             sampling=GREEDY if draw == "greedy" else config.sampling,
             stop_ids=stop_ids,
         )
-        for prompt, draw in asked
+        for prompt, draw in prompt_draws
     ]
     completions = engine.generate(requests)
-    _check_completions(completions, [prompt for prompt, _ in asked])
+    _check_completions(completions, [prompt for prompt, _ in prompt_draws])
     texts = [str(tokenizer.decode(list(done.token_ids), skip_special_tokens=True)) for done in completions]
     scores: Sequence[float | None] = [None] * len(texts)
     if grader is not None:
-        scores = grade_texts(grader, [prompt for prompt, _ in asked], texts, tokenizer)
+        scores = grade_texts(grader, [prompt for prompt, _ in prompt_draws], texts, tokenizer)
     answers = [
         EvalAnswer(text=text, num_tokens=len(done.token_ids), finish=done.finish, score=score)
         for text, done, score in zip(texts, completions, scores, strict=True)

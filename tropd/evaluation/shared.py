@@ -1,4 +1,4 @@
-"""An evaluation that several processes share: each answers a part of the prompts, all know the result."""
+"""An evaluation that several processes share: each answers a part of the prompts, and all get the result."""
 
 from __future__ import annotations
 

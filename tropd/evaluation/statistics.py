@@ -1,4 +1,4 @@
-"""What a score is worth: pass@k without bias, intervals over prompts, comparisons of two models.
+"""How sure a score is: pass@k without bias, intervals over prompts, comparisons of two models.
 
 The unit of chance is the item (the prompt).  Samples of one prompt are not independent, so intervals resample items.
 """

@@ -1,4 +1,4 @@
-"""What a method is, as plain data read off its own source: nothing is written twice."""
+"""The description of a method, as plain data read from its own source."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ EVIDENCE: dict[Needs, tuple[str, str]] = {
     ),
     Needs.STUDENT_TOPK: (
         "the teacher's log-probabilities at the student's top_k tokens",
-        "no server that tropd speaks to scores given ids at each position: the teacher must be in this process",
+        "no server that tropd knows scores given ids at each position: the teacher must be in this process",
     ),
     Needs.FULL: ("both whole next-token distributions", "no server: the teacher must be in this process"),
     Needs.TEACHER_ENTROPY: (
@@ -106,12 +106,12 @@ def describe(name: str) -> Description:
         paper=paper_link(cls.paper),
         definition=inspect.cleandoc(cls.__doc__ or ""),
         terms=tuple(map(_row, method.objective.terms)),
-        rollout=_rollout_in_words(method),
+        rollout=_rollout_text(method),
         evidence=tuple(Evidence(name=str(n.name), what=EVIDENCE[n][0], server=EVIDENCE[n][1]) for n in method.needs),
-        teacher=_teacher_in_words(method),
+        teacher=_teacher_text(method),
         knobs=tuple(_knobs(cls)),
         readings=cls.readings,
-        at_teacher=_at_teacher_in_words(method),
+        at_teacher=_at_teacher_text(method),
     )
 
 
@@ -130,7 +130,7 @@ def _row(term: Term) -> TermRow:
     )
 
 
-def _rollout_in_words(method: Method) -> str:
+def _rollout_text(method: Method) -> str:
     words = method.rollout.description
     sampling = method.sampling
     if sampling is None:
@@ -139,18 +139,18 @@ def _rollout_in_words(method: Method) -> str:
     return f"{words} Drawn with {', '.join(f'{k} {v:g}' for k, v in drawn.items())}." if drawn else words
 
 
-def _teacher_in_words(method: Method) -> str:
-    asked = method.needs & OF_TEACHER
+def _teacher_text(method: Method) -> str:
+    needs = method.needs & OF_TEACHER
     texts = " It also writes text, unless the dataset brings responses." if method.rollout.needs_teacher_text else ""
-    if not asked:
+    if not needs:
         return "The teacher is never asked for a probability." + texts
-    here = [str(n.name) for n in asked if EVIDENCE[n][1].startswith("no server")]
+    here = [str(n.name) for n in needs if EVIDENCE[n][1].startswith("no server")]
     if here:
         return f"A teacher in this process: no server gives {' or '.join(here)}." + texts
     return "A teacher in this process, or a server that can do what is named above." + texts
 
 
-def _at_teacher_in_words(method: Method) -> str:
+def _at_teacher_text(method: Method) -> str:
     if not method.zero_at_teacher:
         return "a signal that does not vanish."
     texts = [repr(t.name) for t in method.objective.terms if isinstance(t.loss, NegativeLogLikelihood)]
@@ -159,7 +159,7 @@ def _at_teacher_in_words(method: Method) -> str:
     return f"no signal where it wrote; {', '.join(texts)} stays, and is zero only on average over the teacher's texts."
 
 
-def needs_in_words(description: Description) -> str:
+def needs_text(description: Description) -> str:
     """The evidence in a few words, for tables."""
     short = [e.name.lower().replace("_", " ").replace("topk", "top-k") for e in description.evidence]
     if METHODS[description.name]().rollout.needs_teacher_text:
@@ -180,14 +180,14 @@ def _knobs(cls: type[Method]) -> Iterator[Knob]:
 
 
 def field_docstrings(cls: type) -> dict[str, str]:
-    """The string below each field, which Python itself forgets."""
+    """The docstring below each field, which Python does not keep."""
     tree = ast.parse(inspect.getsource(inspect.getmodule(cls) or cls))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
-    found = {}
+    docstrings = {}
     for field, after in pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(after, ast.Expr):
-            found[field.target.id] = " ".join(str(ast.literal_eval(after.value)).split())
-    return found
+            docstrings[field.target.id] = " ".join(str(ast.literal_eval(after.value)).split())
+    return docstrings
 
 
 def _default(field: Field[Any]) -> str:

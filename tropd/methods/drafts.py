@@ -16,7 +16,7 @@ from tropd.types import Completion, Finish, Prompt, Request, Sampling, key_of
 
 
 class Writer(Protocol):
-    """Whoever writes the teacher's texts: any engine of `tropd.rollout`."""
+    """What writes the teacher's texts: any engine of `tropd.rollout`."""
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]: ...
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tropd.methods import METHODS
-from tropd.methods.describe import Description, describe, needs_in_words
+from tropd.methods.describe import Description, describe, needs_text
 
 TERMS = ("term", "where", "loss", "weight", "divided by")
 EVIDENCE = ("evidence", "what it is", "which server can give it")
@@ -59,7 +59,7 @@ def methods_as_data() -> list[dict[str, Any]]:
 
 def _summaries() -> Iterator[tuple[str, ...]]:
     for d in map(describe, METHODS):
-        yield d.name, _citation(d.paper), needs_in_words(d), d.summary
+        yield d.name, _citation(d.paper), needs_text(d), d.summary
 
 
 def _citation(paper: str) -> str:
@@ -90,7 +90,7 @@ def methods_markdown() -> str:
     """The table of methods as Markdown."""
     rows = []
     for d in map(describe, METHODS):
-        rows.append((f"`{d.name}`", f"[{_citation(d.paper)}]({d.paper})", needs_in_words(d), d.summary))
+        rows.append((f"`{d.name}`", f"[{_citation(d.paper)}]({d.paper})", needs_text(d), d.summary))
     return _markdown_table(METHODS_COLUMNS, rows)
 
 

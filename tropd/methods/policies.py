@@ -2,6 +2,8 @@
 
 A policy of your own is a frozen dataclass with the members of `RolloutPolicy` (docs/own_parts.md): `begin` says what the
 teacher writes before the student goes on, `shares` how much that is on average.  Nothing else has to know it.
+
+The examples show what each policy does on average.  Paste one after `from tropd.methods.policies import *`.
 """
 
 from __future__ import annotations
@@ -34,13 +36,14 @@ class RolloutPolicy(Ranged):
 
     @property
     def needs_teacher_text(self) -> bool:
-        """Whether somebody has to write texts for it: the teacher, or the data set."""
+        """Whether the policy needs texts that the teacher or the data set wrote."""
         return False
 
     @property
     def description(self) -> str:
-        """Who writes which token, for people.  By default the class's docstring."""
-        return " ".join((inspect.getdoc(type(self)) or type(self).__name__).split())
+        """Who writes which token, for people.  By default the first paragraph of the class's docstring."""
+        text, _, _ = (inspect.getdoc(type(self)) or type(self).__name__).partition("\n\n")
+        return " ".join(text.split())
 
     def begin(self, job: RolloutJob, writer: Writer | None) -> list[Draft]:
         """The job's drafts, each with what stands before the student's first token.  `writer` writes as the teacher;
@@ -54,7 +57,11 @@ class RolloutPolicy(Ranged):
 
 @dataclass(frozen=True, kw_only=True)
 class OnPolicy(RolloutPolicy):
-    """The student writes every token."""
+    """The student writes every token.
+
+    >>> OnPolicy().shares(progress=0.0, num_rollouts=4, max_new_tokens=100)
+    Shares(by_student=1.0, prefix=0.0, texts=0.0)
+    """
 
     def begin(self, job: RolloutJob, writer: Writer | None) -> list[Draft]:
         return job.drafts()
@@ -62,7 +69,12 @@ class OnPolicy(RolloutPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherPrefix(RolloutPolicy):
-    """The teacher writes the first tokens of a response, the student goes on from there (TrOPD)."""
+    """The teacher writes the first tokens of a response, the student goes on from there (TrOPD).
+
+    >>> fading = TeacherPrefix(length=Schedule(shape="linear", start=0.5, end=0.0))
+    >>> [fading.shares(u, num_rollouts=4, max_new_tokens=100).prefix for u in (0.0, 0.5, 1.0)]  # in tokens
+    [50.0, 25.0, 0.0]
+    """
 
     length: Schedule = field(default_factory=lambda: Schedule(shape="cosine", start=1.0, end=0.0))
     """Longest prefix, as a share of the response budget, over training."""
@@ -120,7 +132,11 @@ class TeacherPrefix(RolloutPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherText(RolloutPolicy):
-    """The teacher, or the dataset, writes every token."""
+    """The teacher, or the data set, writes every token.
+
+    >>> TeacherText().shares(progress=0.0, num_rollouts=4, max_new_tokens=100)
+    Shares(by_student=0.0, prefix=0.0, texts=4)
+    """
 
     @property
     def needs_teacher_text(self) -> bool:
@@ -135,7 +151,11 @@ class TeacherText(RolloutPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture(RolloutPolicy):
-    """Each batch (or rollout) is the student's with probability `student_share`, else the teacher's (GKD's lambda)."""
+    """Each batch (or rollout) is the student's with probability `student_share`, else the teacher's (GKD's lambda).
+
+    >>> Mixture(student_share=0.75).shares(progress=0.0, num_rollouts=4, max_new_tokens=100)
+    Shares(by_student=0.75, prefix=0.0, texts=1.0)
+    """
 
     student_share: Share = 0.5
     coin: Literal["batch", "rollout"] = "batch"

@@ -77,10 +77,10 @@ class Alarms:
             if action == "off":
                 continue
             if each and name in _OF_A_TEACHER:  # a mean over all would hide one of them
-                said = {f"teacher {own!r}: ": look(replace(moment, probes=its)) for own, its in each.items()}
+                messages = {f"teacher {own!r}: ": look(replace(moment, probes=its)) for own, its in each.items()}
             else:
-                said = {"": look(moment)}
-            for whose, message in said.items():
+                messages = {"": look(moment)}
+            for whose, message in messages.items():
                 if message is not None:
                     alarms.append(Alarm(name=name, message=f"step {step}: {whose}{message}", action=action))
         self._remember(probes)

@@ -39,15 +39,15 @@ class Display(ABC):
 
     @abstractmethod
     def start(self, facts: Mapping[str, str]) -> None:
-        """What run this is."""
+        """Show the facts of the run."""
 
     @abstractmethod
     def update(self, record: StepRecord) -> None:
-        """A step is done."""
+        """Show one step's record."""
 
     @abstractmethod
     def note(self, text: str) -> None:
-        """Something worth a line that stays."""
+        """Print a line that stays."""
 
     @abstractmethod
     def close(self) -> None:
@@ -61,7 +61,7 @@ class Display(ABC):
 
 
 class Silent(Display):
-    """Shows nothing: of several processes one speaks."""
+    """Shows nothing: of several processes only rank 0 prints."""
 
     def start(self, facts: Mapping[str, str]) -> None:
         pass
@@ -104,9 +104,9 @@ class PlainDisplay(Display):
             self.note(f"{name}: {value}")
 
     def update(self, record: StepRecord) -> None:
-        said = [f"{name} {value}" for name, value in read_out(record).items()]
-        said.append(f"{whole(record.seconds):.3g} s ({phase_text(record.seconds)})")
-        self.note("  ".join([f"step {record.step} of {self.total_steps}", *said, f"left {self._pace.left(record)}"]))
+        words = [f"{name} {value}" for name, value in read_out(record).items()]
+        words.append(f"{whole(record.seconds):.3g} s ({phase_text(record.seconds)})")
+        self.note("  ".join([f"step {record.step} of {self.total_steps}", *words, f"left {self._pace.left(record)}"]))
         for alarm in record.alarms:
             name = _kind_of(alarm)
             self._alarms[name] += 1
@@ -130,7 +130,7 @@ class LiveDisplay(Display):
         self._pace = Pace(total_steps)
         self._evaluation = ""
         self._alarms: list[str] = []
-        # Redrawn by `update` alone: a drawing thread would have exceptions that nobody sees.
+        # Redrawn by `update` alone: exceptions in a drawing thread would be lost.
         self._live = Live(Text("waiting for the first step"), console=console, auto_refresh=False)
 
     def start(self, facts: Mapping[str, str]) -> None:
@@ -183,26 +183,26 @@ def make_display(total_steps: int, *, console: Console | None = None) -> Display
 
 
 def read_out(record: StepRecord) -> dict[str, str]:
-    """The numbers of a step that a person follows, in reading order; what the step does not know is left out."""
-    said = {"loss": f"{record.loss:.4g}"}
+    """The numbers of a step that are shown, in reading order; absent ones are left out."""
+    shown = {"loss": f"{record.loss:.4g}"}
     if "reward/mean" in record.probes:
-        said["reward"] = f"{record.probes['reward/mean']:.3g}"
+        shown["reward"] = f"{record.probes['reward/mean']:.3g}"
     if record.evaluation:
-        said["evaluation"] = evaluation_text(record.evaluation)
+        shown["evaluation"] = evaluation_text(record.evaluation)
     if "trust/share" in record.probes:
-        said["trust"] = f"{record.probes['trust/share']:.1%}"
-    said["gradient"] = f"{record.gradient_norm:.3g}"
-    said["lr"] = f"{record.learning_rate:.3g}"
+        shown["trust"] = f"{record.probes['trust/share']:.1%}"
+    shown["gradient"] = f"{record.gradient_norm:.3g}"
+    shown["lr"] = f"{record.learning_rate:.3g}"
     seconds = whole(record.seconds)
     if seconds > 0 and record.tokens:
-        said["tokens/s"] = f"{whole(record.tokens) / seconds:,.0f}"
-    return said
+        shown["tokens/s"] = f"{whole(record.tokens) / seconds:,.0f}"
+    return shown
 
 
 def _kind_of(alarm: str) -> str:
-    """Its name, and whose it is where each of several teachers has its own."""
-    own = _OF_A_TEACHER.match(alarm)
-    return f"{own[1]} of {own[2]}" if own else alarm.partition(":")[0]
+    """The alarm's name, and the teacher's where there are several."""
+    of_teacher = _OF_A_TEACHER.match(alarm)
+    return f"{of_teacher[1]} of {of_teacher[2]}" if of_teacher else alarm.partition(":")[0]
 
 
 def evaluation_text(evaluation: Mapping[str, float]) -> str:
@@ -218,7 +218,7 @@ def evaluation_text(evaluation: Mapping[str, float]) -> str:
 
 
 def whole(parts: Mapping[str, float]) -> float:
-    """What the parts say is the total, else their sum."""
+    """The part called total, else the sum of the parts."""
     return parts["total"] if "total" in parts else sum(parts.values())
 
 

@@ -1,4 +1,4 @@
-"""Of several processes one keeps the records, and what the others know goes through it."""
+"""Rank 0 keeps the records of a run, and gathers what the other ranks know."""
 
 from __future__ import annotations
 

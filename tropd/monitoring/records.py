@@ -3,7 +3,7 @@
     {"schema": 1, "kind": "header", ...facts of the run}
     {"kind": "step", "step": 0, "loss": null, ..., "nonfinite": {"/loss": "nan"}}
 
-JSON has no NaN or infinity, so such a number is written as null and `nonfinite` tells, by JSON pointer, what it was;
+JSON has no NaN or infinity, so such a number is written as null and `nonfinite` holds, by JSON pointer, the number;
 `read_records` puts it back.  A report is made from these files alone.
 """
 
@@ -32,7 +32,7 @@ _STEP_FIELDS = {f.name for f in fields(StepRecord)} | {"kind", "nonfinite"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Records:
-    """A records.jsonl as read: what could be understood, and what could not, in words."""
+    """A records.jsonl as read: its header, its steps, and a sentence for each line that could not be read."""
 
     header: dict[str, Any]
     steps: list[StepRecord]
@@ -124,7 +124,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> Records:
-    """Everything that can be understood; what cannot is listed in `problems`, never guessed."""
+    """All steps that can be read; the other lines are listed in `problems`."""
     header = read_header(path)
     lines = (line for number, line in read_lines(path) if number > 1)
     problems: list[str] = []
@@ -133,7 +133,7 @@ def read_records(path: Path) -> Records:
 
 
 def find_step(path: Path, step: int, *, chunk: int = 2**22) -> StepRecord | None:
-    """One record, without understanding those before it: a line of tropd's says its step first."""
+    """One record, without parsing the lines before it: each line begins with its step."""
     read_header(path)
     begin = _line({"kind": "step", "step": step})[:-2].encode() + b","
     with opened(path) as file:
@@ -157,8 +157,8 @@ def read_steps(
 ) -> Iterator[StepRecord]:
     """The steps that these lines hold after `last_step`, one by one; what is wrong with the others joins `problems`."""
     for number, line in enumerate(lines, start=first_line):
-        record, said = _read_step(line)
-        problems += [f"line {number}: {text}" for text in said]
+        record, complaints = _read_step(line)
+        problems += [f"line {number}: {text}" for text in complaints]
         if record is None:
             continue
         if last_step is not None and record.step <= last_step:
@@ -181,15 +181,15 @@ def _read_step(line: bytes) -> tuple[StepRecord | None, list[str]]:
     if values.get("kind") != "step":
         return None, [f"unknown kind {values.get('kind')!r}; left out"]
     unknown = sorted(values.keys() - _STEP_FIELDS)
-    said = [f"unknown field {', '.join(unknown)}; ignored"] if unknown else []
+    complaints = [f"unknown field {', '.join(unknown)}; ignored"] if unknown else []
     try:
         record = _STEP.validate_python({k: v for k, v in _restore(values).items() if k in _STEP_FIELDS - {"kind"}})
     except ValidationError as error:
         first = error.errors()[0]
-        return None, [*said, f"not a step: {'.'.join(map(str, first['loc']))}: {first['msg']}; left out"]
+        return None, [*complaints, f"not a step: {'.'.join(map(str, first['loc']))}: {first['msg']}; left out"]
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        return None, [*said, f"not a step: its `nonfinite` cannot be applied ({error}); left out"]
-    return record, said
+        return None, [*complaints, f"not a step: its `nonfinite` cannot be applied ({error}); left out"]
+    return record, complaints
 
 
 def _line(values: Mapping[str, Any], default: Callable[[Any], Any] | None = None) -> str:
@@ -200,7 +200,7 @@ def _line(values: Mapping[str, Any], default: Callable[[Any], Any] | None = None
 
 
 def _split(value: Any, pointer: str) -> tuple[Any, dict[str, str]]:
-    """The value with None for each number that JSON cannot say, and what those numbers were."""
+    """The value with None for each number that JSON cannot hold, and those numbers by JSON pointer."""
     if isinstance(value, float) and not math.isfinite(value):
         return None, {pointer: str(float(value))}
     if isinstance(value, Mapping):
@@ -217,7 +217,7 @@ def _merge(found: Iterator[dict[str, str]]) -> dict[str, str]:
 
 
 def _restore(values: dict[str, Any]) -> dict[str, Any]:
-    """Puts back, in place, the numbers that JSON could not say."""
+    """Puts back, in place, the numbers that JSON could not hold."""
     for pointer, said in values.pop("nonfinite", {}).items():
         *parents, last = [part.replace("~1", "/").replace("~0", "~") for part in pointer.split("/")[1:]]
         place: Any = values
@@ -241,7 +241,7 @@ def _step_of(line: bytes) -> int | None:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """The whole file or the old one: whoever looks, and whenever the power fails, never sees a part."""
+    """Replace the file in one move: after a crash, or for another reader, it holds the old content or the new."""
     with temporary(path).open("wb") as file:
         file.write(content)
         file.flush()

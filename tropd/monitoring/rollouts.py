@@ -1,7 +1,7 @@
 """Rollouts that are kept: rollouts/step_000120.parquet, one row per rollout, token by token.
 
 In the file, entry t of each per-token column describes token_ids[t]; null where nothing is known, as on the prompt.
-Every token is there as text too, so whoever reads the file needs no tokenizer.
+Every token is there as text too, so the file can be read without a tokenizer.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def write_rollouts(
 
 
 def _columns(rollouts: Sequence[Rollout], decode: Decode) -> dict[str, Any]:
-    """What the rollouts themselves say."""
+    """The columns that come from the rollouts alone."""
     import pyarrow as pa
 
     floats, strings = pa.list_(pa.float32()), pa.list_(pa.string())
@@ -139,16 +139,16 @@ def _alternatives(ids_NK: Tensor, logprobs_NK: Tensor, rollouts: Sequence[Rollou
 
 def pieces(token_ids: Sequence[int], decode: Decode) -> list[str]:
     """Each token's part of the decoded text.  A character that several tokens make belongs to the last of them."""
-    said: list[str] = []
-    begin, reached = 0, 0  # text of token_ids[begin:reached] is told; it is decoded again only as context
+    texts: list[str] = []
+    begin, reached = 0, 0  # the text of token_ids[begin:reached] is out already; it is decoded again only as context
     for end in range(1, len(token_ids) + 1):
         told, text = decode(token_ids[begin:reached]), decode(token_ids[begin:end])
         if text.endswith(_UNFINISHED) and end - reached < _LONGEST and end < len(token_ids):
-            said.append("")
+            texts.append("")
             continue
-        said.append(text[len(told) :])
+        texts.append(text[len(told) :])
         begin, reached = reached, end
-    return said
+    return texts
 
 
 def text_alone(token_id: int, decode: Decode) -> str:

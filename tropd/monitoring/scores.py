@@ -23,7 +23,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptScores:
-    """How one prompt was answered."""
+    """The scores of one prompt's answers."""
 
     scores: tuple[float, ...] = ()
     greedy: float | None = None
@@ -34,7 +34,7 @@ class PromptScores:
 
 
 def write_scores(directory: Path, step: int, items: Sequence[EvalItem]) -> Path:
-    """Keep the scores of the weights after `step` steps, whole or not at all."""
+    """Write the scores of the weights after `step` steps; a crash leaves the whole file or none."""
     prompts = {
         item.id: {
             "scores": [answer.score for answer in item.samples if answer.score is not None],
@@ -50,18 +50,18 @@ def write_scores(directory: Path, step: int, items: Sequence[EvalItem]) -> Path:
 
 
 def read_scores(directory: Path) -> tuple[dict[int, dict[str, PromptScores]], list[str]]:
-    """By step, then by prompt; and what could not be understood, in words."""
-    found: dict[int, dict[str, PromptScores]] = {}
+    """The scores by step, then by prompt, and a sentence for each file that could not be read."""
+    scores: dict[int, dict[str, PromptScores]] = {}
     problems = []
     for path in sorted(directory.glob("step_*.json")):
         try:
             values = read_json(path)
             if values["schema"] != SCHEMA:
                 raise ValueError(f"it is written in schema {values['schema']!r}, and this tropd reads schema {SCHEMA}")
-            found[int(values["step"])] = {name: _scores(row) for name, row in values["prompts"].items()}
+            scores[int(values["step"])] = {name: _scores(row) for name, row in values["prompts"].items()}
         except (ConfigError, ValueError, LookupError, TypeError, AttributeError) as error:
             problems.append(f"{directory.name}/{path.name} cannot be understood ({error}); left out")
-    return found, problems
+    return scores, problems
 
 
 def _scores(row: Mapping[str, Any]) -> PromptScores:

@@ -17,19 +17,19 @@ OF_A_TEACHER = (
     "teacher/max_logprob",
     "length/mean",
 )
-"""What is told of each of several teachers, as teachers/NAME/PROBE."""
+"""The probes that are recorded for each of several teachers, as teachers/NAME/PROBE."""
 
 
 def said_of(teacher: str, probes: Mapping[str, float]) -> dict[str, float]:
-    """The probes of one of several teachers, as they are recorded."""
+    """The probes of one of several teachers, under the names that are recorded."""
     return {f"teachers/{teacher}/{name}": probes[name] for name in OF_A_TEACHER if name in probes}
 
 
 def by_teacher(probes: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """What `said_of` made of them, by teacher; nothing where there is one."""
-    found: dict[str, dict[str, float]] = {}
+    """The probes of each of several teachers, from the names that `said_of` gave them; empty for one teacher."""
+    probes_of: dict[str, dict[str, float]] = {}
     for key, value in probes.items():
         if key.startswith("teachers/"):
             name = next(name for name in OF_A_TEACHER if key.endswith(f"/{name}"))
-            found.setdefault(key.removeprefix("teachers/").removesuffix(f"/{name}"), {})[name] = value
-    return found
+            probes_of.setdefault(key.removeprefix("teachers/").removesuffix(f"/{name}"), {})[name] = value
+    return probes_of

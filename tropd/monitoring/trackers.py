@@ -1,4 +1,4 @@
-"""Other people's dashboards: trackio (local), tensorboard (local) and wandb, each imported when a run names it.
+"""Dashboards of other packages: trackio (local), tensorboard (local) and wandb, each imported when a run names it.
 
 They get the numbers of each step and nothing else; the truth stays in records.jsonl.  After a resume, tensorboard drops
 the steps that are done again; trackio and wandb keep both versions of them.
@@ -29,7 +29,7 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackedRun:
-    """What a tracker is told when it opens a run."""
+    """What a tracker knows of a run when it opens it."""
 
     name: str
     config: dict[str, Any]

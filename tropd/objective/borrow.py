@@ -82,12 +82,12 @@ def distillation_loss(
     logits, teacher_logits = _same_width(logits, teacher_logits, vocab_size)
     view, teacher = _read(given, objective, tokens, (logits, logprobs, top_k_logprobs), teacher_logits, teacher_top_k)
     own_N = view.logprobs_N.detach()
-    asked = {
+    optional = {
         "behavior_logprobs": behavior_logprobs,
         "teacher_logprobs": teacher_logprobs,
         "teacher_entropy": teacher_entropy,
     }
-    known = {f"{name}_N": given.flat(x, name) for name, x in asked.items() if x is not None}
+    known = {f"{name}_N": given.flat(x, name) for name, x in optional.items() if x is not None}
     tokens = tokens.with_(**{"student_logprobs_N": own_N, "behavior_logprobs_N": own_N, **teacher, **known})
     if teacher_top_k is not None:
         check_top_k(tokens, objective.teacher_top_k)
@@ -189,14 +189,14 @@ def positions_of(sequences_N: Tensor, counted_N: Tensor) -> Tensor:
 def _same_width(logits: Tensor | None, other: Tensor | None, size: int | None) -> tuple[Tensor | None, Tensor | None]:
     """Both heads, cut to the tokens that they share: padding takes no part in a distribution."""
     widths = {"logits": logits, "teacher_logits": other}
-    found = {name: x.shape[-1] for name, x in widths.items() if x is not None and x.dim()}
-    said = " and ".join(f"`{name}` has {width} columns" for name, width in found.items())
-    if size is not None and not 1 <= size <= min(found.values(), default=size):
-        raise EvidenceError(f"vocab_size = {size} was given, but {said}. Give a number that no head falls short of.")
-    if size is None and len(set(found.values())) > 1:
+    columns = {name: x.shape[-1] for name, x in widths.items() if x is not None and x.dim()}
+    heads = " and ".join(f"`{name}` has {width} columns" for name, width in columns.items())
+    if size is not None and not 1 <= size <= min(columns.values(), default=size):
+        raise EvidenceError(f"vocab_size = {size} was given, but {heads}. Give a number that no head falls short of.")
+    if size is None and len(set(columns.values())) > 1:
         raise EvidenceError(
-            f"{said}: no divergence between them is defined. If the rows beyond the shared tokens are padding, give "
-            f"vocab_size = the number of shared tokens, at most {min(found.values())}."
+            f"{heads}: no divergence between them is defined. If the rows beyond the shared tokens are padding, give "
+            f"vocab_size = the number of shared tokens, at most {min(columns.values())}."
         )
     return tuple(x if x is None else x[..., :size] for x in (logits, other))  # type: ignore[return-value]
 
@@ -221,11 +221,11 @@ def _read(
         evidence["teacher_topk_ids_NK"] = given.ids(ids, "teacher_top_k ids", 1)
         evidence["teacher_topk_logprobs_NK"] = given.flat(values, "teacher_top_k log-probabilities", 1)
         widths = {"ids": ids, "log-probabilities": values, "`top_k_logprobs` of the student": top_k_logprobs}
-        said = {name: x.shape[-1] for name, x in widths.items() if x is not None}
-        if len(set(said.values())) > 1:
+        counts = {name: x.shape[-1] for name, x in widths.items() if x is not None}
+        if len(set(counts.values())) > 1:
             raise EvidenceError(
                 "`teacher_top_k` has, for each token, "
-                + ", ".join(f"{n} {name}" for name, n in said.items())
+                + ", ".join(f"{n} {name}" for name, n in counts.items())
                 + ". Give as many of each."
             )
     if logits is None:

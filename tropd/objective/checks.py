@@ -25,7 +25,7 @@ _IDS = ("token_ids_N", "teacher_topk_ids_NK", "student_topk_ids_NJ")
 
 
 def check_tokens(tokens: Tokens) -> None:
-    """What every plan is made from."""
+    """Check all evidence before a plan is made from it."""
     vocab_size = tokens.peek("vocab_size")
     size = None if vocab_size is None else int(vocab_size)
     for name in _LOGPROBS:

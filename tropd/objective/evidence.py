@@ -4,7 +4,7 @@ Axis legend and alignment rule: `tropd.types`.  Rows are flat: sequences lie one
 entry n of every *_N field describes token_ids_N[n] itself.
 
 `Tokens` is what is known before the gradient pass and carries no gradient.  `StudentView` is the only object with one.
-Reading a field that nobody supplied is an EvidenceError that names it, so a piece cannot use what it did not declare.
+Reading a field that was not supplied is an EvidenceError that names it, so a piece cannot use what it did not declare.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Needs(Flag):
     FULL = auto()
     """Both whole next-token distributions.  Nothing else builds [tokens, vocabulary]."""
     HIDDEN = auto()
-    """The teacher's last hidden states: whoever holds its head can make FULL of them, a tile at a time."""
+    """The teacher's last hidden states: with the teacher's head, FULL is computed from them a tile at a time."""
     TEACHER_ENTROPY = auto()
     STUDENT_ENTROPY = auto()
     REVERSE_KL = auto()
@@ -83,7 +83,7 @@ class Evidence:
         if value is None and not name.startswith("__"):
             needs = _SOURCE.get(name)
             declare = f"; the piece that reads it must declare Needs.{needs.name}" if needs else ""
-            raise EvidenceError(f"evidence `{name}` was read, but nobody supplied it{declare}.")
+            raise EvidenceError(f"evidence `{name}` was read, but it was not supplied{declare}.")
         return value
 
     def peek(self, name: str) -> Tensor | None:
@@ -124,7 +124,7 @@ class Tokens(Evidence):
     num_after_N: Tensor = ABSENT
     """How many come after it."""
     behavior_logprobs_N: Tensor = ABSENT
-    """log-probability under whatever really sampled the token."""
+    """log-probability under the distribution that the token was sampled from."""
     student_logprobs_N: Tensor = ABSENT
     """The student's own log-probability when the batch was planned."""
     teacher_logprobs_N: Tensor = ABSENT
@@ -164,7 +164,7 @@ class Tokens(Evidence):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False, repr=False)
 class StudentView(Evidence):
-    """The student's current opinion of the same tokens.  Carries the gradient."""
+    """The student's current log-probabilities of the same tokens.  Carries the gradient."""
 
     logprobs_N: Tensor
     topk_logprobs_NK: Tensor = ABSENT

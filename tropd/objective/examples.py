@@ -124,11 +124,12 @@ def some_tokens(**fields: Any) -> Tokens:
     sequences_N = given.setdefault("sequences_N", torch.zeros(length, dtype=torch.int64))
     num_sequences = int(sequences_N.max()) + 1
     num_before_N, num_after_N = around(sequences_N, authors_N)
+    trained_N = (authors_N == Author.STUDENT) | (authors_N == Author.TEACHER)
     usual = {
         "token_ids_N": torch.arange(length),
         "positions_N": positions_of(sequences_N, authors_N != Author.CONTEXT),
         "keys_S": torch.tensor([key_of(0, number) for number in range(num_sequences)]),
-        "num_actions_S": torch.bincount(sequences_N[authors_N != Author.CONTEXT], minlength=num_sequences),
+        "num_actions_S": torch.bincount(sequences_N[trained_N], minlength=num_sequences),
         "num_before_N": num_before_N,
         "num_after_N": num_after_N,
         "behavior_logprobs_N": given.get("student_logprobs_N"),

@@ -27,7 +27,7 @@ from tropd.objective.terms import Reward, TokenLoss
 
 @dataclass(frozen=True)
 class PolicyGradient(TokenLoss):
-    """-a * rho with rho = pi_S(x) / mu(x) against whoever sampled x; rho = 1 on the first step after a rollout.
+    """-a * rho with rho = pi_S(x) / mu(x), mu the policy that sampled x; rho = 1 on the first step after a rollout.
 
     Gradient: -a rho grad log pi_S(x).  With x ~ pi_S its expectation is that of the divergence the reward names.
     `clip`  PPO: no gain from moving rho beyond 1 +- clip.   `cap`  truncated importance weight min(rho, cap).

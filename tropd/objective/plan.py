@@ -1,4 +1,4 @@
-"""What must be known before any backward: who counts, how much, and how written tokens are judged.
+"""The plan of a batch, made before any backward pass: the weight and the reward of every token in every term.
 
 The plan is made once per batch from evidence without gradient.  It holds, for every term and token, the finished
 weight c_k(u) w_k[n] / N_k and the reward; denominators and batch-wide selections are global over ranks.  What remains

@@ -1,4 +1,4 @@
-"""Whom to imitate exactly: transformations of the teacher's whole distribution.  No gradient."""
+"""Which distribution to imitate: transformations of the teacher's whole distribution.  No gradient."""
 
 from __future__ import annotations
 

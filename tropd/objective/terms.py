@@ -4,10 +4,10 @@
 
     Selector   tokens -> weights >= 0, no gradient     which tokens, how much; closed under & | ~
     Measure    tokens -> numbers, no gradient          what a selector looks at
-    Reward     (reward, tokens) -> reward, no gradient how a written token is judged; chainable
+    Reward     (reward, tokens) -> reward, no gradient how good a written token was; chainable
     TokenLoss  (tokens, student) -> loss per token     the only piece with a gradient
 
-Selectors, measures and rewards are evaluated once per batch, in `plan`; what is left afterwards is local to a row, so
+Selectors, measures and rewards are evaluated once per batch, in `plan`; the rest is computed row by row, so
 any cut into micro-batches, ranks or tiles gives the same gradient.  Each piece declares what evidence it reads
 (`needs`) and how far it looks (`reach`); both are collected from its parts.
 """
@@ -36,7 +36,7 @@ class Reach(IntEnum):
 
 
 class World(Protocol):
-    """The ranks, as a plan sees them: who this one is, how many there are, and what the others say."""
+    """The ranks, as a plan sees them: the number of this one, how many there are, and a way to gather tensors."""
 
     rank: int
     size: int
@@ -57,7 +57,7 @@ class Alone:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Context:
-    """When and among whom a batch is planned."""
+    """The training progress and the ranks for which a batch is planned."""
 
     progress: float = 0.0
     world: World = Alone()
@@ -89,16 +89,16 @@ class Piece(Ranged):
 
     def __str__(self) -> str:
         """Name and arguments that differ from the defaults: what `tropd explain` prints."""
-        said = []
+        arguments = []
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
             if value == f.default:
                 continue
             if isinstance(value, tuple):
-                said.append(", ".join(map(str, value)))
+                arguments.append(", ".join(map(str, value)))
             else:
-                said.append(str(value) if isinstance(value, Piece) else f"{f.name}={value}")
-        return f"{type(self).__name__}({', '.join(said)})" if said else type(self).__name__
+                arguments.append(str(value) if isinstance(value, Piece) else f"{f.name}={value}")
+        return f"{type(self).__name__}({', '.join(arguments)})" if arguments else type(self).__name__
 
 
 class Measure(Piece):
@@ -230,5 +230,5 @@ class Term(Ranged):
 
 def support_width(piece: Any, kind: str) -> int:
     """The largest top-k of one kind ("teacher" or "student") that a piece or its parts ask for."""
-    own = getattr(piece, f"{kind}_top_k", 0)
-    return max([own, *(support_width(part, kind) for part in piece.parts())])
+    width = getattr(piece, f"{kind}_top_k", 0)
+    return max([width, *(support_width(part, kind) for part in piece.parts())])

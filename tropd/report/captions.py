@@ -11,7 +11,7 @@ Format = Literal["number", "share", "nats", "tokens", "seconds"]
 
 
 def say(x: float, kind: Format) -> str:
-    """A number as a person reads it."""
+    """A number, formatted for reading."""
     text = f"{x:.3g}"
     if kind == "share":
         text = f"{100 * x:.3g} %"
@@ -23,7 +23,7 @@ def say(x: float, kind: Format) -> str:
 
 
 def say_change(label: str, steps: Sequence[int], column: np.ndarray, kind: Format) -> str:
-    """First and last number, and the extreme between them where it is beyond both.  What is not finite is told."""
+    """First and last number, and the extreme between them where it is beyond both.  Infinite ones are counted."""
     name = label[:1].upper() + label[1:]
     finite = np.isfinite(column)
     if not finite.any():

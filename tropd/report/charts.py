@@ -87,8 +87,8 @@ def of_teachers(probe: str) -> Callable[[Sequence[History]], list[Line]]:
 
     def lines(runs: Sequence[History]) -> list[Line]:
         names = [name for run in runs for name in run.names("probe/teachers/") if name.endswith(f"/{probe}")]
-        own = {name: name.removesuffix(f"/{probe}") for name in names}
-        return [Line(column=f"probe/teachers/{name}", label=label) for name, label in own.items()]
+        teachers = {name: name.removesuffix(f"/{probe}") for name in names}
+        return [Line(column=f"probe/teachers/{name}", label=label) for name, label in teachers.items()]
 
     return lines
 
@@ -134,9 +134,9 @@ def chart_as_data(chart: Chart, runs: Sequence[History]) -> dict[str, Any] | Non
 
 
 def _limit(runs: Sequence[History]) -> float | None:
-    """From which length on gradients are cut, where all runs say the same."""
-    said = {run.config.get("optimizer.max_gradient_norm") for run in runs}
-    text = said.pop() if len(said) == 1 else None
+    """The length at which gradients are cut, where all runs have the same."""
+    limits = {run.config.get("optimizer.max_gradient_norm") for run in runs}
+    text = limits.pop() if len(limits) == 1 else None
     try:
         limit = float(text) if text is not None else math.nan
     except ValueError:
@@ -218,7 +218,7 @@ def _marks(lines: Sequence[Line], run: History) -> dict[str, Any]:
 
 
 def _at_most(stretches: list[list[int]], limit: int) -> list[list[int]]:
-    """Joins the nearest ones until few are left."""
+    """Join the nearest marks until there are few."""
     if len(stretches) <= limit:
         return stretches
     gaps = np.asarray([b[0] - a[1] for a, b in pairwise(stretches)])

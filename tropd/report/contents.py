@@ -217,14 +217,14 @@ CHARTS = (
 
 def charts_of(runs: Sequence[History]) -> list[dict[str, Any]]:
     """With several runs, a chart of a few lines becomes one chart for each line, so that runs can be compared."""
-    found = []
+    drawn = []
     for chart in CHARTS:
         lines = chart.lines(runs) if chart.kind == "lines" and len(runs) > 1 and chart.id != "losses" else []
         if len(lines) < 2:
-            found.append(chart_as_data(chart, runs))
+            drawn.append(chart_as_data(chart, runs))
             continue
         for number, line in enumerate(lines):
             title = f"{chart.title}: {line.label}"
-            one = replace(chart, id=f"{chart.id}-{number}", title=title, lines=lambda _, line=line: [line])
-            found.append(chart_as_data(one, runs))
-    return [chart for chart in found if chart is not None]
+            single = replace(chart, id=f"{chart.id}-{number}", title=title, lines=lambda _, line=line: [line])
+            drawn.append(chart_as_data(single, runs))
+    return [chart for chart in drawn if chart is not None]

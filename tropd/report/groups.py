@@ -36,11 +36,11 @@ class Group:
 
 def groups_of(runs: Sequence[History]) -> list[Group]:
     """In the order of their first runs; a run whose configuration is not known is alone."""
-    found: dict[tuple[object, ...], list[int]] = {}
+    members_of: dict[tuple[object, ...], list[int]] = {}
     for number, run in enumerate(runs):
         settings = sorted((key, value) for key, value in run.config.items() if key not in _OF_A_RUN_ALONE)
-        found.setdefault((*settings,) if settings else (number,), []).append(number)
-    return [Group(_label([runs[i].name for i in members]), tuple(members)) for members in found.values()]
+        members_of.setdefault((*settings,) if settings else (number,), []).append(number)
+    return [Group(_label([runs[i].name for i in members]), tuple(members)) for members in members_of.values()]
 
 
 def _label(names: Sequence[str]) -> str:
@@ -52,7 +52,7 @@ def _label(names: Sequence[str]) -> str:
 
 
 def judge_groups(runs: Sequence[History]) -> Verdict:
-    """What can be said of settings where they were tried with several seeds, else of the runs."""
+    """The verdict on settings that were tried with several seeds, else on the runs."""
     groups = groups_of(runs)
     ended = [(group, scores) for group in groups if (scores := _ends(runs, group))]
     if len(groups) == len(runs) or not ended or not comparable(runs):
@@ -62,25 +62,28 @@ def judge_groups(runs: Sequence[History]) -> Verdict:
     best, scores = max(ended, key=lambda pair: fmean(pair[1]))
     metric = metric_of(runs[best.members[0]])
     headline = f"{best.label} ended highest: mean {metric} {_over_seeds(scores)}."
-    said, tone = [f"{len(runs)} runs of {len(groups)} settings. {standing(runs)[0]}", *standing(runs)[1:]], "unknown"
+    sentences, tone = (
+        [f"{len(runs)} runs of {len(groups)} settings. {standing(runs)[0]}", *standing(runs)[1:]],
+        "unknown",
+    )
     if len(ended) > 2:
-        said.insert(0, f"The highest of {len(ended)} means is flattered by having been chosen for being high.")
+        sentences.insert(0, f"The highest of {len(ended)} means is flattered by having been chosen for being high.")
     if best is not groups[0] and (gap := _by_seed(runs, best, groups[0])) is not None:
-        said.insert(0, f"Against {groups[0].label}, named first, it is {_span(gap)}.")
+        sentences.insert(0, f"Against {groups[0].label}, named first, it is {_span(gap)}.")
         tone = _tone(gap)
-    return Verdict(tone=tone, headline=headline, sentences=tuple(said))
+    return Verdict(tone=tone, headline=headline, sentences=tuple(sentences))
 
 
 def _one_setting(runs: Sequence[History], group: Group, scores: Sequence[float]) -> Verdict:
     metric = metric_of(runs[group.members[0]])
     starts = [score_at(runs[i], 0, metric) for i in group.members]
     headline = f"One setting with {len(runs)} seeds: mean {metric} {_over_seeds(scores)} at the end."
-    said, tone = list(standing(runs)), "unknown"
+    sentences, tone = list(standing(runs)), "unknown"
     if len(starts) == len(scores) > 1 and all(starts):
         gap = paired_difference(scores, [start.value for start in starts if start])
         tone = _tone(gap)
-        said.insert(0, f"Against the student as it came it is {_span(gap)}.")
-    return Verdict(tone=tone, headline=headline, sentences=tuple(said))
+        sentences.insert(0, f"Against the student as it came it is {_span(gap)}.")
+    return Verdict(tone=tone, headline=headline, sentences=tuple(sentences))
 
 
 def _tone(gap: Difference) -> Tone:

@@ -1,4 +1,4 @@
-"""A run as its folder tells it: records as columns, evaluations, alarms, configuration, and what is wrong with them.
+"""A run, read from its folder: records as columns, evaluations, alarms, configuration, and the problems in them.
 
 Nothing here raises for what a run left behind: what cannot be understood is named in `problems`.  A `History` can be
 refreshed while its run goes on, and reads only what is new.
@@ -54,8 +54,8 @@ class History:
 
     @property
     def planned_steps(self) -> int | None:
-        said = self.config.get("steps", "")
-        return int(said) if said.isdecimal() else None
+        text = self.config.get("steps", "")
+        return int(text) if text.isdecimal() else None
 
     @property
     def finished(self) -> bool:
@@ -173,17 +173,17 @@ class History:
 
 def numbers(record: StepRecord) -> dict[str, float]:
     """One step's numbers, as columns are named."""
-    found = {"loss": record.loss, "gradient_norm": record.gradient_norm, "learning_rate": record.learning_rate}
+    columns = {"loss": record.loss, "gradient_norm": record.gradient_norm, "learning_rate": record.learning_rate}
     written = record.tokens.get("student", 0) + record.tokens.get("teacher", 0)
     for name, term in record.terms.items():
-        found |= {f"loss/{name}": term.loss, f"share/{name}": term.tokens / written if written else math.nan}
-    found |= {f"probe/{name}": x for name, x in record.probes.items()}
-    found |= {f"tokens/{name}": float(x) for name, x in record.tokens.items()}
-    found |= {f"seconds/{name}": x for name, x in record.seconds.items() if name != "total"}
+        columns |= {f"loss/{name}": term.loss, f"share/{name}": term.tokens / written if written else math.nan}
+    columns |= {f"probe/{name}": x for name, x in record.probes.items()}
+    columns |= {f"tokens/{name}": float(x) for name, x in record.tokens.items()}
+    columns |= {f"seconds/{name}": x for name, x in record.seconds.items() if name != "total"}
     whole = record.seconds.get("total", sum(record.seconds.values()))
     if whole > 0:
-        found["tokens_per_second"] = sum(record.tokens.values()) / whole
-    return found
+        columns["tokens_per_second"] = sum(record.tokens.values()) / whole
+    return columns
 
 
 def split_alarm(text: str) -> tuple[str, str]:
@@ -216,7 +216,7 @@ def _parquets(directory: Path) -> list[Path]:
 def _state(path: Path) -> tuple[int, int, int]:
     """Inode, size, time; zeros for a file that is not there."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return 0, 0, 0
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns

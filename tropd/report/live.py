@@ -36,7 +36,7 @@ CONNECTIONS, SECONDS = 32, 30.0
 
 
 class Watched:
-    """The runs, read again when somebody asks and something is new."""
+    """The runs, read again when the page asks and something is new."""
 
     def __init__(self, runs: Sequence[History], num_transcripts: int) -> None:
         self.runs, self.num_transcripts = list(runs), num_transcripts
@@ -52,7 +52,9 @@ class Watched:
             if any(changed) or not self._fresh:
                 self._shelf = collect(self.runs, self.num_transcripts)
                 state = state_of(self.runs, self._shelf)
-                state["shelf"] = _version([(one["run"], one["step"], one["id"]) for one in self._shelf.transcripts])
+                state["shelf"] = _version(
+                    [(entry["run"], entry["step"], entry["id"]) for entry in self._shelf.transcripts]
+                )
                 state["version"] = _version(state)
                 self._state, self._fresh = state, True
             return self._state
@@ -98,8 +100,8 @@ class Server(ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         self.allow_time(request)
         with self._lock:
-            for one in list(self._open)[:-CONNECTIONS]:
-                self._drop(one)
+            for connection in list(self._open)[:-CONNECTIONS]:
+                self._drop(connection)
         super().process_request(request, client_address)
 
     def allow_time(self, request: socket.socket) -> None:
@@ -108,9 +110,9 @@ class Server(ThreadingHTTPServer):
 
     def service_actions(self) -> None:
         with self._lock:
-            for one, until in list(self._open.items()):
+            for connection, until in list(self._open.items()):
                 if time.monotonic() > until:
-                    self._drop(one)
+                    self._drop(connection)
 
     def _drop(self, request: socket.socket) -> None:
         """Its thread finds the connection ended, and ends."""
@@ -124,7 +126,7 @@ class Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), OSError):  # whoever asked has gone
+        if not isinstance(sys.exception(), OSError):  # the browser has gone
             super().handle_error(request, client_address)
 
 

@@ -1,4 +1,4 @@
-"""One HTML file from runs: the data, the words, and everything that draws them.  It opens without a network.
+"""One HTML file from runs: the data, the texts, and the scripts that draw them.  It opens without a network.
 
 What a run says is text and never markup: templates escape it, and JSON in the page cannot end its own element.  The
 page's policy allows exactly the scripts that are in it, by their hashes, and no connection.
@@ -78,12 +78,12 @@ def state_of(runs: Sequence[History], shelf: Shelf) -> dict[str, Any]:
 
 def alarms_of(run: History) -> list[dict[str, Any]]:
     """One line per kind of alarm, with its first message in full."""
-    found: dict[str, dict[str, Any]] = {}
+    alarms: dict[str, dict[str, Any]] = {}
     for step, name, message in run.alarms:
-        entry = found.setdefault(name, {"run": run.name, "name": name, "message": message, "first": step, "count": 0})
+        entry = alarms.setdefault(name, {"run": run.name, "name": name, "message": message, "first": step, "count": 0})
         entry["count"] += 1
         entry["last"] = step
-    return list(found.values())
+    return list(alarms.values())
 
 
 def configuration(runs: Sequence[History]) -> dict[str, Any]:

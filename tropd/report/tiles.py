@@ -1,4 +1,4 @@
-"""What stands beside the verdict: a few numbers with their courses, and the table of several runs."""
+"""The tiles beside the verdict, each a number with its curve, and the table of several runs."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ class Tile:
 
 
 def tiles(run: History) -> list[Tile]:
-    """Only what the run knows."""
-    found = []
+    """A tile for each number that the run recorded."""
+    shown = []
     metric = metric_of(run)
     if metric is not None:
         at = sorted(run.evaluations)
         values = np.asarray([run.evaluations[step].get(metric, math.nan) for step in at])
-        found += _tile(f"held-out {metric}", values, "number")
+        shown += _tile(f"held-out {metric}", values, "number")
     for column, label, kind in _TILES:
         if column in run.values:
-            found += _tile(label, run.column(column), kind)
+            shown += _tile(label, run.column(column), kind)
     seconds = sum(float(np.nansum(run.column(f"seconds/{name}"))) for name in run.names("seconds/"))
     if seconds > 0:
         tokens = sum(float(np.nansum(run.column(f"tokens/{name}"))) for name in ("student", "teacher"))
         note = f"{tokens:,.0f} tokens written" if tokens else ""
-        found.append(Tile(label="time in steps", value=duration(seconds), note=note, course=""))
-    return found
+        shown.append(Tile(label="time in steps", value=duration(seconds), note=note, course=""))
+    return shown
 
 
 def _tile(label: str, values: np.ndarray, kind: Format) -> list[Tile]:

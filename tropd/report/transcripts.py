@@ -23,7 +23,7 @@ _NEEDED = ("id", "prompt_id", "prompt", "response", "reward", "finish", "token_i
 
 @dataclass
 class Shelf:
-    """What is shown of all runs, and what had to stay away."""
+    """The transcripts that are shown, and how many there are."""
 
     transcripts: list[dict[str, Any]] = field(default_factory=list)
     num_kept: int = 0
@@ -35,12 +35,14 @@ class Shelf:
         words: dict[str, int] = {}
         fates: dict[str, int] = {"": 0}
         packed = []
-        for one in self.transcripts:
+        for transcript in self.transcripts:
             tops = [
                 None if top is None else [x for text, p in top for x in (number_of(words, text), p)]
-                for top in one["tops"]
+                for top in transcript["tops"]
             ]
-            packed.append({**one, "tops": tops, "fates": [number_of(fates, fate) for fate in one["fates"]]})
+            packed.append(
+                {**transcript, "tops": tops, "fates": [number_of(fates, fate) for fate in transcript["fates"]]}
+            )
         return {"transcripts": packed, "words": list(words), "fates": list(fates), "kept": self.num_kept}
 
 
@@ -56,10 +58,10 @@ def collect(runs: Sequence[History], num_transcripts: int = NUM_TRANSCRIPTS, num
         chosen = spread(sorted(run.rollouts), math.ceil(per_run / 4))
         for i, step in enumerate(chosen):
             rows = per_run // len(chosen) + (i < per_run % len(chosen))
-            found = _read(run.rollouts[step], _time(run.rollouts[step]), rows, tokens_per_run // len(chosen))
-            shelf.transcripts += [{"run": number, "step": step, **one} for one in found.transcripts]
-            shelf.num_kept += found.num_rows
-            shelf.problems += [f"{run.name}: {problem}" for problem in found.problems]
+            kept = _read(run.rollouts[step], _time(run.rollouts[step]), rows, tokens_per_run // len(chosen))
+            shelf.transcripts += [{"run": number, "step": step, **transcript} for transcript in kept.transcripts]
+            shelf.num_kept += kept.num_rows
+            shelf.problems += [f"{run.name}: {problem}" for problem in kept.problems]
         shelf.num_kept += sum(_num_rows(run.rollouts[step]) for step in set(run.rollouts) - set(chosen))
     return shelf
 
@@ -98,19 +100,19 @@ def _read(path: Path, time: int, num_rows: int, num_tokens: int) -> _File:
         table = file.read([*_NEEDED, *(column for column in _OPTIONAL if column in there), *weights])
         rows = table.take(spread(range(table.num_rows), num_rows)).to_pylist()
     except (OSError, pa.ArrowException, ValueError) as error:
-        said = " ".join(str(error).split())[:200]
-        return _File(problems=(f"{name} cannot be read ({said}); left out",))
+        reason = " ".join(str(error).split())[:200]
+        return _File(problems=(f"{name} cannot be read ({reason}); left out",))
     transcripts, problems, used = [], [], 0
     for row in rows:
         try:
-            one = pack_row(row)
+            transcript = pack_row(row)
         except (TypeError, ValueError, LookupError) as error:
-            problems.append(f"{name}, rollout {row['id']!r} makes no sense ({error}); left out")
+            problems.append(f"{name}, rollout {row['id']!r} cannot be read ({error}); left out")
             continue
-        used += len(one["texts"])
+        used += len(transcript["texts"])
         if transcripts and used > num_tokens:
             break
-        transcripts.append(one)
+        transcripts.append(transcript)
     return _File(transcripts=tuple(transcripts), num_rows=table.num_rows, problems=tuple(problems))
 
 
@@ -179,7 +181,7 @@ def _time(path: Path) -> int:
 
 @lru_cache(maxsize=100_000)
 def _num_rows(path: Path) -> int:
-    """From the file's footer alone; an unreadable file that nobody asked to see counts as empty."""
+    """From the file's footer alone; an unreadable file counts as empty."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

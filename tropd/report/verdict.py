@@ -1,4 +1,4 @@
-"""What a run came to, in words: better or not, how sure that is, and what speaks against believing it."""
+"""The verdict on a run in sentences: better or not, how sure that is, and which problems and alarms limit it."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ def signed(x: float) -> str:
 def judge(history: History) -> Verdict:
     """One run: is the student better than the student as it came?"""
     tone, headline, why = _compare(history)
-    said = [*why, _how_far(history), _alarms(history), *_problems([history])]
-    return Verdict(tone=tone, headline=headline, sentences=tuple(said))
+    sentences = [*why, _how_far(history), _alarms(history), *_problems([history])]
+    return Verdict(tone=tone, headline=headline, sentences=tuple(sentences))
 
 
 def _compare(history: History) -> tuple[Tone, str, list[str]]:
@@ -118,13 +118,13 @@ def _compare(history: History) -> tuple[Tone, str, list[str]]:
     if paired is None:
         return _by_intervals(before, after)
     span = f"{signed(paired.mean)}, 95 % interval [{signed(paired.low)}, {signed(paired.high)}]"
-    said = f"On the same {paired.num_items} prompts {metric} changed by {span}, paired prompt by prompt"
-    seed = "The interval speaks of other prompts of this kind, not of other seeds."
+    finding = f"On the same {paired.num_items} prompts {metric} changed by {span}, paired prompt by prompt"
+    seed = "The interval covers other prompts of this kind, not other seeds."
     change = f"{metric} went from {before} to {after}"
     if not paired.excludes_zero:
-        return "same", f"No difference can be told: {change}.", [f"{said}: it includes 0.", seed]
+        return "same", f"No difference can be told: {change}.", [f"{finding}: it includes 0.", seed]
     tone, word = ("better", "Better") if paired.mean > 0 else ("worse", "Worse")
-    return tone, f"{word}: {change}.", [f"{said}: it excludes 0.", seed]
+    return tone, f"{word}: {change}.", [f"{finding}: it excludes 0.", seed]
 
 
 def _by_intervals(before: Score, after: Score) -> tuple[Tone, str, list[str]]:
@@ -158,8 +158,8 @@ def _alarms(history: History) -> str:
     if not history.alarms:
         return "No alarm was raised."
     counted = Counter(name for _, name, _ in history.alarms)
-    said = ", ".join(f"{name} at {count:,} {'step' if count == 1 else 'steps'}" for name, count in counted.items())
-    return f"Alarms were raised: {said}."
+    listed = ", ".join(f"{name} at {count:,} {'step' if count == 1 else 'steps'}" for name, count in counted.items())
+    return f"Alarms were raised: {listed}."
 
 
 def _problems(histories: Sequence[History]) -> list[str]:
@@ -173,36 +173,36 @@ def _problems(histories: Sequence[History]) -> list[str]:
 def judge_many(histories: Sequence[History]) -> Verdict:
     """Several runs: which one ended highest, and whether it can be told from the first one."""
     ended = [(history, score) for history in histories if (score := last_score(history)) is not None]
-    said = [f"{len(histories)} runs. {standing(histories)[0]}", *standing(histories)[1:]]
+    sentences = [f"{len(histories)} runs. {standing(histories)[0]}", *standing(histories)[1:]]
     if not ended:
-        return Verdict(tone="unknown", headline="No run has a score to compare.", sentences=tuple(said))
+        return Verdict(tone="unknown", headline="No run has a score to compare.", sentences=tuple(sentences))
     if not comparable(histories):
         head = "The runs were evaluated in different ways, so their scores cannot be compared."
-        return Verdict(tone="unknown", headline=head, sentences=tuple(said))
+        return Verdict(tone="unknown", headline=head, sentences=tuple(sentences))
     best, score = max(ended, key=lambda pair: pair[1].value)
     head = f"{best.name} ended highest: {score.metric} {score}."
     if len(ended) > 2:
-        said.insert(0, f"The highest of {len(ended)} scores is flattered by having been chosen for being high.")
+        sentences.insert(0, f"The highest of {len(ended)} scores is flattered by having been chosen for being high.")
     tone: Tone = "unknown"
     first = histories[0]
     gap = None if best is first else against(best, first)
     if gap is not None:
         tone = ("better" if gap.mean > 0 else "worse") if gap.excludes_zero else "same"
         word = "excludes" if gap.excludes_zero else "includes"
-        said.insert(
+        sentences.insert(
             0,
             f"Against {first.name}, the first run named, it is {signed(gap.mean)} on the same {gap.num_items} prompts, "
             f"95 % interval [{signed(gap.low)}, {signed(gap.high)}], which {word} 0.",
         )
-    return Verdict(tone=tone, headline=head, sentences=tuple(said))
+    return Verdict(tone=tone, headline=head, sentences=tuple(sentences))
 
 
 def standing(histories: Sequence[History]) -> list[str]:
-    """How far several runs are, and what speaks against them."""
+    """How far several runs are, and their alarms and problems."""
     finished, raised = sum(h.finished for h in histories), sum(bool(h.alarms) for h in histories)
-    said = ["All are finished." if finished == len(histories) else f"{finished} of {len(histories)} are finished."]
-    said.append(f"{raised} of {len(histories)} runs raised alarms." if raised else "No run raised an alarm.")
-    return said + _problems(histories)
+    sentences = ["All are finished." if finished == len(histories) else f"{finished} of {len(histories)} are finished."]
+    sentences.append(f"{raised} of {len(histories)} runs raised alarms." if raised else "No run raised an alarm.")
+    return sentences + _problems(histories)
 
 
 def against(history: History, baseline: History) -> Difference | None:
