@@ -1,7 +1,7 @@
 """Who writes which token of a rollout.
 
-A policy of your own is a frozen dataclass with the members of `RolloutPolicy` (docs/own_parts.md): `begin` says what the
-teacher writes before the student goes on, `shares` how much that is on average.  Nothing else has to know it.
+A policy of your own is a frozen dataclass with the members of `RolloutPolicy` (docs/own_parts.md): `begin` says what
+the teacher writes before the student goes on, `shares` how much that is on average.  Nothing else has to know it.
 
 The examples show what each policy does on average.  Paste one after `from tropd.methods.policies import *`.
 """

@@ -71,7 +71,8 @@ def compare(url: str, expected: Expected, found: Found, nats: float) -> None:
     raise EngineOutOfSync(
         f"{url} does not compute with the student's weights. A known text of {len(gaps) + 1} tokens has the "
         f"log-probabilities\n  trainer {shown(expected.canary.logprobs)}\n  server  {shown(found.logprobs)}\n"
-        f"{mean:.3g} nats apart on average, {max(gaps):.3g} at most; the token written after it {here:.4f} here and {there:.4f} there "
+        f"{mean:.3g} nats apart on average, {max(gaps):.3g} at most; the token written after it {here:.4f} here and "
+        f"{there:.4f} there "
         f"(rollout.sync_nats = {nats:g}). "
     )
 
