@@ -53,7 +53,7 @@ def compare(vocabulary: int, steps: int = 5) -> dict[str, dict[str, float]]:
         parts, alarms, measured = assemble(run, Path(folder)), Alarms(run.alarms), []
         source = Source(parts)
         for step in range(steps):
-            record, _, _ = iterate(parts, source, Path(folder), step, alarms)
+            record = iterate(parts, source, Path(folder), step, alarms).record
             measured.append(record.seconds)
     found = {}
     for ours, theirs in PHASES.items():

@@ -135,7 +135,7 @@ def tropd_side(side: str, folder: Path, s: Settings, tell: Callable[[Any], None]
     source = Source(parts)
 
     def step() -> int:
-        record, _, _ = iterate(parts, source, directory, next(steps), alarms)
+        record = iterate(parts, source, directory, next(steps), alarms).record
         assert record.tokens["prompt"] == s.num_prompts * s.prompt_tokens
         tell(record)
         return record.tokens["student"]

@@ -31,6 +31,7 @@ MEANS = (
     "entropy/gap",
     "teacher/mean_logprob",
     "mismatch/behavior",
+    "staleness/drift",
     "length/mean",
     "finish/truncated",
     "repetition/4gram",
@@ -40,9 +41,10 @@ HIGHS = {
     "ratio/max": "ratio",
     "teacher/max_logprob": "teacher",
     "mismatch/behavior_max": "mismatch",
+    "staleness/drift_max": "drift",
     "length/max": "length",
 }
-RANGES = ("ratio", "teacher", "mismatch", "length")
+RANGES = ("ratio", "teacher", "mismatch", "drift", "length")
 QUANTILES = {"ratio/p01": 0.01, "ratio/p05": 0.05, "ratio/p50": 0.5, "ratio/p95": 0.95, "ratio/p99": 0.99}
 HISTOGRAM_LIMIT = 40.0
 HISTOGRAM_STEP = 0.01
@@ -142,6 +144,7 @@ def probe_batch(
     topk_logprobs_NK: Tensor | None = None,
     sampled: bool = False,
     sampling: Sampling = NEUTRAL,
+    stale: bool = False,
 ) -> Sums:
     """The probes of these rows and these whole rollouts, which need not belong together.
 
@@ -157,6 +160,7 @@ def probe_batch(
         entropy/*        mean H_T, mean H_S, gap = mean |H_S - H_T|
         teacher/*        mean, min, max of log pi_T (finite ones)
         mismatch/*       mean and max |log behavior - log pi_S| (finite ones), where sampling is neutral
+        staleness/drift  the same where `stale`: an older student wrote the rollouts, and has moved since
         length/*, finish/truncated, repetition/4gram   per rollout: see `_probe_rollouts`
     """
     sums = _Collector(bins)
@@ -169,8 +173,8 @@ def probe_batch(
         student_logprobs_N = _pick(tokens.peek("student_logprobs_N"), student_N)
         if behavior_N is not None and student_logprobs_N is not None:
             gap_N = (behavior_N - student_logprobs_N).abs()
-            sums.add("mismatch/behavior", gap_N)
-            sums.stretch("mismatch", gap_N)
+            sums.add("staleness/drift" if stale else "mismatch/behavior", gap_N)
+            sums.stretch("drift" if stale else "mismatch", gap_N)
     _probe_rollouts(sums, rollouts)
     return sums.sums
 

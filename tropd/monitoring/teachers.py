@@ -20,13 +20,13 @@ OF_A_TEACHER = (
 """The probes that are recorded for each of several teachers, as teachers/NAME/PROBE."""
 
 
-def said_of(teacher: str, probes: Mapping[str, float]) -> dict[str, float]:
+def probes_of(teacher: str, probes: Mapping[str, float]) -> dict[str, float]:
     """The probes of one of several teachers, under the names that are recorded."""
     return {f"teachers/{teacher}/{name}": probes[name] for name in OF_A_TEACHER if name in probes}
 
 
 def by_teacher(probes: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """The probes of each of several teachers, from the names that `said_of` gave them; empty for one teacher."""
+    """The probes of each of several teachers, from the names that `probes_of` gave them; empty for one teacher."""
     probes_of: dict[str, dict[str, float]] = {}
     for key, value in probes.items():
         if key.startswith("teachers/"):

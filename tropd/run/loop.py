@@ -57,18 +57,18 @@ class Training:
         state.stop = world.any(state.asked)
         while state.step < run.steps and not state.stop:
             with self._keeping_steps():
-                record, batch, raised = iterate(self.parts, source, self.directory, state.step, self.alarms)
-            record = dataclasses.replace(record, notes=tuple(state.notes))
+                done = iterate(self.parts, source, self.directory, state.step, self.alarms)
+            record = dataclasses.replace(done.record, notes=tuple(state.notes))
             record, failure = hand_over(self.parts, source, record)
             state.notes, state.step = [], state.step + 1
-            stopping = next((alarm for alarm in raised if alarm.action == "stop"), None)
+            stopping = next((alarm for alarm in done.alarms if alarm.action == "stop"), None)
             if failure is not None and world.size > 1:
                 raise failure  # other processes have not failed
             if self.parts.held_out and (state.step % run.evaluation.every == 0 or state.step == run.steps):
                 record = self._evaluated(record, failure, owed=stopping is None)
             self._tell(record)
             if stopping is not None:
-                raise self._diverged(stopping, record.step, batch)
+                raise self._diverged(stopping, record.step, done.batch)
             if failure is not None:
                 raise self._kept(failure) from failure
             state.stop = world.any(state.asked)

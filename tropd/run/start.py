@@ -83,7 +83,7 @@ def resume(
 def assemble(run: Run, directory: Path, world: Ranks = ALONE) -> Parts:
     """Everything that can be refused is refused here; what is merely odd is among the notes."""
     parts = load_parts(run, directory, world)
-    parts = dataclasses.replace(parts, notes=(*parts.notes, *quick_checks(parts)))
+    parts.notes = (*parts.notes, *quick_checks(parts))
     # After the checks, which read whole weights.
     if world.size > 1 and run.parallel.teacher == "sharded" and parts.teacher.shard(world):
         parts.learner.margin = None  # the ranks ask it together, so one of them cannot ask again

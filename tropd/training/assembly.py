@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from tropd.distributed.sharding import Shards
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Parts:
-    """What a run is made of, ready to go."""
+    """What a run is made of, ready to go.  Training changes most of it: weights, moments, the cursor, the engine."""
 
     run: Run
     tokenizer: PreTrainedTokenizerBase

@@ -155,18 +155,6 @@ def lags(step: int, rollouts: Sequence[Rollout]) -> list[int]:
     return [step - r.policy_version[0] for r in rollouts if Author.STUDENT in r.authors]
 
 
-def add_staleness(probes: dict[str, float], step: int, rollouts: Sequence[Rollout]) -> None:
-    """How far behind the rollouts were.  The student has moved since, so what would be a mismatch between sampler and
-    trainer is called drift."""
-    behind = lags(step, rollouts)
-    probes["staleness/mean"] = sum(behind) / len(behind) if behind else 0.0
-    probes["staleness/max"] = float(max(behind, default=0))
-    if probes["staleness/max"] > 0:
-        for name in ("mismatch/behavior", "mismatch/behavior_max"):
-            if name in probes:
-                probes[name.replace("mismatch/behavior", "staleness/drift")] = probes.pop(name)
-
-
 def _aged(rollouts: list[Rollout]) -> list[Rollout]:
     """The student will be another, so what it made of them is only what they were drawn with."""
     return [dataclasses.replace(rollout, model_logprobs=()) for rollout in rollouts]

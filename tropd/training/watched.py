@@ -1,0 +1,69 @@
+"""What is seen of a step while the student is trained: probes, and what is kept of each token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tropd.distributed.ranks import Ranks
+from tropd.monitoring.probes import Sums, probe_batch
+from tropd.monitoring.teachers import probes_of
+from tropd.objective.support import NOTHING
+from tropd.training.batches import ScoredBatch
+from tropd.training.micro_batch import Seen
+from tropd.types import Author, Sampling
+
+
+class Watched:
+    """Called with each micro-batch of a step, then asked for the probes of all and for what is known of each token."""
+
+    def __init__(self, batch: ScoredBatch, sampling: Sampling, *, teachers: tuple[str, ...] = (), stale: bool = False):
+        """`teachers` are those of several that the batch has rollouts for; `stale`: an older student wrote it."""
+        self.batch, self.sums, self.stale, self.sampling = batch, Sums.nothing(), stale, sampling
+        top_NK = batch.tokens.peek("teacher_topk_logprobs_NK")
+        self.sampled = top_NK is not None and bool((top_NK[:, :1] <= NOTHING).any())
+        self.sums_of = {name: Sums.nothing() for name in teachers}
+        self.weights: dict[str, dict[str, Tensor]] = {}
+        self.student: dict[str, Tensor] = {}
+
+    def __call__(self, seen: Seen) -> None:
+        rollouts, at_teacher = seen.part.rollouts, seen.view.peek("topk_logprobs_NK")
+        settings: dict[str, Any] = {"sampled": self.sampled, "sampling": self.sampling, "stale": self.stale}
+        self.sums += probe_batch(seen.tokens, rollouts, topk_logprobs_NK=at_teacher, **settings)
+        for name in self.sums_of:
+            rows_N = _rows_for(name, seen)
+            top_k = None if at_teacher is None else at_teacher[rows_N]
+            theirs = [rollout for rollout in rollouts if rollout.prompt.teacher == name]
+            self.sums_of[name] += probe_batch(seen.tokens.rows(rows_N), theirs, topk_logprobs_NK=top_k, **settings)
+        for term, by_rollout in seen.weights().items():
+            self.weights.setdefault(term, {}).update(by_rollout)
+        self.student.update(seen.student_logprobs())
+
+    def probes(self, world: Ranks) -> dict[str, float]:
+        """Of all ranks; every rank must call it."""
+        each = [probes_of(name, sums.gather(world).result()) for name, sums in self.sums_of.items()]
+        whole = self.sums.gather(world).result()
+        return {name: value for part in (whole, *each) for name, value in part.items()}
+
+    def evidence(self) -> dict[str, Any]:
+        """What is known of each token of the batch, as `write_rollouts` takes it."""
+        tokens, rollouts = self.batch.tokens, self.batch.rollouts
+        student_N = torch.cat([self.student[r.id] for r in rollouts])
+        sampled_N = tokens.peek("student_logprobs_N")
+        if sampled_N is not None:  # rows that no term could weigh were not in the gradient pass
+            unseen_N = student_N.isnan() & (tokens.authors_N == Author.STUDENT)
+            student_N = torch.where(unseen_N, sampled_N.to(student_N), student_N)
+        weights = {term: torch.cat([by[r.id] for r in rollouts]) for term, by in self.weights.items()}
+        teacher = ("teacher_logprobs_N", "teacher_topk_ids_NK", "teacher_topk_logprobs_NK")
+        return {"student_logprobs_N": student_N, "weights": weights, **{name: tokens.peek(name) for name in teacher}}
+
+
+def _rows_for(teacher: str, seen: Seen) -> Tensor:
+    """The live rows of what one of several teachers scored."""
+    rollouts = seen.part.rollouts
+    theirs_S = torch.tensor([rollout.prompt.teacher == teacher for rollout in rollouts])
+    theirs_N = theirs_S.repeat_interleave(torch.tensor([len(rollout.response_ids) for rollout in rollouts]))
+    theirs_N = theirs_N.to(seen.tokens.token_ids_N.device)
+    return theirs_N if seen.live is None else theirs_N[seen.live]
