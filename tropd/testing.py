@@ -38,6 +38,8 @@ def check_teacher(teacher: Teacher, *, vocab_size: int, top_k: int = 5, toleranc
     """Scores are the teacher's own, in order, about the tokens that were written, whatever else is asked with them."""
     rollouts, offers = some_rollouts(vocab_size), teacher.capabilities
     _promise(Needs.SAMPLED in offers, "a teacher scores the written tokens (Needs.SAMPLED)")
+    here = all(single.forward is not None for single in teacher.teachers.values())
+    _promise(here or not offers & (Needs.REVERSE_KL | Needs.HIDDEN), "REVERSE_KL and HIDDEN come with a `forward`")
     _promise(teacher.score(ScoreRequest([])) == [], "no rollouts have no scores")
     needs = Needs.SAMPLED | (Needs.TOPK & offers)
     scores = teacher.score(ScoreRequest(rollouts, needs, top_k=top_k))

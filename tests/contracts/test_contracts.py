@@ -13,15 +13,20 @@ from tests.servers.mini import MiniServer
 from tests.small_runs import save_model
 from tests.tiny import VOCAB, tiny_model
 from tropd.config.models import ServerConfig
+from tropd.config.stages import OptimizerConfig
 from tropd.data.graders import GRADERS
+from tropd.errors import EvidenceError
+from tropd.model.optimizer import Optimizer
+from tropd.objective.evidence import Needs
 from tropd.rollout.transformers import TransformersEngine
 from tropd.teachers.cached import Cached
 from tropd.teachers.local import LocalTeacher
 from tropd.teachers.meeting import canary_of
 from tropd.teachers.routed import Routed
 from tropd.teachers.server import ServerTeacher
-from tropd.teachers.teacher import ScoreRequest
-from tropd.testing import check_engine, check_grader, check_teacher
+from tropd.teachers.teacher import ScoreRequest, Teacher
+from tropd.testing import check_engine, check_grader, check_teacher, some_rollouts
+from tropd.training.learner import ModelLearner
 from tropd.types import Completion, Request, TeacherScores
 
 
@@ -65,6 +70,21 @@ class Sorted(LocalTeacher):
 def test_a_teacher_that_breaks_a_promise_is_told_which(kind: type[LocalTeacher], promise: str) -> None:
     with pytest.raises(AssertionError, match=promise):
         check_teacher(kind(tiny_model(sharp=4.0)), vocab_size=VOCAB, top_k=VOCAB)
+
+
+class Boastful(Teacher):
+    """Offers what only a model in this process can give."""
+
+    capabilities = Needs.SAMPLED | Needs.REVERSE_KL
+
+
+def test_a_teacher_without_a_forward_pass_cannot_offer_the_reverse_kl() -> None:
+    with pytest.raises(AssertionError, match="REVERSE_KL and HIDDEN come with a `forward`"):
+        check_teacher(Boastful(), vocab_size=VOCAB)
+    learner = ModelLearner(model := tiny_model(), Optimizer(model, OptimizerConfig(), 1), vocab_size=VOCAB)
+    rollouts = some_rollouts(VOCAB)
+    with pytest.raises(EvidenceError, match="teacher default was asked for, but the teacher has no forward pass"):
+        learner.reverse_kl(rollouts, Boastful(), rollouts)
 
 
 class Unsure(LocalTeacher):
