@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import quote
 
@@ -71,9 +72,9 @@ class Settings(Ranged):
     def __post_init__(self) -> None:
         sections: dict[str, Any] = {"student": StudentConfig, "data": DataConfig, "teacher": TeacherConfig}
         for name, cls in sections.items():
-            if isinstance(path := getattr(self, name), str):
-                object.__setattr__(self, name, cls(path=path))
-        of = {name: TeacherConfig(path=x) if isinstance(x, str) else x for name, x in self.teachers.items()}
+            if isinstance(path := getattr(self, name), str | Path):
+                object.__setattr__(self, name, cls(path=str(path)))
+        of = {name: TeacherConfig(path=str(x)) if isinstance(x, str | Path) else x for name, x in self.teachers.items()}
         object.__setattr__(self, "teachers", of)
         method = read_method(as_table(self.method), "method") if isinstance(self.method, str) else named(self.method)
         object.__setattr__(self, "method", method)
