@@ -168,6 +168,11 @@ def test_everything_is_given_and_given_again(models: Path, tmp_path: Path, capsy
     for command in (["report", str(parted)], ["inspect", str(parted), "--step", "2"]):
         assert main(command) == 0
     assert main(["evaluate", str(parted)]) == 2
+    capsys.readouterr()
+    for command in ("doctor", "plan"):
+        assert main([command, str(parted / "run.toml")]) == 2
+        said = " ".join(("".join(capsys.readouterr())).replace("│", " ").split())
+        assert "the run was given its student and teacher and grader" in said
     result = tropd.evaluate(parted, rows_of(models), grader=holds)
     assert result.mean is not None and len(result.items) == 4
 

@@ -81,6 +81,11 @@ def without_code(run: Run, trusted: bool) -> tuple[Run, list[str]]:
 
 def with_its_code(run: Run, trusted: bool) -> tuple[Run, list[str]]:
     """The same for commands that can say nothing of a run without its method and its teachers."""
+    if run.given:
+        raise ConfigError(
+            f"the run was given its {' and '.join(run.given)} in Python, which no file holds, so it cannot be "
+            "examined here. `tropd report`, `watch` and `inspect` read what it left."
+        )
     seen, notes = without_code(run, trusted)
     if needed := [note for note in notes if re.match(r"method\.name|teachers?\.([^ ]+\.)?path", note)]:
         raise ConfigError(" ".join(needed))

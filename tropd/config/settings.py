@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import quote
+
+from tyro.conf import Fixed, Suppress
 
 from tropd.base.names import shown
 from tropd.base.ranges import Count, Ranged, Whole
@@ -55,7 +57,7 @@ class Settings(Ranged):
     """(TrOPD: 200) At least 1."""
     seed: Whole = 0
     """Of all that is drawn. At least 0."""
-    given: tuple[Part, ...] = ()
+    given: Annotated[tuple[Part, ...], Fixed, Suppress] = ()
     """What was given in Python and no file can hold: it has to be given again to go on."""
     output: str = "runs/tropd"
     """The run's folder."""
