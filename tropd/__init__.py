@@ -1,7 +1,19 @@
 """On-policy distillation of language models that refuses to fail silently.
 
-Public names are loaded when they are first asked for: `import tropd` costs nothing, and `import tropd.objective` needs
-torch alone.
+These names are stable:
+
+    Run                        a run: Run(student=..., teacher=..., data=...), Run.load(path), Run.from_dict(values)
+    StudentConfig, LoraConfig, TeacherConfig, ServerConfig, DataConfig, RolloutConfig, Sampling, OptimizerConfig,
+    EvalConfig, RunEvalConfig, CheckpointConfig, AlarmConfig, ParallelConfig      its sections
+    train, resume, evaluate    what is done with it
+    TrOPD, OPD, ...            every method; METHODS lists them by name
+    Method, Teacher, Callback  what methods, teachers and callbacks of your own inherit from
+    Objective, Term            what a method is made of; `tropd.objective` has the pieces
+    distillation_loss          a method's loss for a training loop of your own
+    TropdError                 every refusal
+
+Names are loaded when they are first asked for: `import tropd` costs nothing, and `import tropd.objective` needs torch
+alone.
 """
 
 from __future__ import annotations
@@ -10,31 +22,73 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tropd.config.run import Run
-    from tropd.methods import METHODS, TrOPD
-    from tropd.objective import Objective, Term, distillation_loss
-    from tropd.run.start import train
-    from tropd.version import __version__
+    from tropd.config.alarms import AlarmConfig as AlarmConfig
+    from tropd.config.models import LoraConfig as LoraConfig
+    from tropd.config.models import ServerConfig as ServerConfig
+    from tropd.config.models import StudentConfig as StudentConfig
+    from tropd.config.models import TeacherConfig as TeacherConfig
+    from tropd.config.run import Run as Run
+    from tropd.config.stages import CheckpointConfig as CheckpointConfig
+    from tropd.config.stages import DataConfig as DataConfig
+    from tropd.config.stages import EvalConfig as EvalConfig
+    from tropd.config.stages import OptimizerConfig as OptimizerConfig
+    from tropd.config.stages import ParallelConfig as ParallelConfig
+    from tropd.config.stages import RolloutConfig as RolloutConfig
+    from tropd.config.stages import RunEvalConfig as RunEvalConfig
+    from tropd.errors import TropdError as TropdError
+    from tropd.evaluation.models import evaluate as evaluate
+    from tropd.methods import *  # noqa: F403  # every method
+    from tropd.methods import METHODS as METHODS
+    from tropd.methods import Method as Method
+    from tropd.monitoring.callbacks import Callback as Callback
+    from tropd.objective import Objective as Objective
+    from tropd.objective import Term as Term
+    from tropd.objective import distillation_loss as distillation_loss
+    from tropd.run.start import resume as resume
+    from tropd.run.start import train as train
+    from tropd.teachers.teacher import Teacher as Teacher
+    from tropd.types import Sampling as Sampling
+    from tropd.version import __version__ as __version__
 
-_HOME = {
-    "METHODS": "tropd.methods",
-    "Objective": "tropd.objective",
-    "Run": "tropd.config.run",
-    "Term": "tropd.objective",
-    "TrOPD": "tropd.methods",
-    "distillation_loss": "tropd.objective",
-    "__version__": "tropd.version",
-    "train": "tropd.run.start",
+_IN = {
+    "config.alarms": ("AlarmConfig",),
+    "config.models": ("LoraConfig", "ServerConfig", "StudentConfig", "TeacherConfig"),
+    "config.run": ("Run",),
+    "config.stages": (
+        *("CheckpointConfig", "DataConfig", "OptimizerConfig", "ParallelConfig", "RolloutConfig"),
+        *("EvalConfig", "RunEvalConfig"),
+    ),
+    "errors": ("TropdError",),
+    "evaluation.models": ("evaluate",),
+    "methods": ("METHODS", "Method"),
+    "monitoring.callbacks": ("Callback",),
+    "objective": ("Objective", "Term", "distillation_loss"),
+    "run.start": ("resume", "train"),
+    "teachers.teacher": ("Teacher",),
+    "types": ("Sampling",),
+    "version": ("__version__",),
 }
-
-__all__ = ["METHODS", "Objective", "Run", "Term", "TrOPD", "__version__", "distillation_loss", "train"]
+_HOME = {name: f"tropd.{module}" for module, names in _IN.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'tropd' has no attribute {name!r}; it has {', '.join(__all__)}.")
+    if name == "__all__":
+        return __dir__()
+    if not name.startswith("_"):
+        methods = _methods()
+        if name in methods:
+            return methods[name]
+        raise AttributeError(f"module 'tropd' has no attribute {name!r}; it has {', '.join(__dir__())}.")
+    raise AttributeError(f"module 'tropd' has no attribute {name!r}.")
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted([*_HOME, *_methods()])
+
+
+def _methods() -> dict[str, Any]:
+    """Every method by the name of its class."""
+    methods = importlib.import_module("tropd.methods").METHODS
+    return {cls.__name__: cls for cls in methods.values()}

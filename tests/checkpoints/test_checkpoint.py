@@ -18,7 +18,7 @@ from tests import run_case
 from tests.small_runs import save_model, write_run
 from tests.tiny import tiny_model
 from tropd.checkpoints import checkpoint as checkpoints
-from tropd.cli.trained import load_checkpoint
+from tropd.checkpoints.trained import load_checkpoint
 from tropd.errors import CheckpointError, ConfigError
 from tropd.run import start
 

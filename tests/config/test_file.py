@@ -50,7 +50,7 @@ def test_knobs_after_the_named_method_are_its_own(run_toml: Path) -> None:
 
 
 def test_a_method_that_is_not_known_is_refused_with_a_suggestion(run_toml: Path) -> None:
-    with pytest.raises(ConfigError, match="no method 'topdd'; did you mean 'topd'"):
+    with pytest.raises(ConfigError, match="no method 'topdd'. Did you mean 'topd'"):
         config_file.load(run_toml, ["--method", "topdd"])
     with pytest.raises(ConfigError, match="wants the name of a method"):
         config_file.load(run_toml, ["--method"])

@@ -52,9 +52,9 @@ def play(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
         if language == "text":
             assert printed.getvalue() == text
             continue
-        if language == "toml":
-            if named := re.match(r"# (\w+\.toml)\n", text):  # others show a section, and are read by a test below
-                (folder / named[1]).write_text(text)
+        if named := re.match(r"# (\w+\.(toml|py))\n", text):
+            (folder / named[1]).write_text(text)
+        if named or language == "toml":  # one without a name shows a section, and is read by a test below
             continue
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
@@ -94,7 +94,13 @@ def test_adapters_are_trained_merged_and_scored_as_the_page_shows(tmp_path, monk
     assert scores["lora"] == pytest.approx(0.7, abs=0.15) and scores["anchored"] > 0.3
 
 
-PLAYED = ("tutorial", "compare", "training", "README")
+def test_parts_of_ones_own_are_trained_by_name_and_as_objects(tmp_path, monkeypatch):
+    names = play("own_parts", tmp_path, monkeypatch)
+    assert names["result"].mean is not None and (tmp_path / "runs/own/model").is_dir()
+    assert len(read_records(names["folder"] / "records.jsonl").steps) == 3
+
+
+PLAYED = ("tutorial", "compare", "training", "own_parts", "README")
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.stem not in PLAYED], ids=lambda p: p.name)

@@ -15,8 +15,8 @@ from torch import Tensor
 from tests.one_step import parts_of
 from tests.small_runs import run_of, save_model, write_models, write_run
 from tests.tiny import tiny_model
+from tropd.checkpoints.trained import load_student
 from tropd.cli.main import main
-from tropd.cli.trained import load_student
 from tropd.config import file as config_file
 from tropd.config.models import ModelConfig
 from tropd.errors import ConfigError

@@ -16,8 +16,9 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -54,6 +55,12 @@ def shortened(path: Path | str) -> str:
     """A path as errors name it, however long it is."""
     text = printable(str(path))
     return text if len(text) <= 300 else f"{text[:60]}...{text[-60:]} ({len(text)} characters)"
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """' (did you mean ...?)' or nothing."""
+    match = get_close_matches(word, list(choices), n=1)
+    return f" (did you mean '{match[0]}'?)" if match else ""
 
 
 def check_path(path: Path | str, name: str, error: Refusal = ConfigError) -> None:

@@ -10,10 +10,14 @@ from typing import Any
 
 import torch
 
+from tropd.base.names import shown
 from tropd.checkpoints.checkpoint import atomic_folder
 from tropd.config.file import dump
+from tropd.config.models import GIVEN
 from tropd.config.run import Run
 from tropd.errors import CheckpointError, ConfigError
+from tropd.methods import Method, NamedMethod
+from tropd.methods.describe import paper_link
 from tropd.model.loading import base_of, load_as_stored
 from tropd.model.weights import load_adapter
 from tropd.version import __version__
@@ -98,26 +102,32 @@ def push(folder: Path, repository: str) -> str:
         ) from error
 
 
+def _title(method: Method) -> str:
+    """A method that is not imported has the name of its class."""
+    return method.name.rpartition(":")[2] if isinstance(method, NamedMethod) else type(method).__name__
+
+
 def model_card(run: Run, *, step: int, results: dict[str, float]) -> str:
     """What a person who finds the model needs to know: how it was made, from what, and how well it does."""
     method = run.method
     settings = run.evaluation.sampling
     rows = [f"| {name} | {value:.4f} |" for name, value in sorted(results.items())]
     measured = ["| measure | value |", "|---|---|", *rows] if rows else ["Not evaluated."]
-    link = method.paper if method.paper.startswith("http") else f"https://arxiv.org/abs/{method.paper}"
+    link = f" ({paper_link(method.paper)})" if method.paper else ""
     # The hub refuses a card whose base model is a folder of somebody's disk.
-    base = [] if Path(run.student.path).expanduser().exists() else [f"base_model: {json.dumps(run.student.path)}"]
+    local = run.student.path == GIVEN or Path(run.student.path).expanduser().exists()
+    base = [] if local else [f"base_model: {json.dumps(run.student.path)}"]
     lines = [
         "---",
         *base,
         "library_name: " + ("peft" if run.student.lora else "transformers"),
         "tags: [tropd, on-policy-distillation]",
         "---",
-        f"# {Path(run.student.path).name} distilled with {type(method).__name__}",
+        f"# {Path(run.student.path).name} distilled with {_title(method)}",
         "",
         f"- student: `{run.student.path}`" + (f", LoRA of rank {run.student.lora.rank}" if run.student.lora else ""),
         f"- teacher: `{run.teachers_said}`",
-        f"- method: `{method.name}` ({link})",
+        f"- method: `{shown(method.name)}`{link}",
         f"- data: `{run.data.path}` ({run.data.split})",
         f"- trained for {step} of {run.steps} steps, {run.rollout.num_prompts} prompts x "
         f"{run.rollout.num_rollouts} rollouts of at most {run.rollout.max_new_tokens} tokens each, seed {run.seed}",

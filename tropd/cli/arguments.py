@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from tropd.base.names import is_name
 from tropd.base.reading import check_path
 from tropd.errors import ConfigError
 
@@ -51,12 +53,16 @@ def without_code(run: Run, trusted: bool) -> tuple[Run, list[str]]:
     """The run as commands see it that do not train, and what was left out: code that comes with a model, or that the
     run file names, is run only where the command line asks for it."""
     if trusted:
-        return run, []
+        return run.imported(), []
+    from tropd.methods import NamedMethod
+
     models = {"student": run.student, "teacher": run.teacher} | {
         f"teachers.{name}": x for name, x in run.teachers.items()
     }
-    graders = {"grader": run.grader, "evaluation.grader": run.evaluation.grader}
-    own = {name: grader for name, grader in graders.items() if grader and ":" in grader}
+    own = {"grader": run.grader, "evaluation.grader": run.evaluation.grader}
+    own |= {"method.name": run.method.name if isinstance(run.method, NamedMethod) else None}
+    own |= {f"{whose}.path": model.path for whose, model in models.items() if whose != "student"}
+    own = {name: x for name, x in own.items() if x and (is_name(x) or name == "method.name")}
     notes = [
         f"{whose}.trust_remote_code is set, but code of {model.path} is not run here. Read it, then add {TRUST}."
         for whose, model in models.items()
@@ -71,6 +77,19 @@ def without_code(run: Run, trusted: bool) -> tuple[Run, list[str]]:
         "evaluation": replace(run.evaluation, grader=None) if "evaluation.grader" in own else run.evaluation,
     }
     return replace(run, **changes), notes
+
+
+def with_its_code(run: Run, trusted: bool) -> tuple[Run, list[str]]:
+    """The same for commands that can say nothing of a run without its method and its teachers."""
+    if run.given:
+        raise ConfigError(
+            f"the run was given its {' and '.join(run.given)} in Python, which no file holds, so it cannot be "
+            "examined here. `tropd report`, `watch` and `inspect` read what it left."
+        )
+    seen, notes = without_code(run, trusted)
+    if needed := [note for note in notes if re.match(r"method\.name|teachers?\.([^ ]+\.)?path", note)]:
+        raise ConfigError(" ".join(needed))
+    return seen, notes
 
 
 def new_folder(path: Path) -> Path:

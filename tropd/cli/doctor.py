@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tropd.base.reading import printable
-from tropd.cli.arguments import TRUST, Arguments, read_run, without_code
+from tropd.cli.arguments import TRUST, Arguments, read_run, with_its_code
 from tropd.cli.console import make_console
 from tropd.errors import ConfigError, MethodWarning
 
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
             "tropd doctor RUN.toml [--strict] [--json] [--sample-prompts N] [--sample-tokens N] [--any.key value]\n\n"
             "--strict            exit with 1 when there are warnings\n"
             "--json              the checks as JSON\n"
-            f"{TRUST}        run the code that the run file names: that of models (trust_remote_code) and graders\n"
+            f"{TRUST}        run the code that the run file names: models' (trust_remote_code) and your own\n"
             "--sample-prompts N  answers drawn and trained on (8); 0 loads no weights\n"
             "--sample-tokens N   tokens of each (64)\n\n"
             "Any other flag changes the run: `tropd train RUN.toml --help` lists them."
@@ -64,7 +64,7 @@ def _examine(argv: Sequence[str], num_prompts: int, max_new_tokens: int, trusted
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always", MethodWarning)
         try:
-            run, notes = without_code(read_run(list(argv), "tropd doctor"), trusted)
+            run, notes = with_its_code(read_run(list(argv), "tropd doctor"), trusted)
         except ConfigError as refusal:
             return [error("configuration", str(refusal))]
     said = dict.fromkeys(str(w.message) for w in heard if issubclass(w.category, MethodWarning))

@@ -15,16 +15,16 @@ from typing import Any
 
 from tyro.conf import AvoidSubcommands
 
+from tropd.base.reading import nearest
 from tropd.base.terminal import tell
-from tropd.cli.arguments import Arguments
-from tropd.cli.trained import Trained, is_run, load_student, stops_of
+from tropd.checkpoints.trained import Trained, is_run, load_student
+from tropd.cli.arguments import TRUST, Arguments
 from tropd.config import file as config_file
 from tropd.config.flags import read_flags
 from tropd.config.run import Run
 from tropd.config.stages import DataConfig, EvalConfig
-from tropd.data.prompts import load_prompts
-from tropd.data.rows import nearest
 from tropd.errors import ConfigError, DataError
+from tropd.evaluation.models import check_trust, data_of, judged, settings_of
 from tropd.model.loading import looks_local
 
 
@@ -48,12 +48,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--step", type=int, help="a run's checkpoint; by default its finished model")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument(TRUST, action="store_true", help="import the grader of your own that the run file names")
     parser.add_argument("-o", "--output", type=Path, help="where items.jsonl and summary.json go")
     asked, flags = parser.parse_known_args(argv)
     source = Path(asked.model).expanduser()
     _check_there(source, asked)
-    run = config_file.load(source / "run.toml") if is_run(source) else None
+    run = Run.load(source / "run.toml") if is_run(source) else None
     config = _configure(run, asked.data, flags)
+    if not any(flag.partition("=")[0] == "--grader" for flag in flags):
+        check_trust(run, config.grader, asked.trust_code)
     _evaluate(asked, config)
     return 0
 
@@ -76,65 +79,31 @@ def _check_there(source: Path, asked: Any) -> None:
 
 
 def _configure(run: Run | None, data: str | None, flags: list[str]) -> Evaluation:
-    values: dict[str, Any] = {}
-    held_out = None
-    if run is not None:
-        held_out = run.evaluation.data
-        values = {f.name: getattr(run.evaluation, f.name) for f in dataclasses.fields(EvalConfig)}
-        values["grader"] = run.evaluation.grader or run.grader
-    if data is not None:
-        held_out = dataclasses.replace(held_out, path=data) if held_out else DataConfig(path=data, split="test")
-    if held_out is None:
-        raise ConfigError("there is nothing to evaluate on: give --data PATH, or a run with [evaluation.data].")
-    default = Evaluation(**values, data=held_out)
+    settings = settings_of(run)
+    values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(EvalConfig)}
+    default = Evaluation(**values, data=data_of(run, data)[0])
     return read_flags(AvoidSubcommands[Evaluation], flags, "tropd evaluate", default=default)
 
 
 def _evaluate(asked: Any, config: Evaluation) -> None:
     from tropd.data.graders import resolve_grader
-    from tropd.evaluation.runner import evaluate
-    from tropd.model.loading import model_fingerprint
-    from tropd.rollout.transformers import TransformersEngine
-    from tropd.teachers.local import shared_vocab_size
 
     grader = resolve_grader(config.grader) if config.grader else None
     trained = load_student(asked.model, asked.step, asked.device, asked.dtype)
-    size = shared_vocab_size(trained.model, trained.tokenizer, trained.model, trained.tokenizer)
-    batch = trained.run.rollout.max_batch if trained.run else 64
-    engine = TransformersEngine(trained.model, vocab_size=size, max_batch=batch)
-    loaded = load_prompts(_limited(config, engine.context), trained.tokenizer)
-    version = model_fingerprint(trained.model, whole=True)
-    folder = asked.output or _default_folder(asked.model, config, version)
-    if (folder / "summary.json").exists() and not (folder / "items.jsonl").exists():
-        raise ConfigError(f"{folder} holds a summary.json that is no evaluation's. Name another folder with -o.")
-    tell(f"{config.data.path}: {loaded.report}")
-    result = evaluate(
-        engine,
-        loaded.prompts,
-        grader,
-        trained.tokenizer,
-        config,
-        stop_ids=stops_of(trained),
-        progress_path=folder / "items.jsonl",
-        version=version,
-    )
+
+    def place(version: str) -> Path:
+        folder = asked.output or _default_folder(asked.model, config, version)
+        if (folder / "summary.json").exists() and not (folder / "items.jsonl").exists():
+            raise ConfigError(f"{folder} holds a summary.json that is no evaluation's. Name another folder with -o.")
+        return folder
+
+    result, version = judged(trained, config.data, config, grader, place, tell=tell)
+    folder = place(version)
     tell(result.describe())
     if grader is None:
         print("no grader: only lengths were measured. Give --grader for scores.")
     _write_summary(folder / "summary.json", asked.model, trained, config, version, result.summary())
     tell(f"answers: {folder / 'items.jsonl'}   numbers: {folder / 'summary.json'}")
-
-
-def _limited(config: Evaluation, context: int | None) -> DataConfig:
-    """A prompt must leave room for the answer; how many are left out stands in the report."""
-    if context is None:
-        return config.data
-    room = context - config.max_new_tokens
-    if room < 1:
-        raise ConfigError(
-            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in the model's context of {context}."
-        )
-    return dataclasses.replace(config.data, max_prompt_tokens=min(room, config.data.max_prompt_tokens or room))
 
 
 def _default_folder(model: str, config: Evaluation, version: str) -> Path:

@@ -18,7 +18,9 @@ def main(argv: list[str]) -> int:
 
 def _flags(
     method: Annotated[
-        str, tyro.conf.Positional, tyro.conf.arg(metavar="METHOD", help="a name that `tropd methods` lists")
+        str,
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="METHOD", help="of `tropd methods`, or file.py:Class"),
     ],
     as_json: AsJson = False,
 ) -> tuple[str, bool]:

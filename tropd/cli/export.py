@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from tropd.base.terminal import tell
+from tropd.checkpoints.trained import load_checkpoint
 from tropd.cli.arguments import Arguments, new_folder
-from tropd.cli.trained import load_checkpoint
 
 
 def main(argv: list[str]) -> int:

@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tropd.base.reading import printable
+from tropd.checkpoints.trained import is_run
 from tropd.cli.arguments import TRUST, Arguments, without_code
 from tropd.cli.console import make_console
-from tropd.cli.trained import is_run
 from tropd.errors import ConfigError
 from tropd.types import StepRecord
 

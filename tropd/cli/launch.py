@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tropd.cli.arguments import Arguments, read_run
+from tropd.cli.arguments import TRUST, Arguments, read_run, with_its_code
 from tropd.errors import ConfigError
 
 _HELP = """\
@@ -13,6 +13,7 @@ tropd launch RUN.toml [--any.flag value]    trains; tropd launch FOLDER goes on 
 --nodes M          on how many machines, for --print (1)
 --cluster ray      place them, and the servers that the run file names, on a Ray cluster
 --address HOST:PORT  of the cluster; by default RAY_ADDRESS, else a cluster of this machine, for as long as the run
+--trust-code       let --print import the method of your own that the run file names
 --print            the same for torchrun and SLURM, and the commands of the servers; nothing is started
 """
 
@@ -24,6 +25,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--cluster", choices=["ray"])
     parser.add_argument("--address")
     parser.add_argument("--print", action="store_true")
+    parser.add_argument(TRUST, action="store_true")
     asked, rest = parser.parse_known_args(argv)
     if rest in (["-h"], ["--help"]):
         print(_HELP, end="")
@@ -38,6 +40,7 @@ def main(argv: list[str]) -> int:
         run, command = read_run(rest, "tropd launch"), ("train", *rest)
     if folder and len(rest) > 1:
         raise ConfigError(f"{rest[0]} is a run that has begun, and {rest[1]} would change it. Leave it out.")
+    run, _ = with_its_code(run, asked.trust_code or not asked.print)  # what starts a run imports what it names
     launch = Launch(run=run, command=command, processes=asked.processes, nodes=asked.nodes)
     if asked.print:
         print(lines(launch), end="")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from tropd.base.reading import printable
-from tropd.cli.arguments import TRUST, Arguments, read_run, without_code
+from tropd.cli.arguments import TRUST, Arguments, read_run, with_its_code
 from tropd.cli.console import make_console
 
 if TYPE_CHECKING:
@@ -40,11 +40,11 @@ def main(argv: list[str]) -> int:
             "--cluster 8xh100      devices that train, and write and score unless the run names servers for that;\n"
             "                      each server is one more of them. `here` (the default) measures this machine\n"
             "--dollars-per-hour X  of one device, for the cost of the run\n"
-            f"{TRUST}          run the code that comes with a model (trust_remote_code)\n\n"
+            f"{TRUST}          run the code that the run file names: models' (trust_remote_code) and your own\n\n"
             "Any other flag changes the run: `tropd train RUN.toml --help` lists them."
         )
         return 0
-    run, notes = without_code(read_run(rest, "tropd plan"), asked.trust_code)
+    run, notes = with_its_code(read_run(rest, "tropd plan"), asked.trust_code)
     for note in notes:
         make_console().print(printable(note), markup=False, soft_wrap=True)
     from tropd.planning import make_forecast, read_cluster

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tropd.base.reading import read_lines
 from tropd.base.terminal import tell
-from tropd.cli.arguments import Arguments, read_run
+from tropd.cli.arguments import TRUST, Arguments, read_run, with_its_code
 from tropd.errors import ConfigError, DataError
 from tropd.types import Rollout
 
@@ -33,10 +33,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", help="the TOML file of a run")
     parser.add_argument("rollouts", type=Path, help="one rollout as JSON per line")
     parser.add_argument("-o", "--output", type=Path, required=True, help="a file that does not exist yet")
+    parser.add_argument(TRUST, action="store_true", help="run the code that the run file names")
     asked, flags = parser.parse_known_args(argv)
     if asked.output.exists():
         raise ConfigError(f"{asked.output} exists already, and nothing is overwritten. Name another file.")
-    run = read_run([asked.run, *flags], "tropd score")
+    run, notes = with_its_code(read_run([asked.run, *flags], "tropd score"), asked.trust_code)
+    for note in notes:
+        tell(note)
     rollouts = _read(asked.rollouts)
     from tropd.data.graders import grade
     from tropd.objective.evidence import Needs

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
+from tyro.conf import Fixed, Suppress
+
+from tropd.base.names import is_name, offered
 from tropd.base.ranges import Count, Positive, Range, Ranged, Seconds
 from tropd.base.reading import shortened
 from tropd.errors import ConfigError
 
+GIVEN = "(given in Python)"
+"""Stands in a run file for an object that no file can hold."""
 NATS = {"float32": 0.002}
 NATS_OF_HALF_PRECISION = 0.1
 """By how many nats per token a server may differ from itself, or from a forward pass of the same weights."""
@@ -114,6 +120,8 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig(ModelConfig):
+    path: str = GIVEN
+    """A folder or a hub id."""
     lora: LoraConfig | None = None
     gradient_checkpointing: bool = False
 
@@ -121,7 +129,10 @@ class StudentConfig(ModelConfig):
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig(ModelConfig):
     path: str = "base"
-    """A folder, a hub id, or "base": the student without its adapter (LoRA only)."""
+    """A folder, a hub id, "base": the student without its adapter (LoRA only), or a teacher of your own, as
+    "package.module:Class" or "file.py:Class"."""
+    knobs: Annotated[dict[str, Any], Fixed, Suppress] = field(default_factory=dict)
+    """What a teacher of your own is made with."""
     text_cache: bool = True
     """Keep the texts it writes on disk, in the run's folder."""
     score_cache: bool = False
@@ -130,3 +141,15 @@ class TeacherConfig(ModelConfig):
     """Addresses that serve it, such as http://127.0.0.1:8000; of `path` only the tokenizer and config are read then."""
     server: ServerConfig = field(default_factory=ServerConfig)
     """How they are spoken to."""
+
+    @property
+    def is_model(self) -> bool:
+        """Whether `path` names a model of transformers."""
+        return self.path != "base" and not self.is_own
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a teacher of the user's own: code that `path` names, or an object that was given in Python."""
+        if self.path == GIVEN or is_name(self.path):
+            return True
+        return not Path(self.path).exists() and self.path in offered("teachers")

@@ -1,19 +1,29 @@
-"""What a run is: frozen dataclasses with one default each.  `tropd.config.file` reads and writes them."""
+"""What a run is: frozen dataclasses with one default each, read from TOML and flags and written as TOML.
+
+run = Run(student="folder", teacher="folder", data="prompts.jsonl", method=TrOPD(top_k=16), steps=10)
+run = Run.load("run.toml", ["--steps", "10"])
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
+import json
+import os
 import re
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
-from urllib.parse import quote
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from tyro.conf import AvoidSubcommands
 
-from tropd.base.ranges import Count, Ranged, Whole
-from tropd.base.reading import check_path, printable
+from tropd.base.names import located
+from tropd.base.reading import check_path, read_toml
 from tropd.config.alarms import AlarmConfig
-from tropd.config.models import ModelConfig, StudentConfig, TeacherConfig, base_url
+from tropd.config.flags import method_flag, read_flags, take, with_knobs
+from tropd.config.methods import imported, located_method, read_method
+from tropd.config.models import StudentConfig, TeacherConfig
+from tropd.config.settings import Part, Settings
 from tropd.config.stages import (
     CheckpointConfig,
     DataConfig,
@@ -22,184 +32,123 @@ from tropd.config.stages import (
     RolloutConfig,
     RunEvalConfig,
 )
+from tropd.config.tables import read, to_dict
 from tropd.errors import ConfigError
-from tropd.methods import AnyMethod, TrOPD
-from tropd.types import Sampling
+from tropd.methods import Method, NamedMethod
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run(Ranged):
+class Run(Settings):
     """Everything that a run is made of."""
 
-    section = ""
+    if TYPE_CHECKING:  # a text stands for a section's path, or for a method's name
 
-    student: StudentConfig
-    data: DataConfig
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
-    """Instead of `teacher`, several by name; `data.teacher_column` says which of them a prompt is for."""
-    method: Annotated[AnyMethod, Field(discriminator="name")] = field(default_factory=TrOPD)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    evaluation: RunEvalConfig = field(default_factory=RunEvalConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    alarms: AlarmConfig = field(default_factory=AlarmConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    grader: str | None = None
-    """Judges training rollouts: exact, numeric, multiple_choice, math, chain, gym, or "package.module:function"."""
-    steps: Count = 200
-    """(TrOPD: 200) At least 1."""
-    seed: Whole = 0
-    """Of all that is drawn. At least 0."""
-    output: str = "runs/tropd"
-    """The run's folder."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    tokens_per_micro_batch: Count = 8192
-    """Prompt and response tokens in one forward and backward pass; changes memory and speed, never the result. At least
-    1."""
-    tile_tokens: Count = 512
-    """Tokens whose logits exist at the same time. At least 1."""
-    tile_vocab: Count | None = None
-    """Also tile the vocabulary, so many tokens of it at a time: less memory, one more matrix product. At least 1."""
-    trackers: tuple[Literal["trackio", "wandb", "tensorboard"], ...] = ()
+        def __init__(
+            self,
+            *,
+            student: StudentConfig | str | Path = ...,
+            data: DataConfig | str | Path = ...,
+            teacher: TeacherConfig | str | Path = ...,
+            teachers: Mapping[str, TeacherConfig | str | Path] = ...,
+            method: Method | str = ...,
+            rollout: RolloutConfig = ...,
+            optimizer: OptimizerConfig = ...,
+            evaluation: RunEvalConfig = ...,
+            checkpoint: CheckpointConfig = ...,
+            alarms: AlarmConfig = ...,
+            parallel: ParallelConfig = ...,
+            grader: str | None = ...,
+            steps: int = ...,
+            seed: int = ...,
+            given: tuple[Part, ...] = ...,
+            output: str = ...,
+            device: Literal["auto", "cpu", "cuda", "mps"] = ...,
+            tokens_per_micro_batch: int = ...,
+            tile_tokens: int = ...,
+            tile_vocab: int | None = ...,
+            trackers: tuple[Literal["trackio", "wandb", "tensorboard"], ...] = ...,
+        ) -> None: ...
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check(self)
+    @classmethod
+    def load(cls, path: Path | str, flags: Sequence[str] = ()) -> Run:
+        """A run from a TOML file, changed by flags such as `--method.top-k 32`.  Code that it names is not imported."""
+        path = Path(path)
+        check_path(path, "the run file")
+        if not os.path.lexists(path):
+            near = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+            there = f" TOML files there: {', '.join(near)}." if near else ""
+            raise ConfigError(f"there is no file {path}.{there}")
+        values, (name, flags) = read_toml(path), method_flag(flags)
+        run = cls.from_dict(values, str(path), folder=path.parent)
+        if name not in (None, run.method.name):
+            run = cls.from_dict({**values, "method": {"name": name}}, f"--method {name}", folder=path.parent)
+        return run._changed(flags) if flags else run
 
-    @property
-    def all_teachers(self) -> dict[str, TeacherConfig]:
-        """By the names that prompts have for them."""
-        return self.teachers or {"default": self.teacher}
-
-    @property
-    def teachers_said(self) -> str:
-        """Who teaches, for people to read."""
-        return ", ".join(f"{name}: {one.path}" for name, one in self.teachers.items()) or self.teacher.path
-
-    def taught_by(self, name: str) -> Run:
-        """The run as it would be with one of its teachers alone."""
-        if not self.teachers:
-            return self
-        data = dataclasses.replace(self.data, teacher_column=None)
-        return dataclasses.replace(self, teacher=self.teachers[name], teachers={}, data=data)
-
-    @property
-    def sampling(self) -> Sampling:
-        """How rollouts are drawn: asked for, else prescribed by the method, else from the student itself."""
-        return self.rollout.sampling or self.method.sampling or Sampling()
-
-
-def _check(run: Run) -> None:
-    updates = run.steps * run.optimizer.num_updates
-    if run.optimizer.warmup_steps > updates:
-        raise ConfigError(
-            f"optimizer.warmup_steps = {run.optimizer.warmup_steps} was asked for, but the run has {updates} updates: "
-            "its learning rate would never be reached. Give at most as many."
-        )
-    for asked in (run.rollout, run.teacher, *run.teachers.values()):
-        variable = asked.server.api_key_env
-        if variable is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
-            raise ConfigError(f"api_key_env is {printable(variable)!r}, but no variable is called that. Give its name.")
-    for url in (u for asked in (run.rollout, run.teacher, *run.teachers.values()) for u in asked.servers):
-        base_url(url)
-    for name, path in _paths(run).items():
-        if path is not None and not path.strip():
-            raise ConfigError(f"{name} is empty. Name a file or a folder.")
-        check_path(path or "", name)
-    if run.optimizer.num_updates > run.rollout.num_prompts * run.rollout.num_rollouts:
-        raise ConfigError(
-            f"optimizer.num_updates = {run.optimizer.num_updates} shares of "
-            f"{run.rollout.num_prompts * run.rollout.num_rollouts} rollouts would leave some without any."
-        )
-    if run.parallel.student == "sharded" and run.student.lora is not None:
-        raise ConfigError(
-            'parallel.student is "sharded", but the student has an adapter, which is small: only whole students '
-            'are sharded. Set parallel.student = "replicated".'
-        )
-    if run.teachers or run.data.teacher_column is not None:
-        _check_teachers(run)
-    else:
-        _check_teacher(run)
-
-
-def _paths(run: Run) -> dict[str, str | None]:
-    """Everything in a run that is the name of a file."""
-    found = {"output": run.output, "rollout.weights_folder": run.rollout.weights_folder}
-    models: dict[str, ModelConfig] = {"student": run.student, "teacher": run.teacher}
-    for whose, model in (models | {f"teachers.{name}": model for name, model in run.teachers.items()}).items():
-        found |= {f"{whose}.{name}": getattr(model, name) for name in ("path", "tokenizer", "gguf_file")}
-    held_out = run.evaluation.data
-    return found | {"data.path": run.data.path, "evaluation.data.path": held_out.path if held_out else None}
-
-
-def _check_teacher(run: Run) -> None:
-    teacher = run.teacher
-    if teacher.path == "base" and teacher.servers:
-        raise ConfigError(
-            "teacher.servers names servers, but teacher.path does not say what they serve. Set it to the folder or "
-            "hub id of that model: its tokenizer is compared, its weights are not read."
-        )
-    if teacher.score_cache and not teacher.servers:
-        raise ConfigError("teacher.score_cache keeps what servers say, but teacher.servers is empty. Leave it out.")
-    if run.parallel.teacher == "sharded" and teacher.path == "base":
-        raise ConfigError(
-            'parallel.teacher is "sharded", but teacher.path is "base": that teacher is the student, which every '
-            'process holds. Set parallel.teacher = "replicated".'
-        )
-    if run.parallel.teacher == "sharded" and teacher.servers:
-        raise ConfigError(
-            'parallel.teacher is "sharded", but teacher.servers hold the teacher: no process here has a part of '
-            "it. Leave parallel.teacher out."
-        )
-    if teacher.path == "base" and run.student.lora is None:
-        raise ConfigError(
-            'teacher.path is "base", the student without its adapter, but the student has no adapter: it would '
-            "be its own teacher and learn nothing. Set teacher.path, or a [student.lora] section."
-        )
-
-
-def _check_teachers(run: Run) -> None:
-    column = run.data.teacher_column
-    if column is None:
-        raise ConfigError(
-            f"there are the teachers {', '.join(run.teachers)}, but nothing says which of them a prompt is for. "
-            "Set data.teacher_column to the column that names it."
-        )
-    if not run.teachers:
-        raise ConfigError(
-            f"data.teacher_column is {column!r}, which asks for several teachers, but there is only [teacher]. "
-            "Give each a section [teachers.NAME] with the name that the column has, or leave the column out."
-        )
-    for name in run.teachers:
-        _check_name(name, column)
-    if run.teacher != type(run.teacher)():
-        raise ConfigError(
-            f"there are the teachers {', '.join(run.teachers)}, and [teacher] beside them, which no prompt would "
-            "reach. Move it to a section [teachers.NAME]."
-        )
-    if run.parallel.teacher == "sharded":
-        raise ConfigError(
-            'parallel.teacher is "sharded", but there are several teachers, which are asked different numbers of '
-            'times by each process. Set parallel.teacher = "replicated", or serve them.'
-        )
-    for name in run.teachers:
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "the run", folder: Path | None = None) -> Run:
+        """A run from nested values, such as parsed TOML.  `source` names them in errors; files with code of your own
+        are looked for in `folder`, then in the current one."""
+        run = read(cls, values, source)
+        run = replace(run, method=read_method(run.method, source)).located([folder] if folder else [])
         try:
-            run.taught_by(name)
+            run.check_complete()
         except ConfigError as refusal:
-            raise ConfigError(f"teacher {name!r}: {refusal}") from None
+            raise ConfigError(f"{source}: {refusal}") from None
+        return run
 
+    def _changed(self, flags: Sequence[str]) -> Run:
+        """The run as flags change it."""
+        method, teachers = self.method, self.teachers
+        if isinstance(method, NamedMethod):
+            asked, flags = take(flags, r"method\..+")
+            method = replace(method, knobs=with_knobs(method.knobs, asked, "method"))
+        asked, flags = take(flags, r"teacher\.knobs\..+")
+        teacher = replace(self.teacher, knobs=with_knobs(self.teacher.knobs, asked, "teacher.knobs"))
+        for name, one in self.teachers.items():
+            asked, flags = take(flags, rf"teachers\.{re.escape(name)}\.knobs\..+")
+            knobs = with_knobs(one.knobs, asked, f"teachers.{name}.knobs")
+            teachers = {**teachers, name: replace(one, knobs=knobs)}
+        run: Run = replace(self, teacher=teacher, teachers=teachers)
+        run = read_flags(AvoidSubcommands[Run], flags, "tropd train RUN.toml", default=run)
+        run = replace(run, method=method) if isinstance(method, NamedMethod) else run
+        run.check_complete()
+        return run.located()
 
-def _check_name(name: str, column: str) -> None:
-    """It is written into records and, with the letters that files cannot have as %XX, into the names of files."""
-    if not name.strip():
-        raise ConfigError(
-            f'there is a section [teachers."{name}"], whose name is empty. Give the teacher one that can be read, here '
-            f"and in the column {column!r}."
+    def dump(self) -> str:
+        """The whole run as TOML, defaults included."""
+        import tomli_w
+
+        return tomli_w.dumps(to_dict(self))
+
+    def fingerprint(self) -> str:
+        """Twelve characters that differ when anything that shapes the result does: not where servers are, how long they
+        are waited for, what is kept and what is watched."""
+        values = to_dict(self)
+        for name in ("output", "trackers", "parallel", "checkpoint", "alarms"):
+            values.pop(name, None)
+        for name in ("weights_folder", "servers_sleep"):
+            values["rollout"].pop(name, None)
+        for served in (values["rollout"], values["teacher"], *values["teachers"].values()):
+            served["servers"] = bool(served["servers"])
+            served["server"] = {name: served["server"].get(name) for name in ("kind", "model", "text")}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+    def located(self, folders: Sequence[Path] = ()) -> Run:
+        """The run with files of code of your own by their whole paths, so that they are found from anywhere."""
+
+        def find(name: str | None) -> str | None:
+            return None if name is None else located(name, folders)
+
+        return replace(
+            self,
+            method=located_method(self.method, folders),
+            grader=find(self.grader),
+            evaluation=replace(self.evaluation, grader=find(self.evaluation.grader)),
+            teacher=replace(self.teacher, path=located(self.teacher.path, folders)),
+            teachers={name: replace(x, path=located(x.path, folders)) for name, x in self.teachers.items()},
         )
-    in_files = len(quote(name, safe=""))
-    if len(name) > 100 or in_files > 200:
-        raise ConfigError(
-            f"the teacher's name {name[:24]!r}... has {len(name)} characters, {in_files} in the names of files. Give "
-            f"it at most 100, and 200 there, here and in the column {column!r}."
-        )
+
+    def imported(self) -> Run:
+        """The run with its method, where that is code of your own: this runs that code."""
+        run = self.located()
+        return replace(run, method=imported(run.method))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from tropd.base.ranges import Count, Finite, LearningRate, NotNegative, Positive, Range, Ranged, Whole
-from tropd.config.models import ServerConfig
+from tropd.config.models import GIVEN, ServerConfig
 from tropd.errors import ConfigError
 from tropd.types import Sampling
 
@@ -20,7 +20,7 @@ MOST_ROLLOUTS = 2**20
 class DataConfig(Ranged):
     section = "data"
 
-    path: str
+    path: str = GIVEN
     """A .jsonl, .json or .parquet file, a folder saved by `datasets`, or the id of a data set on the hub."""
     split: str = "train"
     """Of a hub data set or a saved folder; a file is one split."""
@@ -181,7 +181,7 @@ class EvalConfig(Ranged):
     seed: Whole = 0
     """At least 0."""
     grader: str | None = None
-    """A name in tropd.data.graders, or "package.module:function"."""
+    """A name in tropd.data.graders, or your own as "package.module:name" or "file.py:name"."""
     prompts_per_call: Count = 64
     """Prompts handed to the engine at once; progress is saved after each call. At least 1."""
 

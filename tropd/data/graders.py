@@ -1,13 +1,11 @@
 """Graders: `(prompts, completions, **columns) -> list[float]`, one number per completion (TRL's reward signature).
 
 A completion is text or a list of messages; `answer` is the column to compare with.  Anything with this signature is a
-grader: name it "package.module:function".
+grader: name it "package.module:function" or "file.py:function".
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,13 +15,13 @@ from math import isfinite
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from tropd.base.names import find, made, offered
 from tropd.base.ranges import NotNegative, Ranged
-from tropd.base.reading import refusing, shortened
+from tropd.base.reading import nearest
 from tropd.data.answers import final_text, last_boxed, normalize, read_choice, read_number
 from tropd.data.chat import parse_messages
 from tropd.data.gym import gym
 from tropd.data.math_process import MathProcess
-from tropd.data.rows import nearest
 from tropd.errors import DataError
 from tropd.types import Prompt, Rollout
 
@@ -134,33 +132,28 @@ GRADERS: dict[str, Grader] = {
 
 
 def resolve_grader(name: str) -> Grader:
-    """A grader by its name in GRADERS, or by "package.module:function"."""
+    """A grader by its name in GRADERS, by that of one which an installed package offers, or by "package.module:name"
+    or "file.py:name": a function, a class whose objects are graders, or an object."""
     if name in GRADERS:
         grader = GRADERS[name]
         if isinstance(grader, Math):
             grader.process.require()
         return grader
-    module_name, colon, attribute = name.partition(":")
-    if not colon:
-        known = ", ".join(GRADERS)
+    known = (*GRADERS, *offered("graders"))
+    if ":" not in name and name not in known:
         raise DataError(
-            f"there is no grader '{name}'{nearest(name, GRADERS)}; there are {known}. "
-            "Give one of these, or your own as 'package.module:function'."
+            f"there is no grader '{name}'{nearest(name, known)}; there are {', '.join(known)}. "
+            "Give one of these, or your own as 'package.module:name' or 'file.py:name'."
         )
-    words = [*module_name.split("."), attribute]
-    if not all(word.isidentifier() for word in words) or len(name) > 200:
-        raise DataError(f"grader {shortened(name)!r} is no name. Give one of your own as 'package.module:function'.")
-    with refusing(
-        lambda why: f"grader '{name}': {module_name} cannot be imported ({why}). Is it on the path?", DataError
-    ):
-        module = importlib.import_module(module_name)
-    grader = getattr(module, attribute, None)
+    return check_grader(find(name, "grader", DataError), name)
+
+
+def check_grader(grader: Any, name: str) -> Grader:
+    """A grader of the user's own, made if it is a class, if it can be called as graders are."""
+    if inspect.isclass(grader):
+        grader = made(grader, {}, f"grader '{name}'", DataError)
     if not callable(grader):
-        there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise DataError(
-            f"grader '{name}': {module_name} has no function '{attribute}'{nearest(attribute, there)}; "
-            f"it has {', '.join(there) or 'none'}."
-        )
+        raise DataError(f"grader '{name}' is a {type(grader).__name__}. Give a function, or an object with __call__.")
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(grader).parameters.values()):
         raise DataError(f"grader '{name}' takes no **columns. Define it as f(prompts, completions, **columns).")
     return cast(Grader, grader)

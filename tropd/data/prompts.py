@@ -13,9 +13,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from tropd.base.reading import nearest
 from tropd.config.stages import DataConfig
 from tropd.data import chat
-from tropd.data.rows import Row, Table, nearest, open_table, read_scalar, read_text
+from tropd.data.rows import Row, Table, open_table, read_scalar, read_text
 from tropd.errors import ConfigError, DataError
 from tropd.types import Message, Prompt
 
@@ -55,11 +56,11 @@ class _BadRow(DataError):
         self.reason: Reason = reason
 
 
-def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> LoadedPrompts:
-    """Every prompt of the data set, and a report on the rows that made none."""
+def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, table: Table | None = None) -> LoadedPrompts:
+    """Every prompt of the data set, and a report on the rows that made none.  `table`: rows given in Python."""
     if config.streaming:
         raise ConfigError("data.streaming is set, so prompts cannot all be loaded. Use LazyPromptStream, or unset it.")
-    reader = PromptReader(config, tokenizer)
+    reader = PromptReader(config, tokenizer, table)
     prompts = tuple(reader)
     reader.check()
     return LoadedPrompts(prompts=prompts, report=reader.report)

@@ -6,10 +6,9 @@ number is the line.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from tropd.base.reading import (
     check_file,
     check_path,
+    nearest,
     opened,
     parse_json,
     read_bytes,
@@ -71,10 +71,21 @@ def open_table(path: str, *, split: str = "train", name: str | None = None, stre
     return table
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """' (did you mean ...?)' or nothing."""
-    match = get_close_matches(word, list(choices), n=1)
-    return f" (did you mean '{match[0]}'?)" if match else ""
+def table_of(rows: Any, source: str) -> Table:
+    """A `datasets.Dataset`, or a list of dicts."""
+    names = getattr(rows, "column_names", None)
+    if names is None:
+        if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Sequence):
+            raise DataError(f"{source}: a {type(rows).__name__} is given. Give a list of dicts, or a datasets.Dataset.")
+        wrong = next((number for number, row in enumerate(rows, start=1) if not isinstance(row, Mapping)), None)
+        if wrong is not None:
+            raise DataError(f"{source}: row {wrong} is a {type(rows[wrong - 1]).__name__}. Give a dict for each.")
+        names = list(dict.fromkeys(column for row in rows for column in row))
+    elif isinstance(names, Mapping):
+        raise DataError(f"{source}: a DatasetDict was given. Give one of its splits: {', '.join(names)}.")
+    if not names:
+        raise DataError(f"{source}: there are no rows. Give at least one.")
+    return Table(source=source, columns=tuple(names), read=lambda: _numbered(rows, source))
 
 
 def read_text(row: Row, column: str) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tropd.config.stages import DataConfig
 from tropd.data.prompts import PromptReader, RowReport
+from tropd.data.rows import Table
 from tropd.errors import DataError
 from tropd.types import Prompt, key_of
 
@@ -87,10 +88,10 @@ class PromptStream:
 class LazyPromptStream:
     """Renders rows when they are needed.  Restoring renders the current epoch's rows again, up to the cursor."""
 
-    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, table: Table | None = None) -> None:
         self._config, self._tokenizer = config, tokenizer
         self._first_report: RowReport | None = None
-        self._reader = PromptReader(config, tokenizer)
+        self._reader = PromptReader(config, tokenizer, table)
         self._start_epoch(0)
 
     @property

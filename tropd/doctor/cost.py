@@ -74,7 +74,7 @@ def need_of(subject: Subject, device: torch.device | None = None, processes: int
     student = wrap_student(_without_storage(run.student), run.student, run.seed)
     width = choose_dtype(run.student.dtype, device).itemsize
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    local = {name: one for name, one in run.all_teachers.items() if one.path != "base" and not one.servers}
+    local = {name: one for name, one in run.all_teachers.items() if one.is_model and not one.servers}
     widths = {name: choose_dtype(one.dtype, device).itemsize for name, one in local.items()}
     longest = max((len(prompt.token_ids) for prompt in subject.prompts), default=0) + run.rollout.max_new_tokens
     rollouts = -(-run.rollout.num_prompts * run.rollout.num_rollouts // processes)

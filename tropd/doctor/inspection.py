@@ -19,6 +19,7 @@ from torch import Tensor
 from tropd.base.reading import check_file, refusing
 from tropd.config.run import Run
 from tropd.errors import CheckpointError, ConfigError, EvidenceError, TrainingDiverged, require
+from tropd.methods import NamedMethod
 from tropd.monitoring.records import find_step
 from tropd.objective.evidence import StudentView, Tokens
 from tropd.objective.objective import Objective
@@ -143,6 +144,8 @@ def _not_finite(kept: Kept, tokens: Tokens) -> list[str]:
 
 
 def _plan_again(tokens: Tokens, run: Run, step: int) -> tuple[dict[str, Tensor], dict[str, float | str], list[str]]:
+    if isinstance(run.method, NamedMethod):
+        return {}, {}, [f"method {run.method.name!r} is not imported here. Read it, then add --trust-code."]
     objective, context = run.method.objective, Context(progress=step / run.steps)
     try:
         plan = objective.plan(tokens, context)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from tropd.base.names import shown
 from tropd.doctor.check import Check, error, ok, warning
 from tropd.doctor.subject import Subject, offered_by
 from tropd.errors import TropdError
@@ -32,12 +33,12 @@ def check_needs(subject: Subject) -> Iterator[Check]:
     several = {name: _Capable(offered_by(config)) for name, config in run.teachers.items()}
     teacher = Routed(several) if several else _Capable(subject.capabilities)
     try:
-        check_evidence(run.method.objective, teacher, run.method.name, subject.grader is not None)
+        check_evidence(run.method.objective, teacher, shown(run.method.name), subject.grader is not None)
     except TropdError as refusal:
         yield error("method", str(refusal))
         return
     names = ", ".join(str(need.name).lower() for need in run.method.needs & OF_TEACHER) or "nothing"
-    yield ok("method", f"'{run.method.name}' asks the teacher for {names}, which it can answer")
+    yield ok("method", f"'{shown(run.method.name)}' asks the teacher for {names}, which it can answer")
 
 
 def check_objections(subject: Subject) -> Iterator[Check]:

@@ -43,8 +43,10 @@ def check_scores(parts: Parts, found: Diagnosis) -> Iterator[Check]:
 def check_agreement(parts: Parts, found: Diagnosis) -> Iterator[Check]:
     """How far apart the two models are on what the student writes."""
     p = found.probes
+    overlap = f"top-k overlap {p['overlap/top_k']:.1%}, " if "overlap/top_k" in p else ""
     said = (
-        f"total variation {p['trust/tv']:.1%} (the share of outliers), top-k overlap {p['overlap/top_k']:.1%}, "
+        f"total variation {p['trust/tv']:.1%} (the share of outliers), "
+        f"{overlap}"
         f"log pi_T - log pi_S {p['ratio/mean']:.3f} on average, from {p.get('ratio/min', math.nan):.2f} to "
         f"{p.get('ratio/max', math.nan):.2f}; entropy of student {p['entropy/student']:.2f}, teacher "
         f"{_shown(p, 'entropy/teacher')}, mean difference {_shown(p, 'entropy/gap')}"
@@ -72,7 +74,7 @@ def check_agreement(parts: Parts, found: Diagnosis) -> Iterator[Check]:
             f"{said}; the teacher gives {p['ratio/infinite']:.1%} of the student's tokens no probability at all.",
             "Use a method that bounds the log-ratio: 'tropd', 'clip_outlier' or 'topd'.",
         )
-    elif p["trust/tv"] > _HIGH_TV or p["overlap/top_k"] < _LOW_OVERLAP:
+    elif p["trust/tv"] > _HIGH_TV or p.get("overlap/top_k", 1.0) < _LOW_OVERLAP:
         yield warning(
             "agreement",
             f"{said}. The two models want different things on most tokens, where plain on-policy distillation is "

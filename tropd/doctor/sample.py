@@ -148,11 +148,11 @@ def _diagnose(parts: Parts, teacher: Teacher, rollouts: list[Rollout], limit: in
     tokens = make_tokens(rollouts, parts.run.seed, parts.learner.device, parts.vocab_size)
     tokens = add_scores(tokens, rollouts, teacher.score(request))
     sampler_N = tokens.peek("student_logprobs_N")
-    own = _measure(parts, rollouts, tokens.teacher_topk_ids_NK, top_k)
+    own = _measure(parts, rollouts, tokens.peek("teacher_topk_ids_NK"), top_k)
     tokens = tokens.with_(
         student_logprobs_N=own["logprobs"], student_entropy_N=own["entropy"], student_topk_ids_NJ=own["ids"]
     )
-    probes = probe_batch(tokens, rollouts, topk_logprobs_NK=own["at_teacher"], sampling=parts.run.sampling).result()
+    probes = probe_batch(tokens, rollouts, topk_logprobs_NK=own.get("at_teacher"), sampling=parts.run.sampling).result()
     last_S = torch.tensor([len(r.response_ids) for r in rollouts]).cumsum(0) - 1
     ends_S = last_S[torch.tensor([r.finish is Finish.STOP for r in rollouts])]
     ratio_N = tokens.log_ratio_N.cpu()
@@ -171,17 +171,17 @@ def _diagnose(parts: Parts, teacher: Teacher, rollouts: list[Rollout], limit: in
     )
 
 
-def _measure(parts: Parts, rollouts: list[Rollout], ids_NK: Tensor, top_k: int) -> dict[str, Tensor]:
+def _measure(parts: Parts, rollouts: list[Rollout], ids_NK: Tensor | None, top_k: int) -> dict[str, Tensor]:
     """The student's opinion, in batches of similar length, rows in the order of the rollouts."""
     lengths = [len(r.response_ids) for r in rollouts]
-    ids_by_rollout = ids_NK.split(lengths)
+    ids_by_rollout = [] if ids_NK is None else ids_NK.split(lengths)
     pieces: dict[int, dict[str, Tensor]] = {}
     for group in similar_lengths([len(r.token_ids) for r in rollouts], parts.run.tokens_per_micro_batch):
         found = parts.learner.forward.measure(
             [rollouts[i] for i in group],
             Needs.STUDENT_ENTROPY,
             top_k=top_k,
-            at_ids_NJ=torch.cat([ids_by_rollout[i] for i in group]),
+            at_ids_NJ=torch.cat([ids_by_rollout[i] for i in group]) if ids_by_rollout else None,
         )
         columns = {
             "logprobs": found.logprobs_N,
@@ -190,7 +190,8 @@ def _measure(parts: Parts, rollouts: list[Rollout], ids_NK: Tensor, top_k: int) 
             "at_teacher": found.at_logprobs_NJ,
         }
         for name, x in columns.items():
-            assert x is not None, name
+            if x is None:  # no top-k of the teacher's, so nothing at it
+                continue
             for i, rows in zip(group, x.split([lengths[i] for i in group]), strict=True):
                 pieces.setdefault(i, {})[name] = rows
     return {name: torch.cat([pieces[i][name] for i in range(len(rollouts))]) for name in pieces[0]}

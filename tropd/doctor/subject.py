@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tropd.config.models import ModelConfig, TeacherConfig
@@ -22,7 +23,6 @@ from tropd.objective.evidence import Needs
 from tropd.servers.dialects import dialect_of
 from tropd.teachers.local import LocalTeacher
 from tropd.teachers.routed import shared_by
-from tropd.teachers.teacher import Teacher
 from tropd.types import Prompt
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Subject:
     run: Run
     student: Side
     teachers: Mapping[str, Side | None]
-    """By name; None is the base under the student's adapter."""
+    """By name; None is the base under the student's adapter, or a teacher of the user's own."""
     capabilities: Needs
     prompts: tuple[Prompt, ...]
     held_out: tuple[Prompt, ...] = ()
@@ -105,7 +105,7 @@ def subject_of(parts: Parts) -> Subject:
     return Subject(
         run=run,
         student=student,
-        teachers={name: _side_of(single, run.all_teachers[name]) for name, single in parts.teacher.teachers.items()},
+        teachers={name: _side_of(parts, name) for name in parts.teacher.teachers},
         capabilities=parts.teacher.capabilities,
         prompts=tuple({prompt.id: prompt for prompt, _ in drawn}.values()),
         held_out=parts.held_out,
@@ -114,15 +114,17 @@ def subject_of(parts: Parts) -> Subject:
     )
 
 
-def _side_of(teacher: Teacher, config: TeacherConfig) -> Side | None:
+def _side_of(parts: Parts, name: str) -> Side | None:
+    teacher, config, given = parts.teacher.teachers[name], parts.run.all_teachers[name], parts.given.teacher
     if config.servers:
         return _read_side(config, "teacher")
-    if config.path == "base" or teacher.forward is None:
+    tokenizer = given[1] if isinstance(given, tuple) else None
+    if teacher.forward is None or not (config.is_model or tokenizer):
         return None
     inside = causal_lm_of(teacher.forward.model)
     return Side(
         whose="teacher",
-        tokenizer=load_tokenizer(config, "teacher"),
+        tokenizer=tokenizer or load_tokenizer(config, "teacher"),
         config=inside.config.get_text_config(),
         generation=inside.generation_config,
     )
@@ -143,8 +145,7 @@ def read_subject(run: Run) -> tuple[Subject | None, list[Check]]:
     teachers: dict[str, Side | None] = {}
     for name, config in run.all_teachers.items():
         said = f"{name}: teacher" if run.teachers else "teacher"
-        known = config.path == "base"
-        teachers[name] = None if known else attempt(said, lambda config=config: _read_side(config, "teacher"))
+        teachers[name] = attempt(said, partial(_read_side, config, "teacher")) if config.is_model else None
     grader = attempt("grader", lambda: resolve_grader(run.grader) if run.grader else None)
     judge = run.evaluation.grader or run.grader
     eval_grader = grader if judge == run.grader else attempt("grader", lambda: resolve_grader(judge or ""))
@@ -155,7 +156,7 @@ def read_subject(run: Run) -> tuple[Subject | None, list[Check]]:
     held_out: tuple[Prompt, ...] | None = ()
     if data is not None:
         held_out = attempt("held-out data", lambda: _read_prompts(data, student, checks, "held-out data"))
-    if any(teachers[name] is None and config.path != "base" for name, config in run.all_teachers.items()):
+    if any(teachers[name] is None and config.is_model for name, config in run.all_teachers.items()):
         return None, checks
     return Subject(
         run=run,

@@ -20,7 +20,8 @@ def check_tokenizers(subject: Subject) -> Iterator[Check]:
     student, teacher = subject.student, subject.teacher
     num_tokens = len(student.tokenizer.get_vocab())
     if teacher is None:
-        yield ok("tokenizers", f"{num_tokens} tokens; the teacher is the base under the student's adapter")
+        whose = "is your own" if subject.run.teacher.is_own else "is the base under the student's adapter"
+        yield ok("tokenizers", f"{num_tokens} tokens; the teacher {whose}")
     else:
         try:
             same_vocabulary(student.tokenizer, teacher.tokenizer)
@@ -60,7 +61,8 @@ def check_stops(subject: Subject) -> Iterator[Check]:
         return
     names = ", ".join(map(student.token, own))
     if teacher is None:
-        yield ok("stop tokens", f"answers end with {names}; the teacher is the student's base")
+        whose = "your own" if subject.run.teacher.is_own else "the student's base"
+        yield ok("stop tokens", f"answers end with {names}; the teacher is {whose}")
         return
     other = teacher.stop_ids
     their = ", ".join(map(teacher.token, other)) or "nothing"
@@ -96,7 +98,8 @@ def check_templates(subject: Subject) -> Iterator[Check]:
             yield ok("chat template", "prompts are plain text")
         return
     if teacher is None:
-        yield ok("chat template", "the student's, which is the teacher's as well")
+        said = "whose texts the teacher reads" if subject.run.teacher.is_own else "which is the teacher's as well"
+        yield ok("chat template", f"the student's, {said}")
         return
     if not teacher.tokenizer.chat_template:
         yield warning(

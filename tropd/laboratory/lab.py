@@ -14,22 +14,19 @@ beta = 1.0
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
-
-from pydantic import Field, TypeAdapter, ValidationError
+from typing import ClassVar, Literal
 
 from tropd.base.ranges import Count, PositiveShare, Ranged, Whole
-from tropd.base.reading import read_toml
-from tropd.config import file as config_file
-from tropd.data.rows import nearest
+from tropd.base.reading import nearest, read_toml
+from tropd.config.methods import MethodTable, located_method, read_method
+from tropd.config.run import Run
+from tropd.config.tables import read
 from tropd.errors import ConfigError
-from tropd.methods import AnyMethod
 from tropd.testbeds import TESTBEDS, Testbed
 
 EMBEDDED = "embedded/"
@@ -45,7 +42,7 @@ class Lab(Ranged):
 
     output: str
     """The comparison's folder: results.jsonl, tables.md and the figures."""
-    methods: dict[str, Annotated[AnyMethod, Field(discriminator="name")]]
+    methods: dict[str, MethodTable]
     """What is compared, by the name it has in the tables."""
     testbeds: tuple[str, ...]
     """Names from tropd.testbeds, "embedded/NAME" for models that come with the package (the same for every seed), or
@@ -130,7 +127,7 @@ def rates_of(lab: Lab, testbed: str) -> tuple[float, ...]:
     if lab.learning_rates:
         return lab.learning_rates
     if testbed.endswith(".toml"):
-        return (config_file.load(Path(testbed)).optimizer.learning_rate,)
+        return (Run.load(Path(testbed)).optimizer.learning_rate,)
     return (bed_of(testbed).learning_rate,)
 
 
@@ -145,23 +142,16 @@ def load_lab(path: Path) -> Lab:
         raise ConfigError(f"there is no file {path}. Name the TOML file of a comparison.")
     values = read_toml(path)
     values.setdefault("output", f"runs/{path.stem}")
-    methods = values.get("methods")
-    if isinstance(methods, dict):
-        values["methods"] = {
-            name: config_file.on_defaults(m) if isinstance(m, dict) else m for name, m in methods.items()
-        }
-    try:
-        return TypeAdapter(Lab).validate_json(json.dumps(values, default=str), strict=True)
-    except ValidationError as error:
-        lines = [config_file.explain_error(e, Lab) for e in error.errors()]
-        raise ConfigError(f"{path}: " + "\n  ".join(lines)) from None
+    lab = read(Lab, values, str(path))
+    methods = {name: read_method(m, str(path), f"methods.{name}") for name, m in lab.methods.items()}
+    return replace(lab, methods={name: located_method(method, [path.parent]) for name, method in methods.items()})
 
 
 def _check_testbed(name: str) -> None:
     if name.endswith(".toml"):
         if not Path(name).exists():
             raise ConfigError(f"testbed {name!r} is a run file that does not exist.")
-        run = config_file.load(Path(name))
+        run = Run.load(Path(name))
         if run.evaluation.data is None or not (run.evaluation.grader or run.grader):
             raise ConfigError(
                 f"testbed {name!r} says nothing to compare by: give the run file held-out prompts, [evaluation.data], "

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from tropd.checkpoints.run_folder import locked
 from tropd.config import file as config_file
+from tropd.config.methods import complete
 from tropd.errors import ConfigError, MethodWarning
 from tropd.laboratory.lab import Lab, Trial, trials
 from tropd.laboratory.trial import Outcome, fingerprint_of, pair_of, run_of, run_trial
@@ -32,6 +33,7 @@ R = TypeVar("R")
 def compare(lab: Lab, *, workers: int = 1, tell: Callable[[str], None] = print) -> list[Outcome]:
     """Every outcome of the comparison, in its order; those on disk are not made again."""
     quiet()
+    lab = dataclasses.replace(lab, methods={name: complete(m, f"methods.{name}") for name, m in lab.methods.items()})
     directory = Path(lab.output)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "results.jsonl").touch()

@@ -1,107 +1,62 @@
-"""Every method, in one list that a person can read."""
+"""Every method.  Adding one is its file and its line here: METHODS, the docs and the exports follow."""
 
 from __future__ import annotations
 
 import difflib
+import inspect
 
+from tropd.base.names import find, is_name, offered
 from tropd.errors import ConfigError
-from tropd.methods.aopd import AOPD
-from tropd.methods.base import Method
-from tropd.methods.classics import GKD, MiniLLM, SeqKD
-from tropd.methods.entropy_opd import EntropyOPD
-from tropd.methods.eopd import EOPD
-from tropd.methods.jsd import JSD
-from tropd.methods.local_support import LSM, ManyFaces
-from tropd.methods.mopd import MOPD
-from tropd.methods.opd import OPD
-from tropd.methods.opd_plus import OPDPlus
-from tropd.methods.outliers import ClipOutlier, FullFKL, MaskOutlier
-from tropd.methods.reopold import REOPOLD
-from tropd.methods.tip import TIP
-from tropd.methods.topd import TOPD
-from tropd.methods.tropd import TrOPD
-from tropd.methods.tropd_aopd import TrOPDPlusAOPD
+from tropd.methods.base import Method as Method
+from tropd.methods.base import NamedMethod as NamedMethod
 
-METHODS: dict[str, type[Method]] = {
-    "tropd": TrOPD,
-    "tropd_aopd": TrOPDPlusAOPD,
-    "opd": OPD,
-    "clip_outlier": ClipOutlier,
-    "mask_outlier": MaskOutlier,
-    "full_fkl": FullFKL,
-    "jsd": JSD,
-    "eopd": EOPD,
-    "entropy_opd": EntropyOPD,
-    "reopold": REOPOLD,
-    "aopd": AOPD,
-    "lsm": LSM,
-    "many_faces": ManyFaces,
-    "tip": TIP,
-    "mopd": MOPD,
-    "opd_plus": OPDPlus,
-    "gkd": GKD,
-    "minillm": MiniLLM,
-    "seqkd": SeqKD,
-    "topd": TOPD,
-}
+# In the order in which people read them.
+# isort: off
+from tropd.methods.tropd import TrOPD as TrOPD
+from tropd.methods.tropd_aopd import TrOPDPlusAOPD as TrOPDPlusAOPD
+from tropd.methods.opd import OPD as OPD
+from tropd.methods.outliers import ClipOutlier as ClipOutlier, MaskOutlier as MaskOutlier, FullFKL as FullFKL
+from tropd.methods.jsd import JSD as JSD
+from tropd.methods.eopd import EOPD as EOPD
+from tropd.methods.entropy_opd import EntropyOPD as EntropyOPD
+from tropd.methods.reopold import REOPOLD as REOPOLD
+from tropd.methods.aopd import AOPD as AOPD
+from tropd.methods.local_support import LSM as LSM, ManyFaces as ManyFaces
+from tropd.methods.tip import TIP as TIP
+from tropd.methods.mopd import MOPD as MOPD
+from tropd.methods.opd_plus import OPDPlus as OPDPlus
+from tropd.methods.classics import GKD as GKD, MiniLLM as MiniLLM, SeqKD as SeqKD
+from tropd.methods.topd import TOPD as TOPD
+# isort: on
 
-AnyMethod = (
-    TrOPD
-    | TrOPDPlusAOPD
-    | OPD
-    | ClipOutlier
-    | MaskOutlier
-    | FullFKL
-    | JSD
-    | EOPD
-    | EntropyOPD
-    | REOPOLD
-    | AOPD
-    | LSM
-    | ManyFaces
-    | TIP
-    | MOPD
-    | OPDPlus
-    | GKD
-    | MiniLLM
-    | SeqKD
-    | TOPD
-)
-"""The same list as a type, for configuration files: `name` tells them apart.  A test holds the two together."""
+
+def _names() -> dict[str, type[Method]]:
+    """The methods that are imported above, by their names in run files."""
+    classes = [x for x in globals().values() if isinstance(x, type) and issubclass(x, Method)]
+    return {str(cls.__dataclass_fields__["name"].default): cls for cls in classes if cls not in (Method, NamedMethod)}
+
+
+METHODS: dict[str, type[Method]] = _names()
 
 
 def find_method(name: str) -> type[Method]:
-    """The class behind a name; a near miss is named in the error."""
+    """The class behind a name: one of METHODS, or code of your own, which this imports."""
     if name in METHODS:
         return METHODS[name]
-    near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.4)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"there is no method {name!r}.{hint} Known: {', '.join(METHODS)}.")
+    check_name(name)
+    cls = find(name, "method")
+    if not (inspect.isclass(cls) and issubclass(cls, Method)):
+        raise ConfigError(f"method '{name}' is no class that inherits from tropd.Method.")
+    knobs = [key for key, hint in inspect.get_annotations(cls).items() if "ClassVar" not in str(hint)]
+    if knobs and "__dataclass_fields__" not in vars(cls):
+        raise ConfigError(f"method '{name}' is no dataclass. Write @dataclass(frozen=True, kw_only=True) above it.")
+    return cls
 
 
-__all__ = [
-    "AOPD",
-    "EOPD",
-    "GKD",
-    "JSD",
-    "LSM",
-    "METHODS",
-    "MOPD",
-    "OPD",
-    "REOPOLD",
-    "TIP",
-    "TOPD",
-    "AnyMethod",
-    "ClipOutlier",
-    "EntropyOPD",
-    "FullFKL",
-    "ManyFaces",
-    "MaskOutlier",
-    "Method",
-    "MiniLLM",
-    "OPDPlus",
-    "SeqKD",
-    "TrOPD",
-    "TrOPDPlusAOPD",
-    "find_method",
-]
+def check_name(name: str) -> None:
+    """Refuse a name that is neither one of METHODS nor of code of your own; a near miss is named in the error."""
+    known = [*METHODS, *offered("methods")]
+    if name not in known and not is_name(name):
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"there is no method {name!r}.{hint} Known: {', '.join(known)}.")

@@ -8,11 +8,12 @@ taken here.  `tropd explain` prints all of it.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NoReturn
 
 from tropd.base.ranges import Ranged
-from tropd.errors import MethodWarning
+from tropd.errors import ConfigError, MethodWarning
 from tropd.methods.policies import OnPolicy, RolloutPolicy
 from tropd.objective.evidence import Needs
 from tropd.objective.objective import Objective
@@ -25,9 +26,12 @@ class Method(Ranged):
 
     section = "method"
 
-    paper: ClassVar[str]
+    name: str = ""
+    """By which a run file finds it.  tropd gives a method of your own its name."""
+
+    paper: ClassVar[str] = ""
     """arXiv id or address."""
-    summary: ClassVar[str]
+    summary: ClassVar[str] = ""
     """One line for `tropd methods`."""
     readings: ClassVar[tuple[str, ...]] = ()
     """What the sources leave open, and the reading taken."""
@@ -40,7 +44,7 @@ class Method(Ranged):
 
     @property
     def objective(self) -> Objective:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no objective: a method defines `objective`.")
 
     @property
     def rollout(self) -> RolloutPolicy:
@@ -58,6 +62,31 @@ class Method(Ranged):
     def objections(self, sampling: Sampling) -> list[str]:
         """What is wrong with running this method on rollouts drawn like that."""
         return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedMethod(Method):
+    """A method as a run file has it: a name and knobs.  Code of your own is one until it is imported."""
+
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        pass
+
+    @property
+    def objective(self) -> Objective:
+        self._refuse()
+
+    @property
+    def rollout(self) -> RolloutPolicy:
+        self._refuse()
+
+    @property
+    def sampling(self) -> Sampling | None:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise ConfigError(f"method {self.name!r} is not imported here. Read it, then add --trust-code.")
 
 
 def warn(text: str) -> None:

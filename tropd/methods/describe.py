@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ast
 import inspect
+import textwrap
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from tropd.methods import METHODS, Method, find_method
+from tropd.errors import ConfigError
+from tropd.methods import Method, find_method
 from tropd.objective.evidence import OF_TEACHER, Needs
 from tropd.objective.losses import NegativeLogLikelihood
 from tropd.objective.schedules import Schedule
@@ -93,12 +95,17 @@ class Description:
     knobs: tuple[Knob, ...]
     readings: tuple[str, ...]
     at_teacher: str
+    texts: bool
+    """Whether it needs texts of the teacher."""
 
 
 def describe(name: str) -> Description:
     """A method with its default knobs."""
     cls = find_method(name)
-    method = cls()
+    try:
+        method = cls()
+    except TypeError as problem:
+        raise ConfigError(f"method '{name}' cannot be made with default knobs: {problem}.") from None
     return Description(
         name=name,
         title=cls.__name__,
@@ -112,12 +119,13 @@ def describe(name: str) -> Description:
         knobs=tuple(_knobs(cls)),
         readings=cls.readings,
         at_teacher=_at_teacher_text(method),
+        texts=method.rollout.needs_teacher_text,
     )
 
 
 def paper_link(paper: str) -> str:
     """The address of an arXiv id; an address stays what it is."""
-    return paper if "://" in paper else f"https://arxiv.org/abs/{paper}"
+    return paper if "://" in paper or not paper else f"https://arxiv.org/abs/{paper}"
 
 
 def _row(term: Term) -> TermRow:
@@ -162,13 +170,15 @@ def _at_teacher_text(method: Method) -> str:
 def needs_text(description: Description) -> str:
     """The evidence in a few words, for tables."""
     short = [e.name.lower().replace("_", " ").replace("topk", "top-k") for e in description.evidence]
-    if METHODS[description.name]().rollout.needs_teacher_text:
+    if description.texts:
         short.append("texts")
     return ", ".join(short)
 
 
 def _knobs(cls: type[Method]) -> Iterator[Knob]:
-    hints, meanings = get_type_hints(cls), field_docstrings(cls)
+    hints, meanings = get_type_hints(cls), {}
+    for home in reversed(cls.__mro__):
+        meanings |= field_docstrings(home) if is_dataclass(home) else {}
     for field in fields(cls):
         if field.name != "name":
             yield Knob(
@@ -180,10 +190,12 @@ def _knobs(cls: type[Method]) -> Iterator[Knob]:
 
 
 def field_docstrings(cls: type) -> dict[str, str]:
-    """The docstring below each field, which Python does not keep."""
-    tree = ast.parse(inspect.getsource(inspect.getmodule(cls) or cls))
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
-    docstrings = {}
+    """The docstring below each field, which Python does not keep; none where there is no source."""
+    try:
+        (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    except (OSError, SyntaxError):
+        return {}
+    body, docstrings = getattr(node, "body", []), {}
     for field, after in pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(after, ast.Expr):
             docstrings[field.target.id] = " ".join(str(ast.literal_eval(after.value)).split())

@@ -7,7 +7,7 @@ python -m tropd.methods.explain --table                      the table in README
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,6 +16,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from tropd.base.names import offered, shown
+from tropd.errors import TropdError
 from tropd.methods import METHODS
 from tropd.methods.describe import Description, describe, needs_text
 
@@ -32,7 +34,7 @@ def explain(name: str) -> RenderableType:
     """One method in full."""
     d = describe(name)
     parts: list[RenderableType] = [
-        Text.assemble((d.title, "bold"), "  ", (d.name, "cyan"), "  ", (d.paper, f"link {d.paper}")),
+        Text.assemble((d.title, "bold"), "  ", (d.name, "cyan"), "  ", (d.paper, f"link {d.paper}" if d.paper else "")),
         Padding(Text(d.definition), (1, 0, 0, 2)),
         *_section("Terms", _table(TERMS, _rows(d.terms))),
         *_section("Rollouts", d.rollout),
@@ -48,22 +50,40 @@ def explain_as_data(name: str) -> dict[str, Any]:
     return asdict(describe(name))
 
 
-def methods() -> RenderableType:
-    """All methods, one line each."""
-    return _table(METHODS_COLUMNS, list(_summaries()))
+def methods(own: Sequence[str] = ()) -> RenderableType:
+    """All methods, one line each: those of tropd, those of installed packages, and `own`."""
+    return _table(METHODS_COLUMNS, list(_summaries(own)))
 
 
-def methods_as_data() -> list[dict[str, Any]]:
-    return [explain_as_data(name) for name in METHODS]
+def methods_as_data(own: Sequence[str] = ()) -> list[dict[str, Any]]:
+    known = [explain_as_data(name) for name in METHODS]
+    others = [name for name in offered("methods") if not isinstance(_described(name), str)]
+    return known + [explain_as_data(name) for name in (*others, *own)]
 
 
-def _summaries() -> Iterator[tuple[str, ...]]:
-    for d in map(describe, METHODS):
-        yield d.name, _citation(d.paper), needs_text(d), d.summary
+def _summaries(own: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    for name in (*METHODS, *offered("methods")):
+        d = _described(name)
+        yield (name, "", "", d) if isinstance(d, str) else _summary(d)
+    yield from map(_summary, map(describe, own))
+
+
+def _summary(d: Description) -> tuple[str, ...]:
+    return shown(d.name), _citation(d.paper), needs_text(d), d.summary
+
+
+def _described(name: str) -> Description | str:
+    """A method of an installed package may be broken, which is no reason to hide the others."""
+    try:
+        return describe(name)
+    except TropdError as refusal:
+        return str(refusal)
 
 
 def _citation(paper: str) -> str:
     """The arXiv id, or the host of a page."""
+    if "://" not in paper:
+        return paper
     return paper.rsplit("/", 1)[-1] if "arxiv.org" in paper else paper.split("/")[2]
 
 

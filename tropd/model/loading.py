@@ -67,6 +67,27 @@ def load_model(config: ModelConfig, whose: str, device: torch.device) -> Any:
     return _read(config, choose_dtype(config.dtype, device), whose).to(device).eval()
 
 
+def as_pair(given: Any, whose: str) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A model of transformers and its tokenizer, from both or from a model whose `name_or_path` has the tokenizer."""
+    model, tokenizer = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
+    if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings"):
+        raise ConfigError(
+            f"{whose}: a {type(model).__name__} was given. Give a model of AutoModelForCausalLM, or (model, tokenizer)."
+        )
+    if tokenizer is None:
+        source = source_of(model)
+        if source is None:
+            raise ConfigError(f"{whose}: the model says nowhere where its tokenizer is. Give (model, tokenizer).")
+        tokenizer = load_tokenizer(ModelConfig(path=source), whose)
+    return model, tokenizer
+
+
+def source_of(model: Any) -> str | None:
+    """Where a model was read from, if it was."""
+    path = str(getattr(model, "name_or_path", "") or "")
+    return path if path and (Path(path).expanduser().is_dir() or not looks_local(path)) else None
+
+
 def load_as_stored(path: str, whose: str, device: torch.device) -> Any:
     """The causal language model in a folder, in the precision of its files."""
     return _read(ModelConfig(path=path), "auto", whose).to(device).eval()

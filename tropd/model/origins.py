@@ -53,6 +53,21 @@ def origin_of(config: ModelConfig, model: Any = None) -> Origin:
     return found | content_of({name: path for name, path in sorted(files.items()) if path.is_file()})
 
 
+def origin_of_objects(model: Any, tokenizer: Any, *, weights: bool) -> Origin:
+    """The same of a model and a tokenizer that were given in Python."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    texts = {
+        "config.json": model.config.to_json_string(),
+        "tokenizer": backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True),
+        "chat_template": str(tokenizer.chat_template),
+    }
+    found = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    if weights:
+        found["weights"] = model_fingerprint(model, whole=True)
+        found["precision"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return found
+
+
 def name_of(origin: Mapping[str, str]) -> str:
     """One name for all of it."""
     return hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:32]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from tropd.base.names import is_name, shown, source_of
 from tropd.model.origins import content_of, name_of
 from tropd.version import __version__
 
@@ -31,8 +30,13 @@ def environment_of(parts: Parts) -> dict[str, str]:
     }
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(device)
-    graders = {"grader": _grader_of(parts.run.grader), "evaluation.grader": _grader_of(parts.run.evaluation.grader)}
-    return found | {name: said for name, said in graders.items() if said is not None}
+    named = {
+        "grader": parts.run.grader,
+        "evaluation.grader": parts.run.evaluation.grader,
+        "method": parts.run.method.name,
+        **{f"teacher {name}": teacher.path for name, teacher in parts.run.all_teachers.items()},
+    }
+    return found | {what: said for what, name in named.items() if (said := _source_of(name)) is not None}
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
@@ -47,10 +51,9 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     return [f"the run goes on with {', '.join(other)}: from here on it may differ from one that was left alone."]
 
 
-def _grader_of(name: str | None) -> str | None:
-    """A grader of the user's own, by the content of its module."""
-    module, colon, _ = (name or "").partition(":")
-    source = getattr(sys.modules.get(module), "__file__", None)
-    if not colon or source is None:
+def _source_of(name: str | None) -> str | None:
+    """Code of the user's own, by the content of its file."""
+    source = source_of(name) if name is not None and is_name(name) else None
+    if name is None or source is None:
         return None
-    return f"{name} ({name_of(content_of({module: Path(source)}))[:8]})"
+    return f"{shown(name)} ({name_of(content_of({source.name: source}))[:8]})"

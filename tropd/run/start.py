@@ -7,18 +7,23 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from tropd.base.names import shown
 from tropd.checkpoints import checkpoint as checkpoints
 from tropd.checkpoints.run_folder import RUN, begun, check_inputs, locked, rewritten
 from tropd.config import file as config_file
 from tropd.config.run import Run
+from tropd.config.settings import Part
+from tropd.data.graders import Grader
 from tropd.data.stream import PromptStream
 from tropd.distributed.launch import together
 from tropd.distributed.ranks import ALONE, Ranks
 from tropd.doctor import quick_checks
 from tropd.errors import CheckpointError, ConfigError, Interrupted, require
+from tropd.methods import Method
 from tropd.monitoring.callbacks import Callback
 from tropd.monitoring.display import Display, Silent, evaluation_text, make_display
 from tropd.monitoring.ranks import NoRecords
@@ -28,22 +33,39 @@ from tropd.run.loop import Training
 from tropd.run.signals import stop_on_signals
 from tropd.run.state import State
 from tropd.training.assembly import Parts, load_parts, shards_student
+from tropd.training.given import NOTHING_GIVEN, Given, take, take_again
 from tropd.version import __version__
 
 
 def train(
-    run: Run, *, overwrite: bool = False, display: Display | None = None, callbacks: Sequence[Callback] = ()
+    run: Run,
+    *,
+    student: Any = None,
+    teacher: Any = None,
+    method: Method | str | None = None,
+    grader: Grader | str | None = None,
+    prompts: Any = None,
+    held_out: Any = None,
+    overwrite: bool = False,
+    display: Display | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Path:
     """Train from the start, in a new folder, and return it.  Under torchrun, with all of its processes.
+
+    Objects stand for what the run names: `student` a model of transformers or (model, tokenizer), which is trained
+    itself; `teacher` the same or a Teacher; `grader` a callable; `prompts` and `held_out` a datasets.Dataset, a list of
+    dicts or a path.
 
     A start that fails leaves no folder.  `overwrite` replaces the run in the folder, once the new one has begun.  A
     signal lets the step finish, saves and raises Interrupted.
     """
+    run, given = take(run, _objects(student, teacher, method, grader, prompts, held_out))
+    run.check_complete()
     directory = Path(run.output)
     with together(run, directory) as world, ExitStack() as stack:
         settle = stack.enter_context(begun(run, directory, overwrite=overwrite)) if world.leads else _nothing
         world.wait()  # the folder is this run's
-        parts = assemble(run, directory, world)
+        parts = assemble(run, directory, world, given)
         world.wait()  # nobody has been refused
         stack.enter_context(_closing(parts))
         settle()
@@ -52,8 +74,14 @@ def train(
 
 
 def resume(
-    directory: Path,
+    directory: Path | str,
     *,
+    student: Any = None,
+    teacher: Any = None,
+    method: Method | None = None,
+    grader: Grader | None = None,
+    prompts: Any = None,
+    held_out: Any = None,
     step: int | None = None,
     steps: int | None = None,
     display: Display | None = None,
@@ -61,11 +89,14 @@ def resume(
 ) -> Path:
     """Go on from the newest checkpoint, or from that of `step`; then what came after it is dropped and made again.
 
-    `steps` is how many the whole run shall have from here on: a finished run goes on if there are more.
+    `steps` is how many the whole run shall have from here on: a finished run goes on if there are more.  Objects that
+    `train` was given are given again.
     """
+    directory = Path(directory)
     if not (directory / RUN).exists():
         raise ConfigError(f"{directory} holds no run.toml, so there is nothing to resume. Name the folder of a run.")
-    run = config_file.load(directory / RUN)
+    objects = _objects(student, teacher, method, grader, prompts, held_out)
+    run, given = take_again(config_file.load(directory / RUN), directory, objects)
     longer = run if steps is None else dataclasses.replace(run, steps=steps)
     check_inputs(run, directory)
     with together(run, directory) as world, locked(directory) if world.leads else nullcontext():
@@ -74,20 +105,31 @@ def resume(
             raise ConfigError(
                 f"{longer.steps} steps are asked for, but {directory} has {saved.step} behind it. Give more."
             )
-        parts = assemble(longer, directory, world)
+        parts = assemble(longer, directory, world, given)
         with _closing(parts), rewritten(longer, directory) if longer != run and world.leads else nullcontext():
             state = _go(parts, directory, saved, display, callbacks)
     return _over(state, directory, longer.steps)
 
 
-def assemble(run: Run, directory: Path, world: Ranks = ALONE) -> Parts:
+def assemble(run: Run, directory: Path, world: Ranks = ALONE, given: Given = NOTHING_GIVEN) -> Parts:
     """Everything that can be refused is refused here; what is merely odd is among the notes."""
-    parts = load_parts(run, directory, world)
+    parts = load_parts(run, directory, world, given)
     parts.notes = (*parts.notes, *quick_checks(parts))
     # After the checks, which read whole weights.
     if world.size > 1 and run.parallel.teacher == "sharded" and parts.teacher.shard(world):
         parts.learner.margin = None  # the ranks ask it together, so one of them cannot ask again
     return parts
+
+
+def _objects(student: Any, teacher: Any, method: Any, grader: Any, prompts: Any, held_out: Any) -> dict[Part, Any]:
+    return {
+        "student": student,
+        "teacher": teacher,
+        "method": method,
+        "grader": grader,
+        "prompts": prompts,
+        "held_out": held_out,
+    }
 
 
 def _nothing() -> None:
@@ -216,7 +258,7 @@ def _facts(parts: Parts, directory: Path) -> dict[str, str]:
     facts = {
         "run": str(directory),
         "fingerprint": config_file.fingerprint(run),
-        "method": run.method.name,
+        "method": shown(run.method.name),
         "student": run.student.path + (f" + LoRA {run.student.lora.rank}" if run.student.lora else ""),
         "teacher": run.teachers_said,
         "data": run.data.path + (f" ({len(parts.stream)} prompts)" if isinstance(parts.stream, PromptStream) else ""),

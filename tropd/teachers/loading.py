@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tropd.base.names import find as find_name
+from tropd.base.names import made
 from tropd.config.models import TeacherConfig
 from tropd.config.run import Run
 from tropd.data.stream import LazyPromptStream, PromptStream
 from tropd.distributed.ranks import Ranks
-from tropd.errors import DataError, EngineError, TeacherError, TropdError
+from tropd.errors import ConfigError, DataError, EngineError, TeacherError, TropdError
 from tropd.model.loading import load_model, load_tokenizer
-from tropd.model.origins import Origin, name_of, origin_of
+from tropd.model.origins import Origin, name_of, origin_of, origin_of_objects
 from tropd.model.tiling import Tiling
 from tropd.rollout.engine import Engine
 from tropd.rollout.transformers import TransformersEngine
@@ -53,6 +55,10 @@ class TeacherParts:
     model: Any = None
     """None for the base, and where servers hold it."""
     served: ServedTeacher | None = None
+    own: Teacher | None = None
+    """A teacher of the user's own."""
+    given: bool = False
+    """It is an object that no file names."""
 
     @property
     def config(self) -> TeacherConfig:
@@ -94,20 +100,42 @@ class TeacherEngine(Engine):
         self.engine.close()
 
 
-def find(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[TeacherParts]:
+def find(run: Run, tokenizer: PreTrainedTokenizerBase, given: Any = None) -> list[TeacherParts]:
+    """`given` is the only teacher where it is a Teacher, or a model and its tokenizer, in Python."""
     several = bool(run.teachers)
     teachers = [TeacherParts(name=name, several=several, run=run.taught_by(name)) for name in run.all_teachers]
     for teacher in teachers:
-        if teacher.config.path != "base":
-            with _named(run, teacher.name):
+        if teacher.config.path == "base":
+            continue
+        with _named(run, teacher.name):
+            teacher.given = given is not None
+            if isinstance(given, Teacher):
+                teacher.own = given
+            elif given is not None:
+                teacher.model, teacher.tokenizer = given
+            elif teacher.config.is_own:
+                teacher.own = make_teacher(teacher.config)
+            else:
                 teacher.tokenizer = load_tokenizer(teacher.config, "teacher")
+            if teacher.tokenizer is not None:
                 same_vocabulary(tokenizer, teacher.tokenizer)
     return teachers
 
 
+def make_teacher(config: TeacherConfig) -> Teacher:
+    """A teacher of the user's own, made with its knobs."""
+    said = f"teacher {config.path!r}"
+    teacher = made(find_name(config.path, "teacher"), config.knobs, said)
+    if not isinstance(teacher, Teacher):
+        raise ConfigError(f"{said} is a {type(teacher).__name__}. Give a class that inherits from tropd.Teacher.")
+    return teacher
+
+
 def load(run: Run, teachers: Sequence[TeacherParts], device: torch.device) -> None:
     for teacher in teachers:
-        if teacher.config.path != "base" and not teacher.config.servers:
+        if teacher.given and teacher.model is not None:
+            teacher.model = teacher.model.to(device).eval()
+        elif teacher.config.path != "base" and not teacher.config.servers and teacher.own is None:
             with _named(run, teacher.name):
                 teacher.model = load_model(teacher.config, "teacher", device)
 
@@ -143,6 +171,8 @@ def engage(
                 )
             ready[teacher.name] = teacher.served.teacher
             notes += teacher.says(teacher.served.notes)
+        elif teacher.own is not None:
+            ready[teacher.name] = teacher.own
         elif teacher.model is not None:
             ready[teacher.name] = LocalTeacher(teacher.model, name=teacher.name, vocab_size=vocab_size, tiling=tiling)
         else:
@@ -151,7 +181,11 @@ def engage(
 
 
 def origin_of_teacher(teacher: TeacherParts) -> Origin:
-    """The whole content of its files, or what its servers call themselves."""
+    """The whole content of its files, or what its servers, or the user's code, call themselves."""
+    if teacher.own is not None:
+        return {"class": type(teacher.own).__qualname__}
+    if teacher.given:
+        return origin_of_objects(teacher.model, teacher.tokenizer, weights=True)
     return origin_of(teacher.config, teacher.model) if teacher.served is None else {"server": teacher.served.identity}
 
 
@@ -175,12 +209,27 @@ def writer_of(
             with _named(run, teacher.name):
                 writer, remarks = serve_writer(teacher.config, teacher.served, *prompts, size, name=teacher.name)
             notes += teacher.says(remarks)
+        elif teacher.own is not None:
+            with _named(run, teacher.name):
+                writer = _own_writer(teacher.own, run)
         else:
             writer = _local_writer(teacher, run, student, size)
         if teacher.config.text_cache:
             writer = CachedTexts(writer, path, name_of(origins.get(teacher.origin) or origins["student"]))
         writers[teacher.name] = writer
     return (RoutedWriter(writers) if run.teachers else writers["default"]), notes
+
+
+def _own_writer(teacher: Teacher, run: Run) -> Engine:
+    """The teacher itself, if it is an engine as well; it is not asked where the data set brings all texts."""
+    if isinstance(teacher, Engine):
+        return TeacherEngine(teacher)
+    if run.data.response_column is None and run.data.last_assistant != "prefix":
+        raise ConfigError(
+            f"method {run.method.name!r} needs the teacher's texts, but a {type(teacher).__name__} writes none. Let it "
+            "inherit from tropd.rollout.engine.Engine as well, set data.response_column, or use another method."
+        )
+    return TeacherEngine(Engine())
 
 
 def _local_writer(teacher: TeacherParts, run: Run, student: Any, size: int) -> Engine:

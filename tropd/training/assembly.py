@@ -12,18 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tropd.base.names import shown
 from tropd.config.run import Run
 from tropd.config.stages import DataConfig
 from tropd.data.chat import stop_ids
 from tropd.data.graders import Grader, resolve_grader
 from tropd.data.prompts import load_prompts
+from tropd.data.rows import Table
 from tropd.data.stream import LazyPromptStream, PromptStream, name_of
 from tropd.distributed.ranks import ALONE, Ranks
 from tropd.errors import ConfigError
 from tropd.model.forward import Forward
 from tropd.model.loading import choose_device, load_model, load_tokenizer, wrap_student
 from tropd.model.optimizer import Optimizer
-from tropd.model.origins import Origin, origin_of, prompts_origin
+from tropd.model.origins import Origin, origin_of, origin_of_objects, prompts_origin
 from tropd.model.tiling import Tiling
 from tropd.objective.losses import SampledForwardKL, SampledReverseKL
 from tropd.rollout.engine import Engine
@@ -31,6 +33,7 @@ from tropd.rollout.transformers import TransformersEngine
 from tropd.teachers import loading
 from tropd.teachers.loading import TeacherParts
 from tropd.teachers.teacher import Teacher
+from tropd.training.given import NOTHING_GIVEN, Given
 from tropd.training.learner import ModelLearner
 from tropd.training.step import check_evidence
 from tropd.types import Prompt
@@ -62,20 +65,21 @@ class Parts:
     origins: dict[str, Origin]
     """Names what the run reads but does not train: no checkpoint holds it."""
     world: Ranks = ALONE
+    given: Given = NOTHING_GIVEN
 
     @property
     def vocab_size(self) -> int:
         return self.learner.forward.vocab_size
 
 
-def load_parts(run: Run, directory: Path, world: Ranks = ALONE) -> Parts:
-    """Load everything.  `directory` is where the teachers' texts are kept."""
+def load_parts(run: Run, directory: Path, world: Ranks = ALONE, given: Given = NOTHING_GIVEN) -> Parts:
+    """Load everything but what is given.  `directory` is where the teachers' texts are kept."""
     device = choose_device(run.device)
-    grader = resolve_grader(run.grader) if run.grader else None
-    eval_grader = _eval_grader(run)
-    tokenizer = load_tokenizer(run.student, "student")
-    teachers = loading.find(run, tokenizer)  # cheap to refuse before any weights are read
-    loaded = load_model(run.student, "student", device)
+    grader = given.grader or (resolve_grader(run.grader) if run.grader else None)
+    eval_grader = resolve_grader(run.evaluation.grader) if run.evaluation.grader else grader
+    loaded, tokenizer = given.student or (None, load_tokenizer(run.student, "student"))
+    teachers = loading.find(run, tokenizer, given.teacher)  # cheap to refuse before any weights are read
+    loaded = load_model(run.student, "student", device) if loaded is None else loaded.to(device).eval()
     loading.load(run, teachers, device)
     ends = stop_ids(tokenizer, loaded.generation_config)
     cautions = _without_dropout(loaded)
@@ -85,13 +89,13 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE) -> Parts:
     engaged = loading.engage(run, teachers, model, size, tiling, directory, world)
     engaged.teacher.prepare(tokenizer, size, device)
     learner = _learner(run, model, size, tiling, engaged.teacher.forward, world)
-    check_evidence(run.method.objective, engaged.teacher, run.method.name, grader is not None)
+    check_evidence(run.method.objective, engaged.teacher, shown(run.method.name), grader is not None)
     engine = _engine(run, model, tokenizer, size, directory, world)
     with ExitStack() as opened:
         opened.callback(engine.close)
-        stream, notes = _open_stream(run, tokenizer, _shortest(learner.forward, engine, engaged.teacher))
-        held_out, eval_notes = _held_out(run, tokenizer, _shortest(learner.forward, engine))
-        origins = world.first(_origins(run, loaded, teachers, held_out) if world.leads else {})
+        stream, notes = _open_stream(run, tokenizer, _shortest(learner.forward, engine, engaged.teacher), given.prompts)
+        held_out, eval_notes = _held_out(run, tokenizer, _shortest(learner.forward, engine), given.held_out)
+        origins = world.first(_origins(run, (loaded, tokenizer), teachers, held_out, given) if world.leads else {})
         texts = directory / world.own_name(loading.TEXTS)
         writer, remarks = loading.writer_of(run, teachers, model, size, (tokenizer, stream), origins, texts)
         opened.pop_all()  # nothing was refused
@@ -111,12 +115,19 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE) -> Parts:
         notes=(*cautions, *engaged.notes, *_cautions(run, ends), *engine.notes, *notes, *remarks, *eval_notes),
         origins=origins,
         world=world,
+        given=given,
     )
 
 
-def _origins(run: Run, student: Any, teachers: Sequence[TeacherParts], held_out: Sequence[Prompt]) -> dict[str, Origin]:
+def _origins(
+    run: Run, student: tuple[Any, Any], teachers: Sequence[TeacherParts], held_out: Sequence[Prompt], given: Given
+) -> dict[str, Origin]:
     """What the run reads and no checkpoint holds."""
-    origins = {"student": origin_of(run.student, None if run.student.lora is None else student)}
+    frozen = run.student.lora is not None
+    if given.student:
+        origins = {"student": origin_of_objects(*student, weights=frozen)}
+    else:
+        origins = {"student": origin_of(run.student, student[0] if frozen else None)}
     origins |= {t.origin: loading.origin_of_teacher(t) for t in teachers if t.config.path != "base"}
     return origins | ({"held-out prompts": prompts_origin(map(name_of, held_out))} if held_out else {})
 
@@ -161,11 +172,6 @@ def _shards(run: Run, model: Any, world: Ranks) -> Shards | None:
     return Shards(model, world)
 
 
-def _eval_grader(run: Run) -> Grader | None:
-    name = run.evaluation.grader or run.grader
-    return resolve_grader(name) if name else None
-
-
 def _without_dropout(model: Any) -> list[str]:
     """The student that is trained has to be the one that sampled, so the checkpoint's own dropout is not used.
 
@@ -205,12 +211,12 @@ def _limit_prompts(data: DataConfig, context: int | None, max_new_tokens: int) -
 
 
 def _open_stream(
-    run: Run, tokenizer: PreTrainedTokenizerBase, context: int | None
+    run: Run, tokenizer: PreTrainedTokenizerBase, context: int | None, table: Table | None
 ) -> tuple[PromptStream | LazyPromptStream, list[str]]:
     data = _limit_prompts(run.data, context, run.rollout.max_new_tokens)
     if data.streaming:
-        return LazyPromptStream(data, tokenizer), []
-    loaded = load_prompts(data, tokenizer)
+        return LazyPromptStream(data, tokenizer, table), []
+    loaded = load_prompts(data, tokenizer, table)
     notes, number = [f"{data.path}: {loaded.report}"], loading.share_prompts(run, loaded.prompts)
     if run.teachers:
         notes.append("prompts for " + ", ".join(f"teacher {name!r}: {n}" for name, n in number.items()))
@@ -218,11 +224,12 @@ def _open_stream(
 
 
 def _held_out(
-    run: Run, tokenizer: PreTrainedTokenizerBase, context: int | None
+    run: Run, tokenizer: PreTrainedTokenizerBase, context: int | None, table: Table | None
 ) -> tuple[tuple[Prompt, ...], list[str]]:
     if run.evaluation.data is None:
         return (), []
-    loaded = load_prompts(_limit_prompts(run.evaluation.data, context, run.evaluation.max_new_tokens), tokenizer)
+    data = _limit_prompts(run.evaluation.data, context, run.evaluation.max_new_tokens)
+    loaded = load_prompts(data, tokenizer, table)
     return loaded.prompts, [f"{run.evaluation.data.path}: {loaded.report}"]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tropd.checkpoints import checkpoint as checkpoints
 from tropd.config import file as config_file
-from tropd.config.models import ModelConfig
+from tropd.config.models import GIVEN, ModelConfig
 from tropd.config.run import Run
 from tropd.errors import CheckpointError, ConfigError
 from tropd.model.loading import base_of, choose_device, load_model, load_tokenizer, wrap_student
@@ -64,6 +64,11 @@ def load_checkpoint(directory: Path, step: int | None, device: str, dtype: Any =
     if student.dtype == "auto" and student.lora is None:  # as it was trained, wherever that was
         widest = max((x.dtype for x in saved.weights.values() if x.is_floating_point()), key=lambda d: d.itemsize)
         student = dataclasses.replace(student, dtype=str(widest).removeprefix("torch."))
+    if student.path == GIVEN:
+        raise ConfigError(
+            f"the student of {directory} was given in Python, so no file says what model its checkpoints fit. Name "
+            f"the finished model, {directory / 'model'}."
+        )
     tokenizer = load_tokenizer(student, "student")
     model = wrap_student(load_model(student, "student", chosen), student, run.seed)
     checkpoints.load_trained(model, saved.weights, saved.path)
