@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,3 +63,40 @@ def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(tmp_path: Path, monk
     (tmp_path / "models").mkdir()
     with pytest.raises(ConfigError, match=r"student\.path is models/student, but there is no such folder"):
         load_tokenizer(ModelConfig(path="models/student"), "student")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--student.lora.rank", "4"], ("student", {"lora": {"rank": 4, "alpha": 64}})),
+        (["--student.lora.targets", "q_proj", "v_proj"], ("student", {"lora": {"targets": ["q_proj", "v_proj"]}})),
+        (["--evaluation.data.path=held.jsonl"], ("evaluation", {"data": {"path": "held.jsonl"}})),
+        (["--rollout.sampling.top-p", "0.9"], ("rollout", {"sampling": {"top_p": 0.9, "temperature": 1.0}})),
+        (["--optimizer.learning-rate", "1e-4"], ("optimizer", {"learning_rate": 1e-4})),
+    ],
+)
+def test_a_flag_sets_what_is_in_no_section_of_the_file(
+    run_toml: Path, flags: list[str], expected: tuple[str, dict[str, Any]]
+) -> None:
+    section, values = expected
+    found = config_file.to_dict(config_file.load(run_toml, flags))[section]
+    for name, value in values.items():
+        assert found[name] == value if not isinstance(value, dict) else value.items() <= found[name].items()
+
+
+def test_flags_alone_make_the_base_of_an_adapter_the_teacher_or_name_several(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('[student]\npath = "s"\n')
+    run = config_file.load(path, ["--data.path", "p.jsonl", "--student.lora.rank", "2"])
+    assert run.teacher.path == "base" and run.data.path == "p.jsonl"
+    path.write_text('[student]\npath = "s"\n[data]\npath = "p.jsonl"\nteacher_column = "subject"\n')
+    flags = ["--teachers.math.path", "m", "--teachers.code.path", "c"]
+    assert {name: teacher.path for name, teacher in config_file.load(path, flags).teachers.items()} == {
+        "math": "m",
+        "code": "c",
+    }
+
+
+def test_a_flag_of_no_section_is_refused_by_its_name(run_toml: Path) -> None:
+    with pytest.raises(ConfigError, match="--student.lorra.rank"):
+        config_file.load(run_toml, ["--student.lorra.rank", "4"])

@@ -32,7 +32,7 @@ from tropd.config.stages import (
     RolloutConfig,
     RunEvalConfig,
 )
-from tropd.config.tables import read, to_dict
+from tropd.config.tables import read, to_dict, with_sections
 from tropd.errors import ConfigError
 from tropd.methods import Method, NamedMethod
 
@@ -78,23 +78,30 @@ class Run(Settings):
             near = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
             there = f" TOML files there: {', '.join(near)}." if near else ""
             raise ConfigError(f"there is no file {path}.{there}")
-        values, (name, flags) = read_toml(path), method_flag(flags)
-        run = cls.from_dict(values, str(path), folder=path.parent)
+        name, flags = method_flag(flags)
+        values = with_sections(cls, read_toml(path), flags)
+        run = cls._read(values, str(path), path.parent)
         if name not in (None, run.method.name):
-            run = cls.from_dict({**values, "method": {"name": name}}, f"--method {name}", folder=path.parent)
-        return run._changed(flags) if flags else run
+            run = cls._read({**values, "method": {"name": name}}, f"--method {name}", path.parent)
+        return run._changed(flags) if flags else run._complete(str(path))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "the run", folder: Path | None = None) -> Run:
         """A run from nested values, such as parsed TOML.  `source` names them in errors; files with code of your own
         are looked for in `folder`, then in the current one."""
+        return cls._read(values, source, folder)._complete(source)
+
+    @classmethod
+    def _read(cls, values: Mapping[str, Any], source: str, folder: Path | None) -> Run:
         run = read(cls, values, source)
-        run = replace(run, method=read_method(run.method, source)).located([folder] if folder else [])
+        return replace(run, method=read_method(run.method, source)).located([folder] if folder else [])
+
+    def _complete(self, source: str) -> Run:
         try:
-            run.check_complete()
+            self.check_complete()
         except ConfigError as refusal:
             raise ConfigError(f"{source}: {refusal}") from None
-        return run
+        return self
 
     def _changed(self, flags: Sequence[str]) -> Run:
         """The run as flags change it."""

@@ -6,10 +6,11 @@ to_dict(value)               plain values, as TOML and JSON have them
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -88,6 +89,28 @@ def _fields_at(loc: tuple[Any, ...], root: type) -> list[str]:
             return []
         cls = found[0]
     return [f.name for f in dataclasses.fields(cls)]
+
+
+def with_sections(root: type, values: Mapping[str, Any], flags: Sequence[str]) -> dict[str, Any]:
+    """The values with an empty table for each section that they lack and a flag speaks of: `--student.lora.rank 4`
+    needs no [student.lora] in the file."""
+    values = copy.deepcopy(dict(values))
+    for flag in flags:
+        *steps, _ = flag.partition("=")[0].removeprefix("--").split(".")
+        hint: Any = root
+        table = values
+        for step in steps if flag.startswith("--") else ():
+            if get_origin(hint) is dict:  # the step is a name that the user gives, such as that of a teacher
+                key, hint = step, get_args(hint)[1]
+            else:
+                classes = [choice for choice in _flat(hint) if dataclasses.is_dataclass(choice)]
+                key = step.replace("-", "_")
+                hint = get_type_hints(classes[0]).get(key) if len(classes) == 1 else None
+            if hint is None or not any(map(dataclasses.is_dataclass, _flat(hint))) or key == "method":
+                break
+            if not isinstance(table := table.setdefault(key, {}), dict):
+                break
+    return values
 
 
 def to_dict(value: Any) -> Any:
