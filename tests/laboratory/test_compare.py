@@ -155,7 +155,7 @@ def test_seeds_come_before_methods_so_that_a_part_is_a_smaller_comparison():
     [
         ('testbeds = ["nano-hrd"]\n[methods.A]\nname = "opd"', "did you mean 'nano-hard'"),
         ('testbeds = ["nano-hard"]\nseed = [1]\n[methods.A]\nname = "opd"', "unknown key 'seed'; did you mean 'seeds'"),
-        ('testbeds = ["nano-hard"]\n[methods.A]\nname = "odp"', "there is no method 'odp'; did you mean 'opd'"),
+        ('testbeds = ["nano-hard"]\n[methods.A]\nname = "odp"', "there is no method 'odp'. Did you mean 'opd'"),
         ('testbeds = ["nano-hard"]\n[methods.A]\nname = "opd"\ntopk = 3', "unknown key 'methods.A.topk'"),
         ('testbeds = ["nano-hard"]\nbaseline = "B"\n[methods.A]\nname = "opd"', "none of the methods: A"),
         ('testbeds = ["nano-hard"]\nseeds = [1, 1]\n[methods.A]\nname = "opd"', "says something twice"),
