@@ -82,7 +82,7 @@ def test_torchrun_ends_when_a_process_is_killed_and_says_why_once(models: Path, 
     os.kill(process_of_rank(1, process.pid), signal.SIGKILL)
     said = process.communicate(timeout=SOON)[0]
     assert process.returncode != 0
-    assert said.count("error: another process") == 1, said
+    assert said.count("error: a process of this run is gone") == 1, said
     assert said.count("Traceback") == 1, "torchrun's own, and none of ours"
 
 
