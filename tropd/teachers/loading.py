@@ -48,8 +48,7 @@ class TeacherParts:
     name: str
     several: bool
     """Whether there are others."""
-    run: Run
-    """As it would be with this teacher alone."""
+    config: TeacherConfig
     tokenizer: Any = None
     """None for the base under the student's adapter."""
     model: Any = None
@@ -61,10 +60,6 @@ class TeacherParts:
     """It is an object that no file names."""
 
     @property
-    def config(self) -> TeacherConfig:
-        return self.run.teacher
-
-    @property
     def origin(self) -> str:
         """What its weights are called among the run's origins."""
         return f"teachers.{self.name}" if self.several else "teacher"
@@ -72,6 +67,16 @@ class TeacherParts:
     def says(self, notes: Iterable[str]) -> list[str]:
         """Where there are several, a note bears the name of the one it is about."""
         return [f"teacher {self.name!r}: {note}" if self.several else note for note in notes]
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Where there are several, what goes wrong is said with the name of the one it went wrong with."""
+        try:
+            yield
+        except TropdError as error:
+            if self.several:
+                error.args = (f"teacher {self.name!r}: {error}", *error.args[1:])
+            raise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +108,11 @@ class TeacherEngine(Engine):
 def find(run: Run, tokenizer: PreTrainedTokenizerBase, given: Any = None) -> list[TeacherParts]:
     """`given` is the only teacher where it is a Teacher, or a model and its tokenizer, in Python."""
     several = bool(run.teachers)
-    teachers = [TeacherParts(name=name, several=several, run=run.taught_by(name)) for name in run.all_teachers]
+    teachers = [TeacherParts(name=name, several=several, config=x) for name, x in run.all_teachers.items()]
     for teacher in teachers:
         if teacher.config.path == "base":
             continue
-        with _named(run, teacher.name):
+        with teacher.named():
             teacher.given = given is not None
             if isinstance(given, Teacher):
                 teacher.own = given
@@ -131,12 +136,12 @@ def make_teacher(config: TeacherConfig) -> Teacher:
     return teacher
 
 
-def load(run: Run, teachers: Sequence[TeacherParts], device: torch.device) -> None:
+def load(teachers: Sequence[TeacherParts], device: torch.device) -> None:
     for teacher in teachers:
         if teacher.given and teacher.model is not None:
             teacher.model = teacher.model.to(device).eval()
         elif teacher.config.path != "base" and not teacher.config.servers and teacher.own is None:
-            with _named(run, teacher.name):
+            with teacher.named():
                 teacher.model = load_model(teacher.config, "teacher", device)
 
 
@@ -152,22 +157,23 @@ def shared_size(teachers: Sequence[TeacherParts], student: Any, tokenizer: PreTr
 
 
 def engage(
-    run: Run,
     teachers: Sequence[TeacherParts],
     student: Any,
     vocab_size: int,
     tiling: Tiling,
     directory: Path,
     world: Ranks,
+    top_k: int,
 ) -> Engaged:
-    """`vocab_size` and `tiling` are what forward passes of student and teachers share."""
+    """`vocab_size` and `tiling` are what forward passes of student and teachers share; `top_k` is what the method asks
+    of teachers."""
     ready: dict[str, Teacher] = {}
     notes: list[str] = []
     for teacher in teachers:
         if teacher.config.servers:
-            with _named(run, teacher.name):
+            with teacher.named():
                 teacher.served = meet_teacher(
-                    teacher.run, vocab_size, teacher.tokenizer, directory, world, name=teacher.name
+                    teacher.config, top_k, vocab_size, teacher.tokenizer, directory, world, name=teacher.name
                 )
             ready[teacher.name] = teacher.served.teacher
             notes += teacher.says(teacher.served.notes)
@@ -177,7 +183,7 @@ def engage(
             ready[teacher.name] = LocalTeacher(teacher.model, name=teacher.name, vocab_size=vocab_size, tiling=tiling)
         else:
             ready[teacher.name] = base_as_teacher(student, name=teacher.name, vocab_size=vocab_size, tiling=tiling)
-    return Engaged(teacher=Routed(ready) if run.teachers else ready["default"], notes=tuple(notes))
+    return Engaged(teacher=Routed(ready) if teachers[0].several else ready["default"], notes=tuple(notes))
 
 
 def origin_of_teacher(teacher: TeacherParts) -> Origin:
@@ -206,11 +212,11 @@ def writer_of(
     notes: list[str] = []
     for teacher in teachers:
         if teacher.served is not None:
-            with _named(run, teacher.name):
+            with teacher.named():
                 writer, remarks = serve_writer(teacher.config, teacher.served, *prompts, size, name=teacher.name)
             notes += teacher.says(remarks)
         elif teacher.own is not None:
-            with _named(run, teacher.name):
+            with teacher.named():
                 writer = _own_writer(teacher.own, run)
         else:
             writer = _local_writer(teacher, run, student, size)
@@ -251,14 +257,3 @@ def share_prompts(run: Run, prompts: Sequence[Prompt]) -> dict[str, int]:
             f"{run.data.teacher_column!r} of {run.data.path}, or add a section [teachers.NAME] for each."
         )
     return {name: number[name] for name in run.all_teachers}
-
-
-@contextmanager
-def _named(run: Run, name: str) -> Iterator[None]:
-    """Where there are several, what goes wrong is said with the name of the one it went wrong with."""
-    try:
-        yield
-    except TropdError as error:
-        if run.teachers:
-            error.args = (f"teacher {name!r}: {error}", *error.args[1:])
-        raise

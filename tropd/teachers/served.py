@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from tropd.config.models import TeacherConfig
-from tropd.config.run import Run
 from tropd.data.stream import LazyPromptStream, PromptStream
 from tropd.distributed.ranks import ALONE, Ranks
 from tropd.errors import ConfigError, ServerGarbled, ServerRefused, TeacherRefused, VocabularyError
@@ -46,16 +45,16 @@ class ServedTeacher:
 
 
 def meet_teacher(
-    run: Run,
+    config: TeacherConfig,
+    top_k: int,
     vocab_size: int,
     tokenizer: PreTrainedTokenizerBase,
     directory: Path,
     world: Ranks = ALONE,
     name: str = "default",
 ) -> ServedTeacher:
-    """Connect, and compare with what a resumed run met at its start.  `tokenizer` is the teacher's, `vocab_size` what
-    all models know; `name` is the teacher's among several."""
-    config = run.teacher
+    """Connect, and compare with what a resumed run met at its start.  `top_k` is what the method asks for,
+    `tokenizer` the teacher's, `vocab_size` what all models know; `name` is the teacher's among several."""
     notes = list(check_addresses(config.servers, config.server))
     own = "" if name == "default" else f".{quote(name, safe='')}"
     path = directory / f"teacher_canary{own}.json"
@@ -69,13 +68,11 @@ def meet_teacher(
         num_rows=_num_rows(config),
         num_known=max(tokenizer.get_vocab().values()) + 1,
         canary=before or canary,
-        top_k=run.method.objective.teacher_top_k,
+        top_k=top_k,
         name=name,
         dtype=config.dtype,
         text=text,
-        reference=reference_of(config, text_of(text, vocab_size), run.method.objective.teacher_top_k)
-        if world.leads
-        else None,
+        reference=reference_of(config, text_of(text, vocab_size), top_k) if world.leads else None,
     )
     notes += teacher.notes
     notes += compare_tokenizers(teacher.pool.clients, teacher.card.id, tokenizer)

@@ -80,13 +80,14 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE, given: Given = N
     loaded, tokenizer = given.student or (None, load_tokenizer(run.student, "student"))
     teachers = loading.find(run, tokenizer, given.teacher)  # cheap to refuse before any weights are read
     loaded = load_model(run.student, "student", device) if loaded is None else loaded.to(device).eval()
-    loading.load(run, teachers, device)
+    loading.load(teachers, device)
     ends = stop_ids(tokenizer, loaded.generation_config)
     cautions = _without_dropout(loaded)
     model = wrap_student(loaded, run.student, run.seed)
     size = loading.shared_size(teachers, model, tokenizer)
     tiling = Tiling(tokens_per_batch=run.tokens_per_micro_batch, tile_tokens=run.tile_tokens, tile_vocab=run.tile_vocab)
-    engaged = loading.engage(run, teachers, model, size, tiling, directory, world)
+    top_k = run.method.objective.teacher_top_k
+    engaged = loading.engage(teachers, model, size, tiling, directory, world, top_k)
     engaged.teacher.prepare(tokenizer, size, device)
     learner = _learner(run, model, size, tiling, engaged.teacher.forward, world)
     check_evidence(run.method.objective, engaged.teacher, shown(run.method.name), grader is not None)
