@@ -55,7 +55,7 @@ def test_a_run_without_a_prompt_that_fits_is_refused_at_the_start_and_its_engine
     with MiniServer(world / "student", max_model_len=HELD) as server:
         given = {"weights_folder": str(tmp_path / "memory")}
         asked = run_on(world, tmp_path / "run", server, data={"path": str(world / "long.jsonl")}, rollout=given)
-        left = weights_folder(asked, Path(asked.output))
+        left = weights_folder(asked.rollout.weights_folder, Path(asked.output))
         left.mkdir(parents=True)  # by a run that was killed; whoever is closed removes it
         with pytest.raises(
             DataError, match=r"no row of .*long.jsonl makes a prompt: 20 rows read, 0 prompts\n  20 too long"

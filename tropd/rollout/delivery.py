@@ -23,7 +23,6 @@ import torch
 
 from tropd.base.background import in_background
 from tropd.checkpoints.export import export_adapter, export_untied
-from tropd.config.run import Run
 from tropd.errors import CheckpointError, EngineError, EngineOutOfSync, ServerRefused, TropdError
 from tropd.rollout import canary, draws
 from tropd.rollout.draw_check import show_draws
@@ -234,10 +233,10 @@ class Delivery:
         )
 
 
-def weights_folder(run: Run, directory: Path) -> Path:
+def weights_folder(place: str | None, directory: Path) -> Path:
     """Where the run in `directory` puts weights for its servers.  Runs that name the same place have a folder each."""
-    if run.rollout.weights_folder is None:
+    if place is None:
         return directory / "rollout_weights"
     whose = directory.resolve()
     number = hashlib.sha256(str(whose).encode()).hexdigest()[:8]
-    return Path(run.rollout.weights_folder).expanduser() / f"tropd-{whose.name}-{number}"
+    return Path(place).expanduser() / f"tropd-{whose.name}-{number}"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tropd.config.models import ServerConfig
-from tropd.config.run import Run
+from tropd.config.stages import RolloutConfig
 from tropd.errors import (
     ConfigError,
     DataError,
@@ -141,27 +141,33 @@ class VllmEngine(Engine):
 
 
 def open_engine(
-    run: Run, model: Any, tokenizer: Any, vocab_size: int, directory: Path, delivery: Callable[..., Delivery] = Delivery
+    config: RolloutConfig,
+    sampling: Sampling,
+    model: Any,
+    tokenizer: Any,
+    vocab_size: int,
+    directory: Path,
+    delivery: Callable[..., Delivery] = Delivery,
 ) -> VllmEngine:
     """The engine of the run in `directory`, refused where training would need log-probabilities that servers do not
     tell."""
-    if run.sampling != Sampling():
+    if sampling != Sampling():
         raise ConfigError(
-            f"rollouts are asked from servers and drawn with {run.sampling}, but servers tell log-probabilities that "
+            f"rollouts are asked from servers and drawn with {sampling}, but servers tell log-probabilities that "
             "hold at temperature 1 without truncation. Set rollout.sampling so, or leave rollout.servers out."
         )
-    notes = check_addresses(run.rollout.servers, run.rollout.server)
+    notes = check_addresses(config.servers, config.server)
     return VllmEngine(
-        run.rollout.servers,
-        run.rollout.server,
+        config.servers,
+        config.server,
         model=model,
         tokenizer=tokenizer,
-        folder=weights_folder(run, directory),
-        kept=run.rollout.weights_folder is None,
-        sleeps=run.rollout.servers_sleep,
-        wary=run.rollout.staleness > 0,
+        folder=weights_folder(config.weights_folder, directory),
+        kept=config.weights_folder is None,
+        sleeps=config.servers_sleep,
+        wary=config.staleness > 0,
         vocab_size=vocab_size,
-        sync_nats=run.rollout.sync_nats,
+        sync_nats=config.sync_nats,
         notes=tuple(notes),
         delivery=delivery,
     )

@@ -140,11 +140,11 @@ def _engine(run: Run, model: Any, tokenizer: Any, size: int, directory: Path, wo
     from tropd.rollout.vllm import open_engine
 
     if world.size == 1:
-        return open_engine(run, model, tokenizer, size, directory)
+        return open_engine(run.rollout, run.sampling, model, tokenizer, size, directory)
     from tropd.rollout.shared import SharedDelivery
 
     delivery = partial(SharedDelivery, world)
-    return open_engine(run, model, tokenizer, size, directory, delivery)
+    return open_engine(run.rollout, run.sampling, model, tokenizer, size, directory, delivery)
 
 
 def _learner(
