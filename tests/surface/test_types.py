@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import inspect
 import os
 import subprocess
 import sys
@@ -26,6 +29,8 @@ MISTAKES = {
     "train('run.toml')": 'Argument 1 to "train" has incompatible type "str"; expected "Run"',
     "TrOPD(top_q=3)": 'Unexpected keyword argument "top_q" for "TrOPD"',
 }
+import tropd.config.run
+from tropd import Run
 
 
 def test_a_users_script_passes_mypy_strict_and_its_mistakes_are_found(tmp_path: Path) -> None:
@@ -46,3 +51,9 @@ def test_a_users_script_passes_mypy_strict_and_its_mistakes_are_found(tmp_path: 
 def test_a_users_script_passes_pyright() -> None:
     done = subprocess.run([sys.executable, "-m", "pyright", str(SCRIPT)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_constructor_that_editors_see_takes_the_fields_of_a_run() -> None:
+    tree = ast.parse(inspect.getsource(tropd.config.run))
+    (shown,) = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
+    assert {argument.arg for argument in shown.args.kwonlyargs} == {field.name for field in dataclasses.fields(Run)}
