@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import tropd.config.run
+from tropd import Run
+
 SCRIPT = Path(__file__).with_name("users_script.py")
 SETTINGS = """
 [mypy]
@@ -29,8 +32,6 @@ MISTAKES = {
     "train('run.toml')": 'Argument 1 to "train" has incompatible type "str"; expected "Run"',
     "TrOPD(top_q=3)": 'Unexpected keyword argument "top_q" for "TrOPD"',
 }
-import tropd.config.run
-from tropd import Run
 
 
 def test_a_users_script_passes_mypy_strict_and_its_mistakes_are_found(tmp_path: Path) -> None:
