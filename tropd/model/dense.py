@@ -9,7 +9,6 @@ Serves divergences over the whole vocabulary and heads that soft-cap their logit
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,10 +16,8 @@ from torch import Tensor
 
 from tropd.base.fast_paths import TAKEN, FastPath
 from tropd.model.head import Head, tiles
+from tropd.model.parts import TileLoss
 from tropd.model.peaks import is_matrix
-
-Judge = Callable[[slice, Tensor], Tensor]
-"""(rows, log-probabilities of the whole vocabulary [C, V] with gradient) -> loss of these rows."""
 
 
 def can_tile(head: Head) -> bool:
@@ -28,10 +25,10 @@ def can_tile(head: Head) -> bool:
     return is_matrix(head.module)
 
 
-def dense_loss(head: Head, hidden_NH: Tensor, written_N: Tensor, judge: Judge, tile_tokens: int) -> Tensor:
-    """The judged loss of all rows, its gradient already formed."""
+def dense_loss(head: Head, hidden_NH: Tensor, written_N: Tensor, loss_of: TileLoss, tile_tokens: int) -> Tensor:
+    """The loss of all rows, its gradient already formed."""
     TAKEN.add(FastPath.DENSE_HEAD)
-    return _Dense.apply(hidden_NH, head.weight_VH, head.bias_V, head, written_N, judge, tile_tokens)
+    return _Dense.apply(hidden_NH, head.weight_VH, head.bias_V, head, written_N, loss_of, tile_tokens)
 
 
 class _Dense(torch.autograd.Function):
@@ -43,7 +40,7 @@ class _Dense(torch.autograd.Function):
         bias_V: Tensor | None,
         head: Head,
         written_N: Tensor,
-        judge: Judge,
+        loss_of: TileLoss,
         tile_tokens: int,
     ) -> Tensor:
         wide = torch.promote_types(hidden_NH.dtype, torch.float32)
@@ -58,7 +55,7 @@ class _Dense(torch.autograd.Function):
             z_CV.requires_grad_()
             with torch.enable_grad():
                 logits_CV = head.widened(z_CV, hidden_CH, written_N[rows])
-                loss = judge(rows, logits_CV.log_softmax(-1))
+                loss = loss_of(rows, logits_CV.log_softmax(-1))
             (g_CV,) = torch.autograd.grad(loss, z_CV)
             hidden_gradient[rows] = (g_CV @ weight_VH[:size]).to(wide)
             if weight_gradient is not None:

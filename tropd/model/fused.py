@@ -15,7 +15,7 @@ in float32 (`tropd.model.peaks`); their part of the gradient is taken out of the
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -27,12 +27,9 @@ from torch import Tensor
 
 from tropd.base.fast_paths import TAKEN, FastPath
 from tropd.model.head import Head, tiles
-from tropd.model.parts import GATHERED, wide_rows
+from tropd.model.parts import GATHERED, TileLoss, wide_rows
 from tropd.model.peaks import Peaks, find_peaks, products_at
 from tropd.model.products import add_product_
-
-Judge = Callable[[slice, Tensor], Tensor]
-"""(rows, log-probabilities [C, M] with gradient) -> loss of these rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +38,7 @@ class TileWork:
 
     ids_NM: Tensor
     """Wanted tokens of each row; column 0 is the written one."""
-    judge: Judge
+    loss_of: TileLoss
     tile_tokens: int
     scale: float
     """z = scale * (h W^T + b)."""
@@ -114,7 +111,7 @@ def _tile(
     work: TileWork,
     sums: Gradients,
 ) -> Tensor:
-    """One tile: read, judge, and add its gradients."""
+    """One tile: read, take the loss, and add its gradients."""
     ids_CM = work.ids_NM[rows]
     peaks = find_peaks(z_CV, ids_CM[:, 0], partial(products_at, hidden_CH, weight_VH, bias_V, work.scale))
     wanted_CM = peaks.patch(ids_CM, z_CV.gather(1, ids_CM))
@@ -122,7 +119,7 @@ def _tile(
     log_sum_C = peaks.log_sum(rounded_log_sum_C)
     logprobs_CM = (wanted_CM - log_sum_C[:, None]).requires_grad_()
     with torch.enable_grad():
-        loss = work.judge(rows, logprobs_CM)
+        loss = work.loss_of(rows, logprobs_CM)
     (c_CM,) = torch.autograd.grad(loss, logprobs_CM)
     c_CM = c_CM * work.scale
     dense_C = -c_CM.sum(1)

@@ -1,7 +1,7 @@
 """Loss and gradient with the vocabulary tiled as well: the workspace is [C, v], whatever V is.
 
     first visit    L = log sum_j exp L_j,  L_j = log sum exp of tile j;  z at the wanted ids, each from its own tile
-    judge          c_m = d loss / d log p(id_m),  a = sum_m c_m
+    loss           c_m = d loss / d log p(id_m),  a = sum_m c_m
     second visit   p_j = exp(z_j - L),   d h -= diag(a) p_j W_j,   d W_j -= p_j^T diag(a) h
     sparse rows    as in `tropd.model.fused`
 
@@ -23,7 +23,6 @@ from tropd.errors import ConfigError, VocabularyError
 from tropd.model.fused import (
     Fused,
     Gradients,
-    Judge,
     TileWork,
     add_peaks,
     add_sparse,
@@ -34,17 +33,19 @@ from tropd.model.fused import (
 )
 from tropd.model.head import Head, tiles
 from tropd.model.likeliest import largest, likeliest
-from tropd.model.parts import wide_rows
+from tropd.model.parts import TileLoss, wide_rows
 from tropd.model.peaks import NUM_PEAKS, Peaks, has_peaks, make_peaks, products_at
 from tropd.model.products import add_product_
 
 
-def lean_loss(head: Head, hidden_NH: Tensor, ids_NM: Tensor, judge: Judge, tile_tokens: int, tile_vocab: int) -> Tensor:
+def lean_loss(
+    head: Head, hidden_NH: Tensor, ids_NM: Tensor, loss_of: TileLoss, tile_tokens: int, tile_vocab: int
+) -> Tensor:
     """What `fused_loss` gives, from a workspace of tile_tokens * tile_vocab logits."""
     TAKEN.add(FastPath.LEAN_HEAD)
     weight_VH, bias_V, scale = matrix_of(head)
     _check(ids_NM, tile_vocab, head.vocab_size)
-    work = TileWork(ids_NM=ids_NM, judge=judge, tile_tokens=tile_tokens, scale=scale, tile_vocab=tile_vocab)
+    work = TileWork(ids_NM=ids_NM, loss_of=loss_of, tile_tokens=tile_tokens, scale=scale, tile_vocab=tile_vocab)
     return _Lean.apply(hidden_NH, weight_VH, bias_V, work)
 
 
@@ -186,12 +187,12 @@ class _Lean(Fused):
 
 
 def _tile(rows: slice, visit: _Visit, work: TileWork, sums: Gradients) -> Tensor:
-    """One tile of tokens: read, judge, and add its gradients."""
+    """One tile of tokens: read, take the loss, and add its gradients."""
     ids_CM = work.ids_NM[rows]
     wanted_CM, log_sum_C, peaks, _ = visit.read(ids_CM)
     logprobs_CM = (wanted_CM - log_sum_C[:, None]).requires_grad_()
     with torch.enable_grad():
-        loss = work.judge(rows, logprobs_CM)
+        loss = work.loss_of(rows, logprobs_CM)
     (c_CM,) = torch.autograd.grad(loss, logprobs_CM)
     c_CM = c_CM * work.scale
     dense_C, hidden_wide = -c_CM.sum(1), visit.hidden_CH.to(sums.hidden_NH.dtype)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from tropd.base.fast_paths import TAKEN, FastPath
-from tropd.model.fused import Fused, Judge, TileWork, log_sum_exp, logits_of, matrix_of
+from tropd.model.fused import Fused, TileWork, log_sum_exp, logits_of, matrix_of
 from tropd.model.head import Head, tiles
 from tropd.model.lean import lean_loss, lean_rows
 from tropd.model.likeliest import column_maxima, likeliest
+from tropd.model.parts import TileLoss
 from tropd.model.peaks import Peaks, find_peaks, has_peaks, is_matrix, products_at
 from tropd.objective.evidence import ABSENT, Needs, StudentView, Tokens
 from tropd.objective.support import NOTHING
@@ -51,17 +52,17 @@ def can_fuse(head: Head) -> bool:
 
 
 def fused_loss(
-    head: Head, hidden_NH: Tensor, ids_NM: Tensor, judge: Judge, tile_tokens: int, tile_vocab: int | None = None
+    head: Head, hidden_NH: Tensor, ids_NM: Tensor, loss_of: TileLoss, tile_tokens: int, tile_vocab: int | None = None
 ) -> Tensor:
-    """The judged loss of all rows, its gradient already formed.  Call it only where a gradient is wanted.
+    """The loss of all rows, its gradient already formed.  Call it only where a gradient is wanted.
 
     `tile_vocab` trades one more matrix product for a workspace that does not grow with V (`tropd.model.lean`).
     """
     if tile_vocab is not None:
-        return lean_loss(head, hidden_NH, ids_NM, judge, tile_tokens, tile_vocab)
+        return lean_loss(head, hidden_NH, ids_NM, loss_of, tile_tokens, tile_vocab)
     TAKEN.add(FastPath.FUSED_HEAD)
     weight, bias, scale = matrix_of(head)
-    work = TileWork(ids_NM=ids_NM, judge=judge, tile_tokens=tile_tokens, scale=scale)
+    work = TileWork(ids_NM=ids_NM, loss_of=loss_of, tile_tokens=tile_tokens, scale=scale)
     return Fused.apply(hidden_NH, weight, bias, work)
 
 

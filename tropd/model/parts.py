@@ -1,13 +1,17 @@
-"""How much of a tile is worked on at once: a few rows on a CPU, so that they stay in cache, all of them on a GPU."""
+"""What tiles of tokens share: their loss, and how many rows are worked on at once: a few on a CPU, so that they stay in
+cache, all of them on a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from tropd.base.fast_paths import TAKEN, FastPath
+
+TileLoss = Callable[[slice, Tensor], Tensor]
+"""(rows, log-probabilities of the chosen tokens [C, M] or of all [C, V], with gradient) -> the loss of these rows."""
 
 GATHERED = 256
 """Rows whose wanted rows of the weight are gathered at once: bounds the [rows, M, H] that is gathered."""
