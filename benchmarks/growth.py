@@ -18,6 +18,7 @@ import os
 import random
 import re
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -29,9 +30,10 @@ import torch
 import tyro
 from head import Problem, peak_megabytes, timed
 from head import Settings as HeadSettings
-from models import qwen3
 from transformers import PreTrainedModel
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.models import qwen3
 from tropd.methods import TrOPD
 from tropd.model.tiling import Tiling
 from tropd.objective.terms import Context

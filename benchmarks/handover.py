@@ -13,6 +13,7 @@ import argparse
 import json
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
 from multiprocessing.connection import Connection
@@ -20,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import qwen3
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.models import qwen3
 from tropd.checkpoints.export import export_untied
 
 

@@ -14,16 +14,19 @@ import json
 import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from models import qwen3
 from transformers import PreTrainedModel
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.models import qwen3
 from tropd.rollout.transformers import TransformersEngine
 from tropd.types import Request
 
