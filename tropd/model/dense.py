@@ -20,7 +20,7 @@ from tropd.model.head import Head, tiles
 from tropd.model.peaks import is_matrix
 
 Judge = Callable[[slice, Tensor], Tensor]
-"""(rows, log-probabilities of the whole vocabulary [C, V] with gradient) -> loss of these rows."""
+"""(rows, their log-probabilities over the whole vocabulary [C, V], with gradient) -> loss of these rows."""
 
 
 def can_tile(head: Head) -> bool:
@@ -29,7 +29,7 @@ def can_tile(head: Head) -> bool:
 
 
 def dense_loss(head: Head, hidden_NH: Tensor, written_N: Tensor, judge: Judge, tile_tokens: int) -> Tensor:
-    """The judged loss of all rows, its gradient already formed."""
+    """The loss of all rows, with its gradient already formed."""
     TAKEN.add(FastPath.DENSE_HEAD)
     return _Dense.apply(hidden_NH, head.weight_VH, head.bias_V, head, written_N, judge, tile_tokens)
 

@@ -1,4 +1,4 @@
-"""The head in one visit of the vocabulary: what learners, teachers and plans call.
+"""The head in one pass over the vocabulary, as learners, teachers and plans call it.
 
 fused_loss   loss and gradient, formed while a tile of logits is in cache (`tropd.model.fused`)
 read_rows    log-probabilities, entropy and top-k without a gradient
@@ -23,11 +23,11 @@ from tropd.objective.evidence import ABSENT, Needs, StudentView, Tokens
 from tropd.objective.support import NOTHING
 
 TopRows = Callable[[slice, Tensor], Tensor]
-"""(rows, log-probabilities of their written tokens) -> for which of them the top-k is wanted."""
+"""(rows, log-probabilities of their written tokens) -> the rows whose top-k is wanted."""
 
 
 def wanted(tokens: Tokens, needs: Needs) -> tuple[Tensor, Callable[[Tensor], StudentView]]:
-    """Which tokens of each row an objective reads, and how log-probabilities there make a view."""
+    """The tokens of each row that an objective reads, and how their log-probabilities make a view."""
     columns = [tokens.token_ids_N[:, None]]
     if Needs.TOPK in needs:
         columns.append(tokens.teacher_topk_ids_NK)
@@ -53,7 +53,7 @@ def can_fuse(head: Head) -> bool:
 def fused_loss(
     head: Head, hidden_NH: Tensor, ids_NM: Tensor, judge: Judge, tile_tokens: int, tile_vocab: int | None = None
 ) -> Tensor:
-    """The judged loss of all rows, its gradient already formed.  Call it only where a gradient is wanted.
+    """The loss of all rows, with its gradient already formed.  Call it only if a gradient is wanted.
 
     `tile_vocab` trades one more matrix product for a workspace that does not grow with V (`tropd.model.lean`).
     """
@@ -77,7 +77,7 @@ def read_rows(
     tile_vocab: int | None = None,
     top_rows: TopRows | None = None,
 ) -> dict[str, Tensor]:
-    """What `Head.read` gives without a gradient, from one visit of the vocabulary per tile.
+    """The same as `Head.read` without a gradient, with one pass over the vocabulary per tile.
 
     Rows that `top_rows` leaves out hold NOTHING as their top-k; objectives refuse to read it.
     """
