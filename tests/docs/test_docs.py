@@ -129,6 +129,18 @@ def test_commands_and_links_of_every_page_exist():
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
+def test_the_table_of_changes_names_files_that_exist_and_hold_what_it_says():
+    page = (ROOT / "CONTRIBUTING.md").read_text().split("\n## ")
+    (section,) = [part for part in page if part.startswith("I want to change")]
+    rows = [line.strip("|").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 24
+    for wish, files, hint in rows:
+        paths = [ROOT / name for name in re.findall(r"`([^`]+)`", files)]
+        assert 1 <= len(paths) <= 2 and all(path.is_file() for path in paths), wish
+        for name in re.findall(r"`([A-Za-z_]\w*)`", hint):
+            assert any(re.search(rf"\b{name}\b", path.read_text()) for path in paths), f"{wish}: {name}"
+
+
 def test_the_exact_result_has_a_mean_for_each_method_rate_and_divergence():
     assert len(numbers(exact_result())) == 5 * 3 * 2
 

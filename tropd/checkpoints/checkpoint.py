@@ -1,4 +1,4 @@
-"""Save and load a run's state: all of it, or nothing.
+"""Save and load a run's state, completely or not at all.
 
     checkpoints/step_000120/
         run.toml                the run itself
@@ -39,7 +39,7 @@ _HASHED = 1 << 25  # 32 MiB from each end: enough to notice a torn or swapped fi
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """A checkpoint as read: what the loop needs to go on."""
+    """A checkpoint as read: what the loop needs to continue."""
 
     path: Path
     step: int
@@ -49,7 +49,7 @@ class Checkpoint:
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters that are trained, each once although tied ones have several names, and persistent buffers."""
+    """Trained parameters, each once even if tied under several names, and persistent buffers."""
     kept = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     persistent = set(model.state_dict())
     return kept | {name: b for name, b in model.named_buffers() if name in persistent}
@@ -114,7 +114,7 @@ def _digest_of(values: Mapping[str, Any]) -> str:
 
 @contextmanager
 def writing(directory: Path) -> Iterator[None]:
-    """Tell the user which run's folder it was that could not be written, and what is left of it."""
+    """If writing fails, tell the user which run's folder failed, and what is left of it."""
     try:
         yield
     except OSError as error:
@@ -188,7 +188,7 @@ def _listed(directory: Path) -> str:
 
 
 def find(directory: Path, step: int | None = None) -> Path | None:
-    """The checkpoint of a step, or the newest; None when there is none yet.  Unfinished ones do not count."""
+    """The checkpoint of a step, or the newest; None if there is none yet.  Unfinished ones do not count."""
     there = steps_kept(directory)
     if step is None:
         return place_of(directory, there[-1]) if there else None
@@ -198,7 +198,7 @@ def find(directory: Path, step: int | None = None) -> Path | None:
 
 
 def load(path: Path, *, tensors: bool = True) -> Checkpoint:
-    """Read a checkpoint; one that was cut short, changed, or that something else wrote, is refused in words.
+    """Read a checkpoint; an error explains one that is incomplete, changed, or not a checkpoint of tropd.
 
     Without `tensors` it is only checked: ranks read their parts of them.
     """
@@ -216,7 +216,7 @@ def load(path: Path, *, tensors: bool = True) -> Checkpoint:
 
 
 def _read_tensors(path: Path, files: set[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights and optimiser, whole, whoever wrote them."""
+    """Whole weights and optimiser state, from one process or from shards."""
     if "weights.safetensors" not in files:
         from tropd.checkpoints import shard_files
 
@@ -248,7 +248,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _others(path: Path) -> str:
-    """What else there is to resume from."""
+    """The other checkpoints that a run could resume from."""
     directory = path.parent.parent
     steps = [str(step) for step in steps_kept(directory) if place_of(directory, step) != path]
     if not steps:
@@ -266,7 +266,7 @@ def prune(directory: Path, keep: int, best: int | None) -> None:
 
 
 def drop_after(directory: Path, step: int) -> list[int]:
-    """Delete the checkpoints of later steps, newest first, and say which."""
+    """Delete the checkpoints of later steps, newest first; returns their steps."""
     later = [other for other in reversed(steps_kept(directory)) if other > step]
     for other in later:
         _discard(place_of(directory, other))
@@ -274,7 +274,7 @@ def drop_after(directory: Path, step: int) -> list[int]:
 
 
 def _discard(path: Path) -> None:
-    """Renamed first: a process killed halfway leaves no half of a checkpoint under its name."""
+    """Rename, then delete: a process killed halfway leaves no partial checkpoint under its name."""
     temporary = path.with_name(path.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:

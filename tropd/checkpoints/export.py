@@ -1,4 +1,4 @@
-"""The trained student as others read it: a Hugging Face folder, or a PEFT folder for an adapter."""
+"""Export the trained student: a Hugging Face folder, or a PEFT folder for an adapter."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def export(model: Any, tokenizer: Any, run: Run, folder: Path, *, step: int, res
 
 
 def export_untied(model: Any, tokenizer: Any, folder: Path) -> Path:
-    """The student for a server that will be given other weights: its head is a tensor of its own.
+    """Export the student for a server that will get new weights: its head is a separate tensor.
 
     A server with tied embeddings may load new weights into the embedding and keep the old head.
     """
@@ -53,14 +53,14 @@ def export_untied(model: Any, tokenizer: Any, folder: Path) -> Path:
 
 
 def export_adapter(model: Any, tokenizer: Any, folder: Path) -> Path:
-    """The adapter alone, for a server that holds the base."""
+    """Export the adapter alone, for a server that holds the base."""
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary, safe_serialization=True)
     return folder
 
 
 def merge(adapter: Path, folder: Path, *, device: torch.device) -> Path:
-    """An adapter and its base as one plain model."""
+    """Merge an adapter and its base into one plain model."""
     from transformers import AutoTokenizer
 
     if not (adapter / "adapter_config.json").exists():
@@ -108,7 +108,7 @@ def _title(method: Method) -> str:
 
 
 def model_card(run: Run, *, step: int, results: dict[str, float]) -> str:
-    """What a person who finds the model needs to know: how it was made, from what, and how well it does."""
+    """The model card: how the model was made, from what, and how good it is."""
     method = run.method
     settings = run.evaluation.sampling
     rows = [f"| {name} | {value:.4f} |" for name, value in sorted(results.items())]

@@ -1,7 +1,7 @@
-"""A run's folder: where it may lie, what may be in it when the run begins, and that one process at a time writes there.
+"""A run's folder: where it may be, what it may contain when the run begins, and a lock for one process at a time.
 
-A run replaces what stands under the names of its files, `model` and `checkpoints` among them.  So it begins only in a
-folder that holds nothing else, that holds nothing the run reads, and that lies in nothing the run reads.
+A run replaces files with the names that it writes, such as `model` and `checkpoints`.  So it begins only in a folder
+that holds nothing else, contains none of the run's inputs, and lies inside none of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RUN = "run.toml"
 BEGUN = "run.toml.tmp"
 _CACHES = ("*teacher_texts.sqlite*", "*teacher_scores*.sqlite*")
 _LEFT = (BEGUN, *_CACHES, "rollout_weights", "rollout_weights.tmp")
-"""What a start that was killed or refused may leave."""
+"""Files that a killed or refused start may leave."""
 
 
 def inputs_of(run: Run) -> dict[str, Path]:
@@ -45,7 +45,7 @@ def inputs_of(run: Run) -> dict[str, Path]:
 
 
 def check_inputs(run: Run, directory: Path) -> None:
-    """Refuse a folder that holds something the run reads, or lies in it.  Links are followed."""
+    """Refuse a folder that contains an input of the run, or lies inside one.  Links are followed."""
     own = directory.expanduser().resolve()
     for name, path in inputs_of(run).items():
         place = path.resolve()
@@ -85,9 +85,9 @@ def check_place(run: Run, directory: Path) -> None:
 
 @contextmanager
 def begun(run: Run, directory: Path, *, overwrite: bool = False) -> Iterator[Callable[[], None]]:
-    """A new folder for a run, locked from before the first byte until the block ends.  It holds a run from the moment
-    that what is yielded is called.  A block that fails before anything was trained leaves nothing but texts and scores
-    of teachers, and of an overwritten run everything."""
+    """A new folder for a run, locked from before the first byte until the block ends.  It becomes a run's folder
+    when the yielded function is called.  If the block fails before anything was trained, only texts and scores of
+    teachers stay, and an overwritten run comes back."""
     with _set_aside(directory) if overwrite and (directory / RUN).exists() else nullcontext(_nothing) as replaced:
         check_place(run, directory)
         created = [path for path in (directory, *directory.parents) if not path.exists()]
@@ -119,7 +119,7 @@ def begun(run: Run, directory: Path, *, overwrite: bool = False) -> Iterator[Cal
 
 @contextmanager
 def rewritten(run: Run, directory: Path) -> Iterator[None]:
-    """run.toml says this run from here on.  Whoever holds the lock on the old one holds that on the new one too."""
+    """Write this run to run.toml, and hold the lock on the new file too."""
     with writing(directory):
         handle = _claim(directory)
         os.ftruncate(handle, 0)
@@ -134,7 +134,7 @@ def rewritten(run: Run, directory: Path) -> Iterator[None]:
 
 @contextmanager
 def _set_aside(directory: Path) -> Iterator[Callable[[], None]]:
-    """A run's folder under another name until what is yielded is called, which removes it; else it comes back."""
+    """Rename a run's folder until the yielded function removes it; without that call the folder comes back."""
     aside = directory.with_name(f"{directory.name}.replaced")
     if aside.exists():
         raise ConfigError(
@@ -160,7 +160,7 @@ def _nothing() -> None:
 
 
 def _has_steps(directory: Path) -> bool:
-    """Whether a run has come so far that something of it can be gone on with, or looked at."""
+    """Whether a run has something to resume from or to look at."""
     records = directory / "records.jsonl"
     with suppress(OSError), records.open("rb") as file:
         file.readline()
@@ -170,7 +170,7 @@ def _has_steps(directory: Path) -> bool:
 
 
 def _clear(directory: Path) -> None:
-    """Remove what a run wrote into its folder before its first step, but what teachers have written or scored."""
+    """Remove what a run wrote into its folder before its first step, except texts and scores of teachers."""
     for path in directory.iterdir():
         if any(fnmatch(path.name, kept) for kept in _CACHES) and not _is_empty(path):
             continue
@@ -181,7 +181,7 @@ def _clear(directory: Path) -> None:
 
 
 def _is_empty(path: Path) -> bool:
-    """Whether a cache holds nothing yet; a file beside a database goes with it."""
+    """Whether a cache is empty; a file beside a database counts as part of it."""
     if not path.name.endswith(".sqlite"):
         return not path.with_name(path.name[: path.name.index(".sqlite") + 7]).exists()
     try:
@@ -209,7 +209,7 @@ def _claim(directory: Path) -> int:
 
 @contextmanager
 def locked(directory: Path, file_name: str = RUN) -> Iterator[None]:
-    """One process for a run: two would write into each other's records and checkpoints."""
+    """Lock the run for this process: two would write into each other's records and checkpoints."""
     with (directory / file_name).open() as file:
         _lock(file.fileno(), directory)
         yield

@@ -1,7 +1,7 @@
-"""The tensors of a sharded checkpoint: each rank writes what it holds, any number of ranks reads it again.
+"""The tensors of a sharded checkpoint: each rank writes its part, and any number of ranks can read it.
 
-torch.distributed.checkpoint with safetensors files: no pickle.  A file names its tensors and where in the whole they
-begin.  A checkpoint of one process reads the same way, since its tensors begin at 0.
+Uses torch.distributed.checkpoint with safetensors files, without pickle.  A file names its tensors and their offsets in
+the whole.  A checkpoint of one process reads the same way, since its tensors begin at 0.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from tropd.errors import CheckpointError
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """All ranks together; returns when the files of all are there."""
+    """Write, with all ranks together; returns when the files of all ranks exist."""
     with _told(folder, "written"):
         save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
 
 
 def known(folder: Path) -> dict[str, TensorStorageMetadata]:
-    """What the files hold: names with types and whole shapes."""
+    """The tensors in the files: names with types and whole shapes."""
     with _told(folder, "read"):
         found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     return {name: x for name, x in found.items() if isinstance(x, TensorStorageMetadata)}
 
 
 def read(folder: Path) -> dict[str, Tensor]:
-    """Everything, whole, on the CPU; no other process takes part."""
+    """Read everything, whole, on the CPU, in this process alone."""
     tensors = {name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in known(folder).items()}
     with _told(folder, "read"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that nobody else takes part is meant

@@ -1,6 +1,6 @@
 """Save and restore a sharded student: each rank its part, on any number of ranks.
 
-The names and types are those of `tropd.checkpoints.checkpoint`, so either reads what the other wrote.
+Names and types are those of `tropd.checkpoints.checkpoint`, so each module can read the other's checkpoints.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def save(
 
 
 def restore(path: Path, shards: Shards, optimizer: Optimizer, num_steps: int) -> None:
-    """Read a checkpoint of any number of processes, all ranks together; the whole is filled again."""
+    """Read a checkpoint of any number of processes, all ranks together, and fill the whole model again."""
     known = shard_files.known(path)
     buffers = {name: b for name, b in shards.weights().items() if name in dict(shards.whole.named_buffers())}
     targets: dict[str, Tensor] = dict(buffers)
@@ -62,7 +62,7 @@ def restore(path: Path, shards: Shards, optimizer: Optimizer, num_steps: int) ->
 
 
 def _moments(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Places for AdamW's state, as large as this rank's parts."""
+    """Empty tensors for AdamW's state, as large as this rank's parts."""
     found: dict[str, Tensor] = {}
     for name in optimizer.masters:
         found[f"{KINDS[0]}.{name}"] = torch.tensor(0.0)

@@ -1,4 +1,4 @@
-"""A student to look at: a Hugging Face folder or id, an exported adapter, or a run at one of its checkpoints."""
+"""Load a trained student: a Hugging Face folder or id, an exported adapter, or a run at one of its checkpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A student, and what made it where that is known."""
+    """A student, and the run that made it if that is known."""
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
@@ -31,13 +31,13 @@ class Trained:
 
 
 def is_run(source: Path) -> bool:
-    """An exported model holds its run.toml too, so the model's own files decide."""
+    """Whether a folder is a run's.  An exported model holds a run.toml too, so the model's files decide."""
     model = any((source / name).exists() for name in ("config.json", "adapter_config.json"))
     return (source / "run.toml").exists() and not model
 
 
 def load_student(source: str, step: int | None, device: str, dtype: Any) -> Trained:
-    """`step` picks a checkpoint of a run; without it a run's finished model counts, else its newest checkpoint."""
+    """Load a student.  `step` picks a checkpoint; without it, a run's finished model or its newest checkpoint."""
     path = Path(source).expanduser()
     if is_run(path):
         if step is None and (path / "model").is_dir():

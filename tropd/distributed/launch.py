@@ -1,4 +1,4 @@
-"""From a launcher's environment to the processes of a run, which end together and say why once.
+"""From a launcher's environment to the processes of a run, which end together and report an error once.
 
 torchrun --nproc-per-node 4 -m tropd train RUN.toml
 """
@@ -30,7 +30,7 @@ _SECONDS_FOR_A_REASON = 2.0
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> int:
-    """How many processes a launcher says that there are; a launch that cannot be understood is refused."""
+    """The number of processes that the launcher started; an inconsistent launch is refused."""
     said = {name: environment.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")}
     if not said["WORLD_SIZE"]:
         return 1
@@ -59,7 +59,7 @@ _HOW = (
 
 @contextmanager
 def together(run: Run, directory: Path) -> Iterator[Ranks]:
-    """All processes of the launch, for as long as the block takes.  What ends one ends all, and is told once."""
+    """Connect all processes of the launch for the block.  An error in one ends all, and is reported once."""
     size = launched()
     if size == 1:
         yield ALONE
@@ -85,7 +85,7 @@ def together(run: Run, directory: Path) -> Iterator[Ranks]:
 
 
 def speaks_first() -> bool:
-    """Whether no other process has told the user yet why the run ends; then this one should."""
+    """Whether this process should tell the user why the run ends, because no other process has."""
     try:
         return launched() == 1 or _store().add("speakers", 1) == 1
     except (ConfigError, RuntimeError):  # no launch that is understood, or the store is gone with its process
@@ -135,7 +135,7 @@ def _take_device(rank: int) -> None:
 
 
 def _be_quiet() -> None:
-    """Rank 0 shows the bars and warnings that all would show."""
+    """Hide progress bars and warnings: rank 0 shows them for all."""
     import warnings
 
     from tropd.model import hf
@@ -146,7 +146,7 @@ def _be_quiet() -> None:
 
 @cache
 def _store() -> Store:
-    """The place where processes leave word for each other; torchrun keeps it outside of them."""
+    """The store in which processes leave messages for each other; torchrun keeps it outside of them."""
     from torch.distributed.rendezvous import rendezvous
 
     try:
@@ -162,7 +162,7 @@ def _leave_word(reason: str) -> None:
 
 
 def _told() -> bool:
-    """Whether another process has said why it ends; one that is about to is waited for."""
+    """Whether another process has reported why it ends; waits a moment for it."""
     deadline = time.monotonic() + _SECONDS_FOR_A_REASON
     while time.monotonic() < deadline:
         try:
@@ -178,7 +178,7 @@ _BROKEN = ("gloo", "nccl", "connection", "timed out", "socket")
 
 
 def _is_lost(error: BaseException | None) -> bool:
-    """Whether this is how it shows here that another process has ended."""
+    """Whether this error means that another process has ended."""
     while error is not None and not isinstance(error, TropdError):
         broken = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _BROKEN)
         if isinstance(error, dist.DistError) or (type(error) is RuntimeError and broken):

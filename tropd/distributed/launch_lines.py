@@ -1,6 +1,6 @@
-"""How the processes of a run are started: lines for torchrun and SLURM, and the servers that its file names.
+"""Commands that start the processes of a run: for torchrun and SLURM, and for the servers in its file.
 
-`tropd.distributed.ray` starts the same commands on a Ray cluster.  No process knows who started it.
+`tropd.distributed.ray` starts the same commands on a Ray cluster.  A process does not know its launcher.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from tropd.servers.settings import is_loopback
 
 @dataclass(frozen=True, kw_only=True)
 class Launch(Ranged):
-    """A run as so many processes."""
+    """A run and its number of processes."""
 
     run: Run
     command: tuple[str, ...]
-    """What tropd is asked: train RUN.toml, or resume FOLDER."""
+    """Arguments of tropd: train RUN.toml, or resume FOLDER."""
     processes: Count = 1
     """At least 1."""
     nodes: Count = 1
@@ -47,14 +47,14 @@ class Server:
     url: str
     command: tuple[str, ...]
     environment: dict[str, str]
-    """A value $NAME stands for the variable of that name."""
+    """A value $NAME means the environment variable of that name."""
 
     def line(self) -> str:
         return " ".join([*(f'{name}="{value}"' for name, value in self.environment.items()), shlex.join(self.command)])
 
 
 def servers_of(run: Run) -> list[Server]:
-    """Commands that serve what the run asks for.  Servers of another kind are started by whoever knows how."""
+    """Commands that start the run's servers.  The user starts servers of other kinds."""
     top_k = run.method.objective.teacher_top_k
     weights, lora = dialect_of(run.rollout.server).weights, run.student.lora
     taking, variables = weights.serving(lora.rank if lora else None) if weights else ([], {})
@@ -68,7 +68,7 @@ def servers_of(run: Run) -> list[Server]:
 
 
 def _once(servers: Iterable[Server]) -> list[Server]:
-    """One for each address: teachers of several names may be the same model."""
+    """One server for each address: several teachers may be the same model."""
     found: dict[str, Server] = {}
     for server in servers:
         other = found.setdefault(urlsplit(server.url).netloc, server)
@@ -104,7 +104,7 @@ def _server(
 
 
 def lines(launch: Launch) -> str:
-    """Commands for a shell, for SLURM at once, and for SLURM's queue."""
+    """Commands for a shell, for `srun`, and for `sbatch`."""
     each, asked = launch.processes // launch.nodes, shlex.join(["-m", "tropd", *launch.command])
     meet = "$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1):29500"
     many = f"torchrun --nnodes {launch.nodes} --nproc-per-node {each} --rdzv-backend c10d --rdzv-endpoint"

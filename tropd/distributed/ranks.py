@@ -1,8 +1,8 @@
-"""The processes of a run: who is who, and what they tell each other.  `tropd.distributed.launch` brings them together.
+"""The processes of a run and what they exchange.  `tropd.distributed.launch` connects them.
 
-Every process (rank) reads the same run and the same prompts, takes its share of each batch, and learns from the others
-what concerns the whole batch: denominators, batch-wide selections, sums.  Tensors on a GPU travel by NCCL, the rest by
-gloo.  One process alone is a world too, in which nothing travels.
+Every process (rank) reads the same run and the same prompts, and takes its share of each batch.  Ranks exchange what
+concerns the whole batch: denominators, batch-wide selections, sums.  Tensors on a GPU travel by NCCL, the rest by gloo.
+A single process is a world too, in which nothing travels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 _BUCKET = 1 << 24
-"""Elements that are added in one go: large enough for the network, small beside a model."""
+"""Elements that are added at once: large enough for the network, small compared with a model."""
 
 
 class Ranks:
@@ -35,15 +35,15 @@ class Ranks:
         return self.rank == 0
 
     def share(self, things: Sequence[T]) -> list[T]:
-        """This rank's part of what all ranks have."""
+        """This rank's part of a list that all ranks have."""
         return list(things[self.rank :: self.size])
 
     def own_name(self, file: str) -> str:
-        """A file that each rank keeps for itself."""
+        """The name of a file that each rank keeps separately."""
         return file if self.leads else f"rank_{self.rank}_{file}"
 
     def own_folder(self, directory: Path) -> Path:
-        """Where a rank keeps its part of a batch: the run's folder, or one in it that looks like a run's."""
+        """The folder for a rank's part of a batch: the run's folder, or one inside it with the same layout."""
         if self.leads:
             return directory
         own = directory / f"rank_{self.rank}"
@@ -56,20 +56,20 @@ class Ranks:
         return x if self.size == 1 else torch.cat(self._parts(x))
 
     def gather_bytes(self, content: bytes) -> list[bytes]:
-        """What each rank says, in rank order."""
+        """The bytes of each rank, in rank order."""
         if self.size == 1:
             return [content]
         sent = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.zeros(0, dtype=torch.uint8)
         return [part.numpy().tobytes() for part in self._parts(sent)]
 
     def gather_json(self, value: Any) -> list[Any]:
-        """What each rank says, in rank order, as JSON gives it back."""
+        """The values of each rank, in rank order, after a round trip through JSON."""
         if self.size == 1:
             return [value]
         return [json.loads(content) for content in self.gather_bytes(json.dumps(value).encode())]
 
     def first(self, value: T) -> T:
-        """What rank 0 says."""
+        """The value of rank 0."""
         return self.gather_json(value)[0]
 
     def most(self, number: int) -> int:
@@ -80,7 +80,7 @@ class Ranks:
         return any(self.gather_json(said))
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Wait until every rank is here."""
         self.most(0)
 
     def add_(self, tensors: Sequence[Tensor]) -> None:

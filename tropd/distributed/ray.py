@@ -1,4 +1,4 @@
-"""A run on a Ray cluster: every process is held by an actor on its machine, and none outlives the launch."""
+"""A run on a Ray cluster: an actor on each machine holds each process, and none outlives the launch."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tropd.errors import ConfigError, EngineError, ProcessLost, require
 from tropd.servers.settings import is_loopback
 
 _LAST_SECONDS = 30.0
-"""What a process that is told to end may take for it."""
+"""Seconds that a process has to end after SIGTERM."""
 
 
 class Held:
-    """One process on a machine; what it says is said by its holder."""
+    """One process on a machine; this actor prints the process's output."""
 
     def place(self) -> tuple[str, int]:
-        """This machine's address as others reach it, and a port that is free there."""
+        """This machine's address for other machines, and a free port."""
         import ray  # pyright: ignore[reportMissingImports]
 
         with socket.socket() as probe:
@@ -39,7 +39,7 @@ class Held:
         self.process = subprocess.Popen([*command], env={**os.environ, **environment}, cwd=folder, **into)
 
     def wait(self) -> int:
-        """Its exit code; until then every line that it says."""
+        """Print its output until it ends; returns its exit code."""
         for line in self.process.stdout or ():
             print(line, end="", flush=True)
         return self.process.wait()
@@ -49,7 +49,7 @@ class Held:
             self.process.send_signal(number)
 
     def end(self) -> None:
-        """The process and its children, by force where words do not help."""
+        """End the process and its children, by force if SIGTERM does not help."""
         self.tell(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(_LAST_SECONDS / 2)
@@ -58,7 +58,7 @@ class Held:
 
 
 def run_on_ray(launch: Launch, address: str | None = None) -> int:
-    """Start the servers that do not answer, then the run, and wait; the exit code."""
+    """Start the servers that do not answer, then the run, and wait; returns the exit code."""
     require("ray", "ray", "--cluster ray")
     missing = [server for server in servers_of(launch.run) if not _answers(server.url)]
     size, held = launch.processes + len(missing), []
@@ -81,7 +81,7 @@ def run_on_ray(launch: Launch, address: str | None = None) -> int:
 
 @contextmanager
 def _cluster(address: str | None, size: int) -> Iterator[Any]:
-    """The one that there is, or one of this machine."""
+    """Connect to an existing cluster, or start one on this machine."""
     import ray  # pyright: ignore[reportMissingImports]
 
     how: dict[str, Any] = {"address": address} if address else {}
@@ -153,7 +153,7 @@ def _train(ray: Any, launch: Launch, each: dict[str, int], held: list[Any]) -> i
 
 @contextmanager
 def _heard() -> Iterator[list[int]]:
-    """Signals that come, in place of what they would do."""
+    """Collect SIGINT and SIGTERM instead of acting on them."""
     asked: list[int] = []
     before = {n: signal.signal(n, lambda number, frame: asked.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -1,11 +1,11 @@
-"""A model cut over the ranks with FSDP2, and the student's life in two bodies.
+"""A model sharded over the ranks with FSDP2; the student exists twice.
 
     whole   the plain model in its own precision: writes rollouts, is measured, is exported.  Empty while training
     cut     the same model, 1/size of each float32 parameter on each rank: is trained, is saved
 
-Before the rollouts of a step the whole is filled from the cut: one gather of all parameters a step.  While training the
-layers are gathered one by one, and what is not in a layer (embedding, last norm, head) once per micro-batch, from its
-forward to the end of its backward: so the head's weight can be read directly, tile by tile.
+Before the rollouts of a step the whole is filled from the cut, with one gather of all parameters.  In training the
+layers are gathered one by one.  Embedding, last norm and head are gathered once per micro-batch, from its forward to
+the end of its backward, so that the head's weight can be read directly, tile by tile.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _METHOD = "tropd_states"
 
 
 class Shards:
-    """The student: `whole` is filled to begin with."""
+    """The sharded student: `whole` is filled at the start."""
 
     def __init__(self, whole: nn.Module, world: Ranks) -> None:
         self.whole, self.filled = whole, True
@@ -51,12 +51,12 @@ class Shards:
                 module.set_force_sum_reduction_for_comms(True)  # gloo knows no sum with a factor
 
     def forward(self, plain: Forward) -> Forward:
-        """The forward pass that trains: as that of the whole, through the cut."""
+        """The forward pass for training: like that of the whole, through the cut."""
         return _through(self.cut, plain)
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Gather every parameter into the whole; all ranks together."""
+        """Gather every parameter into the whole, all ranks together."""
         if self.filled:
             return
         wholes = dict(self.whole.named_parameters())
@@ -66,13 +66,13 @@ class Shards:
         self.filled = True
 
     def empty(self) -> None:
-        """Give the memory of the whole back: it is stale from the first gradient on."""
+        """Free the memory of the whole, which is stale from the first gradient on."""
         for parameter in self.whole.parameters():
             parameter.data = parameter.data.new_empty(0)
         self.filled = False
 
     def idle(self) -> None:
-        """Forward and backward of nothing: every rank takes part in each gather and each sum of gradients."""
+        """Forward and backward without data: every rank takes part in each gather and each sum of gradients."""
         self.cut.train()
         inside: Any = self.cut
         token = torch.zeros((1, 1), dtype=torch.int64, device=next(self.cut.parameters()).device)
@@ -82,20 +82,20 @@ class Shards:
         nothing.backward()
 
     def weights(self) -> dict[str, Tensor]:
-        """What a checkpoint calls weights: in the precision of the whole, with persistent buffers."""
+        """The weights of a checkpoint: in the precision of the whole, with persistent buffers."""
         dtypes = {name: p.dtype for name, p in self.whole.named_parameters()}
         persistent = set(self.whole.state_dict())
         kept = {name: p.detach().to(dtypes[name]) for name, p in self.cut.named_parameters()}
         return kept | {name: b for name, b in self.whole.named_buffers() if name in persistent}
 
     def masters(self) -> dict[str, Tensor]:
-        """The float32 parameters where the whole is in half precision, as an unsharded optimiser would name them."""
+        """The float32 parameters if the whole is in half precision, with the names of an unsharded optimiser."""
         dtypes = {name: p.dtype for name, p in self.whole.named_parameters()}
         return {f"master.{n}": p.detach() for n, p in self.cut.named_parameters() if p.dtype != dtypes[n]}
 
 
 class ShardedTeacher:
-    """A frozen teacher cut in place: layers are gathered one by one, the rest stays gathered after its first use."""
+    """A frozen teacher, sharded in place: layers are gathered one by one, the rest stays gathered after first use."""
 
     def __init__(self, model: nn.Module, world: Ranks) -> None:
         self.model, self.world, self.begun = model, world, False
@@ -105,7 +105,7 @@ class ShardedTeacher:
         return _through(self.model, plain)
 
     def more_passes(self, number: int) -> int:
-        """How many passes this rank must add to the ones it needs, since every gather is everybody's.
+        """How many passes this rank must add to its own, because all ranks take part in every gather.
 
         Also lets FSDP forget the passes before: it keeps them for a backward that a teacher never sees.
         """
@@ -117,7 +117,7 @@ class ShardedTeacher:
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """All of it on every rank, so that ranks may ask it different numbers of times: for writing texts."""
+        """The whole teacher on every rank, so that ranks may call it different numbers of times to write texts."""
         parts = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
         root, layers = parts[0], parts[1:]
         for part in parts:
@@ -134,7 +134,7 @@ class ShardedTeacher:
 
 
 def check_torch() -> None:
-    """Sharding leans on young parts of FSDP2."""
+    """Refuse a torch without the recent parts of FSDP2 that sharding uses."""
     parts = ("set_force_sum_reduction_for_comms", "reset_iter_state")
     if missing := [name for name in parts if not hasattr(FSDPModule, name)]:
         raise ConfigError(
@@ -166,7 +166,7 @@ def _twin_of(model: nn.Module) -> Any:
 
 
 def _cut(model: Any, mesh: DeviceMesh, policy: MixedPrecisionPolicy, sources: dict[str, nn.Parameter] | None) -> None:
-    """Cut layer by layer, so that never more than one is there whole beside the source; then what is left over."""
+    """Shard layer by layer, so that only one whole layer exists beside the source; then the rest."""
     blocks = hf.block_names(model)
     layers = {name: m for name, m in model.named_modules() if type(m).__name__ in blocks}
     if not layers:
@@ -183,12 +183,12 @@ def _cut(model: Any, mesh: DeviceMesh, policy: MixedPrecisionPolicy, sources: di
 
 
 def _states(model: Any, **inputs: Any) -> tuple[Tensor]:
-    """The model without its head, as a forward pass of the root: FSDP gathers for a root that is asked, no other."""
+    """The model without its head, as a method of the root: FSDP gathers only when the root is called."""
     return (model.get_decoder()(**inputs)[0],)
 
 
 def _copy_weights(module: nn.Module, prefix: str, sources: dict[str, nn.Parameter]) -> None:
-    """Give the bare parameters of a module their weights, in float32; one tensor for those that are tied."""
+    """Fill the empty parameters of a module in float32; tied parameters share one tensor."""
     made: dict[int, nn.Parameter] = {}
     for place, owner in module.named_modules(prefix=prefix):
         for name, bare in owner._parameters.items():

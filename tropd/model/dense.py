@@ -26,7 +26,7 @@ def can_tile(head: Head) -> bool:
 
 
 def dense_loss(head: Head, hidden_NH: Tensor, written_N: Tensor, loss_of: TileLoss, tile_tokens: int) -> Tensor:
-    """The loss of all rows, its gradient already formed."""
+    """The loss of all rows, with its gradient already formed."""
     TAKEN.add(FastPath.DENSE_HEAD)
     return _Dense.apply(hidden_NH, head.weight_VH, head.bias_V, head, written_N, loss_of, tile_tokens)
 

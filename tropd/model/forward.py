@@ -1,4 +1,4 @@
-"""Rollouts to log-probabilities, and the only place where anything is shifted by one.
+"""From rollouts to log-probabilities; the only place where anything is shifted by one.
 
 The state at token t-1 predicts token t: `hidden` returns, for each response token, the state that predicts it, so
 everything after it describes the token itself.  Rows are the response tokens, one rollout after another.
@@ -27,18 +27,18 @@ from tropd.types import Rollout
 
 Arrangement = Literal["padded", "packed"]
 PROBE = (5, 8)
-"""Lengths of the two sequences that packing is tried with."""
+"""Lengths of the two sequences that test whether packing works."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layout:
-    """Sequences as one rectangle, and where in it each response token is predicted."""
+    """Sequences as one rectangle, and the place in it that predicts each response token."""
 
     input_ids_BT: Tensor
     position_ids_BT: Tensor | None
-    """None: 0, 1, ... in each row, which is what a model does by itself."""
+    """None: 0, 1, ... in each row, the default of a model."""
     predicted_at_N: Tensor
-    """Index into the flattened rectangle, one per response token: its own place minus one."""
+    """Index into the flattened rectangle, one per response token: the token's place minus one."""
 
 
 def lay_out(
@@ -80,15 +80,15 @@ def similar_lengths(lengths: Sequence[int], tokens_per_batch: int) -> list[list[
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Measured:
-    """A model's opinion of some response tokens, without gradient."""
+    """What a model computes for some response tokens, without gradient."""
 
     logprobs_N: Tensor
     topk_ids_NK: Tensor | None = None
-    """Likeliest first, equal ones by id."""
+    """Likeliest first; equally likely tokens by id."""
     topk_logprobs_NK: Tensor | None = None
     entropy_N: Tensor | None = None
     at_logprobs_NJ: Tensor | None = None
-    """At the `at_ids_NJ` that were given."""
+    """Log-probabilities at the given `at_ids_NJ`."""
     full_logprobs_NV: Tensor | None = None
     hidden_NH: Tensor | None = None
     """The states that predict the tokens."""
@@ -131,7 +131,7 @@ class Forward:
         return self.head.vocab_size
 
     def hidden(self, rollouts: Sequence[Rollout]) -> Tensor:
-        """[N, H]: for each response token, whoever wrote it, the state that predicts it."""
+        """[N, H]: for each response token, by any author, the state that predicts it."""
         self._check_rollouts(rollouts)
         if not rollouts:
             return self.head.weight_VH.new_zeros((0, self.head.weight_VH.shape[-1]))
@@ -142,7 +142,7 @@ class Forward:
         return self._hidden(lay_out(sequences, num_prompts, self.layout))
 
     def view(self, rollouts: Sequence[Rollout], tokens: Tokens, needs: Needs) -> StudentView:
-        """The student's view of these tokens, with gradient, in whatever mode (dropout) the model is."""
+        """The student's view of these tokens, with gradient, in the current mode of the model (dropout)."""
         hidden_NH = self.hidden(rollouts)
         ids_N = self._response_ids(rollouts)
         assert torch.equal(tokens.token_ids_N.to(ids_N.device), ids_N), "tokens are not the responses of these rollouts"
@@ -170,8 +170,8 @@ class Forward:
         at_ids_NJ: Tensor | None = None,
         top_rows: TopRows | None = None,
     ) -> Measured:
-        """The model's own opinion, without gradient or dropout: entropy and the whole distribution where `needs` asks
-        for them, this model's `top_k` likeliest tokens (at most the vocabulary), and its opinion of given tokens."""
+        """What the model computes for these tokens, without gradient or dropout: entropy and the whole distribution if
+        `needs` has them, the `top_k` likeliest tokens (at most the vocabulary), and given tokens."""
         columns = [self._response_ids(rollouts).unsqueeze(1), *([] if at_ids_NJ is None else [at_ids_NJ])]
         top_k, tile_tokens = min(top_k, self.vocab_size), self.tiling.tile_tokens
         entropy, full = bool(needs & (Needs.TEACHER_ENTROPY | Needs.STUDENT_ENTROPY)), Needs.FULL in needs
@@ -214,7 +214,7 @@ class Forward:
 
     @torch.no_grad()
     def reverse_kl(self, rollouts: Sequence[Rollout], teacher: Forward, as_read: Sequence[Rollout] = ()) -> Tensor:
-        """[N]: sum_v pi_S(v) (log pi_S(v) - log pi_T(v)) over the whole vocabulary, where self is the student.
+        """[N]: sum_v pi_S(v) (log pi_S(v) - log pi_T(v)) over the whole vocabulary; self is the student.
 
         `as_read` are the rollouts as the teacher reads them, where another prompt stands before the same responses.
         """
@@ -251,7 +251,7 @@ class Forward:
         return torch.tensor(ids, dtype=torch.long, device=self.head.weight_VH.device)
 
     def _wanted(self, columns: list[Tensor]) -> Tensor:
-        """The tokens to read in each row, refused where they are outside of the vocabulary."""
+        """The tokens to read in each row; an error if one is outside the vocabulary."""
         ids_NM = torch.cat([column.to(columns[0].device) for column in columns], dim=1)
         if ids_NM.numel() and not 0 <= int(ids_NM.min()) <= int(ids_NM.max()) < self.vocab_size:
             raise VocabularyError(
@@ -261,7 +261,7 @@ class Forward:
         return ids_NM
 
     def _check_rollouts(self, rollouts: Sequence[Rollout]) -> None:
-        """Refuse what a forward pass would answer with an index error, or with nonsense."""
+        """Refuse rollouts for which a forward pass would raise an index error or compute nonsense."""
         num_rows = self.head.weight_VH.shape[0]
         for rollout in rollouts:
             if self.context is not None and len(rollout.token_ids) > self.context:
@@ -283,7 +283,7 @@ class Forward:
 
     @torch.no_grad()
     def _packs(self, lengths: Sequence[int] | None = None) -> bool:
-        """Whether packed sequences leave each other alone: not in recurrent models or in some attention kernels."""
+        """Whether packed sequences are independent: not in recurrent models or in some attention kernels."""
         ids = [i % self.vocab_size for i in range(sum(PROBE))]
         sequences, num_prompts = [ids[: PROBE[0]], ids[PROBE[0] :]], [1, 1]
         packed = self._hidden(lay_out(sequences, num_prompts, "packed"), lengths)

@@ -1,4 +1,4 @@
-"""Loss and gradient of a tile of tokens while its logits are in cache: the vocabulary is visited once.
+"""Loss and gradient of a tile of tokens while its logits are in cache: one pass over the vocabulary.
 
     z = h W^T                                        [C, V]      matrix product 1
     p = softmax z,  L = log sum_v exp z_v                        one exponential per logit, in place
@@ -34,7 +34,7 @@ from tropd.model.products import add_product_
 
 @dataclass(frozen=True, kw_only=True)
 class TileWork:
-    """What a fused pass computes beside its differentiable inputs."""
+    """The inputs of a fused pass that need no gradient."""
 
     ids_NM: Tensor
     """Wanted tokens of each row; column 0 is the written one."""
@@ -43,7 +43,7 @@ class TileWork:
     scale: float
     """z = scale * (h W^T + b)."""
     tile_vocab: int | None = None
-    """Tokens of the vocabulary in a tile; None for all."""
+    """Vocabulary size of a tile; None for the whole vocabulary."""
 
 
 def matrix_of(head: Head) -> tuple[Tensor, Tensor | None, float]:
@@ -93,7 +93,7 @@ class Fused(torch.autograd.Function):
 
 
 class Gradients:
-    """Accumulators: float32 at least, whatever the model's dtype.  The first tile fills what is empty."""
+    """Accumulators, in float32 or wider for any dtype of the model.  The first tile fills empty ones."""
 
     def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, wants: Sequence[bool]) -> None:
         dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
@@ -138,7 +138,7 @@ def _tile(
 
 
 def kernels_for(z_CV: Tensor) -> ModuleType | None:
-    """`tropd.model.kernels` where it serves this tile: on CUDA, or in Triton's interpreter."""
+    """`tropd.model.kernels`, if it can handle this tile: on CUDA, or in Triton's interpreter."""
     on = z_CV.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     if not on or z_CV.dtype == torch.float64 or find_spec("triton") is None:
         return None
@@ -176,7 +176,7 @@ def _soften_(p_rV: Tensor, highest_r: Tensor | None) -> Tensor:
 
 
 def log_sum_exp(z_CV: Tensor, entropy: bool = False, highest_C: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """log sum exp z of each row, and the entropy where asked (else no rows); z is left as it was."""
+    """log sum exp z of each row, and the entropy if wanted (else no rows); z stays unchanged."""
     if kernels := kernels_for(z_CV):
         return kernels.log_sum_rows(z_CV, entropy)
     wide = torch.promote_types(z_CV.dtype, torch.float32)
@@ -210,7 +210,7 @@ def add_sparse(
 def add_peaks(
     rows: slice, hidden_CH: Tensor, weight_VH: Tensor, peaks: Peaks, log_sum_C: Tensor, dense_C: Tensor, sums: Gradients
 ) -> None:
-    """-a p~ at the peaks, which the tile does not hold."""
+    """Add -a p~ at the peaks, which the tile does not hold."""
     if not peaks.ids_CE.shape[1]:
         return
     c_CE = dense_C[:, None] * (peaks.exact_CE - log_sum_C[:, None]).exp()

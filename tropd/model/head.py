@@ -1,10 +1,10 @@
-"""Hidden states to log-probabilities, with the logits that the model itself would give.
+"""From hidden states to log-probabilities, with exactly the model's own logits.
 
 Families differ in what follows the matrix product (a factor, a divisor, a soft cap).  Their configurations say which;
-a probe at construction asks the model itself, so a family that does something else is refused and never misread.
+a probe at construction compares with the model itself, so a family that differs is refused and never misread.
 
 The head runs tile by tile and each tile is recomputed in backward: nothing has tokens times vocabulary elements unless
-the whole distribution is asked for.  Sums over the vocabulary are taken in float32 or better, while the matrix product
+the whole distribution is wanted.  Sums over the vocabulary are taken in float32 or better, while the matrix product
 keeps the precision of the weights.
 """
 
@@ -28,12 +28,12 @@ from tropd.model.peaks import find_peaks, has_peaks, is_matrix, products_at
 from tropd.objective.evidence import at_least_float32
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Relative differences that kernels of other shapes may make; a wrong head or a leak makes one near 1."""
+"""Relative differences that kernels of other shapes may cause; a wrong head or a leak causes one near 1."""
 
 
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; afterwards each module is in its own mode again."""
+    """Evaluation mode inside the block; afterwards each module has its previous mode."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -52,7 +52,7 @@ def differ(a: Tensor, b: Tensor) -> bool:
 
 
 def causal_lm_of(model: nn.Module) -> Any:
-    """The model with the language-model head, taken out of a PEFT wrapper, or a refusal in words."""
+    """The model with the language-model head, without a PEFT wrapper; an error if there is none."""
     name = type(model).__name__
     outside: Any = model
     inside = outside.get_base_model() if hasattr(model, "get_base_model") else outside
@@ -120,11 +120,11 @@ class Head:
         return cast("Tensor | None", getattr(self.module, "bias", None))
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
-        """What the model's own forward gives for these hidden states, in the model's dtype."""
+        """The logits of the model's own forward for these hidden states, in the model's dtype."""
         return self.transform(self.module(hidden_NH)[..., : self.vocab_size])
 
     def transform(self, logits_NV: Tensor) -> Tensor:
-        """Scale and soft-cap what the matrix gives."""
+        """Scale and soft-cap the product of the matrix."""
         if self.factor != 1.0:
             logits_NV = logits_NV * self.factor
         if self.divisor != 1.0:
@@ -158,7 +158,7 @@ class Head:
         entropy: bool = False,
         full: bool = False,
     ) -> dict[str, Tensor]:
-        """Log-probabilities at the wanted tokens ("at") and what else is asked for: see `read_logits`.
+        """Log-probabilities at the wanted tokens ("at") and more on request: see `read_logits`.
 
         With gradient, a tile's logits are computed again in backward and never kept.
         """
@@ -176,7 +176,7 @@ class Head:
 
 
 def tiles(num_tokens: int, tile_tokens: int) -> Iterator[slice]:
-    """At least one, if an empty one, so that shapes are right without tokens."""
+    """Slices of tokens; a single empty slice if there are none, so that shapes are right."""
     if num_tokens > tile_tokens:
         TAKEN.add(FastPath.SEVERAL_TILES)
     for start in range(0, max(num_tokens, 1), tile_tokens):
@@ -186,7 +186,7 @@ def tiles(num_tokens: int, tile_tokens: int) -> Iterator[slice]:
 def read_logits(
     logits_NV: Tensor, ids_NM: Tensor, top_k: int = 0, entropy: bool = False, full: bool = False
 ) -> dict[str, Tensor]:
-    """log pi(v) = z_v - log sum_u exp(z_u), at the wanted tokens and, where asked, beyond."""
+    """log pi(v) = z_v - log sum_u exp(z_u), at the wanted tokens, and more on request."""
     log_z_N1 = logits_NV.logsumexp(-1, keepdim=True)
     found = {"at": logits_NV.gather(1, ids_NM) - log_z_N1, "log_z": log_z_N1}
     if top_k:
@@ -206,7 +206,7 @@ def _number(config: Any, name: str, default: float) -> float:
 
 @torch.no_grad()
 def _check(head: Head, model: nn.Module, inside: Any) -> None:
-    """Refuse a model that looks ahead, that is more than backbone and head, or whose head is not the one described."""
+    """Refuse a model that looks ahead, has more than backbone and head, or has another head than described."""
     name, num_rows = type(inside).__name__, head.weight_VH.shape[0]
     ids_T = torch.arange(8, device=head.weight_VH.device) % num_rows
     ids_BT = torch.stack([ids_T, ids_T])
@@ -235,7 +235,7 @@ def _check(head: Head, model: nn.Module, inside: Any) -> None:
 
 
 def _ask(head: Head, model: nn.Module, backbone: nn.Module, ids_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The model's own hidden states, loud ones put in their place, and its own logits for those.
+    """The model's own hidden states, loud ones in their place, and the model's logits for the loud ones.
 
     A cap or a factor shows on loud hidden states whatever the weights are.
     """

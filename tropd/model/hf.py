@@ -1,7 +1,7 @@
-"""What tropd knows of the insides of `transformers`, all of it: names that a new release may change.
+"""Everything that tropd knows of the insides of `transformers`: names that a new release may change.
 
-Each entry was run with transformers 5.0 to 5.24 (`make test-oldest`, `make test`).  Where an inside is not as described
-here, whoever asked takes the plain path and says so: a new release costs speed, never the run.
+Each entry was run with transformers 5.0 to 5.24 (`make test-oldest`, `make test`).  If an inside differs from this
+description, tropd takes the plain path and says so: a new release costs speed, never the run.
 
     inside                      fast path                       plain path
     cache classes and argument  keys and values are kept        each text is read whole for every token
@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 
 class Unexpected(Exception):
-    """An inside of transformers is not as this module describes it."""
+    """An inside of transformers differs from what this module describes."""
 
 
 def step_aside(slower: str, reason: BaseException | str) -> str:
-    """Say that a fast path is left and why, which is given back; the numbers are the same."""
+    """Log that a fast path is left, and why; returns the reason.  The numbers stay the same."""
     from transformers import __version__
 
     why = reason if isinstance(reason, str) else f"{type(reason).__name__}: {str(reason).strip() or 'no message'}"
@@ -38,7 +38,7 @@ def step_aside(slower: str, reason: BaseException | str) -> str:
 
 
 def _inside(module: str, name: str) -> Any:
-    """A name of transformers; where there is none, an empty class in its place."""
+    """A class of transformers, or an empty class if this release lacks it."""
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError):
@@ -47,7 +47,7 @@ def _inside(module: str, name: str) -> Any:
 
 
 missing: list[str] = []
-"""The classes that this release does not have."""
+"""The classes that this release lacks."""
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -57,7 +57,7 @@ else:
     )
 
 CACHE_ARGUMENTS = ("cache", "past_key_values")
-"""What a model's forward calls its key-value cache: the first since 5.24, the second before."""
+"""Names of the key-value cache in a model's forward: the first since 5.24, the second before."""
 
 
 def takes(model: Any, name: str) -> bool:
@@ -66,12 +66,12 @@ def takes(model: Any, name: str) -> bool:
 
 
 def cache_argument(model: Any) -> str | None:
-    """The name under which this model's forward takes a key-value cache; None where it takes none that is known."""
+    """The name of the key-value cache in this model's forward; None if no known name fits."""
     return None if missing else next((name for name in CACHE_ARGUMENTS if takes(model, name)), None)
 
 
 def query_length(asked: int | Tensor) -> int:
-    """What a cache is asked the size of a mask with: a number since 5.4, the positions of the queries before."""
+    """The argument with which a cache gives the size of a mask: a number since 5.4, the queries' positions before."""
     return asked if isinstance(asked, int) else asked.shape[0]
 
 
@@ -87,7 +87,7 @@ def layers_of(cache: DynamicCache) -> list[DynamicLayer]:
 
 
 def layer_types(model: Any) -> set[str]:
-    """How the layers of a model attend, where its configuration says so."""
+    """The attention type of each layer, if the configuration has it."""
     return set(getattr(model.config.get_text_config(), "layer_types", None) or ())
 
 
@@ -97,25 +97,25 @@ _ENABLE = ("activation_checkpointing", "gradient_checkpointing")
 
 
 def enable_checkpointing(model: Any) -> None:
-    """Let the layers of a model run again in backward instead of keeping what they computed."""
+    """Make layers recompute their activations in backward instead of keeping them."""
     name = next((name for name in _ENABLE if hasattr(model, f"{name}_enable")), _ENABLE[0])
     getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
 
 
 def checkpointed(model: nn.Module) -> list[nn.Module]:
-    """The modules that run again in backward."""
+    """The modules that recompute in backward."""
     # vars, not getattr: a LoRA wrapper answers for the model inside it, and setting it there would leave a copy.
     return [module for module in model.modules() if vars(module).get(CHECKPOINTING) is True]
 
 
 def recomputes(model: nn.Module) -> bool:
-    """Whether layers run again in backward: where the flag is called otherwise, the model's own word counts."""
+    """Whether layers recompute in backward; if the flag has another name, the model's own property counts."""
     name = next((name for name in _ENABLE if hasattr(model, f"{name}_enable")), _ENABLE[0])
     return model.training and bool(checkpointed(model) or getattr(model, f"is_{name}", False))
 
 
 def block_names(model: nn.Module) -> set[str]:
-    """The classes of the layers that a sharded model is cut into."""
+    """The classes of the layers into which a model is sharded."""
     return set(getattr(model, "_no_split_modules", None) or ())
 
 
@@ -124,7 +124,7 @@ PLAIN_ATTENTION = "sdpa"
 
 
 def register_attention(name: str, attention: Callable[..., Any]) -> bool:
-    """Let models attend by this function; False where this release knows no such thing."""
+    """Register an attention function under a name; False if this release cannot."""
     register = getattr(_inside("transformers", "AttentionInterface"), "register", None)
     if register is not None:
         register(name, attention)
@@ -132,13 +132,13 @@ def register_attention(name: str, attention: Callable[..., Any]) -> bool:
 
 
 def attention_of(model: Any) -> str | None:
-    """The name of the attention that a model runs; None where it does not say."""
+    """The name of a model's attention; None if it is unknown."""
     return getattr(getattr(model, "config", None), _IMPLEMENTATION, None)
 
 
 @contextmanager
 def attending(model: Any, name: str) -> Iterator[None]:
-    """For a while the model attends by the function of this name."""
+    """Inside the block the model uses the attention of this name."""
     config, before = model.config, getattr(model.config, _IMPLEMENTATION)
     setattr(config, _IMPLEMENTATION, name)
     try:
@@ -148,7 +148,7 @@ def attending(model: Any, name: str) -> Iterator[None]:
 
 
 def quiet(*, warnings_too: bool = False) -> None:
-    """No bars while models are read and written, and no warnings where asked."""
+    """No progress bars while models are read and written, and on request no warnings."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -172,13 +172,13 @@ MASK_DRIVEN = (
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
 )
-"""Families whose layers look exactly where a mask of four axes lets them, wherever in the cache the keys lie."""
+"""Families whose layers attend exactly as a mask of four axes says, wherever in the cache the keys are."""
 
 
 def windows_of(model: Any) -> dict[str, int | None]:
-    """How far back each kind of layer looks, None for everything; "" where one mask serves all layers.
+    """How far back each kind of layer looks, None for everything; the kind is "" if one mask serves all layers.
 
-    Empty where a model's masks cannot be made for it.
+    Empty if tropd cannot make the model's masks.
     """
     config = model.config.get_text_config()
     if type(model).__name__ not in MASK_DRIVEN or attention_of(model) not in ("eager", PLAIN_ATTENTION):
@@ -190,7 +190,7 @@ def windows_of(model: Any) -> dict[str, int | None]:
 
 
 FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-"""Families whose parts are called as below."""
+"""Families whose parts have the names below."""
 PARTS = {
     "embed": "model.embed_tokens",
     "rotary": "model.rotary_emb",
@@ -220,7 +220,7 @@ EPSILON = "variance_epsilon"
 
 @dataclass(frozen=True, kw_only=True)
 class LayerParts:
-    """One decoder layer, taken apart."""
+    """The parts of one decoder layer."""
 
     norm: Any
     query: Any
@@ -238,7 +238,7 @@ class LayerParts:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """A model of one of the families, taken apart."""
+    """The parts of a model of one of the families."""
 
     embed: Any
     rotary: Any
@@ -252,7 +252,7 @@ class Parts:
 
 
 def parts_of(base: Any) -> Parts:
-    """Take a model apart, or raise `Unexpected`."""
+    """The parts of a model; raises `Unexpected` if it is built differently."""
     name = type(base).__name__
     if name not in FAMILIES:
         raise Unexpected(f"{name} is none of {', '.join(FAMILIES)}")

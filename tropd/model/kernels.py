@@ -92,7 +92,7 @@ def softmax_rows_(z_CV: Tensor, block: int | None = None) -> Tensor:
 
 
 def log_sum_rows(z_CV: Tensor, entropy: bool = False, block: int | None = None) -> tuple[Tensor, Tensor]:
-    """log sum exp z of each row, and the entropy where asked (else no rows); z is only read."""
+    """log sum exp z of each row, and the entropy if wanted (else no rows); z is only read."""
     log_sum_C, entropy_C = _empty(z_CV, len(z_CV)), _empty(z_CV, len(z_CV) if entropy else 0)
     if len(z_CV):
         with _on(z_CV):
@@ -111,7 +111,7 @@ def exponentials_(z_CV: Tensor, log_sum_C: Tensor, block: int | None = None) -> 
 
 @cache
 def agree(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels compile on this device and give PyTorch's numbers; where not, a warning says why."""
+    """Whether the kernels compile on this device and give PyTorch's numbers; if not, a warning says why."""
     z_CV = (torch.arange(3 * 5003, device=device).reshape(3, 5003) * 0.37).sin().mul(9).to(dtype)
     exact_CV = z_CV.double().log_softmax(-1)
     exact_C = z_CV.double().logsumexp(-1)

@@ -76,7 +76,7 @@ def lean_rows(
 
 
 class _Visit:
-    """The logits of one tile of tokens, a tile of the vocabulary at a time, in one buffer."""
+    """The logits of one tile of tokens, one tile of the vocabulary at a time, in one buffer."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class _Visit:
         self.held: slice | None = None
 
     def logits(self, part: slice) -> Tensor:
-        """z of one part of the vocabulary, computed unless it was the last one asked for."""
+        """z of one part of the vocabulary; computed again unless it was the last part."""
         width = part.stop - part.start
         z_Cv = self.buffer[: len(self.hidden_CH) * width].view(-1, width)
         if self.held != part:
@@ -106,7 +106,7 @@ class _Visit:
     def read(
         self, ids_CM: Tensor, top_k: int = 0, entropy: bool = False
     ) -> tuple[Tensor, Tensor, Peaks, dict[str, Tensor]]:
-        """Logits at the wanted ids, log sum exp z, the peaks, and the likeliest tokens and the entropy where asked.
+        """Logits at the wanted ids, log sum exp z, the peaks, and on request the likeliest tokens and the entropy.
 
         H = L + sum_j exp(L_j - L) (H_j - L_j).
         """
@@ -171,7 +171,7 @@ class _Visit:
 
 
 class _Lean(Fused):
-    """`Fused` with another way forward; the way back is the same."""
+    """`Fused` with another forward; the backward is the same."""
 
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, work: TileWork) -> Tensor:
@@ -222,7 +222,7 @@ def _buffer(hidden_NH: Tensor, weight_VH: Tensor, tile_tokens: int, tile_vocab: 
 
 
 def _within(z_Cv: Tensor, ids_CM: Tensor) -> tuple[Tensor, Tensor]:
-    """Which ids, counted from the tile's first, lie in the tile, and what was read there (anything elsewhere)."""
+    """Which ids, counted from the tile's first, lie in the tile, and their logits (any number for the others)."""
     inside_CM = (ids_CM >= 0) & (ids_CM < z_Cv.shape[1])
     read_CM = z_Cv.gather(1, ids_CM.clamp(0, z_Cv.shape[1] - 1))
     return inside_CM, read_CM.to(torch.promote_types(z_Cv.dtype, torch.float32))
@@ -238,7 +238,7 @@ def _merged(before: tuple[Tensor, Tensor] | None, new: tuple[Tensor, Tensor], to
 
 
 def _check(ids_NM: Tensor, tile_vocab: int, vocab_size: int) -> None:
-    """An id that no tile holds would be read nowhere, which no gather would notice."""
+    """Refuse ids outside the vocabulary: no tile holds them, and no gather would raise an error."""
     if tile_vocab < 1:
         raise ConfigError(
             f"tile_vocab = {tile_vocab} was asked for, but a tile holds at least one of the {vocab_size} tokens of the "

@@ -3,7 +3,7 @@
 Two levels where the vocabulary is large: the largest logits lie in the columns with the largest maxima.
 
     z_0      z_1      ..  z_W-1          W = V // 64 columns of 64 tokens, strided, so that maxima are taken
-    z_W      z_W+1    ..  z_2W-1         along memory; what is left over is looked at whole
+    z_W      z_W+1    ..  z_2W-1         along memory; the remainder is searched whole
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tropd.model.parts import rows_at_once
 
 _HEIGHT = 64
 _SLACK = 32
-"""Columns beyond `top_k`, so that few rows have an equal logit in a column that was not looked at."""
+"""Extra columns beyond `top_k`, so that few rows have an equal logit in a column that was not searched."""
 
 
 def likeliest(
@@ -25,7 +25,7 @@ def likeliest(
     """Ids and logits [N, K] of the `top_k` likeliest tokens of some rows, likeliest first, equal ones by id.
 
     torch.topk promises nothing about equal logits, and in half precision many are equal: so more candidates are taken
-    than needed, and where even the best of the others may equal the k-th, the whole row is looked through.
+    than needed, and if even the best of the others may equal the k-th, the whole row is searched.
     """
     ids_NP, logits_NP, bound_N = _pool(logits_CV, top_k + _SLACK, maxima_CW, rows_N)
     num_candidates = min(4 * top_k + 16, ids_NP.shape[1])
@@ -42,7 +42,7 @@ def likeliest(
 
 
 def largest(logits_CV: Tensor, number: int, maxima_CW: Tensor | None = None) -> Tensor:
-    """Ids [C, number] of the largest logits, in no promised order; which of equal ones is open."""
+    """Ids [C, number] of the largest logits, in any order; ties are broken arbitrarily."""
     ids_CP, logits_CP, _ = _pool(logits_CV, number, maxima_CW, None)
     return ids_CP.gather(1, logits_CP.topk(number, dim=-1).indices)
 
@@ -63,7 +63,7 @@ def column_maxima(logits_CV: Tensor) -> Tensor:
 
 
 def _column_maxima_of(logits_CV: Tensor, rows_N: Tensor | None) -> Tensor:
-    """Of some rows, without a copy of all of them."""
+    """The column maxima of some rows, without a copy of all rows."""
     if rows_N is None:
         return column_maxima(logits_CV)
     return torch.cat([column_maxima(logits_CV[some]) for some in rows_N.split(rows_at_once(logits_CV))])
@@ -72,7 +72,7 @@ def _column_maxima_of(logits_CV: Tensor, rows_N: Tensor | None) -> Tensor:
 def _pool(
     logits_CV: Tensor, number: int, maxima_CW: Tensor | None, rows_N: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids and logits of tokens among which a row's `number` largest are, and the largest logit that is not there."""
+    """Ids and logits of tokens that include a row's `number` largest, and the largest logit outside of them."""
 
     def chosen(x: Tensor) -> Tensor:
         return x if rows_N is None else x[rows_N]

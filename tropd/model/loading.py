@@ -1,4 +1,4 @@
-"""Models and tokenizers from disk or hub, and what a user must be told when that fails."""
+"""Models and tokenizers from disk or hub, with an explanation for the user if loading fails."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tropd.models")
 LARGEST_SIZE, MOST_LAYERS = 10**9, 10**4
-"""Of a model: sizes beyond these are a slip or an attack, and would be built for hours before they fail."""
+"""Limits of a model: larger sizes are a slip or an attack, and would be built for hours before they fail."""
 
 _AT_ONCE = 1 << 24
-"""Values that are named at once: 64 MiB of float32."""
+"""Values that are hashed at once: 64 MiB of float32."""
 
 
 def choose_device(asked: str) -> torch.device:
@@ -62,13 +62,13 @@ def load_tokenizer(config: ModelConfig, whose: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(config: ModelConfig, whose: str, device: torch.device) -> Any:
-    """The causal language model of a configuration, in evaluation mode and with weights of its own in every tensor."""
+    """The causal language model of a configuration, in evaluation mode, with every tensor read from its files."""
     _check_path(config.path, f"{whose}.path")
     return _read(config, choose_dtype(config.dtype, device), whose).to(device).eval()
 
 
 def as_pair(given: Any, whose: str) -> tuple[Any, PreTrainedTokenizerBase]:
-    """A model of transformers and its tokenizer, from both or from a model whose `name_or_path` has the tokenizer."""
+    """A model of transformers and its tokenizer: a given pair, or the tokenizer from the model's `name_or_path`."""
     model, tokenizer = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
     if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings"):
         raise ConfigError(
@@ -83,7 +83,7 @@ def as_pair(given: Any, whose: str) -> tuple[Any, PreTrainedTokenizerBase]:
 
 
 def source_of(model: Any) -> str | None:
-    """Where a model was read from, if it was."""
+    """The path or id that a model was read from, if any."""
     path = str(getattr(model, "name_or_path", "") or "")
     return path if path and (Path(path).expanduser().is_dir() or not looks_local(path)) else None
 
@@ -107,7 +107,7 @@ def _read(config: ModelConfig, dtype: torch.dtype | str, whose: str) -> Any:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had, where the system says."""
+    """Bytes of free memory, if the system tells."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     facts = Path("/proc/meminfo")
@@ -175,12 +175,12 @@ def _options(config: ModelConfig) -> dict[str, Any]:
 
 
 def looks_local(path: str) -> bool:
-    """Whether it is a path on this machine, there or not, rather than a hub id."""
+    """Whether a name is a path on this machine, existing or not, rather than a hub id."""
     return path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).expanduser().parent.is_dir()
 
 
 def _check_path(path: str, field: str) -> None:
-    """A path that looks like a folder but is none would be taken for a hub id, and end in a confusing error."""
+    """Refuse a path that looks like a folder but is none; it would be taken for a hub id, with a confusing error."""
     place = Path(path).expanduser()
     if looks_local(path) and not place.is_dir():
         raise ConfigError(f"{field} is {path}, but there is no such folder.")
@@ -191,7 +191,7 @@ def _check_path(path: str, field: str) -> None:
 
 
 def check_folder(folder: Path, field: str) -> None:
-    """Refuse what another library would wait for without end, or build without end."""
+    """Refuse files that another library would wait for forever, or sizes that it would build forever."""
     for file in (f for f in folder.iterdir() if f.suffix in (".json", ".jinja", ".safetensors", ".model", ".txt")):
         check_file(file)
     found = {}
@@ -210,7 +210,7 @@ def check_folder(folder: Path, field: str) -> None:
 
 
 def model_fingerprint(model: nn.Module, *, whole: bool = False) -> str:
-    """Names the weights: shapes, types and 64 values of every parameter, spread evenly; or all of them."""
+    """A hash of the weights: shapes, types and 64 evenly spread values of every parameter, or all values."""
     import hashlib
 
     digest = hashlib.sha256()

@@ -54,7 +54,7 @@ def can_fuse(head: Head) -> bool:
 def fused_loss(
     head: Head, hidden_NH: Tensor, ids_NM: Tensor, loss_of: TileLoss, tile_tokens: int, tile_vocab: int | None = None
 ) -> Tensor:
-    """The loss of all rows, its gradient already formed.  Call it only where a gradient is wanted.
+    """The loss of all rows, with its gradient already formed.  Call it only where a gradient is wanted.
 
     `tile_vocab` trades one more matrix product for a workspace that does not grow with V (`tropd.model.lean`).
     """

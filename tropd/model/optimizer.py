@@ -48,7 +48,7 @@ class Optimizer:
         )
 
     def step(self) -> tuple[float, float]:
-        """One update from the gradients at hand: (gradient norm before clipping, learning rate)."""
+        """One update with the current gradients: (gradient norm before clipping, learning rate)."""
         for name, parameter in self.parameters.items():
             master = self.masters[name]
             if parameter.grad is None:
@@ -107,7 +107,7 @@ class Optimizer:
 
 
 def _number(norm: Any) -> float:
-    """The norm of all parameters; of sharded ones each rank knows a part."""
+    """The norm over all parameters; with sharding each rank contributes a part."""
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 

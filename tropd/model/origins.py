@@ -1,8 +1,8 @@
-"""What a run reads but does not train, named by the whole content of its files: no checkpoint holds it, and a run that
-goes on with something else is another run.
+"""Hashes of what a run reads but does not train.  No checkpoint holds these files, and a run that is resumed with other
+files would be another run.
 
-An origin maps each file of a model (or a property of it) to a name of its content.  Reading every byte of large weights
-takes its time, so hashes are kept in the user's cache for as long as a file's size and times stay what they are.
+An origin maps each file of a model (or a property of it) to a hash of its content.  Reading every byte of large weights
+takes time, so hashes are kept in the user's cache for as long as a file's size and times stay the same.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "adapter_config.json", "ad
 
 
 def origin_of(config: ModelConfig, model: Any = None) -> Origin:
-    """Of a model's settings and tokenizer; with the model, which stays as it is, of its weights and their precision."""
+    """The origin of a model's settings and tokenizer; with a frozen model, of its weights and their precision too."""
     folder = _folder_of(config.path, config.revision)
     tokenizer = folder if config.tokenizer is None else _folder_of(config.tokenizer, None)
     if folder is None:
@@ -54,7 +54,7 @@ def origin_of(config: ModelConfig, model: Any = None) -> Origin:
 
 
 def origin_of_objects(model: Any, tokenizer: Any, *, weights: bool) -> Origin:
-    """The same of a model and a tokenizer that were given in Python."""
+    """The same for a model and a tokenizer that were given in Python."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     texts = {
         "config.json": model.config.to_json_string(),
@@ -69,12 +69,12 @@ def origin_of_objects(model: Any, tokenizer: Any, *, weights: bool) -> Origin:
 
 
 def name_of(origin: Mapping[str, str]) -> str:
-    """One name for all of it."""
+    """One hash of a whole origin."""
     return hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def check_same(held: Mapping[str, Any], own: Mapping[str, Origin], checkpoint: Path) -> None:
-    """Refuse to go on with something else than what a checkpoint was trained with."""
+    """Refuse to resume with other files than a checkpoint was trained with."""
     for whose, origin in own.items():
         before = held.get(whose)
         before = before if isinstance(before, dict) else {}
@@ -101,7 +101,7 @@ def content_of(files: Mapping[str, Path]) -> Origin:
 
 
 def _state(path: Path) -> list[int]:
-    """What changes when a file is written."""
+    """The properties of a file that change when it is written."""
     facts = path.stat()
     return [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino]
 
@@ -112,7 +112,7 @@ def _cache() -> Path:
 
 
 def _recall() -> dict[str, list[Any]]:
-    """A cache that cannot be read is no cache."""
+    """The cached hashes; none if the cache cannot be read."""
     with suppress(OSError, ValueError, RecursionError):
         found = json.loads(_cache().read_text())
         if isinstance(found, dict):
@@ -121,7 +121,7 @@ def _recall() -> dict[str, list[Any]]:
 
 
 def _keep(kept: Mapping[str, list[Any]], places: Iterable[str]) -> None:
-    """Where the user has no place for it, files are read again next time."""
+    """Write the cache; if that fails, files are read again next time."""
     before = _recall()
     fresh = {place: kept[place] for place in places}
     if all(before.get(place) == known for place, known in fresh.items()):
@@ -146,7 +146,7 @@ def _weight_files(folder: Path, gguf_file: str | None) -> list[str]:
 
 
 def _folder_of(path: str, revision: str | None) -> Path | None:
-    """Where the files are on this machine, those of the hub included once they were read."""
+    """The folder of the files on this machine, also for a hub id once it was downloaded."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -161,5 +161,5 @@ def _folder_of(path: str, revision: str | None) -> Path | None:
 
 
 def prompts_origin(names: Iterable[str]) -> Origin:
-    """Of prompts, by the names of all that is read of them."""
+    """The origin of prompts, from the names of everything that is read of them."""
     return {"prompts": hashlib.sha256("\n".join(names).encode()).hexdigest()}

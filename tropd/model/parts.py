@@ -14,14 +14,14 @@ TileLoss = Callable[[slice, Tensor], Tensor]
 """(rows, log-probabilities of the chosen tokens [C, M] or of all [C, V], with gradient) -> the loss of these rows."""
 
 GATHERED = 256
-"""Rows whose wanted rows of the weight are gathered at once: bounds the [rows, M, H] that is gathered."""
+"""Rows for which weight rows are gathered at once: bounds the gathered [rows, M, H]."""
 _ROWS_IN_CACHE = 8
 _IN_CACHE = 2**18
 """Logits that are worked on at once on a CPU, if that is more than 8 rows: 1 MiB of float32."""
 
 
 def wide_rows(z_CV: Tensor, *, keep: bool) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows at a time, in float32 at least, to be written over: z takes what is written, unless it is to `keep`."""
+    """Some rows at a time, in float32 or wider, for in-place changes: z gets the changes, unless `keep`."""
     wide = torch.promote_types(z_CV.dtype, torch.float32)
     step = rows_at_once(z_CV)
     if step < len(z_CV):

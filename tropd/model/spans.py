@@ -25,11 +25,11 @@ _NAME = "tropd_spans"
 _LENGTHS: ContextVar[tuple[int, ...] | None] = ContextVar("lengths", default=None)
 _FOREIGN = ("softcap", "position_bias", "sliding_window", "s_aux", "cache")
 _WORTH = 16
-"""A rectangle is taken apart where more than a sixteenth of it would be padding."""
+"""A rectangle is split into spans if more than a sixteenth of it would be padding."""
 
 
 class NoSpans(Exception):
-    """A layer attends in a way that spans do not know."""
+    """Raised by a layer whose attention spans cannot express."""
 
 
 def by_span(
@@ -63,7 +63,7 @@ _KNOWN = hf.register_attention(_NAME, by_span)
 
 @contextmanager
 def spans(backbone: Any, lengths: Sequence[int]) -> Iterator[None]:
-    """For a while the backbone attends within spans of these lengths."""
+    """Inside the block the backbone attends within spans of these lengths."""
     token = _LENGTHS.set(tuple(lengths))
     try:
         with hf.attending(backbone, _NAME):
@@ -81,7 +81,7 @@ def worth_it(lengths: Sequence[int]) -> bool:
 
 
 def attends_by_span(backbone: Any, same: Callable[[], bool]) -> bool:
-    """Whether this model can: plain causal attention in every layer, and `same` says so of a probe."""
+    """Whether this model can: plain causal attention in every layer, and `same` confirms it on a probe."""
     config: Any = getattr(backbone, "config", None)
     kinds = getattr(config, "layer_types", None) or ()
     plain = all(kind == "full_attention" for kind in kinds) and (kinds or not getattr(config, "sliding_window", None))

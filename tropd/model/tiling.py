@@ -9,14 +9,14 @@ from tropd.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """What a model reads at once, and what of its head is there at once."""
+    """How many tokens a model reads at once, and how much of its logits exists at once."""
 
     tokens_per_batch: int = 8192
     """Prompt and response tokens of the rollouts that are read together, padding included."""
     tile_tokens: int = 512
-    """Response tokens whose logits are there at once."""
+    """Response tokens whose logits exist at once."""
     tile_vocab: int | None = None
-    """How many of the vocabulary's logits are there at once (`tropd.model.lean`); None: all."""
+    """How many logits of the vocabulary exist at once (`tropd.model.lean`); None: all."""
 
     def __post_init__(self) -> None:
         if self.tile_tokens < 1:

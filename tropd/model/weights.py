@@ -1,6 +1,6 @@
 """Weights that fit: every tensor that a model has was read from its files, and every tensor of the files is used.
 
-Whatever is not read keeps the random numbers that it was made with, and trains, scores and writes all the same.
+A tensor that is not read keeps its random initial values, and the model still trains, scores and writes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _SHOWN = 4
 
 
 def check_read(model: Any, info: Mapping[str, Any], source: str, whose: str) -> None:
-    """Refuse a model whose files do not fit its configuration.  `info` is what transformers says of reading them: tied
-    tensors, and those that the architecture declares needless, are not in it."""
+    """Refuse a model whose files do not fit its configuration.  `info` is transformers' report of the
+    loading, without tied tensors and those that the architecture does not need."""
     shapes = [f"{name}: {list(held)} instead of {list(own)}" for name, held, own in info["mismatched_keys"]]
     _refuse(
         f"the weights of the {whose} {source} do not fit {type(model).__name__} as its config.json describes it",

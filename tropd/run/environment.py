@@ -1,4 +1,4 @@
-"""What the numbers of a run depend on beside the run itself, so that a run which goes on elsewhere says so."""
+"""What a run's numbers depend on besides its run file, so that a run that is resumed elsewhere says so."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def environment_of(parts: Parts) -> dict[str, str]:
-    """Another value of any of these may give other numbers, if only in their last bits."""
+    """Everything that may change the numbers of a run, if only in their last bits."""
     device = parts.learner.device
     on_cpu = f"a CPU with {torch.backends.cpu.get_cpu_capability()}"
     found = {
@@ -40,7 +40,7 @@ def environment_of(parts: Parts) -> dict[str, str]:
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What is said of a run that goes on with something else."""
+    """Notes on what has changed since the run was last at work."""
     other = [
         f"{name} {now.get(name, 'none')} instead of {before.get(name, 'none')}"
         for name in dict.fromkeys([*before, *now])
@@ -52,7 +52,7 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 
 
 def _source_of(name: str | None) -> str | None:
-    """Code of the user's own, by the content of its file."""
+    """The user's own code, named by a hash of its file."""
     source = source_of(name) if name is not None and is_name(name) else None
     if name is None or source is None:
         return None

@@ -1,4 +1,4 @@
-"""The evaluations of a run: of the student as it came, and after some of the steps."""
+"""The evaluations of a run: of the student before training, and after some of the steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tropd.training.iteration import clock
 
 
 def evaluate_student(parts: Parts, directory: Path, version: int) -> tuple[dict[str, float], float]:
-    """Numbers and seconds; no numbers where nothing is held out."""
+    """The numbers of an evaluation and its seconds; no numbers if no prompts are held out."""
     if not parts.held_out:
         return {}, 0.0
     seconds: dict[str, float] = {}

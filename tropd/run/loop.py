@@ -37,7 +37,7 @@ from tropd.types import StepRecord
 
 
 class Training:
-    """A run that is going on: what it is made of, what it remembers, and where it writes.  Every step changes it."""
+    """A run in progress: its parts, its state and its outputs.  Every step changes it."""
 
     def __init__(self, parts: Parts, directory: Path, callbacks: Sequence[Callback], display: Display) -> None:
         self.parts, self.run, self.world, self.directory = parts, parts.run, parts.world, directory
@@ -48,7 +48,7 @@ class Training:
         self.trackers: Sequence[Tracker] = ()
 
     def steps(self) -> None:
-        """Step after step, until the last one or until somebody asks to stop."""
+        """Run the steps, until the last one or until a signal or a callback stops the run."""
         run, state, world, source = self.run, self.state, self.world, self.state.source
         if state.owed is not None:
             self._tell(self._evaluated(state.owed))
@@ -77,7 +77,7 @@ class Training:
                 self.save()
 
     def evaluate_first(self) -> None:
-        """The student as it came."""
+        """Evaluate the student before training."""
         if self.world.size > 1:
             self.parts.engine.sync(0)  # all ranks give servers their weights together
         self.state.before = self.state.latest = evaluate_student(self.parts, self.directory, 0)[0]
@@ -85,13 +85,13 @@ class Training:
             self._call(lambda callback: callback.on_evaluation(0, dict(self.state.before)))
 
     def finish(self) -> Path:
-        """The student as others read it."""
+        """Export the trained student."""
         folder, parts = self.directory / "model", self.parts
         results = {"step": self.state.step, "results": self.state.latest}
         return export(parts.model, parts.tokenizer, self.run, folder, **results)
 
     def save(self, *, undone: bool = False) -> None:
-        """A checkpoint.  `undone`: the step taken last failed before any weight changed, and comes again."""
+        """Save a checkpoint.  `undone`: the last step failed before any weight changed, and will be repeated."""
         save(self.parts, self.directory, self.state, self.alarms, undone=undone)
         folder = checkpoints.place_of(self.directory, self.state.step)
         self._call(lambda callback: callback.on_checkpoint(folder))
@@ -103,8 +103,8 @@ class Training:
         self._call(lambda callback: callback.on_end(self.directory))
 
     def _evaluated(self, record: StepRecord, failure: EngineError | None = None, *, owed: bool = True) -> StepRecord:
-        """The record with its evaluation.  Where the engine fails, or has failed, whoever goes on from here owes both,
-        unless the run stops here anyway."""
+        """The record with its evaluation.  If the engine fails, or has failed, the resumed run makes the evaluation and
+        writes the record first, unless the run stops here anyway."""
         state = self.state
         try:
             if failure is not None:
@@ -136,7 +136,7 @@ class Training:
 
     @contextmanager
     def _keeping_steps(self) -> Iterator[None]:
-        """What was trained before a teacher, an engine or the data failed is saved, and said to be."""
+        """If a teacher, an engine or the data fails, save the steps before, and say so in the error."""
         optimizer = self.parts.learner.optimizer
         done = optimizer.num_steps
         try:
@@ -147,7 +147,7 @@ class Training:
             raise self._kept(error, undone=True) from error
 
     def _kept(self, error: Exception, *, undone: bool = False) -> Exception:
-        """The error, once the steps before it are saved."""
+        """The error, after saving the steps before it."""
         if not checkpoints.place_of(self.directory, self.state.step).exists():
             self.save(undone=undone)
         kept = f"The {self.state.step} steps before are kept. Go on with: tropd resume {self.directory}"

@@ -1,4 +1,4 @@
-"""Signals: the first lets the step finish, the second does not."""
+"""Signals: the first lets the step finish, the second stops the run at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tropd.monitoring.display import Display
 from tropd.run.state import State
 
 _ECHO = 2.0
-"""Seconds in which a launcher sends again what a terminal has sent to everybody already."""
+"""Seconds in which a launcher may repeat a signal that the terminal has already sent to every process."""
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def stop_on_signals(state: State, shown: Display, world: Ranks) -> Iterator[None
 
     try:
         before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: whoever runs the thread stops it
+    except ValueError:  # not in the main thread, which alone may handle signals
         yield
         return
     try:

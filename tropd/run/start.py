@@ -1,4 +1,4 @@
-"""How a run begins, goes on and ends: folder, parts, signals, records, and the loop between them."""
+"""How a run starts, resumes and ends: folder, parts, signals, records, and the loop between them."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def train(
     display: Display | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Path:
-    """Train from the start, in a new folder, and return it.  Under torchrun, with all of its processes.
+    """Train from the start in a new folder, and return the folder.  Works with all processes of torchrun.
 
-    Objects stand for what the run names: `student` a model of transformers or (model, tokenizer), which is trained
-    itself; `teacher` the same or a Teacher; `grader` a callable; `prompts` and `held_out` a datasets.Dataset, a list of
-    dicts or a path.
+    Objects can replace what the run names: `student` is a model of transformers or (model, tokenizer), and is trained
+    in place; `teacher` is the same or a Teacher; `grader` is a callable; `prompts` and `held_out` are a
+    datasets.Dataset, a list of dicts or a path.
 
-    A start that fails leaves no folder.  `overwrite` replaces the run in the folder, once the new one has begun.  A
-    signal lets the step finish, saves and raises Interrupted.
+    A start that fails leaves no folder.  `overwrite` replaces the run in the folder once the new run has begun.  After
+    a signal the step finishes, a checkpoint is saved, and Interrupted is raised.
     """
     run, given = take(run, _objects(student, teacher, method, grader, prompts, held_out))
     run.check_complete()
@@ -87,10 +87,10 @@ def resume(
     display: Display | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Path:
-    """Go on from the newest checkpoint, or from that of `step`; then what came after it is dropped and made again.
+    """Continue from the newest checkpoint, or from the checkpoint of `step`; then later steps are dropped and repeated.
 
-    `steps` is how many the whole run shall have from here on: a finished run goes on if there are more.  Objects that
-    `train` was given are given again.
+    `steps` is the new length of the whole run: a larger number makes a finished run longer.  Give the same objects
+    that `train` got.
     """
     directory = Path(directory)
     if not (directory / RUN).exists():
@@ -112,7 +112,7 @@ def resume(
 
 
 def assemble(run: Run, directory: Path, world: Ranks = ALONE, given: Given = NOTHING_GIVEN) -> Parts:
-    """Everything that can be refused is refused here; what is merely odd is among the notes."""
+    """Load and check all parts: anything wrong is an error here, anything merely unusual is a note."""
     parts = load_parts(run, directory, world, given)
     parts.notes = (*parts.notes, *quick_checks(parts))
     # After the checks, which read whole weights.
@@ -137,7 +137,7 @@ def _nothing() -> None:
 
 
 def _checkpoint_of(run: Run, directory: Path, step: int | None, world: Ranks) -> checkpoints.Checkpoint | None:
-    """The newest checkpoint, or that of `step`, refused where another run made it."""
+    """The newest checkpoint, or that of `step`; an error if another run made it."""
     newest = checkpoints.find(directory, step) if world.leads else None
     path = world.first(str(newest or ""))
     if not path:
@@ -155,7 +155,7 @@ def _checkpoint_of(run: Run, directory: Path, step: int | None, world: Ranks) ->
 
 @contextmanager
 def _closing(parts: Parts) -> Iterator[None]:
-    """Engines and teachers are closed, however the run ends and even where closing one fails."""
+    """Close engines and teachers, however the run ends and even if closing one fails."""
     with ExitStack() as stack:
         for end in (parts.engine, parts.teacher, *([parts.writer] if parts.writer else [])):
             stack.callback(end.close)
@@ -169,7 +169,7 @@ def _go(
     display: Display | None,
     callbacks: Sequence[Callback],
 ) -> State:
-    """From the checkpoint, or from the start, to the end."""
+    """Run from the checkpoint, or from the start, to the end."""
     run, world = parts.run, parts.world
     if run.rollout.save_every:
         require("pyarrow", "data", "saving rollouts (rollout.save_every)")
@@ -217,7 +217,7 @@ def _go(
 
 
 def _over(state: State, directory: Path, steps: int) -> Path:
-    """The folder of a run that came to its end; one that a signal stopped says so by an error, once all is saved."""
+    """The folder of the run; raises Interrupted if a signal stopped it, after everything is saved."""
     if state.signal and state.step < steps:
         raise Interrupted(directory, state.step, signal.Signals(state.signal))
     return directory
@@ -244,7 +244,7 @@ def _open_records(training: Training, saved: checkpoints.Checkpoint | None) -> R
 
 
 def _lacking(records: RecordWriter | NoRecords) -> list[str]:
-    """What somebody has taken out of the records while the run stood still."""
+    """A note if lines are missing from the records."""
     if not records.missing:
         return []
     return [

@@ -1,4 +1,4 @@
-"""What a run remembers beside its weights, and how all of it is saved and restored."""
+"""A run's state besides its weights, and how everything is saved and restored."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ from tropd.types import StepRecord
 
 @dataclass
 class State:
-    """What changes while a run goes on, beside the weights."""
+    """What changes during a run besides the weights."""
 
     source: Source
     step: int = 0
     best: dict[str, float] = field(default_factory=dict)
     """The best evaluated step and its score."""
     before: dict[str, float] = field(default_factory=dict)
-    """Evaluation of the student as it came."""
+    """Evaluation of the student before training."""
     latest: dict[str, float] = field(default_factory=dict)
     owed: StepRecord | None = None
-    """Of the step taken last, where its evaluation failed."""
+    """The record of the last step, if its evaluation failed."""
     signal: int = 0
-    """That came to this process, or to another one of the run."""
+    """The signal that reached this process or another process of the run."""
     asked: bool = False
-    """To stop after the step, by a signal or by a callback."""
+    """Whether a signal or a callback has asked to stop after the step."""
     notes: list[str] = field(default_factory=list)
-    """For the next record: what was found when the run went on."""
+    """Notes for the next record, from when the run was resumed."""
     stop: bool = False
     """The processes have agreed to stop."""
 
     @property
     def num_recorded(self) -> int:
-        """How many steps need nothing more."""
+        """How many steps have their record written."""
         return self.step if self.owed is None else self.step - 1
 
 
 def save(parts: Parts, directory: Path, state: State, alarms: Alarms, *, undone: bool = False) -> None:
     """Write a checkpoint; of a sharded student each rank writes its part, else rank 0 writes everything.  `undone`: the
-    step taken last failed before any weight changed, and comes again."""
+    last step failed before any weight changed, and will be repeated."""
     optimizer, shards, world = parts.learner.optimizer, parts.learner.shards, parts.world
     said: dict[str, Any] = {"run": config_file.dump(parts.run), "state": _facts(parts, state, alarms, undone)}
     if shards is not None:

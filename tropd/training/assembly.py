@@ -1,4 +1,4 @@
-"""From a Run to its parts: models, teacher, engines, prompts.  Everything that can be refused is refused here."""
+"""From a Run to its parts: models, teacher, engines, prompts.  Every check that can fail before training is here."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, eq=False)
 class Parts:
-    """What a run is made of, ready to go.  Training changes most of it: weights, moments, the cursor, the engine."""
+    """The parts of a run, loaded.  Training changes most of them: weights, moments, the cursor, the engine."""
 
     run: Run
     tokenizer: PreTrainedTokenizerBase
@@ -63,7 +63,7 @@ class Parts:
     notes: tuple[str, ...]
     """What the user should know before it starts."""
     origins: dict[str, Origin]
-    """Names what the run reads but does not train: no checkpoint holds it."""
+    """Hashes of the files that the run reads but does not train, which no checkpoint holds."""
     world: Ranks = ALONE
     given: Given = NOTHING_GIVEN
 
@@ -73,7 +73,7 @@ class Parts:
 
 
 def load_parts(run: Run, directory: Path, world: Ranks = ALONE, given: Given = NOTHING_GIVEN) -> Parts:
-    """Load everything but what is given.  `directory` is where the teachers' texts are kept."""
+    """Load everything except the objects in `given`.  `directory` is where the teachers' texts are kept."""
     device = choose_device(run.device)
     grader = given.grader or (resolve_grader(run.grader) if run.grader else None)
     eval_grader = resolve_grader(run.evaluation.grader) if run.evaluation.grader else grader
@@ -123,7 +123,7 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE, given: Given = N
 def _origins(
     run: Run, student: tuple[Any, Any], teachers: Sequence[TeacherParts], held_out: Sequence[Prompt], given: Given
 ) -> dict[str, Origin]:
-    """What the run reads and no checkpoint holds."""
+    """Hashes of what the run reads and no checkpoint holds."""
     frozen = run.student.lora is not None
     if given.student:
         origins = {"student": origin_of_objects(*student, weights=frozen)}
@@ -134,7 +134,7 @@ def _origins(
 
 
 def _engine(run: Run, model: Any, tokenizer: Any, size: int, directory: Path, world: Ranks) -> Engine:
-    """Whoever writes the rollouts."""
+    """The engine that writes the rollouts."""
     if not run.rollout.servers:
         return TransformersEngine(model, vocab_size=size, max_batch=run.rollout.max_batch)
     from tropd.rollout.vllm import open_engine
@@ -164,7 +164,7 @@ def shards_student(run: Run, world: Ranks) -> bool:
 
 
 def _shards(run: Run, model: Any, world: Ranks) -> Shards | None:
-    """The student in parts, where there are several processes and an adapter does not make the whole cheap."""
+    """The sharded student, if there are several processes and no adapter, which would make sharding pointless."""
     if not shards_student(run, world):
         return None
     from tropd.distributed.sharding import Shards, check_torch
@@ -174,7 +174,7 @@ def _shards(run: Run, model: Any, world: Ranks) -> Shards | None:
 
 
 def _without_dropout(model: Any) -> list[str]:
-    """The student that is trained has to be the one that sampled, so the checkpoint's own dropout is not used.
+    """Switch off the checkpoint's dropout: the student that is trained must be the student that sampled.
 
     Modules keep their rates as numbers (`p` of nn.Dropout, `attention_dropout`, `layerdrop`); the config stays.
     """
@@ -194,7 +194,7 @@ def _without_dropout(model: Any) -> list[str]:
 
 
 def _shortest(*readers: Forward | Engine | Teacher) -> int | None:
-    """The longest text that all of them can read."""
+    """The longest text that all models can read."""
     return min((reader.context for reader in readers if reader.context is not None), default=None)
 
 

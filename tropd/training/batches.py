@@ -20,7 +20,7 @@ class ScoredBatch:
     rollouts: tuple[Rollout, ...]
     tokens: Tokens
     measured: bool = False
-    """The student was asked in a pass of its own, so plans need not wait for the gradient pass."""
+    """The student was measured in a separate pass, so plans need not wait for the gradient pass."""
     as_read: tuple[Rollout, ...] = ()
     """The rollouts as the teacher reads them, where another prompt stands before the same responses."""
 
@@ -41,7 +41,7 @@ class ScoredBatch:
         )
 
     def only(self, chosen: Sequence[int]) -> ScoredBatch:
-        """Some rollouts as a batch of its own, sequences renumbered."""
+        """Some rollouts as a separate batch, with sequences renumbered."""
         part = self.take(chosen)
         new_of = torch.zeros(len(self.rollouts), dtype=torch.int64, device=part.tokens.sequences_N.device)
         index = torch.tensor(list(chosen), dtype=torch.int64, device=new_of.device)
@@ -60,7 +60,7 @@ def _starts(rollouts: Sequence[Rollout]) -> list[int]:
 
 
 def make_tokens(rollouts: Sequence[Rollout], seed: int, device: torch.device, vocab_size: int | None) -> Tokens:
-    """Everything that rollouts themselves say about their response tokens."""
+    """Everything that rollouts alone tell about their response tokens."""
     lengths = [len(r.response_ids) for r in rollouts]
 
     def flat(of_rollout: list[Sequence[float]], dtype: torch.dtype) -> Tensor:
@@ -113,7 +113,7 @@ _OF_SCORES = {
 
 
 def add_scores(tokens: Tokens, rollouts: Sequence[Rollout], scores: Sequence[TeacherScores]) -> Tokens:
-    """Join a teacher's scores to the tokens they describe; a row too many or too few is an error, never a shift."""
+    """Join a teacher's scores to their tokens; a row too many or too few is an error, never a shift."""
     if len(scores) != len(rollouts):
         raise TeacherError(f"the teacher was given {len(rollouts)} rollouts and scored {len(scores)}.")
     for rollout, score in zip(rollouts, scores, strict=True):

@@ -1,4 +1,4 @@
-"""Probes of how servers draw, by what the trainer reads of rollouts and by what a teacher says of its own texts."""
+"""Probes of how servers draw: from rollouts that the trainer scores, and from texts that a teacher wrote and scored."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tropd.types import Author, Rollout, Sampling
 
 
 def probes_of_student(parts: Parts, rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """What is seen of the rollouts of a step, of all ranks, before the student is trained on them.  With staleness an
-    older student wrote them; then servers draw after a known text at every update instead."""
+    """Probes of a step's rollouts, of all ranks, before the student is trained on them.  With staleness an older
+    student wrote them; then servers draw after a known text at every update instead."""
     run, world = parts.run, parts.world
     if not run.rollout.servers:
         return {}
@@ -33,7 +33,7 @@ def probes_of_student(parts: Parts, rollouts: Sequence[Rollout]) -> dict[str, fl
 
 
 def probes_of_teacher(parts: Parts, batch: ScoredBatch) -> dict[str, float]:
-    """What its servers say of the texts that they drew, on the first visit to a prompt: later ones bring them again."""
+    """Probes of the texts that the teacher's servers drew, on the first visit to a prompt: later visits repeat them."""
     run, tokens = parts.run, batch.tokens
     drawn = {n for n, t in run.all_teachers.items() if t.servers and t.server.text == "tokens"}
     if not drawn or run.rollout.teacher_sampling != Sampling():

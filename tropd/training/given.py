@@ -1,6 +1,6 @@
-"""Objects in Python where a run file has names: models, a teacher, a method, a grader, prompts.
+"""Python objects in place of names in a run file: models, a teacher, a method, a grader, prompts.
 
-What no file can hold is written into run.toml as given, so that whoever goes on with the run is told to give it again.
+run.toml marks these as given, so that `resume` can ask for them again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tropd.teachers.teacher import Teacher
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """What a run takes instead of reading it.  Models come with their tokenizers."""
+    """The objects that a run uses instead of reading files.  Models come with their tokenizers."""
 
     student: tuple[Any, Any] | None = None
     teacher: Teacher | tuple[Any, Any] | None = None
@@ -38,7 +38,7 @@ NOTHING_GIVEN = Given()
 
 
 def take(run: Run, objects: Mapping[Part, Any]) -> tuple[Run, Given]:
-    """The run as its file will say it, and the objects beside it."""
+    """The run as its file will describe it, and the objects."""
     objects = {part: value for part, value in objects.items() if value is not None}
     changes: dict[str, Any] = {}
     given: dict[Part, Any] = {}
@@ -64,7 +64,7 @@ def take(run: Run, objects: Mapping[Part, Any]) -> tuple[Run, Given]:
 
 
 def take_again(run: Run, directory: Path, objects: Mapping[Part, Any]) -> tuple[Run, Given]:
-    """The same for a run that goes on: it takes what it took at its start."""
+    """The same for a resumed run, which must get the objects of its start."""
     there = [part for part, value in objects.items() if value is not None]
     if missing := [part for part in run.given if part not in there]:
         again = ", ".join(f"{part}=..." for part in missing)

@@ -30,7 +30,7 @@ from tropd.types import Author, StepRecord, TermStats, key_of
 
 @contextmanager
 def clock(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Add the time that the block takes to a phase."""
+    """Add the duration of the block to a phase."""
     start = time.perf_counter()
     try:
         yield
@@ -40,16 +40,16 @@ def clock(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Iteration:
-    """What came of a step."""
+    """The result of a step."""
 
     record: StepRecord
     batch: ScoredBatch
     alarms: list[Alarm]
-    """Those that were raised."""
+    """The alarms that this step raised."""
 
 
 def iterate(parts: Parts, source: Source, directory: Path, step: int, alarms: Alarms) -> Iteration:
-    """Everything that happens at a step until the student is another one."""
+    """One step, from the prompts to the updated student."""
     run, world, learner, objective = parts.run, parts.world, parts.learner, parts.run.method.objective
     seconds: dict[str, float] = dict.fromkeys(("rollout", "score", "train", "sync", "record"), 0.0)
     context = Context(progress=step / run.steps, world=world)
@@ -129,7 +129,7 @@ def iterate(parts: Parts, source: Source, directory: Path, step: int, alarms: Al
 
 
 def _write(parts: Parts, source: Source, step: int, seconds: dict[str, float]) -> Written:
-    """The rollouts of a step, graded where there is a grader; those of the next step may be begun."""
+    """The rollouts of a step, graded if there is a grader.  With staleness, starts the rollouts of the next step."""
     # A sharded teacher that writes is whole for a while: ranks ask it different numbers of times.
     with clock(seconds, "rollout"), nullcontext() if parts.writer is None else parts.teacher.whole():
         written = source.take(step)
@@ -145,8 +145,8 @@ def _write(parts: Parts, source: Source, step: int, seconds: dict[str, float]) -
 
 
 def hand_over(parts: Parts, source: Source, record: StepRecord) -> tuple[StepRecord, EngineError | None]:
-    """Give the weights that were trained to whoever writes; the record with the time that it took, and what went wrong
-    in the engine."""
+    """Give the trained weights to the engine.  Returns the record with the time that this took, and the engine's error
+    if it failed."""
     seconds, failure = dict(record.seconds), None
     with clock(seconds, "rollout"):
         source.wait()
@@ -161,7 +161,7 @@ def hand_over(parts: Parts, source: Source, record: StepRecord) -> tuple[StepRec
 
 @contextmanager
 def _keeping(batch: Callable[[], ScoredBatch], parts: Parts, directory: Path, step: int) -> Iterator[None]:
-    """Where the teacher fails, or numbers are not finite, the batch is kept for `tropd inspect`."""
+    """If the teacher fails, or numbers are not finite, keep the batch for `tropd inspect`."""
     try:
         yield
     except (TeacherError, TrainingDiverged) as error:
@@ -174,7 +174,7 @@ def _keeping(batch: Callable[[], ScoredBatch], parts: Parts, directory: Path, st
 
 
 def _over_ranks(sums: StepSums, world: Ranks) -> StepSums:
-    """Losses and terms of all ranks; norms and rates are the same on each."""
+    """Losses and terms of all ranks; norms and learning rates are the same on each rank."""
     if world.size == 1:
         return sums
     whole = StepSums(gradient_norms=sums.gradient_norms, learning_rate=sums.learning_rate)
@@ -184,7 +184,7 @@ def _over_ranks(sums: StepSums, world: Ranks) -> StepSums:
 
 
 def _probes_of_step(parts: Parts, sums: StepSums, batch: ScoredBatch, behind: list[int]) -> dict[str, float]:
-    """What no token says: clipping, how old the rollouts are, their rewards."""
+    """Probes of the whole step: clipping, the age of the rollouts, their rewards."""
     limit = parts.run.optimizer.max_gradient_norm
     probes = {"gradient/clipped": sum(norm > limit for norm in sums.gradient_norms) / len(sums.gradient_norms)}
     if parts.run.rollout.staleness:

@@ -1,4 +1,4 @@
-"""A batch on disk: what a run that stopped was looking at, for `tropd inspect`.
+"""A batch on disk, for `tropd inspect`: the batch of the step at which a run stopped.
 
 batches/step_000012/   rollouts.jsonl    prompts, tokens, authors, log-probabilities, reward
                        tokens.safetensors  every field of Tokens

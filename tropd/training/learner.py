@@ -37,9 +37,9 @@ class ModelLearner:
         teacher: Forward | None = None,
         shards: Shards | None = None,
     ) -> None:
-        """`teacher` is the forward pass of a teacher in this process: its head makes whole distributions here.
+        """`teacher` is the forward pass of a teacher in this process; its head makes the whole distributions.
 
-        With `shards`, `model` is their whole: it is measured, and the cut is trained.
+        With `shards`, `model` is the whole model, which is measured; the sharded copy is trained.
         """
         self.teacher = teacher
         self.model, self.optimizer = model, optimizer
@@ -143,7 +143,7 @@ class ModelLearner:
         return self.optimizer.step()
 
     def sync(self) -> None:
-        """What measures and writes has the trained weights from here on."""
+        """From here on, measuring and writing use the trained weights."""
         if self.shards is not None:
             self.shards.fill()
 
@@ -154,7 +154,7 @@ class ModelLearner:
         num_tokens: Sequence[int],
         more_passes: Callable[[int], int] = lambda number: 0,
     ) -> dict[str, Tensor]:
-        """Ask under the token budget, similar lengths together; rows come back in the order of the rollouts."""
+        """Measure within the token budget, similar lengths together; rows come back in the order of the rollouts."""
         pieces: list[dict[str, Tensor]] = [{} for _ in rollouts]
         groups = similar_lengths(num_tokens, self.forward.tiling.tokens_per_batch)
         for _ in range(more_passes(len(groups))):

@@ -1,4 +1,4 @@
-"""The objective on the rows of one micro-batch, all at once or piece by piece, and what was seen of them."""
+"""The objective on the rows of one micro-batch, all at once or piece by piece, and what probes need of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tropd.types import TermStats
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Piece:
-    """What is kept of some rows after their loss, without gradient."""
+    """What is kept of some rows after their loss is computed, without gradient."""
 
     loss: float
     terms: dict[str, TermStats]
@@ -40,7 +40,7 @@ class MicroBatch:
     counts: Counts
     tokens: Tokens
     plan: Plan | None
-    """Where it was made from the whole batch; else each piece is planned from the student's view that comes with it."""
+    """The plan, if it was made from the whole batch; else each piece is planned from its own student view."""
     live: Tensor | None
     """Row numbers of the live rows in `part`; None for all."""
 
@@ -86,7 +86,7 @@ class MicroBatch:
         return self.loss(slice(None), view if self.live is None else view.rows(self.live))
 
     def seen(self, pieces: Sequence[Piece]) -> Seen:
-        """What the pieces, in order, say of the whole micro-batch."""
+        """Join the pieces, in order, to the whole micro-batch."""
         terms: dict[str, TermStats] = {}
         for piece in pieces:
             terms = add_terms(terms, piece.terms)

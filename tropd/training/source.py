@@ -1,12 +1,12 @@
-"""Where the rollouts of a step come from: written now, or ahead while the step before was trained.
+"""Where the rollouts of a step come from: written now, or ahead, while the previous step was trained.
 
     this process   score and train on batch t ------------------------------> wait, sync the weights of t + 1
     servers        batch t + 1 with the weights of t; a teacher on servers scores it as well
 
-That is rollout.staleness = 1: every batch but the first is one step older than the student that it trains, and weights
-change only between batches, so which weights wrote a token does not depend on who was faster.  Importance ratios are
-made from the log-probabilities with which the tokens were drawn.  A checkpoint holds the prompt cursor as of what was
-trained, and the batch that is not trained yet: resumed, it is not drawn again from newer weights.
+That is rollout.staleness = 1.  Every batch except the first is one step older than the student that it trains.  Weights
+change only between batches, so the weights that wrote a token do not depend on timing.  Importance ratios use the
+log-probabilities with which the tokens were drawn.  A checkpoint holds the prompt cursor as of the trained batches, and
+the batch that is not trained yet, so a resumed run does not draw it again from newer weights.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ class Written:
 
     rollouts: list[Rollout]
     scores: list[TeacherScores] | None = None
-    """Where the teacher has been asked already."""
+    """The teacher's scores, if it has been asked already."""
 
 
 class Source:
-    """Batches in the order of the prompts.  Nothing runs in the background unless `begin` was called."""
+    """Gives batches in the order of the prompts.  Nothing runs in the background unless `begin` was called."""
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self._next: Future[Written] | None = None
         self._cursor: dict[str, Any] = {}
-        """Of the prompts, before those of `_next`."""
+        """The prompt cursor before the prompts of `_next`."""
         self._taken: tuple[dict[str, Any], Written | None] = ({}, None)
-        """The cursor before the step taken last, and what of it had been written ahead."""
+        """The cursor before the last step, and its rollouts if they were written ahead."""
 
     def take(self, step: int) -> Written:
         """The rollouts of a step."""
@@ -66,7 +66,7 @@ class Source:
         return written
 
     def begin(self, step: int) -> None:
-        """Have the rollouts of the next step written while something else happens, if the run wants that."""
+        """With staleness, start the rollouts of the next step in the background."""
         parts, run = self.parts, self.parts.run
         if run.rollout.staleness == 0 or step >= run.steps:
             return
@@ -80,12 +80,12 @@ class Source:
         self._next = in_background(lambda: Written(rollouts=_aged(carry_on(drafts, job, parts.engine))))
 
     def wait(self) -> None:
-        """Until the engine is idle.  What went wrong is raised by `take`, in the step that it belongs to."""
+        """Wait until the engine is idle.  `take` raises its errors, in the step that needs the batch."""
         if self._next is not None:
             futures.wait([self._next])
 
     def state_dict(self) -> dict[str, Any]:
-        """The cursor before all that was not trained on, and what of that is written."""
+        """The cursor before all prompts that are not trained yet, and their rollouts if they are written."""
         if self._next is None:
             return self.parts.stream.state_dict()
         self.wait()
@@ -94,7 +94,7 @@ class Source:
         return {**self._cursor, "ahead": [_pack(rollout) for rollout in self._next.result().rollouts]}
 
     def state_before(self) -> dict[str, Any]:
-        """As `state_dict` was before the step taken last, which came to nothing."""
+        """`state_dict` as it was before the last step, which failed."""
         cursor, written = self._taken
         return cursor if written is None else {**cursor, "ahead": [_pack(rollout) for rollout in written.rollouts]}
 
@@ -117,7 +117,7 @@ class Source:
         )
 
     def _from_afar(self, job: RolloutJob) -> Written:
-        """All of it by servers, so that nothing of this process is touched while it trains."""
+        """Rollouts and scores, all by servers, so that nothing in this process is touched while it trains."""
         parts, objective = self.parts, self.parts.run.method.objective
         rollouts = _aged(roll_out(parts.run.method.rollout, job, parts.engine, parts.writer))
         if not objective.needs & OF_TEACHER:
@@ -146,17 +146,17 @@ class Source:
 
 
 def own_prompts(parts: Parts) -> list[int]:
-    """Which of a step's prompts are this rank's."""
+    """The indices of this rank's prompts within a step."""
     return parts.world.share(range(parts.run.rollout.num_prompts))
 
 
 def lags(step: int, rollouts: Sequence[Rollout]) -> list[int]:
-    """How many steps older than the student the weights are that wrote each of its rollouts."""
+    """For each rollout of the student: how many steps its weights are behind."""
     return [step - r.policy_version[0] for r in rollouts if Author.STUDENT in r.authors]
 
 
 def _aged(rollouts: list[Rollout]) -> list[Rollout]:
-    """The student will be another, so what it made of them is only what they were drawn with."""
+    """Drop the student's own log-probabilities: by the time of training the student has changed."""
     return [dataclasses.replace(rollout, model_logprobs=()) for rollout in rollouts]
 
 

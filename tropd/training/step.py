@@ -8,8 +8,8 @@
                                             |
                                      optimiser step
 
-Where every term reaches no further than the token and one step is taken per rollout batch, the plan of a micro-batch is
-made from the student's own forward pass: exact, and free.
+If every term looks at one token only and a rollout batch gets one step, the plan of a micro-batch comes from the
+student's training pass, exact and at no cost.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from tropd.types import Author, Rollout, TeacherScores, TermStats
 
 
 class Learner(Protocol):
-    """The student as the step sees it."""
+    """The student, as the training step uses it."""
 
     device: torch.device
     vocab_size: int | None
     expands: bool
-    """Whether it makes the teacher's whole distributions itself, from the teacher's hidden states."""
+    """Whether it makes the teacher's whole distributions from the teacher's hidden states."""
     margin: float | None
-    """The log-odds of a written token are seldom further than this from what its rollout says; None where a micro-batch
-    cannot be scored again if they are."""
+    """The log-odds of a written token seldom differ by more than this from those in its rollout; None if a micro-batch
+    cannot be scored again when they do."""
 
     def learn(self, batch: MicroBatch) -> Seen:
         """Add the gradient of the micro-batch's loss, taken in as many pieces as the learner likes."""
         ...
 
     def measure(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int) -> dict[str, Tensor]:
-        """Its opinion without gradient, as fields of Tokens: what plans read."""
+        """Its log-probabilities and the like, without gradient, as fields of Tokens for the plan."""
         ...
 
     def reverse_kl(self, rollouts: Sequence[Rollout], teacher: Teacher, as_read: Sequence[Rollout]) -> Tensor:
@@ -58,25 +58,26 @@ class Learner(Protocol):
         ...
 
     def spare_passes(self, num_passes: int, world: World) -> int:
-        """How many passes another rank has more; every rank asks before its first, since passes meet each other."""
+        """How many more passes the busiest rank has.  Every rank calls this before its first pass: ranks run them
+        together."""
         ...
 
     def idle(self, num_passes: int) -> None:
-        """Take part in what ranks with more passes do together; every rank calls it after its last."""
+        """Take part in the remaining passes of other ranks; every rank calls this after its last pass."""
         ...
 
     def update(self) -> tuple[float, float]:
-        """One optimiser step from the gradients at hand: (gradient norm before clipping, learning rate)."""
+        """One optimiser step with the current gradients: (gradient norm before clipping, learning rate)."""
         ...
 
 
 PASS_NEEDS = Needs.STUDENT_ENTROPY | Needs.STUDENT_TOPK | Needs.REVERSE_KL
-"""Evidence of the student that must exist before the gradient pass."""
+"""The student's evidence that must exist before the gradient pass."""
 
 
 @dataclass
 class StepSums:
-    """What a step adds up over its micro-batches."""
+    """Sums over the micro-batches of a step."""
 
     loss: float = 0.0
     terms: dict[str, TermStats] = field(default_factory=dict)
@@ -89,11 +90,11 @@ class StepSums:
 
 
 Watch = Callable[[Seen], None]
-"""Called once per micro-batch with what was trained on: probes, and rollouts that are kept."""
+"""Called once per micro-batch, for probes and for rollouts that are kept."""
 
 
 def check_evidence(objective: Objective, teacher: Teacher, name: str, grader: bool) -> None:
-    """Refuse before step 0 what could only fail later."""
+    """Refuse before step 0 a method that would fail later for lack of evidence."""
     lacking = objective.needs & OF_TEACHER & ~teacher.capabilities
     if lacking:
         terms = [t.name for t in objective.terms if t.needs & lacking]
@@ -107,7 +108,7 @@ def check_evidence(objective: Objective, teacher: Teacher, name: str, grader: bo
 
 
 def _offers(teacher: Teacher, lacking: Needs) -> str:
-    """What there is instead: of the teacher, or of those among several that fall short."""
+    """What the teacher offers, or those of several teachers that offer too little."""
     each = {name: single.capabilities for name, single in teacher.teachers.items()}
     short = [f"{name!r} offers {_names(offered)}" for name, offered in each.items() if lacking & ~offered]
     if len(each) < 2 or not short:
@@ -164,11 +165,11 @@ def score(
 
 
 def top_k_rows(objective: Objective, tokens: Tokens, context: Context, margin: float | None) -> TopKRows | None:
-    """Which rows' top-k can be read, decided while the teacher's tile is at hand; None where it cannot be told.
+    """Which rows' top-k a term may read, decided while the teacher's tile is in memory; None if that cannot be known.
 
-    The student's log-probabilities are those of the rollouts, so a row counts if it would anywhere within the margin.
-    The margin is one of log-odds: a sure token stays sure, whatever its logits' rounding.  A random eighth is asked for
-    as well, so that probes of the support speak of all tokens.
+    The student's log-probabilities are those of the rollouts, so a row counts if it would count anywhere within the
+    margin.  The margin is in log-odds: a sure token stays sure, whatever the rounding of its logits.  A random eighth
+    of the rows is added, so that probes of the support cover all tokens.
     """
     terms = [term for term in objective.terms if Needs.TOPK in term.needs]
     simple = all(t.where.needs in (Needs.NOTHING, Needs.SAMPLED) and t.where.reach == Reach.TOKEN for t in terms)
@@ -213,7 +214,7 @@ def train_step(
     `teacher` scores a micro-batch again where a term reads a top-k that was left out.
 
     With several updates each is planned on its own share of the rollouts; importance ratios correct for the drift.
-    `places` says where the rollouts stand in the batch of all ranks, so that shares do not depend on their number.
+    `places` are the rollouts' indices in the batch of all ranks, so that shares do not depend on the number of ranks.
     """
     sums = StepSums()
     places = range(len(batch.rollouts)) if places is None else places
@@ -236,7 +237,7 @@ def _with_every_top_k(part: ScoredBatch, objective: Objective, teacher: Teacher)
 
 
 def recall_needed(objective: Objective, num_updates: int) -> bool:
-    """Whether plans must be made from a pass of their own."""
+    """Whether plans need a separate pass of the student."""
     return objective.reach > Reach.TOKEN or num_updates > 1
 
 

@@ -1,4 +1,4 @@
-"""What is seen of a step while the student is trained: probes, and what is kept of each token."""
+"""What is recorded of a step while the student is trained: probes, and numbers per token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tropd.types import Author, Sampling
 
 
 class Watched:
-    """Called with each micro-batch of a step, then asked for the probes of all and for what is known of each token."""
+    """Gets each micro-batch of a step; then gives the probes of the whole step and the numbers of each token."""
 
     def __init__(self, batch: ScoredBatch, sampling: Sampling, *, teachers: tuple[str, ...] = (), stale: bool = False):
         """`teachers` are those of several that the batch has rollouts for; `stale`: an older student wrote it."""
@@ -42,13 +42,13 @@ class Watched:
         self.student.update(seen.student_logprobs())
 
     def probes(self, world: Ranks) -> dict[str, float]:
-        """Of all ranks; every rank must call it."""
+        """The probes of all ranks; every rank must call this."""
         each = [probes_of(name, sums.gather(world).result()) for name, sums in self.sums_of.items()]
         whole = self.sums.gather(world).result()
         return {name: value for part in (whole, *each) for name, value in part.items()}
 
     def evidence(self) -> dict[str, Any]:
-        """What is known of each token of the batch, as `write_rollouts` takes it."""
+        """The numbers of each token of the batch, as arguments of `write_rollouts`."""
         tokens, rollouts = self.batch.tokens, self.batch.rollouts
         student_N = torch.cat([self.student[r.id] for r in rollouts])
         sampled_N = tokens.peek("student_logprobs_N")
