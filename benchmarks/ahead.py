@@ -124,9 +124,9 @@ def pin(core: int) -> None:
 
 
 def run_of(folder: Path, url: str, name: str, staleness: int, s: Settings) -> Any:
-    from tropd.config.file import build
+    from tropd.config.run import Run
 
-    return build(
+    return Run.from_dict(
         {
             "steps": s.steps,
             "device": "cpu",

@@ -18,7 +18,7 @@ import torch
 import tyro
 
 from tropd import train
-from tropd.config import file as config_file
+from tropd.config.run import Run
 from tropd.laboratory.trial import Silent
 from tropd.monitoring.records import read_records
 from tropd.testbeds import embedded
@@ -58,7 +58,7 @@ def accuracy(method: str, dtype: str, seed: int, steps: int) -> float:
             "steps": steps,
             "output": f"{folder}/run",
         }
-        train(config_file.build(run, f"{method} in {dtype}"), display=Silent())
+        train(Run.from_dict(run, f"{method} in {dtype}"), display=Silent())
         records = read_records(Path(folder) / "run" / "records.jsonl")
     return records.steps[-1].evaluation["avg@2"]
 

@@ -53,7 +53,7 @@ CASES = (
 
 def measure(case: Case, folder: Path) -> tuple[int, int]:
     """Bytes: measured, expected."""
-    from tropd.config.file import build
+    from tropd.config.run import Run
     from tropd.doctor.cost import need_of
     from tropd.doctor.subject import read_subject
     from tropd.monitoring.alarms import Alarms
@@ -64,7 +64,7 @@ def measure(case: Case, folder: Path) -> tuple[int, int]:
     settings = {"vocabulary": case.vocabulary, "dtype": case.dtype, "num_prompts": case.prompts}
     models.prepare(folder, models.Settings(**settings))  # type: ignore[arg-type]
     student = {"path": f"{folder}/student", "dtype": case.dtype, "gradient_checkpointing": case.checkpointing}
-    run = build(
+    run = Run.from_dict(
         {
             "device": "cpu",
             "student": student | ({"lora": {"rank": 16}} if case.lora else {}),

@@ -27,7 +27,7 @@ PHASES = {"write": "rollout", "score": "score", "train": "train"}
 
 
 def compare(vocabulary: int, steps: int = 5) -> dict[str, dict[str, float]]:
-    from tropd.config.file import build
+    from tropd.config.run import Run
     from tropd.monitoring.alarms import Alarms
     from tropd.planning import make_forecast, measure_here
     from tropd.run.start import assemble
@@ -36,7 +36,7 @@ def compare(vocabulary: int, steps: int = 5) -> dict[str, dict[str, float]]:
 
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), Settings(vocabulary=vocabulary))
-        run = build(
+        run = Run.from_dict(
             {
                 "steps": steps,
                 "device": "cpu",

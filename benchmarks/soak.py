@@ -31,7 +31,7 @@ import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.servers.mini import MiniServer
-from tropd.config import file as config_file
+from tropd.config.run import Run
 from tropd.monitoring.display import Silent
 from tropd.run.start import train
 from tropd.testbeds import embedded
@@ -158,7 +158,7 @@ def main(settings: Settings) -> int:
                 servers.append(Server(model, 18100 + os.getpid() % 800 * 2 + number))
                 stack.callback(servers[-1].stop)
         meter = Meter(settings, servers)
-        run = config_file.build(values_of(settings, folder, models, [server.url for server in servers]), "soak")
+        run = Run.from_dict(values_of(settings, folder, models, [server.url for server in servers]), "soak")
         train(run, display=meter)
     if settings.output is not None:
         settings.output.write_text(json.dumps(meter.seen))

@@ -105,13 +105,13 @@ Step = Callable[[], int]  # runs one step and says how many tokens its completio
 
 def tropd_side(side: str, folder: Path, s: Settings, tell: Callable[[Any], None] = lambda record: None) -> Step:
     """`tell` is given each step's record."""
-    from tropd.config.file import build
+    from tropd.config.run import Run
     from tropd.monitoring.alarms import Alarms
     from tropd.run.start import assemble
     from tropd.training.iteration import iterate
     from tropd.training.source import Source
 
-    run = build(
+    run = Run.from_dict(
         {
             "steps": 1_000_000,
             "device": s.device,

@@ -33,7 +33,7 @@ LIMITS = {"slow": 1200, "server": 600}
 COMPAT = (
     "checkpoints/test_export.py",
     "cli/test_main.py",
-    "config/test_file.py",
+    "config/test_run.py",
     "data/test_graders.py",
     "data/test_rows.py",
     "doctor/test_cost.py",

@@ -118,7 +118,7 @@ def _carry_out(order: Order, log: Path) -> None:
     """The body of a process."""
     from rich.console import Console
 
-    from tropd.config import file as config_file
+    from tropd.config.run import Run
     from tropd.errors import Interrupted
     from tropd.monitoring.display import PlainDisplay
     from tropd.run import start
@@ -140,7 +140,7 @@ def _carry_out(order: Order, log: Path) -> None:
     display = SelfInterrupting(order.stop_after or 0, Console(highlight=False))
     try:
         if order.train is not None:
-            start.train(config_file.load(order.train), display=display)
+            start.train(Run.load(order.train), display=display)
         else:
             start.resume(order.directory, step=order.step, display=display)
     except Interrupted as stop:

@@ -17,7 +17,6 @@ from typing import Any
 
 from tests.tiny import byte_tokenizer, tiny_model
 from tropd.base.fast_paths import FastPath as P
-from tropd.config import file as config_file
 from tropd.config.run import Run
 
 NEW_TOKENS = 28
@@ -174,7 +173,7 @@ def values_of(folder: Path, kind: str = "short", **changes: Any) -> dict[str, An
 def run_of(folder: Path, method: Mapping[str, Any] | None = None, *, kind: str = "short", **changes: Any) -> Run:
     """A run on the models in a folder, with this method or with that of its kind."""
     chosen = {} if method is None else {"method": {"name": "tropd", **method}}
-    return config_file.build(values_of(folder, kind, **chosen, **changes), "test")
+    return Run.from_dict(values_of(folder, kind, **chosen, **changes), "test")
 
 
 def write_run(folder: Path, directory: Path, kind: str = "tropd", **changes: Any) -> Path:
@@ -183,5 +182,5 @@ def write_run(folder: Path, directory: Path, kind: str = "tropd", **changes: Any
         write_wide_models(folder)
     path = directory.with_name(directory.name + ".toml")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(config_file.dump(run_of(folder, kind=kind, **{"output": str(directory), **changes})))
+    path.write_text((run_of(folder, kind=kind, **{"output": str(directory), **changes})).dump())
     return path

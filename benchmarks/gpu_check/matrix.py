@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.gpu_check.sizes import Sizes
 from benchmarks.gpu_check.table import Table
-from tropd.config import file as config_file
+from tropd.config.run import Run
 from tropd.errors import Interrupted
 from tropd.methods import METHODS
 from tropd.monitoring.display import Silent
@@ -103,7 +103,7 @@ def _own_teacher(methods: tuple[str, ...], precision: str, s: Sizes, table: Tabl
 
 
 def _end_to_end(method: str, precision: str, s: Sizes, directory: Path) -> None:
-    run = config_file.build(values_of(method, precision, s, directory), "gpu-check")
+    run = Run.from_dict(values_of(method, precision, s, directory), "gpu-check")
     with suppress(Interrupted):
         start.train(run, display=Stopping())
     start.resume(directory, display=Silent())
@@ -139,7 +139,7 @@ def _signal(method: str, precision: str, s: Sizes) -> float:
         changes = {"steps": 1, "teacher": {"path": str(pair.student), "dtype": precision}}
         values = values_of(method, precision, s, directory, **changes)
         values["evaluation"] = {"every": 10}
-        start.train(config_file.build(values, "gpu-check"), display=Silent())
+        start.train(Run.from_dict(values, "gpu-check"), display=Silent())
         rows: dict[str, Any] = pq.read_table(next((directory / "rollouts").glob("*.parquet"))).to_pydict()
     pairs = [
         abs(a - b)

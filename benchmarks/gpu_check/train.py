@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.gpu_check.sizes import Sizes
 from benchmarks.gpu_check.table import Table
-from tropd.config import file as config_file
+from tropd.config.run import Run
 from tropd.monitoring.display import Silent
 from tropd.run import start
 from tropd.testbeds import TESTBEDS, Testbed, embedded
@@ -97,7 +97,7 @@ def _distil(item: str, method: str, s: Sizes, pair: Pair, table: Table, director
         "alarms": {"support_collapse": "off"},
     }
     begun = time.perf_counter()
-    start.train(config_file.build(values, "gpu-check"), display=Telling(table, item))
+    start.train(Run.from_dict(values, "gpu-check"), display=Telling(table, item))
     took = time.perf_counter() - begun
     table.check(f"{item}: {steps} steps", True, f"{took / steps:.2f} s a step", note=f"{took:.0f} s in all")
 

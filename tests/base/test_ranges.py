@@ -17,9 +17,9 @@ from tyro.conf import AvoidSubcommands
 import tropd
 from tropd.base.ranges import Range, kinds_of
 from tropd.cli.evaluate import Evaluation
-from tropd.config import file as config_file
 from tropd.config.flags import read_flags
 from tropd.config.run import Run
+from tropd.config.tables import parts
 from tropd.data.graders import Numeric
 from tropd.distributed.launch_lines import Launch
 from tropd.errors import ConfigError
@@ -46,7 +46,7 @@ def _all_that_is_filled_in() -> list[type]:
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
     roots = (Run, Lab, Setting, Evaluation, Launch, Numeric, Sampling)
-    found = {part for root in roots for part in config_file.parts(root)}
+    found = {part for root in roots for part in parts(root)}
     found |= {c for base in (Piece, Method, RolloutPolicy) for c in _below(base)}
     return sorted((c for c in found if dataclasses.is_dataclass(c) and c.__module__.startswith("tropd.")), key=str)
 
@@ -150,13 +150,13 @@ CASES: dict[str, dict[str, Any]] = {
 def test_a_run_file_with_a_number_out_of_range_is_refused_with_the_whole_path(said: str) -> None:
     start, _, number = said.partition(" = ")
     with pytest.raises(ConfigError) as refused:
-        config_file.build({**BASE, **CASES[said]}, "run.toml")
+        Run.from_dict({**BASE, **CASES[said]}, "run.toml")
     assert start in str(refused.value) and number.split(".")[0] in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
 def test_a_flag_with_a_number_out_of_range_is_refused_with_the_whole_path(capsys: pytest.CaptureFixture[str]) -> None:
-    run = config_file.build(BASE, "run.toml")
+    run = Run.from_dict(BASE, "run.toml")
     for flag, value, said in (
         (
             "--optimizer.max-gradient-norm",
@@ -182,13 +182,13 @@ def test_what_is_no_number_is_refused_in_python_too() -> None:
 
 
 def test_infinity_is_a_value_where_the_docstring_says_what_it_does() -> None:
-    run = config_file.build({**BASE, "optimizer": {"max_gradient_norm": math.inf}}, "run.toml")
+    run = Run.from_dict({**BASE, "optimizer": {"max_gradient_norm": math.inf}}, "run.toml")
     assert run.optimizer.max_gradient_norm == math.inf
 
 
 def test_the_defaults_of_every_method_and_section_are_in_their_ranges() -> None:
     for name in METHODS:
-        config_file.build({**BASE, "method": {"name": name}}, "run.toml")
+        Run.from_dict({**BASE, "method": {"name": name}}, "run.toml")
 
 
 def test_a_range_says_itself_in_plain_words() -> None:

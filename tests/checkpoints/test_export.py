@@ -17,7 +17,7 @@ from tests import run_case
 from tests.small_runs import write_run
 from tropd.checkpoints import checkpoint as checkpoints
 from tropd.checkpoints.export import export, merge, model_card
-from tropd.config import file as config_file
+from tropd.config.run import Run
 from tropd.errors import CheckpointError, ConfigError
 from tropd.model.loading import add_adapter, load_model, load_tokenizer
 
@@ -79,7 +79,7 @@ def asked(models: Path, runs: dict[str, Path], merged: Path, tmp_path_factory: p
 
 def student_at(directory: Path, step: int) -> torch.nn.Module:
     """The student as the checkpoint holds it."""
-    run = config_file.load(directory / "run.toml")
+    run = Run.load(directory / "run.toml")
     model = load_model(run.student, "student", torch.device("cpu"))
     if run.student.lora is not None:
         model = add_adapter(model, run.student.lora, run.seed).eval()
@@ -126,19 +126,19 @@ def test_the_card_says_how_the_model_was_made_and_how_well_it_does(models: Path,
     versions = (tropd.__version__, torch.__version__, transformers.__version__)
     wanted = ("`tropd`", "2606.01249", str(models / "teacher"), str(models / "four.jsonl"), "| avg@2 |", *versions)
     assert all(text in card for text in wanted), card
-    assert config_file.load(directory / "model" / "run.toml") == config_file.load(directory / "run.toml")
+    assert Run.load(directory / "model" / "run.toml") == Run.load(directory / "run.toml")
 
 
 def test_the_card_names_a_base_model_only_where_the_hub_could_know_it(models: Path, tmp_path: Path) -> None:
-    local = config_file.load(write_run(models, tmp_path / "a"))
-    hub = config_file.load(write_run(models, tmp_path / "b", student={"path": "Qwen/Qwen3-0.6B"}))
+    local = Run.load(write_run(models, tmp_path / "a"))
+    hub = Run.load(write_run(models, tmp_path / "b", student={"path": "Qwen/Qwen3-0.6B"}))
     assert "base_model" not in model_card(local, step=1, results={})
     assert 'base_model: "Qwen/Qwen3-0.6B"' in model_card(hub, step=1, results={})
     assert "Not evaluated." in model_card(hub, step=1, results={})
 
 
 def test_an_export_that_cannot_be_written_leaves_the_one_before_it(models: Path, tmp_path: Path) -> None:
-    run = config_file.load(write_run(models, tmp_path / "run"))
+    run = Run.load(write_run(models, tmp_path / "run"))
     model = load_model(run.student, "student", torch.device("cpu"))
     tokenizer = load_tokenizer(run.student, "student")
     folder = export(model, tokenizer, run, tmp_path / "model", step=1, results={})

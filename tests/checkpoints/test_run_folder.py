@@ -14,7 +14,6 @@ from tests.run_case import Order
 from tests.small_runs import run_of, write_models, write_run
 from tropd.checkpoints.run_folder import BEGUN, RUN, begun
 from tropd.cli.main import main
-from tropd.config import file as config_file
 from tropd.config.run import Run
 from tropd.errors import CheckpointError, ConfigError
 from tropd.run.start import resume, train
@@ -126,7 +125,7 @@ def test_of_two_runs_that_begin_in_one_folder_one_is_refused_and_the_other_keeps
     ]
     ended = [one.wait() for one in running]
     (winner,) = [n for n, one in enumerate(ended) if one.code == 0]
-    assert config_file.load(directory / RUN).seed == winner
+    assert Run.load(directory / RUN).seed == winner
     for number, one in enumerate(ended):
         if number != winner:
             assert one.error in ("CheckpointError", "ConfigError"), one.said

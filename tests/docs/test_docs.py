@@ -15,7 +15,7 @@ import pytest
 
 from tests.small_runs import write_models
 from tropd.cli.main import COMMANDS, main
-from tropd.config import file as config_file
+from tropd.config.run import Run
 from tropd.laboratory.exact import Setting, run_all
 from tropd.laboratory.exact_report import markdown
 from tropd.laboratory.lab import Lab, load_lab
@@ -117,7 +117,7 @@ def test_every_toml_block_is_a_run_or_a_comparison(tmp_path):
     for text in found:
         path = tmp_path / "shown.toml"
         path.write_text(text)
-        (load_lab if "methods" in tomllib.loads(text) else config_file.load)(path)
+        (load_lab if "methods" in tomllib.loads(text) else Run.load)(path)
 
 
 def test_commands_and_links_of_every_page_exist():

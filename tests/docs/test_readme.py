@@ -12,7 +12,7 @@ import torch
 
 from tests.surface.test_imports import ROOMS
 from tropd.cli.main import COMMANDS
-from tropd.config import file as config_file
+from tropd.config.run import Run
 from tropd.laboratory.demo import TESTBED, lab_of
 from tropd.laboratory.runner import compare
 from tropd.laboratory.tables import arms_of
@@ -60,7 +60,7 @@ def test_a_run_and_a_borrowed_loss_are_said_in_python():
 def test_the_run_file_is_one(tmp_path):
     (block,) = blocks("toml")
     (tmp_path / "run.toml").write_text(block)
-    run = config_file.load(tmp_path / "run.toml", ["--method.top-k", "32"])
+    run = Run.load(tmp_path / "run.toml", ["--method.top-k", "32"])
     assert run.method.name == "tropd" and run.method.top_k == 32
 
 

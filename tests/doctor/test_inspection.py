@@ -10,7 +10,6 @@ import torch
 
 from tests.small_runs import run_of, save_model, write_models
 from tropd.cli.main import main
-from tropd.config.file import dump
 from tropd.doctor.inspection import read_step
 from tropd.errors import ConfigError
 from tropd.methods.drafts import RolloutJob
@@ -55,7 +54,7 @@ def batch(parts: Parts) -> ScoredBatch:
 
 @pytest.fixture
 def directory(parts: Parts, tmp_path: Path) -> Path:
-    (tmp_path / "run.toml").write_text(dump(parts.run))
+    (tmp_path / "run.toml").write_text(parts.run.dump())
     return tmp_path
 
 

@@ -16,7 +16,7 @@ from tests.model.cases import plain
 from tests.one_step import judge, parts_of, step_of, write
 from tests.small_runs import TROPD, run_of, write_models
 from tests.tiny import VOCAB, tiny_model
-from tropd.config.file import load
+from tropd.config.run import Run
 from tropd.errors import ConfigError, EvidenceError, TeacherError
 from tropd.methods import METHODS, ManyFaces
 from tropd.monitoring.records import read_records
@@ -127,7 +127,7 @@ def test_placeholder_logprobs_of_what_the_student_did_not_write_reach_nothing(tm
 def test_a_column_that_no_teacher_would_read_is_no_knob(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text('[student]\npath = "x"\n[data]\npath = "y"\nprivileged_column = "answer"\n')
     with pytest.raises(ConfigError, match=r"privileged_column"):
-        load(tmp_path / "run.toml")
+        Run.load(tmp_path / "run.toml")
 
 
 def test_the_temperature_of_rollouts_is_not_that_of_the_teacher(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from tests.small_runs import TAKES, write_models, write_run
 from tests.tiny import VOCAB, tiny_model
 from tropd.base.fast_paths import TAKEN, FastPath
 from tropd.base.fast_paths import FastPath as P
-from tropd.config import file as config_file
+from tropd.config.run import Run
 from tropd.model.forward import Forward
 from tropd.model.head import Head
 from tropd.model.likeliest import largest
@@ -72,7 +72,7 @@ def taking() -> Iterator[set[FastPath]]:
 def go_back(path: Path, directory: Path) -> list[str]:
     """Train, go back to step 1 and train again: the same to the bit.  The fast paths of the second time."""
     torch.set_num_threads(1)
-    start.train(config_file.load(path), display=Silent())
+    start.train(Run.load(path), display=Silent())
     alone = run_case.trace(directory)
     with taking() as took:
         start.resume(directory, step=1, display=Silent())

@@ -23,7 +23,8 @@ from tests.small_runs import save_model, write_run
 from tests.tiny import VOCAB, byte_tokenizer, tiny_model
 from tropd.checkpoints import checkpoint as checkpoints
 from tropd.checkpoints.run_folder import locked
-from tropd.config import file as config_file
+from tropd.config.run import Run
+from tropd.config.tables import to_dict
 from tropd.errors import CheckpointError, ConfigError
 from tropd.monitoring.records import read_records
 from tropd.run import start
@@ -157,9 +158,9 @@ def test_a_folder_that_cannot_be_made_is_told_before_models_are_read(models: Pat
     blocked.write_text("no folder")
     directory = blocked / "run"
     (tmp_path / "no model").mkdir()
-    run = config_file.load(write_run(models, tmp_path / "run", student={"path": str(tmp_path / "no model")}))
+    run = Run.load(write_run(models, tmp_path / "run", student={"path": str(tmp_path / "no model")}))
     with pytest.raises(CheckpointError, match=str(directory)):
-        start.train(config_file.build({**config_file.to_dict(run), "output": str(directory)}, "test"))
+        start.train(Run.from_dict({**to_dict(run), "output": str(directory)}, "test"))
 
 
 def save_teacher(tmp_path: Path, change: Callable[[Any], object], family: str = "qwen3") -> dict[str, Any]:
@@ -187,7 +188,7 @@ def nothing_left(directory: Path) -> bool:
 
 def test_a_teacher_of_nan_is_refused_before_the_first_step(models: Path, tmp_path: Path) -> None:
     changes = save_teacher(tmp_path, partial(fill, value=torch.nan))
-    run = config_file.load(write_run(models, tmp_path / "run", **changes))
+    run = Run.load(write_run(models, tmp_path / "run", **changes))
     with pytest.raises(ConfigError, match="not finite"):
         start.train(run)
     assert not (tmp_path / "run" / "run.toml").exists() and not list((tmp_path / "run").glob("*.tmp"))

@@ -13,7 +13,6 @@ import torch
 
 from tests.model.cases import rollouts_of, tokens_of, written
 from tests.tiny import tiny_model
-from tropd.config import file as config_file
 from tropd.config.run import Run
 from tropd.methods import METHODS
 from tropd.methods.drafts import RolloutJob
@@ -47,7 +46,7 @@ def run_of(folder: Path, method: str, student: str, teacher: str, **changes: Any
         "output": str(folder / "run"),
         "checkpoint": {"every": 1, "keep": 9},
     }
-    return config_file.build({**values, **changes}, "a run in half precision")
+    return Run.from_dict({**values, **changes}, "a run in half precision")
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.small_runs import run_of, write_models
 from tropd.cli.main import main
-from tropd.config import file as config_file
+from tropd.config.run import Run
 from tropd.errors import ConfigError
 from tropd.laboratory.lab import Lab, load_lab, trials
 from tropd.laboratory.runner import compare, read_outcomes
@@ -30,7 +30,7 @@ def bed(tmp_path):
     """A run file with two tiny models, and held-out prompts."""
     folder = write_models(tmp_path / "bed")
     run = run_of(folder, evaluation={**EVALUATION, "data": {"path": str(folder / "data.jsonl"), "limit": 4}}, steps=2)
-    (folder / "run.toml").write_text(config_file.dump(run))
+    (folder / "run.toml").write_text(run.dump())
     return str(folder / "run.toml")
 
 
@@ -171,7 +171,7 @@ def test_a_wrong_comparison_is_refused_in_words(text, said, tmp_path, capsys):
 
 def test_a_run_file_that_evaluates_nothing_is_refused_before_it_is_trained(tmp_path):
     folder = write_models(tmp_path)
-    (folder / "run.toml").write_text(config_file.dump(run_of(folder, steps=1)))
+    (folder / "run.toml").write_text(run_of(folder, steps=1).dump())
     with pytest.raises(ConfigError, match=r"\[evaluation.data\], and a grader"):
         lab_in(tmp_path / "out", str(folder / "run.toml"))
 
@@ -233,7 +233,7 @@ def test_a_table_inside_a_method_keeps_the_methods_own_defaults(tmp_path):
     methods = load_lab(tmp_path / "lab.toml").methods
     for prefix in (methods["A"].prefix, methods["B"].tropd.prefix):
         assert (prefix.shape, prefix.start, prefix.end) == ("cosine", 0.5, 0.0)
-    run = config_file.build(
+    run = Run.from_dict(
         {
             "student": {"path": "s"},
             "teacher": {"path": "t"},

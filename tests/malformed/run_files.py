@@ -12,7 +12,6 @@ from tests.base.test_ranges import CASES as OUT_OF_RANGE
 from tests.malformed import texts
 from tests.malformed.case import Case
 from tests.malformed.world import values_of, write_toml
-from tropd.config import file as config_file
 from tropd.config.run import Run
 
 
@@ -103,7 +102,7 @@ def _changed(world: Path, name: str, change: dict[str, Any], names: str) -> Case
 
 def _wrong_types(world: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every field of a run, with a value of another type."""
-    run = config_file.build(values_of(world, world), "test")
+    run = Run.from_dict(values_of(world, world), "test")
     for field in dataclasses.fields(Run):
         value = getattr(run, field.name)
         if dataclasses.is_dataclass(value):

@@ -17,8 +17,8 @@ from tests.run_case import Order
 from tests.small_runs import merged, write_models, write_run
 from tropd.checkpoints.checkpoint import find, load, seal
 from tropd.cli.main import main
-from tropd.config import file as config_file
 from tropd.config.models import ModelConfig
+from tropd.config.run import Run
 from tropd.errors import CheckpointError
 from tropd.model.origins import content_of, origin_of
 from tropd.monitoring.display import Silent
@@ -191,7 +191,7 @@ def test_lines_that_are_missing_from_the_records_are_told_and_recorded(tmp_path:
     found = read_records(records)
     assert [record.step for record in found.steps] == [1, 2, 3]
     assert "missing from the records" in found.steps[1].notes[0]
-    assert config_file.load(directory / "run.toml").steps == 4
+    assert Run.load(directory / "run.toml").steps == 4
 
 
 def test_an_evaluation_does_not_take_answers_of_a_model_that_differs_in_one_weight(tmp_path: Path) -> None:

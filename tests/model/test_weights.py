@@ -17,8 +17,8 @@ from tests.small_runs import run_of, save_model, write_models, write_run
 from tests.tiny import tiny_model
 from tropd.checkpoints.trained import load_student
 from tropd.cli.main import main
-from tropd.config import file as config_file
 from tropd.config.models import ModelConfig
+from tropd.config.run import Run
 from tropd.errors import ConfigError
 from tropd.model.loading import load_model
 from tropd.run.start import resume, train
@@ -138,7 +138,7 @@ def test_neither_doctor_nor_evaluation_nor_export_uses_weights_that_do_not_fit(
 ) -> None:
     folder = write_models(tmp_path)
     path = write_run(folder, folder / "run", "short", method={"name": "opd"}, steps=1)
-    train(config_file.load(path))
+    train(Run.load(path))
     change_config(folder / "student", layers=3)
     asks = [
         ["doctor", str(path), "--json", "--output", str(folder / "new")],

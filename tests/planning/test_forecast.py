@@ -10,7 +10,6 @@ import pytest
 from tests.small_runs import run_of, save_model, write_models
 from tests.tiny import tiny_model
 from tropd.cli.main import main
-from tropd.config import file as config_file
 from tropd.config.models import LoraConfig
 from tropd.config.stages import ParallelConfig
 from tropd.errors import ConfigError
@@ -122,7 +121,7 @@ def test_the_fewest_servers_that_keep_the_trainer_busy(run, teachers):
 def test_no_number_of_servers_is_enough_where_one_answer_takes_too_long(run, capsys, tmp_path, monkeypatch):
     asked = with_servers(run, 1, 1, 1)
     assert make_forecast(asked, SLOW_MEMORY).busy is None  # each token of an answer reads all the weights
-    (tmp_path / "run.toml").write_text(config_file.dump(asked))
+    (tmp_path / "run.toml").write_text(asked.dump())
     monkeypatch.setitem(DEVICES, "slow", SLOW_MEMORY)
     assert main(["plan", str(tmp_path / "run.toml"), "--cluster", "slow"]) == 0
     assert "No number of servers" in capsys.readouterr().out
@@ -166,7 +165,7 @@ def test_a_plan_for_gpus_is_made_in_their_precision(run):
 
 
 def test_what_does_not_fit_is_said_with_an_exit_code(run, tmp_path, capsys, monkeypatch):
-    (tmp_path / "run.toml").write_text(config_file.dump(run))
+    (tmp_path / "run.toml").write_text(run.dump())
     assert main(["plan", str(tmp_path / "run.toml"), "--cluster", "2xh100", "--dollars-per-hour", "2"]) == 0
     said = capsys.readouterr().out
     assert "2 x h100" in said and "$" in said
@@ -179,19 +178,19 @@ def test_what_writing_ahead_would_save_is_said(run, tmp_path, capsys, monkeypatc
     monkeypatch.setenv("COLUMNS", "200")  # no cell is broken
     for staleness, words in ((0, "would save"), (1, "for the next step")):
         asked = with_servers(run, 2, 2, staleness)
-        (tmp_path / "run.toml").write_text(config_file.dump(asked))
+        (tmp_path / "run.toml").write_text(asked.dump())
         assert main(["plan", str(tmp_path / "run.toml"), "--cluster", "h100", "--dollars-per-hour", "2"]) == 0
         said = capsys.readouterr().out
         assert words in said and "2 rollout servers" in said and "5 devices" in said
     rollout = replace(run.rollout, servers=("http://127.0.0.1:1",), servers_sleep=True)
-    (tmp_path / "run.toml").write_text(config_file.dump(replace(run, rollout=rollout)))
+    (tmp_path / "run.toml").write_text(replace(run, rollout=rollout).dump())
     assert main(["plan", str(tmp_path / "run.toml"), "--cluster", "h100", "--dollars-per-hour", "2"]) == 0
     said = capsys.readouterr().out
     assert "nothing overlaps" in said and "1 devices" in said
 
 
 def said_of(run, folder, capsys, device="h100"):
-    (folder / "run.toml").write_text(config_file.dump(run))
+    (folder / "run.toml").write_text(run.dump())
     assert main(["plan", str(folder / "run.toml"), "--cluster", device]) == 0
     return capsys.readouterr().out
 
@@ -237,7 +236,7 @@ def test_what_servers_hold_is_counted_where_they_are(run, tmp_path, capsys, monk
     rollout = replace(run.rollout, servers=("http://127.0.0.1:1",), servers_sleep=True, num_prompts=1, num_rollouts=1)
     beside = make_forecast(replace(run, rollout=rollout), small)
     assert beside.peak >= beside.need.weights + beside.need.moments + beside.need.masters + student
-    (tmp_path / "run.toml").write_text(config_file.dump(with_servers(run, 1, 1)))
+    (tmp_path / "run.toml").write_text(with_servers(run, 1, 1).dump())
     monkeypatch.setitem(DEVICES, "small", small)
     assert main(["plan", str(tmp_path / "run.toml"), "--cluster", "small"]) == 1
     assert "tensor-parallel-size" in capsys.readouterr().out

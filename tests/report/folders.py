@@ -11,7 +11,6 @@ import torch
 
 from tests.report.examples import rollout, step_record
 from tests.tiny import byte_tokenizer
-from tropd.config import file as config_file
 from tropd.config.models import StudentConfig, TeacherConfig
 from tropd.config.run import Run
 from tropd.config.stages import DataConfig, EvalConfig
@@ -81,7 +80,7 @@ def write_folder(
         **run,
     )
     directory.mkdir(parents=True)
-    (directory / "run.toml").write_text(config_file.dump(made))
+    (directory / "run.toml").write_text(made.dump())
     facts = {"method": made.method.name, "student": "student", "teacher": "teacher"}
     with RecordWriter(
         directory / "records.jsonl", {**facts, "before": evaluation_of(before) if before else {}}

@@ -18,7 +18,7 @@ from tests import run_case
 from tests.small_runs import write_run
 from tropd.checkpoints import checkpoint as checkpoints
 from tropd.cli.main import main
-from tropd.config import file as config_file
+from tropd.config.run import Run
 from tropd.errors import ConfigError
 from tropd.monitoring.callbacks import Callback
 from tropd.monitoring.display import Silent
@@ -36,7 +36,7 @@ def written(models: Path, directory: Path, **changes: Any) -> Path:
 
 
 def trained(path: Path, **how: Any) -> Path:
-    return train(config_file.load(path), display=Silent(), **how)
+    return train(Run.load(path), display=Silent(), **how)
 
 
 def test_a_finished_run_made_longer_is_the_longer_run_bit_for_bit(models: Path, tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_a_finished_run_made_longer_is_the_longer_run_bit_for_bit(models: Path, 
         resume(short, display=Silent())
     resume(short, steps=6, display=Silent())
     trained(written(models, long, steps=6))
-    assert config_file.load(short / "run.toml").steps == 6
+    assert Run.load(short / "run.toml").steps == 6
     weights = [folder / "model" / "model.safetensors" for folder in (short, long)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     steps = [read_records(folder / "records.jsonl").steps for folder in (short, long)]
@@ -58,7 +58,7 @@ def test_a_longer_run_that_was_stopped_goes_on_and_fewer_steps_are_refused(model
     trained(written(models, directory, steps=2))
     with pytest.raises(ConfigError, match="2 steps are asked for, but .* has 2 behind it"):
         resume(directory, steps=2, display=Silent())
-    assert config_file.load(directory / "run.toml").steps == 2
+    assert Run.load(directory / "run.toml").steps == 2
     resume(directory, steps=5, display=Silent(), callbacks=[StopAt(3)])
     assert checkpoints.steps_kept(directory)[-1] == 3
     resume(directory, display=Silent())

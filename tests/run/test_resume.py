@@ -73,7 +73,7 @@ def test_a_resume_in_a_new_interpreter_is_exact_too(models: Path, straight: Stra
     path = write_run(models, directory)
     code = (
         "import sys, torch; from pathlib import Path; torch.set_num_threads(1)\n"
-        "from tropd.config import file as config_file; from tropd.run.start import resume\n"
+        "from tropd.config.run import Run; from tropd.run.start import resume\n"
         "resume(Path(sys.argv[1]))"
     )
     ended = run_case.train(path, directory, stop_after=3)

@@ -14,7 +14,6 @@ from tests.servers.proxy import Proxy, garbage
 from tests.small_runs import run_of, write_models
 from tests.tiny import byte_tokenizer, tiny_model
 from tropd.cli.main import main
-from tropd.config import file as config_file
 from tropd.config.run import Run
 from tropd.doctor import Check, examine
 from tropd.errors import TeacherError
@@ -132,7 +131,7 @@ def test_the_command_says_it_in_a_table_and_by_its_exit_code(world: Path, capsys
     for kind, code in ((MiniServer, 0), (Forgetful, 2)):
         with kind(world / "teacher") as server:
             path = world / "examined.toml"
-            path.write_text(config_file.dump(run_at(world, server.url)))
+            path.write_text(run_at(world, server.url).dump())
             assert main(["doctor", str(path), "--sample-prompts", "0", "--json"]) == code
         found = json.loads(capsys.readouterr().out)
         assert found["exit_code"] == code and any(c["name"] == "servers: prefix cache" for c in found["checks"])

@@ -12,7 +12,6 @@ import torch
 
 from tropd.base.names import shown
 from tropd.checkpoints.checkpoint import atomic_folder
-from tropd.config.file import dump
 from tropd.config.models import GIVEN
 from tropd.config.run import Run
 from tropd.errors import CheckpointError, ConfigError
@@ -29,7 +28,7 @@ def export(model: Any, tokenizer: Any, run: Run, folder: Path, *, step: int, res
         model.save_pretrained(temporary, safe_serialization=True)
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(model_card(run, step=step, results=results))
-        (temporary / "run.toml").write_text(dump(run))
+        (temporary / "run.toml").write_text(run.dump())
     return folder
 
 

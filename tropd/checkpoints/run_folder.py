@@ -17,7 +17,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from tropd.checkpoints.checkpoint import writing
-from tropd.config import file as config_file
 from tropd.config.run import Run
 from tropd.errors import CheckpointError, ConfigError
 
@@ -104,7 +103,7 @@ def begun(run: Run, directory: Path, *, overwrite: bool = False) -> Iterator[Cal
             check_place(run, directory)  # somebody may have been faster
             with writing(directory):
                 os.ftruncate(handle, 0)
-                os.write(handle, config_file.dump(run).encode())
+                os.write(handle, run.dump().encode())
             yield settle
         except BaseException:
             if not _has_steps(directory):
@@ -123,7 +122,7 @@ def rewritten(run: Run, directory: Path) -> Iterator[None]:
     with writing(directory):
         handle = _claim(directory)
         os.ftruncate(handle, 0)
-        os.write(handle, config_file.dump(run).encode())
+        os.write(handle, run.dump().encode())
         os.fsync(handle)
         (directory / BEGUN).replace(directory / RUN)
     try:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tropd.checkpoints import checkpoint as checkpoints
-from tropd.config import file as config_file
 from tropd.config.models import GIVEN, ModelConfig
 from tropd.config.run import Run
 from tropd.errors import CheckpointError, ConfigError
@@ -41,7 +40,7 @@ def load_student(source: str, step: int | None, device: str, dtype: Any) -> Trai
     path = Path(source).expanduser()
     if is_run(path):
         if step is None and (path / "model").is_dir():
-            run = config_file.load(path / "run.toml")
+            run = Run.load(path / "run.toml")
             found = _load_folder(str(path / "model"), device, run.student.dtype if dtype == "auto" else dtype)
             return Trained(model=found.model, tokenizer=found.tokenizer, run=run)
         return load_checkpoint(path, step, device, dtype)
@@ -58,7 +57,7 @@ def load_checkpoint(directory: Path, step: int | None, device: str, dtype: Any =
     if found is None:
         raise CheckpointError(f"{directory} holds no checkpoint yet. Train until the first, or name another run.")
     saved = checkpoints.load(found)
-    run = config_file.load(found / "run.toml")
+    run = Run.load(found / "run.toml")
     chosen = choose_device(device)
     student = run.student if dtype == "auto" else dataclasses.replace(run.student, dtype=dtype)
     if student.dtype == "auto" and student.lora is None:  # as it was trained, wherever that was

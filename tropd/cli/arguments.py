@@ -33,14 +33,12 @@ class Arguments(argparse.ArgumentParser):
 
 def read_run(argv: list[str], prog: str) -> Run:
     """RUN.toml and then any flags: the run they describe.  Without a file, `--help` shows the flags."""
-    from tropd.config import file as config_file
+    from tropd.config.run import Run
 
     if argv and not argv[0].startswith("-"):
-        return config_file.load(Path(argv[0]), argv[1:])
+        return Run.load(Path(argv[0]), argv[1:])
     if "--help" in argv or "-h" in argv:
         import tyro
-
-        from tropd.config.run import Run
 
         tyro.cli(tyro.conf.AvoidSubcommands[Run], args=["--help"], prog=f"{prog} RUN.toml")
     raise ConfigError(f"{prog} needs the file of a run first: `{prog} RUN.toml [--any.flag value]`.")

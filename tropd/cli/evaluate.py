@@ -19,10 +19,10 @@ from tropd.base.reading import nearest
 from tropd.base.terminal import tell
 from tropd.checkpoints.trained import Trained, is_run, load_student
 from tropd.cli.arguments import TRUST, Arguments
-from tropd.config import file as config_file
 from tropd.config.flags import read_flags
 from tropd.config.run import Run
 from tropd.config.stages import DataConfig, EvalConfig
+from tropd.config.tables import to_dict
 from tropd.errors import ConfigError, DataError
 from tropd.evaluation.models import check_trust, data_of, judged, settings_of
 from tropd.model.loading import looks_local
@@ -108,7 +108,7 @@ def _evaluate(asked: Any, config: Evaluation) -> None:
 
 def _default_folder(model: str, config: Evaluation, version: str) -> Path:
     """Weights and settings name the folder, so that the same question finds its own answers again."""
-    said = json.dumps([config_file.to_dict(config), version], sort_keys=True)
+    said = json.dumps([to_dict(config), version], sort_keys=True)
     name = f"{Path(config.data.path).stem}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
     path = Path(model).expanduser()
     return path / "evaluations" / name if is_run(path) else Path("evaluations") / f"{path.name}-{name}"
@@ -121,7 +121,7 @@ def _write_summary(
         "model": model,
         "step": trained.step,
         "weights": version,
-        "evaluation": config_file.to_dict(config),
+        "evaluation": to_dict(config),
         "results": numbers,
     }
     temporary = path.with_name(path.name + ".tmp")

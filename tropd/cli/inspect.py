@@ -36,10 +36,11 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--worst is {asked.worst}: give a number of tokens, or 0 for none.")
     if not is_run(asked.run):
         raise ConfigError(f"{asked.run} is no run's folder: it holds no run.toml.")
-    from tropd.config import file as config_file
+
+    from tropd.config.run import Run
     from tropd.doctor.inspection import read_record, read_step
 
-    run, _ = without_code(config_file.load(asked.run / "run.toml"), asked.trust_code)
+    run, _ = without_code(Run.load(asked.run / "run.toml"), asked.trust_code)
     kept, record = read_step(asked.run, asked.step, run), read_record(asked.run, asked.step)
     console = make_console()
     said = [

@@ -18,8 +18,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from tropd.checkpoints.run_folder import locked
-from tropd.config import file as config_file
 from tropd.config.methods import complete
+from tropd.config.run import Run
 from tropd.errors import ConfigError, MethodWarning
 from tropd.laboratory.lab import Lab, Trial, trials
 from tropd.laboratory.trial import Outcome, fingerprint_of, pair_of, run_of, run_trial
@@ -130,7 +130,7 @@ def _written_down(lab: Lab, trial: Trial) -> str:
     default there, and changes nothing."""
     path = Path(lab.output) / "trials" / trial.folder / "run.toml"
     try:
-        return fingerprint_of(config_file.load(path))
+        return fingerprint_of(Run.load(path))
     except ConfigError:  # no such file, or an option that is gone
         return ""
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tropd.config import file as config_file
 from tropd.config.models import StudentConfig, TeacherConfig
 from tropd.config.run import Run
 from tropd.config.stages import CheckpointConfig, DataConfig, OptimizerConfig, RolloutConfig, RunEvalConfig
+from tropd.config.tables import to_dict
 from tropd.errors import TrainingDiverged
 from tropd.laboratory.lab import EMBEDDED, Lab, Trial, bed_of
 from tropd.monitoring.display import Display
@@ -112,7 +112,7 @@ def run_of(lab: Lab, trial: Trial, pair: Pair | None) -> Run:
 
 
 def _run_of_file(lab: Lab, trial: Trial) -> Run:
-    run = config_file.load(Path(trial.testbed))
+    run = Run.load(Path(trial.testbed))
     return dataclasses.replace(
         run,
         method=lab.methods[trial.method],
@@ -129,7 +129,7 @@ def _every(lab: Lab, steps: int) -> int:
 
 def fingerprint_of(run: Run) -> str:
     """Names everything that shapes the outcome but where the models and prompts are kept: their pair is named."""
-    values = config_file.to_dict(run)
+    values = to_dict(run)
     for name in ("output", "trackers", "device"):
         values.pop(name, None)
     for part in ("student", "teacher", "data"):

@@ -14,9 +14,9 @@ import torch
 from tropd.base.names import shown
 from tropd.checkpoints import checkpoint as checkpoints
 from tropd.checkpoints.run_folder import RUN, begun, check_inputs, locked, rewritten
-from tropd.config import file as config_file
 from tropd.config.run import Run
 from tropd.config.settings import Part
+from tropd.config.tables import to_dict
 from tropd.data.graders import Grader
 from tropd.data.stream import PromptStream
 from tropd.distributed.launch import together
@@ -96,7 +96,7 @@ def resume(
     if not (directory / RUN).exists():
         raise ConfigError(f"{directory} holds no run.toml, so there is nothing to resume. Name the folder of a run.")
     objects = _objects(student, teacher, method, grader, prompts, held_out)
-    run, given = take_again(config_file.load(directory / RUN), directory, objects)
+    run, given = take_again(Run.load(directory / RUN), directory, objects)
     longer = run if steps is None else dataclasses.replace(run, steps=steps)
     check_inputs(run, directory)
     with together(run, directory) as world, locked(directory) if world.leads else nullcontext():
@@ -145,7 +145,7 @@ def _checkpoint_of(run: Run, directory: Path, step: int | None, world: Ranks) ->
     saved = checkpoints.load(Path(path), tensors=not shards_student(run, world))
     # A run that was made longer since has another number of steps, and is the same run.
     then = dataclasses.replace(run, steps=saved.state.get("steps", run.steps))
-    if saved.state["fingerprint"] != config_file.fingerprint(then):
+    if saved.state["fingerprint"] != then.fingerprint():
         raise CheckpointError(
             f"{saved.path} was made by another run than {directory / RUN} describes. To go on with it, put back the "
             f"configuration in {saved.path / RUN}; to change a run, start a new one."
@@ -200,7 +200,7 @@ def _go(
             state.notes += _lacking(training.records)
             for note in state.notes:
                 display.note(note)
-            names, values = run.trackers if world.leads else (), config_file.to_dict(run)
+            names, values = run.trackers if world.leads else (), to_dict(run)
             training.trackers = make_trackers(
                 names, directory.name, values, directory=directory.parent, step=state.step
             )
@@ -257,7 +257,7 @@ def _facts(parts: Parts, directory: Path) -> dict[str, str]:
     run = parts.run
     facts = {
         "run": str(directory),
-        "fingerprint": config_file.fingerprint(run),
+        "fingerprint": run.fingerprint(),
         "method": shown(run.method.name),
         "student": run.student.path + (f" + LoRA {run.student.lora.rank}" if run.student.lora else ""),
         "teacher": run.teachers_said,

@@ -9,7 +9,6 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from tropd.checkpoints import checkpoint as checkpoints
-from tropd.config import file as config_file
 from tropd.model.origins import check_same
 from tropd.monitoring.alarms import Alarms
 from tropd.run.environment import changes, environment_of
@@ -50,7 +49,7 @@ def save(parts: Parts, directory: Path, state: State, alarms: Alarms, *, undone:
     """Write a checkpoint; of a sharded student each rank writes its part, else rank 0 writes everything.  `undone`: the
     last step failed before any weight changed, and will be repeated."""
     optimizer, shards, world = parts.learner.optimizer, parts.learner.shards, parts.world
-    said: dict[str, Any] = {"run": config_file.dump(parts.run), "state": _facts(parts, state, alarms, undone)}
+    said: dict[str, Any] = {"run": parts.run.dump(), "state": _facts(parts, state, alarms, undone)}
     if shards is not None:
         from tropd.checkpoints import sharded_checkpoint
 
@@ -65,7 +64,7 @@ def save(parts: Parts, directory: Path, state: State, alarms: Alarms, *, undone:
 
 def _facts(parts: Parts, state: State, alarms: Alarms, undone: bool) -> dict[str, Any]:
     return {
-        "fingerprint": config_file.fingerprint(parts.run),
+        "fingerprint": parts.run.fingerprint(),
         "steps": parts.run.steps,
         "optimizer_steps": parts.learner.optimizer.num_steps,
         "stream": state.source.state_before() if undone else state.source.state_dict(),

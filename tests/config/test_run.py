@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from tropd.config import file as config_file
 from tropd.config.models import ModelConfig
+from tropd.config.run import Run
+from tropd.config.tables import to_dict
 from tropd.errors import ConfigError
 from tropd.model.loading import load_tokenizer
 
@@ -34,27 +35,27 @@ def run_toml(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("flags", (["--method", "eopd"], ["--method=eopd"], ["--method.name", "eopd"]))
 def test_a_flag_names_another_method_which_begins_with_its_own_defaults(run_toml: Path, flags: list[str]) -> None:
-    asked = config_file.load(run_toml, [*flags, "--steps", "3"])
-    alone = config_file.build(
+    asked = Run.load(run_toml, [*flags, "--steps", "3"])
+    alone = Run.from_dict(
         {"student": {"path": "s"}, "teacher": {"path": "t"}, "method": "eopd", "data": {"path": "p"}}, ""
     )
     assert asked.method == alone.method and asked.steps == 3
 
 
 def test_a_flag_that_names_the_files_method_keeps_the_files_knobs(run_toml: Path) -> None:
-    method = config_file.load(run_toml, ["--method", "tropd", "--method.beta", "1.0"]).method
+    method = Run.load(run_toml, ["--method", "tropd", "--method.beta", "1.0"]).method
     assert (method.top_k, method.beta) == (7, 1.0)  # type: ignore[union-attr]
 
 
 def test_knobs_after_the_named_method_are_its_own(run_toml: Path) -> None:
-    assert config_file.load(run_toml, ["--method", "aopd", "--method.top-k", "3"]).method.top_k == 3  # type: ignore[union-attr]
+    assert Run.load(run_toml, ["--method", "aopd", "--method.top-k", "3"]).method.top_k == 3  # type: ignore[union-attr]
 
 
 def test_a_method_that_is_not_known_is_refused_with_a_suggestion(run_toml: Path) -> None:
     with pytest.raises(ConfigError, match="no method 'topdd'. Did you mean 'topd'"):
-        config_file.load(run_toml, ["--method", "topdd"])
+        Run.load(run_toml, ["--method", "topdd"])
     with pytest.raises(ConfigError, match="wants the name of a method"):
-        config_file.load(run_toml, ["--method"])
+        Run.load(run_toml, ["--method"])
 
 
 def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +80,7 @@ def test_a_flag_sets_what_is_in_no_section_of_the_file(
     run_toml: Path, flags: list[str], expected: tuple[str, dict[str, Any]]
 ) -> None:
     section, values = expected
-    found = config_file.to_dict(config_file.load(run_toml, flags))[section]
+    found = to_dict(Run.load(run_toml, flags))[section]
     for name, value in values.items():
         assert found[name] == value if not isinstance(value, dict) else value.items() <= found[name].items()
 
@@ -87,11 +88,11 @@ def test_a_flag_sets_what_is_in_no_section_of_the_file(
 def test_flags_alone_make_the_base_of_an_adapter_the_teacher_or_name_several(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text('[student]\npath = "s"\n')
-    run = config_file.load(path, ["--data.path", "p.jsonl", "--student.lora.rank", "2"])
+    run = Run.load(path, ["--data.path", "p.jsonl", "--student.lora.rank", "2"])
     assert run.teacher.path == "base" and run.data.path == "p.jsonl"
     path.write_text('[student]\npath = "s"\n[data]\npath = "p.jsonl"\nteacher_column = "subject"\n')
     flags = ["--teachers.math.path", "m", "--teachers.code.path", "c"]
-    assert {name: teacher.path for name, teacher in config_file.load(path, flags).teachers.items()} == {
+    assert {name: teacher.path for name, teacher in Run.load(path, flags).teachers.items()} == {
         "math": "m",
         "code": "c",
     }
@@ -99,4 +100,4 @@ def test_flags_alone_make_the_base_of_an_adapter_the_teacher_or_name_several(tmp
 
 def test_a_flag_of_no_section_is_refused_by_its_name(run_toml: Path) -> None:
     with pytest.raises(ConfigError, match="--student.lorra.rank"):
-        config_file.load(run_toml, ["--student.lorra.rank", "4"])
+        Run.load(run_toml, ["--student.lorra.rank", "4"])
