@@ -1,4 +1,4 @@
-"""How a run reaches its servers, and what is refused about that before anything is sent."""
+"""Addresses and keys of a run's servers, checked before anything is sent."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def api_key(settings: ServerConfig) -> str | None:
 
 
 def check_addresses(urls: Sequence[str], settings: ServerConfig) -> Iterator[str]:
-    """Refuse what would give a key away; say what travels in the clear."""
+    """Refuse addresses that would leak a key; notes on what travels unencrypted."""
     plain = [url for url in urls if urlsplit(url).scheme == "http" and not is_loopback(url)]
     if plain and settings.api_key_env and not settings.allow_plain_http:
         raise ConfigError(
