@@ -1,4 +1,4 @@
-"""What `tropd exact` says about its curves.  Every sentence about a method is made from the numbers."""
+"""The report of `tropd exact` on its curves.  Every sentence about a method is made from the numbers."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def table(curves: Sequence[Curve]) -> Table:
 
 
 def findings(curves: Sequence[Curve]) -> list[str]:
-    """What is seen, in sentences."""
+    """The results, in sentences."""
     said = [_compare(curves, rate) for rate in learning_rates(curves)]
     return ["What is seen:", *(f"- {line}" for line in [*said, *(_ranking(curves, name) for name in NAMES)])]
 
@@ -113,7 +113,7 @@ def _compare(curves: Sequence[Curve], rate: float) -> str:
 
 
 def _difference(ours: Sequence[Curve], plain: Sequence[Curve], field: str) -> str:
-    """Seed by seed, since both start from the same pair."""
+    """The difference seed by seed, since both start from the same pair."""
     gap = mean_of([getattr(x, field)[-1] - getattr(y, field)[-1] for x, y in zip(ours, plain, strict=True)])
     if math.isnan(gap.half_width):
         return f"differs by {gap.mean:.2g} (one seed: no interval)"
