@@ -16,7 +16,7 @@ from tropd.types import key_of
 
 IGNORED = -100
 _KINSHIP = 0.4
-"""Initial size, much larger than that of other embeddings, so that training keeps it."""
+"""Initial size of what related words share, much larger than other embeddings, so that training keeps it."""
 
 
 def make_model(task: Task, shape: Shape, max_length: int, seed: int) -> Any:
