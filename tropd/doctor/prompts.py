@@ -145,7 +145,7 @@ def check_graders(subject: Subject) -> Iterator[Check]:
             built_in = name in GRADERS
             cure = "" if built_in else "If your grader means something else by 1, this is fine."
             yield (error if built_in else warning)(knob, str(refusal), cure)
-        except Exception as failure:  # somebody else's code: whatever it raises is a finding, with its own words
+        except Exception as failure:  # the user's code: any exception is a finding, with its own message
             yield error(knob, f"'{name}' failed on an answer of the data: {type(failure).__name__}: {failure}")
         else:
             yield ok(knob, f"'{name}' gives {min(len(prompts), limit)} answers, graded against themselves, 1 each")

@@ -87,7 +87,7 @@ def _audit(questions: Questions, subject: Subject, weights: bool) -> Iterator[Ch
     if weights:
         reference = reference_of(config, questions.text, questions.top_k, math.inf)
         if reference is None:
-            said = "not compared with a forward pass here: the weights are not at hand, or do not fit"
+            said = "not compared with a forward pass here: the weights are in no local folder, or do not fit"
             yield ok("servers: parity", said)
     for finding in audit(questions, reference)[0]:
         yield Check(name=f"servers: {finding.name}", level=finding.level, found=finding.found, advice=finding.advice)

@@ -21,7 +21,7 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 FIRST_STEPS = 10
 NAMES = {"reverse_kl": "KL(student || teacher)", "forward_kl": "KL(teacher || student)"}
 LIMITS = [
-    "What this does not show: a table has a number of its own for every state, so nothing generalises, a state that is "
+    "What this does not show: a table has separate numbers for every state, so nothing generalises, a state that is "
     "not visited is not learned, and forgetting cannot happen. The teacher's texts are new at every visit, which helps "
     "SeqKD and the prefixes, and asking the teacher to write costs nothing here. One optimiser, a few learning rates, "
     "a vocabulary of a few tokens: which method is better on language models is a question for language models."

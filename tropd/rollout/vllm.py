@@ -153,8 +153,8 @@ def open_engine(
     give."""
     if sampling != Sampling():
         raise ConfigError(
-            f"rollouts are asked from servers and drawn with {sampling}, but servers tell log-probabilities that "
-            "hold at temperature 1 without truncation. Set rollout.sampling so, or leave rollout.servers out."
+            f"rollouts on servers were asked for with {sampling}, but servers give log-probabilities only at "
+            "temperature 1 without truncation. Set rollout.sampling so, or leave rollout.servers out."
         )
     notes = check_addresses(config.servers, config.server)
     return VllmEngine(

@@ -46,5 +46,5 @@ def check_addresses(urls: Sequence[str], settings: ServerConfig) -> Iterator[str
     if plain:
         yield (
             f"{', '.join(plain)}: plain http to another machine. Texts and log-probabilities travel unprotected, and "
-            "whoever is in between can change them; use https:// or a tunnel outside a network of your own."
+            "anyone in between can change them. Use https:// or a tunnel outside your own network."
         )

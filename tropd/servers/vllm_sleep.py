@@ -79,7 +79,7 @@ def wake_if_asleep(pool: Pool) -> bool:
     """Wake the server; whether it slept.  After a sleep of level 2 it has no valid weights until it gets them."""
     try:
         slept = is_sleeping(pool)
-    except ServerRefused:  # without these routes nobody can have put it to sleep
+    except ServerRefused:  # without these routes it cannot have been put to sleep
         return False
     if slept:
         with waking(pool, 2):

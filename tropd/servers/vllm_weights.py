@@ -53,7 +53,7 @@ class VllmWeights:
         except ServerRefused as error:
             if "already been loaded" not in str(error):
                 raise
-            # Of an earlier attempt, or of another run: nobody knows what is in it.
+            # Of an earlier attempt, or of another run: its content is unknown.
             self.drop_adapter(pool, name)
             _ask(pool, "/v1/load_lora_adapter", **wanted)
 

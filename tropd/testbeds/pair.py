@@ -70,7 +70,7 @@ def make_pair(testbed: Testbed, seed: int, directory: Path, *, teacher: Path | N
         work.chmod(0o755)
         try:
             work.replace(directory)
-        except OSError:  # somebody else was first
+        except OSError:  # another process was first
             if not (directory / _WRITTEN_LAST).exists():
                 raise
     finally:
