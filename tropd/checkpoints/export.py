@@ -88,7 +88,7 @@ def push(folder: Path, repository: str) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    # The bases: whatever the hub's library sends requests with raises its own error where nobody answers.
+    # The bases: the HTTP library behind the hub's raises its own error if the hub does not answer.
     refused: Any = (*HfHubHTTPError.__bases__, OfflineModeIsEnabled, ValueError)
     try:
         api = HfApi()
@@ -113,7 +113,7 @@ def model_card(run: Run, *, step: int, results: dict[str, float]) -> str:
     rows = [f"| {name} | {value:.4f} |" for name, value in sorted(results.items())]
     measured = ["| measure | value |", "|---|---|", *rows] if rows else ["Not evaluated."]
     link = f" ({paper_link(method.paper)})" if method.paper else ""
-    # The hub refuses a card whose base model is a folder of somebody's disk.
+    # The hub refuses a card whose base model is a local folder.
     local = run.student.path == GIVEN or Path(run.student.path).expanduser().exists()
     base = [] if local else [f"base_model: {json.dumps(run.student.path)}"]
     lines = [

@@ -51,7 +51,7 @@ def check_inputs(run: Run, directory: Path) -> None:
         if place == own or own in place.parents:
             raise ConfigError(
                 f"output is {directory}, which holds what {name} names, {path}: the run would write over it. Set "
-                "output to a folder of its own."
+                "output to a separate folder."
             )
         if place in own.parents:
             raise ConfigError(
@@ -100,7 +100,7 @@ def begun(run: Run, directory: Path, *, overwrite: bool = False) -> Iterator[Cal
             replaced()
 
         try:
-            check_place(run, directory)  # somebody may have been faster
+            check_place(run, directory)  # another process may have been faster
             with writing(directory):
                 os.ftruncate(handle, 0)
                 os.write(handle, run.dump().encode())

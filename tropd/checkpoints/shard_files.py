@@ -40,7 +40,7 @@ def read(folder: Path) -> dict[str, Tensor]:
     """Read everything, whole, on the CPU, in this process alone."""
     tensors = {name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in known(folder).items()}
     with _told(folder, "read"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that nobody else takes part is meant
+        warnings.simplefilter("ignore")  # about the missing process group, which is intended
         load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     return tensors
 

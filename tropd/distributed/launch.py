@@ -67,7 +67,7 @@ def together(run: Run, directory: Path) -> Iterator[Ranks]:
     world = _join(run, int(os.environ["RANK"]), size)
     try:
         yield world
-        world.wait()  # nobody takes the connection away from those who still speak
+        world.wait()  # keeps the connection until every rank is done
     except BaseException as error:
         with suppress(ValueError):  # only a main thread has signals
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's answer to the first that ends; this one knows

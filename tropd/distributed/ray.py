@@ -123,7 +123,7 @@ def _answers(url: str) -> bool:
     try:
         urllib.request.urlopen(url.rstrip("/").removesuffix("/v1") + "/v1/models", timeout=5).close()
     except urllib.error.HTTPError as error:
-        return error.code in (401, 403)  # an answer, to somebody without a key
+        return error.code in (401, 403)  # an answer to a request without a key
     except OSError:
         return False
     return True
@@ -141,7 +141,7 @@ def _train(ray: Any, launch: Launch, each: dict[str, int], held: list[Any]) -> i
     waiting, codes = {p.wait.remote(): n for n, p in enumerate(ranks)}, []
     with _heard() as asked:
         told, last = 0, float("inf")
-        while waiting and len(asked) < 2 and time.monotonic() < last:  # one that fails ends the others, or we do
+        while waiting and len(asked) < 2 and time.monotonic() < last:  # a failure ends the others
             for reference in ray.wait([*waiting], timeout=0.5)[0]:
                 codes.append(abs(_code(ray, reference, waiting.pop(reference))))
                 last = min(last, time.monotonic() + _LAST_SECONDS) if codes[-1] else last

@@ -1,7 +1,7 @@
-"""What will go wrong, said before it does.
+"""Finds what will go wrong with a run before it happens.
 
 examine(run) -> list[Check]         everything, with a few measured rollouts: `tropd doctor`
-quick_checks(parts) -> list[str]    what needs no rollouts: at the start of every run
+quick_checks(parts) -> list[str]    the checks without rollouts: at the start of every run
 """
 
 from tropd.doctor.check import Check

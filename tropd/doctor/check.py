@@ -1,4 +1,4 @@
-"""What the doctor says about one thing: how it is, what was found, what to do."""
+"""One result of the doctor: its level, what was found, what to do."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What a run will take: memory before anything is loaded, disk for its checkpoints.
+"""What a run will cost: memory, counted before anything is loaded, and disk for its checkpoints.
 
-Parameters are counted on a model without storage (torch's meta device), so a model that would not fit is found out
-without loading it.  What a layer keeps for its gradient is counted as the layers of Qwen3 keep it: two norms, queries,
-keys, values, the attention's result, and four times the width of the MLP.  Measured peaks of the resident set on a CPU
-agree with it (docs/performance.md).
+Parameters are counted on a model without storage (torch's meta device), so a model that would not fit is found without
+loading it.  The activations that a layer keeps for its gradient are counted as for Qwen3: two norms, queries, keys,
+values, the attention's result, and four times the width of the MLP.  Measured peaks of the resident set on a CPU agree
+with this (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ CURE = (
     "tokens_per_micro_batch or rollout.max_batch, or bfloat16."
 )
 _TILES = {"one token": 1, "whole": 14}
-"""Tiles of logits in float32 at the same time, where terms look at one token or at whole distributions: measured."""
+"""Float32 tiles of logits at the same time, for terms that read single tokens or whole distributions: measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """Bytes, by what they are for."""
+    """Bytes, by purpose."""
 
     student: int
     teacher: int
-    """Of all in this process."""
+    """All weights in this process."""
     gradients: int
     moments: int
-    """AdamW's two, in float32."""
+    """AdamW's two moments, in float32."""
     masters: int
     """float32 copies of half-precision parameters."""
     logits: int
@@ -62,13 +62,13 @@ class Need:
 
     @property
     def peak(self) -> int:
-        """Writing and training take turns; moments and masters stay."""
+        """The larger of writing and training, which take turns; moments and masters stay."""
         write = self.weights + self.moments + self.masters + self.keys_and_values
         return max(self.train, write)
 
 
 def need_of(subject: Subject, device: torch.device | None = None, processes: int = 1) -> Need:
-    """On each of so many processes, with nothing sharded; `device` where it is not this machine's."""
+    """The need of each process, with nothing sharded; `device` if it is not this machine's."""
     run = subject.run
     device = device or choose_device(run.device)
     student = wrap_student(_without_storage(run.student), run.student, run.seed)
@@ -107,14 +107,14 @@ def cached(config: Any, width: int) -> int:
 
 
 def _attention(config: Any) -> tuple[int, int]:
-    """Numbers in the queries of a token, and in its keys."""
+    """Sizes of a token's queries and keys."""
     heads = int(config.num_attention_heads)
     size = getattr(config, "head_dim", None) or int(config.hidden_size) // heads
     return heads * size, (getattr(config, "num_key_value_heads", None) or heads) * size
 
 
 def _activations(subject: Subject, tokens: int, width: int) -> int:
-    """What is kept of so many tokens from the forward pass to the backward pass."""
+    """Bytes of activations that are kept for these tokens from forward to backward."""
     config, student = subject.student.config, subject.run.student
     hidden, (queries, keys) = int(config.hidden_size), _attention(config)
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
@@ -127,7 +127,7 @@ def _activations(subject: Subject, tokens: int, width: int) -> int:
 
 
 def _logits(subject: Subject, student: Any, width: int) -> int:
-    """Tiles of logits, and the gradient of a trained head, which is added up in float32."""
+    """Bytes of the tiles of logits, and of a trained head's gradient, which is summed in float32."""
     run = subject.run
     size = max(subject.student.tokenizer.get_vocab().values()) + 1
     head = causal_lm_of(student).get_output_embeddings()
@@ -139,7 +139,7 @@ def _logits(subject: Subject, student: Any, width: int) -> int:
 
 
 def check_memory(subject: Subject) -> Iterator[Check]:
-    """Refuses when not even the weights fit; warns when a step probably will not."""
+    """An error if not even the weights fit; a warning if a step probably will not fit."""
     try:
         need = need_of(subject)
     except TropdError as refusal:  # an adapter that does not fit, a device that is not there
@@ -173,7 +173,7 @@ def check_memory(subject: Subject) -> Iterator[Check]:
 
 
 def check_disk(subject: Subject) -> Iterator[Check]:
-    """Checkpoints that are kept, the best one, the one being written, and the finished model."""
+    """Room for the kept checkpoints, the best one, the one being written, and the finished model."""
     run = subject.run
     directory = Path(run.output)
     try:

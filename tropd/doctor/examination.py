@@ -1,4 +1,4 @@
-"""All checks, in the order in which a run meets them; what cannot be looked at because of an error is left out."""
+"""All checks, in the order of a run; checks that an error makes impossible are left out."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Look = Callable[[Subject], Iterator[Check]]
 
 OF_A_TEACHER: tuple[Look, ...] = (check_tokenizers, check_stops, check_templates)
-"""Looked at for each teacher."""
+"""Checks that run for each teacher."""
 
 QUICK: tuple[Look, ...] = (
     check_lengths,
@@ -46,14 +46,13 @@ QUICK: tuple[Look, ...] = (
     check_precision,
     check_guidance,
 )
-"""What `tropd train` looks at as well, when everything is loaded: no rollouts, no second look at weights."""
+"""Checks that `tropd train` runs too, once everything is loaded: without rollouts, without loading weights again."""
 
 READ: tuple[Look, ...] = (*QUICK, check_generation, check_needs, check_objections, check_memory, check_disk)
 
 
 def quick_checks(parts: Parts) -> list[str]:
-    """The checks that need no rollouts: errors are raised, warnings returned.  Servers were examined when they were
-    met."""
+    """The checks without rollouts: errors are raised, warnings returned.  Servers were examined when they were met."""
     subject = subject_of(parts)
     checks = [
         *_of_teachers(subject, OF_A_TEACHER),
@@ -67,9 +66,9 @@ def quick_checks(parts: Parts) -> list[str]:
 
 
 def examine(run: Run, *, num_prompts: int = 8, max_new_tokens: int = 64) -> list[Check]:
-    """Everything that can be known about a run before its first step.  Nothing is written.
+    """All checks of a run before its first step.  Nothing is written.
 
-    With `num_prompts` = 0 nothing is loaded but configurations, tokenizers and data.
+    With `num_prompts` = 0 only configurations, tokenizers and data are loaded.
     """
     subject, checks = read_subject(run)
     checks += check_versions()
@@ -83,7 +82,7 @@ def examine(run: Run, *, num_prompts: int = 8, max_new_tokens: int = 64) -> list
 
 
 def check_versions() -> Iterator[Check]:
-    """Packages in versions that tropd was not run with."""
+    """Warn of packages in versions that tropd was not run with."""
     for package in outside():
         yield warning(
             "versions",
@@ -98,19 +97,19 @@ def _looks(subject: Subject, looks: Sequence[Look]) -> Iterator[Check]:
 
 
 def _of_teachers(subject: Subject, looks: Sequence[Look]) -> Iterator[Check]:
-    """Each teacher with its own prompts."""
+    """The checks of each teacher, with its own prompts."""
     for name in subject.teachers:
         yield from _bearing(subject.run, name, _looks(subject.taught_by(name), looks))
 
 
 def _bearing(run: Run, name: str, checks: Iterable[Check]) -> Iterator[Check]:
-    """Where there are several teachers, a check bears the name of the one it is about."""
+    """With several teachers, each check names its teacher."""
     for check in checks:
         yield dataclasses.replace(check, name=f"{name}: {check.name}") if run.teachers else check
 
 
 def _measure(run: Run, num_prompts: int, max_new_tokens: int) -> list[Check]:
-    """Load the models, let the student write, take one step.  Teacher texts go to a folder that is thrown away."""
+    """Load the models, let the student write, take one step.  Teacher texts go to a temporary folder."""
     from tropd.doctor import readings
     from tropd.doctor.sample import draw_sample
     from tropd.training.assembly import load_parts

@@ -1,7 +1,7 @@
-"""What a step looked like, from what it left behind: a kept batch (everything) or saved rollouts (parquet, less).
+"""What happened in a step, from its files: a kept batch (everything) or saved rollouts (parquet, less).
 
-The tokens of the step are flat rows; N as everywhere.  `inspect` of a kept batch plans the objective again on the
-stored evidence and says, term by term, what comes of it.
+The tokens of the step are flat rows; N as everywhere.  For a kept batch, `inspect` plans the objective again on the
+stored evidence and shows the result of each term.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ class Kept:
 
     source: Path
     ids: list[str]
-    """Names of the rollouts."""
+    """Ids of the rollouts."""
     token_ids: list[tuple[int, ...]]
     """Whole sequences, prompts included."""
     sequences_N: list[int]
     places_N: list[int]
-    """Where in its sequence each row's token stands."""
+    """The index of each row's token in its sequence."""
     authors_N: list[Author]
     student_N: Tensor
     """NaN where unknown."""
     teacher_N: Tensor
     weights: dict[str, Tensor] = field(default_factory=dict)
     findings: list[str] = field(default_factory=list)
-    """Evidence that is not finite, and what planning it again says."""
+    """Evidence that is not finite, and errors of planning it again."""
     losses: dict[str, float | str] = field(default_factory=dict)
-    """Each term's loss on the stored evidence, or why it cannot be told."""
+    """Each term's loss on the stored evidence, or why it is unknown."""
 
     @property
     def ratio_N(self) -> Tensor:
         return self.teacher_N - self.student_N
 
     def worst(self, number: int) -> list[int]:
-        """Trained rows, undefined and infinite log-ratios first, then the largest; none when no teacher was asked."""
+        """Trained rows, undefined and infinite log-ratios first, then the largest; none without teacher scores."""
         if bool(self.teacher_N.isnan().all()):
             return []
         size_N = torch.nan_to_num(self.ratio_N.abs(), nan=torch.inf)
@@ -71,18 +71,18 @@ class Kept:
         return sorted(rows, key=lambda n: -float(size_N[n]))[:number]
 
     def name(self, n: int) -> str:
-        """Which token: sequence, place in the response, as people and error messages count."""
+        """The name of a token: its sequence and its place in the response, as in error messages."""
         start = self.places_N[self.sequences_N.index(self.sequences_N[n])]
         return f"sequence {self.sequences_N[n]} ({self.ids[self.sequences_N[n]]}), position {self.places_N[n] - start}"
 
     def context(self, n: int, decode: Decode, width: int = 16) -> tuple[str, str]:
-        """The text before a token, and the token."""
+        """The text before a token, and the token itself."""
         ids, place = self.token_ids[self.sequences_N[n]], self.places_N[n]
         return decode(ids[max(0, place - width) : place]), decode(ids[place : place + 1])
 
 
 def read_step(directory: Path, step: int, run: Run) -> Kept:
-    """The kept batch of a step, or else its saved rollouts."""
+    """Read the kept batch of a step, or else its saved rollouts."""
     if (directory / "batches" / f"step_{step:06d}").is_dir():
         return _of_batch(directory / "batches" / f"step_{step:06d}", load_batch(directory, step), run, step)
     saved = directory / "rollouts" / f"step_{step:06d}.parquet"

@@ -1,4 +1,4 @@
-"""Whether the method can run on this evidence, and what is known to go wrong with such settings."""
+"""Whether the teacher offers what the method needs, and settings that are known to go wrong."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _SMALL_BETA = 0.01
 
 
 class _Capable(Teacher):
-    """Stands for a teacher that is not loaded: only what it can do is asked."""
+    """Stands for a teacher that is not loaded; it has only `capabilities`."""
 
     def __init__(self, capabilities: Needs) -> None:
         self.capabilities = capabilities
 
 
 def check_needs(subject: Subject) -> Iterator[Check]:
-    """Evidence that the method reads, compared with what the teacher can say."""
+    """Compare the evidence that the method reads with what the teacher offers."""
     run = subject.run
     several = {name: _Capable(offered_by(config)) for name, config in run.teachers.items()}
     teacher = Routed(several) if several else _Capable(subject.capabilities)
@@ -47,7 +47,7 @@ def check_objections(subject: Subject) -> Iterator[Check]:
 
 
 def check_support(subject: Subject) -> Iterator[Check]:
-    """The top-k, seen against the vocabulary."""
+    """Compare the top-k with the size of the vocabulary."""
     objective = subject.run.method.objective
     size = max(subject.student.tokenizer.get_vocab().values()) + 1
     for whose, top_k in (("teacher", objective.teacher_top_k), ("student", objective.student_top_k)):

@@ -1,4 +1,4 @@
-"""Whether there is something to answer, room for the answer, and a grader that reads it."""
+"""Checks of prompts, of the room for answers, and of graders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _GRADED_BY_OWN = 8  # a grader that we do not know may be slow, or cost money
 
 
 def check_prompts(subject: Subject) -> Iterator[Check]:
-    """How often each prompt is seen, and whether held-out prompts are trained on."""
+    """How often a run visits each prompt, and whether held-out prompts are trained on."""
     run, num_prompts = subject.run, len(subject.prompts)
     if num_prompts and not run.data.streaming:
         visits = run.steps * run.rollout.num_prompts / num_prompts
@@ -41,7 +41,7 @@ def check_prompts(subject: Subject) -> Iterator[Check]:
 
 
 def _check_shares(subject: Subject) -> Iterator[Check]:
-    """Every prompt has a teacher, and every teacher prompts."""
+    """Every prompt needs a teacher, and every teacher needs prompts."""
     try:
         number = share_prompts(subject.run, subject.prompts)
     except DataError as refusal:
@@ -63,7 +63,7 @@ def _check_shares(subject: Subject) -> Iterator[Check]:
 
 
 def check_lengths(subject: Subject) -> Iterator[Check]:
-    """Prompt and answer must fit what the student and every teacher can read."""
+    """Prompt and answer must fit the contexts of the student and of every teacher."""
     budget = subject.run.rollout.max_new_tokens
     lengths = sorted(len(prompt.token_ids) for prompt in subject.prompts)
     if not lengths:
@@ -100,7 +100,7 @@ def check_lengths(subject: Subject) -> Iterator[Check]:
 
 
 def check_unknown(subject: Subject) -> Iterator[Check]:
-    """Text that the tokenizer has no tokens for is lost before a model reads it."""
+    """Text without tokens in the tokenizer is lost before a model reads it."""
     tokenizer = subject.student.tokenizer
     unknown = tokenizer.unk_token_id
     if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id) or not subject.prompts:
@@ -145,7 +145,7 @@ def check_graders(subject: Subject) -> Iterator[Check]:
             built_in = name in GRADERS
             cure = "" if built_in else "If your grader means something else by 1, this is fine."
             yield (error if built_in else warning)(knob, str(refusal), cure)
-        except Exception as failure:  # somebody else's code: whatever it raises is a finding, with its own words
+        except Exception as failure:  # the user's code: any exception is a finding, with its own message
             yield error(knob, f"'{name}' failed on an answer of the data: {type(failure).__name__}: {failure}")
         else:
             yield ok(knob, f"'{name}' gives {min(len(prompts), limit)} answers, graded against themselves, 1 each")

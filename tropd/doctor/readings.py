@@ -1,4 +1,4 @@
-"""What a measured sample means: checks made of its numbers."""
+"""Checks of the numbers of a measured sample."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STOP_WARNING, _STOP_ERROR = -8.0, -15.0
 
 
 def check_scores(parts: Parts, found: Diagnosis) -> Iterator[Check]:
-    """Does it know anything, and does it say the same thing twice?"""
+    """Does the teacher know anything, and are its scores repeatable?"""
     probes, uniform = found.probes, math.log(parts.vocab_size)
     said = (
         f"mean log-probability of the student's tokens {probes['teacher/mean_logprob']:.2f}, entropy "
@@ -41,7 +41,7 @@ def check_scores(parts: Parts, found: Diagnosis) -> Iterator[Check]:
 
 
 def check_agreement(parts: Parts, found: Diagnosis) -> Iterator[Check]:
-    """How far apart the two models are on what the student writes."""
+    """How far apart the two models are on the student's texts."""
     p = found.probes
     overlap = f"top-k overlap {p['overlap/top_k']:.1%}, " if "overlap/top_k" in p else ""
     said = (
@@ -129,7 +129,7 @@ def check_sampler(parts: Parts, found: Diagnosis) -> Iterator[Check]:
 
 
 def check_step(parts: Parts, sample: Sample) -> Iterator[Check]:
-    """One whole training step on the sample, thrown away."""
+    """One whole training step on the sample; its result is discarded."""
     step, limit = sample.step, parts.run.optimizer.max_gradient_norm
     norm = step.gradient_norms[-1]
     terms = ", ".join(f"{name} {part.loss:.3g} on {part.tokens:.0f} tokens" for name, part in step.terms.items())
@@ -156,12 +156,12 @@ def _is_base(parts: Parts, teacher: Teacher) -> bool:
 
 
 def _data_teaches(parts: Parts) -> bool:
-    """Whether answers that the data set brings stand in for the teacher's texts."""
+    """Whether answers in the data set replace the teacher's texts."""
     return parts.run.data.response_column is not None or parts.run.data.last_assistant == "prefix"
 
 
 def check_seconds(parts: Parts, sample: Sample) -> Iterator[Check]:
-    """Scaled with the number of tokens from a small sample: on a GPU, where batches are cheap, an upper bound."""
+    """Seconds per step, scaled up by tokens from a small sample: an upper bound on a GPU, where batches are cheap."""
     run = parts.run
     num_rollouts = run.rollout.num_prompts * run.rollout.num_rollouts
     lengths = [
@@ -186,7 +186,7 @@ def check_seconds(parts: Parts, sample: Sample) -> Iterator[Check]:
 
 
 def _alarm(parts: Parts, found: Diagnosis, name: str) -> str | None:
-    """What an alarm of training would say of these probes."""
+    """The message of a training alarm for these probes."""
     raised = Alarms(parts.run.alarms).check(
         found.probes,
         step=0,
@@ -199,6 +199,6 @@ def _alarm(parts: Parts, found: Diagnosis, name: str) -> str | None:
 
 
 def _shown(probes: Mapping[str, float], name: str) -> str:
-    """Servers do not tell entropies."""
+    """An entropy as text; servers give none."""
     value = probes.get(name, math.nan)
     return "unknown" if math.isnan(value) else f"{value:.2f}"

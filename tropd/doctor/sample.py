@@ -1,7 +1,7 @@
-"""A few short rollouts, scored and trained on once in memory: what is measured rather than read.
+"""A few short rollouts, scored and trained on once in memory, for checks that need measurements.
 
-The diagnosis looks at answers that the student writes alone.  The step is the method's own, at the end of training,
-where prefixes have faded; nothing of it is kept.
+The diagnosis uses answers that the student writes alone.  The step is the method's step at the end of training, when
+prefixes have faded; its result is discarded.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from tropd.training.assembly import Parts
 
 _EVIDENCE = Needs.SAMPLED | Needs.TOPK | Needs.TEACHER_ENTROPY
-_TOP_K = 64  # TrOPD's, where the method has none of its own
+_TOP_K = 64  # TrOPD's, if the method has no top-k
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What a teacher thinks of answers to its prompts.  x = log pi_T - log pi_S of a written token."""
+    """A teacher's scores of answers to its prompts.  x = log pi_T - log pi_S of a written token."""
 
     teacher: Teacher
     rollouts: list[Rollout]
@@ -62,7 +62,7 @@ class Diagnosis:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What was seen."""
+    """The measurements."""
 
     rollouts: list[Rollout]
     limit: int
@@ -110,7 +110,7 @@ def draw_sample(parts: Parts, num_prompts: int, max_new_tokens: int) -> Sample:
 
 
 def _prompts(parts: Parts, num_prompts: int) -> list[tuple[Prompt, int]]:
-    """The next ones for each teacher, among as many as are looked at where not all are in memory."""
+    """The next prompts for each teacher, from a limited number if not all are in memory."""
     stream = parts.stream
     before = stream.state_dict()
     if not parts.run.teachers:
@@ -142,7 +142,7 @@ def _write(parts: Parts, prompts: Sequence[tuple[Prompt, int]], policy: RolloutP
 
 
 def _diagnose(parts: Parts, teacher: Teacher, rollouts: list[Rollout], limit: int) -> Diagnosis:
-    """Everything that both models say of these answers, as probes."""
+    """The numbers of both models for these answers, as probes."""
     top_k = min(parts.run.method.objective.teacher_top_k or _TOP_K, parts.vocab_size)
     request = ScoreRequest(rollouts, _EVIDENCE & teacher.capabilities, top_k=top_k)
     tokens = make_tokens(rollouts, parts.run.seed, parts.learner.device, parts.vocab_size)
@@ -172,7 +172,7 @@ def _diagnose(parts: Parts, teacher: Teacher, rollouts: list[Rollout], limit: in
 
 
 def _measure(parts: Parts, rollouts: list[Rollout], ids_NK: Tensor | None, top_k: int) -> dict[str, Tensor]:
-    """The student's opinion, in batches of similar length, rows in the order of the rollouts."""
+    """The student's measurements, in batches of similar length, rows in the order of the rollouts."""
     lengths = [len(r.response_ids) for r in rollouts]
     ids_by_rollout = [] if ids_NK is None else ids_NK.split(lengths)
     pieces: dict[int, dict[str, Tensor]] = {}
@@ -198,7 +198,7 @@ def _measure(parts: Parts, rollouts: list[Rollout], ids_NK: Tensor | None, top_k
 
 
 def _repeat(teacher: Teacher, rollouts: list[Rollout]) -> float:
-    """A teacher must say the same of the same text, whatever else it is asked."""
+    """A teacher must give the same scores for the same text in any request."""
     first = teacher.score(ScoreRequest(rollouts))
     again = teacher.score(ScoreRequest(rollouts[::-1]))[::-1]
     gaps = [(a.logprobs_T - b.logprobs_T).abs() for a, b in zip(first, again, strict=True) if len(a.logprobs_T)]

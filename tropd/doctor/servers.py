@@ -1,4 +1,4 @@
-"""What the teacher's servers are really like: measured with a few requests, before a run depends on it."""
+"""Measures the teacher's servers with a few requests, before a run depends on them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tropd.teachers.served import SPELLING, compare_tokenizers
 
 _MOST_TOP_K = 1024
 _PATIENCE = 20.0
-"""Seconds for a server that does not answer.  A run waits longer, because servers may still be starting then."""
+"""Seconds to wait for a server.  A run waits longer, because its servers may still be starting."""
 
 
 def check_servers(subject: Subject, *, weights: bool) -> Iterator[Check]:
-    """From whether they answer to how fast; what depends on an answer that is missing is left out.  `weights`: compare
-    with a forward pass in this process where the teacher's weights are at hand."""
+    """All checks of servers, from reachable to fast; checks that need a missing answer are left out.  `weights`:
+    compare with a forward pass in this process, if the teacher's weights are in a local folder."""
     config, teacher = subject.run.teacher, subject.teacher
     if not config.servers or teacher is None:
         return
@@ -82,12 +82,12 @@ def _answers(look: Callable[[], Iterator[Check]]) -> Iterator[Check]:
 
 
 def _audit(questions: Questions, subject: Subject, weights: bool) -> Iterator[Check]:
-    """What a run looks at when it meets its servers, and tells or refuses."""
+    """The same checks that a run makes when it meets its servers."""
     config, reference = subject.run.teacher, None
     if weights:
         reference = reference_of(config, questions.text, questions.top_k, math.inf)
         if reference is None:
-            said = "not compared with a forward pass here: the weights are not at hand, or do not fit"
+            said = "not compared with a forward pass here: the weights are in no local folder, or do not fit"
             yield ok("servers: parity", said)
     for finding in audit(questions, reference)[0]:
         yield Check(name=f"servers: {finding.name}", level=finding.level, found=finding.found, advice=finding.advice)
@@ -110,7 +110,7 @@ def _check_tokenizers(urls: Sequence[str], settings: ServerConfig, model: str, t
 
 
 def _check_top_k(questions: Questions, limits: list[int]) -> Iterator[Check]:
-    """The largest that is really given, which is added to `limits`: flags have been known to be ignored."""
+    """Measure the largest top-k that really comes, and add it to `limits`: servers may ignore flags."""
     limits += [_top_k_of(questions.at(url)) for url in questions.urls]
     limit, most = min(limits), min(_MOST_TOP_K, questions.vocab_size)
     said = f"they give the top-{limit}{' and more' if limit == most else ''}, and the ids of all tokens come back"
@@ -144,7 +144,7 @@ def _top_k_of(questions: Questions) -> int:
 
 
 def _check_lengths(questions: Questions, subject: Subject) -> Iterator[Check]:
-    """One text as long as the longest of the run, then as many as fit: context, memory and speed."""
+    """Score one text of the run's greatest length, then as many as fit: context, memory and speed."""
     run = subject.run
     needed = max((len(prompt.token_ids) for prompt in subject.prompts), default=1) + run.rollout.max_new_tokens
     if needed > questions.room:

@@ -1,4 +1,4 @@
-"""A run as far as it can be known without weights: configurations, tokenizers, prompts, graders."""
+"""Everything about a run that needs no weights: configurations, tokenizers, prompts, graders."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What checks look at.  `prompts` is empty where they cannot be read, which has been said then."""
+    """The input of the checks.  `prompts` is empty if they cannot be read, which another check reports."""
 
     run: Run
     student: Side
     teachers: Mapping[str, Side | None]
-    """By name; None is the base under the student's adapter, or a teacher of the user's own."""
+    """By name; None for the base under the student's adapter, or for the user's own teacher."""
     capabilities: Needs
     prompts: tuple[Prompt, ...]
     held_out: tuple[Prompt, ...] = ()
@@ -82,7 +82,7 @@ class Subject:
         return side
 
     def taught_by(self, name: str) -> Subject:
-        """What one teacher has to do with."""
+        """The subject of one teacher: its model and its prompts."""
         own = tuple(prompt for prompt in self.prompts if not self.run.teachers or prompt.teacher == name)
         return dataclasses.replace(
             self, run=self.run.taught_by(name), teachers={name: self.teachers[name]}, prompts=own
@@ -90,7 +90,7 @@ class Subject:
 
 
 def subject_of(parts: Parts) -> Subject:
-    """The same, from a run that is assembled; its prompt stream stays where it is."""
+    """The subject of an assembled run; the position of its prompt stream stays the same."""
     run, inside = parts.run, causal_lm_of(parts.model)
     student = Side(
         whose="student",
@@ -131,7 +131,7 @@ def _side_of(parts: Parts, name: str) -> Side | None:
 
 
 def read_subject(run: Run) -> tuple[Subject | None, list[Check]]:
-    """Read everything but weights; what cannot be read is said, and the rest is read all the same."""
+    """Read everything except weights.  Failures become checks, and the rest is still read."""
     checks: list[Check] = []
 
     def attempt(name: str, read: Callable[[], Any]) -> Any:
@@ -171,7 +171,7 @@ def read_subject(run: Run) -> tuple[Subject | None, list[Check]]:
 
 
 def offered_by(config: TeacherConfig) -> Needs:
-    """What such a teacher can answer."""
+    """The evidence that such a teacher offers."""
     if config.servers:
         return dialect_of(config.server).capabilities
     return LocalTeacher.capabilities

@@ -1,4 +1,4 @@
-"""Whether student and teacher mean the same by the same tokens: vocabulary, ends of answers, chat templates."""
+"""Whether tokens mean the same to student and teacher: vocabulary, ends of answers, chat templates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SAMPLE = (Message(role="user", content="What is 2 + 2?"),)
 
 
 def check_tokenizers(subject: Subject) -> Iterator[Check]:
-    """Token by token; then how many rows each model has for them."""
+    """Compare the tokenizers token by token, then the number of rows of each model."""
     student, teacher = subject.student, subject.teacher
     num_tokens = len(student.tokenizer.get_vocab())
     if teacher is None:
@@ -83,7 +83,7 @@ def check_stops(subject: Subject) -> Iterator[Check]:
 
 
 def check_templates(subject: Subject) -> Iterator[Check]:
-    """The teacher reads what the student's template wrote: is it what its own would have written?"""
+    """The teacher reads prompts in the student's template: does its own template give the same?"""
     student, teacher, data = subject.student, subject.teacher, subject.run.data
     if not (student.tokenizer.chat_template and data.apply_chat_template):
         instruct = teacher is not None and bool(teacher.tokenizer.chat_template)
@@ -134,7 +134,7 @@ def _rendered(side: Side, messages: tuple[Message, ...], subject: Subject) -> st
 
 
 def check_generation(subject: Subject) -> Iterator[Check]:
-    """A model's own sampling settings are not used: rollouts must be drawn from the student itself."""
+    """Notes on a model's sampling settings, which are not used: rollouts come from the unchanged student."""
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
     found = {name: getattr(subject.student.generation, name, None) for name in names}

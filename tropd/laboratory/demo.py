@@ -40,7 +40,7 @@ LIMITS = (
 
 
 def lab_of(output: Path, num_seeds: int, steps: int | None = None) -> Lab:
-    """What the demonstration compares."""
+    """The comparison of the demonstration."""
     start = Schedule(shape="cosine", start=0.5, end=0.0)
     return Lab(
         output=str(output),
@@ -55,17 +55,17 @@ def lab_of(output: Path, num_seeds: int, steps: int | None = None) -> Lab:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """One method's runs as far as they are."""
+    """The progress of one method's runs."""
 
     method: str
     steps: tuple[StepRecord, ...]
-    """Of the run that was begun last."""
+    """The records of the latest run."""
     before: float | None
     latest: float | None
 
 
 def look(lab: Lab) -> list[Progress]:
-    """What the records on disk say, while others write them."""
+    """Read the progress from records on disk, while other processes write them."""
     found: dict[str, list[tuple[dict[str, float], list[StepRecord]]]] = {method: [] for method in lab.methods}
     for trial in trials(lab):
         path = records_of(lab, trial)
@@ -93,7 +93,7 @@ def _progress(lab: Lab, method: str, runs: list[tuple[dict[str, float], list[Ste
 
 
 def live(lab: Lab) -> Group:
-    """The table that is redrawn while the runs go on."""
+    """The table that is redrawn during the runs."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("", "step", "accuracy before", "so far", "gradient norm, log scale", "now"):
         table.add_column(column, justify="left" if column in ("", "gradient norm, log scale") else "right")
@@ -118,7 +118,7 @@ def spark(values: Sequence[float], low: float = 0.01, high: float = 100.0, width
 
 
 def findings(lab: Lab, outcomes: Sequence[Outcome]) -> list[str]:
-    """What happened, in sentences that are made from the numbers."""
+    """The results, in sentences made from the numbers."""
     arms = {arm.method: arm.best for arm in arms_of(lab, outcomes, TESTBED)}
     lines = [_story(method, found) for method, found in arms.items()]
     opd, tropd = arms.get("OPD", []), arms.get("TrOPD", [])

@@ -1,7 +1,7 @@
 """`tropd exact`: distillation between two tables, where every divergence is a sum and no number is sampled.
 
 The stages are those of a real run: roll out, score, plan, micro-batches, step.  Only the models are small: an exact
-teacher and a student that goes its own way at half of the states.  What a table cannot show is said with the result.
+teacher, and a student that differs from it at half of the states.  The result says what a table cannot show.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tropd.types import Sampling
 
 @dataclass(frozen=True, kw_only=True)
 class Setting(Ranged):
-    """What is distilled, and for how long."""
+    """The models and the length of the training."""
 
     num_prompts: Count = 4
     """At least 1."""
@@ -44,13 +44,13 @@ class Setting(Ranged):
     num_seeds: Count = 5
     """Each seed is another pair of tables; every method starts from the same ones. At least 1."""
     learning_rates: tuple[Positive, ...] = (0.03, 0.1, 0.3)
-    """Of Adam, constant. Each above 0."""
+    """Constant learning rates of Adam. Each above 0."""
     top_k: Count = 8
-    """Of the teacher's tokens, for the methods that read them. At least 1."""
+    """The teacher's top-k, for the methods that read it. At least 1."""
     sharpness: Positive = 6.0
-    """Standard deviation of the student's logits where it goes its own way. Above 0."""
+    """Standard deviation of the student's logits at states where it differs from the teacher. Above 0."""
     astray: Share = 0.5
-    """Share of the states where it does; elsewhere it is close to the teacher. In [0, 1]."""
+    """Share of these states; at others the student is close to the teacher. In [0, 1]."""
     tokens_per_micro_batch: Count = 300
     """At least 1."""
     measure_every: Count = 5
@@ -69,7 +69,7 @@ ARMS: dict[str, Callable[[int], Method]] = {
     "Full FKL": lambda top_k: FullFKL(top_k=top_k),
     "SeqKD": lambda top_k: SeqKD(),
 }
-"""What is compared: each method with its own defaults but for top_k."""
+"""The methods to compare, each with its own defaults except top_k."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +85,13 @@ class Curve:
     forward_kl: tuple[float, ...]
     """KL(teacher || student) of whole responses, exact."""
     total_variation: tuple[float, ...]
-    """Of next-token distributions, where the student goes."""
+    """Total variation of next-token distributions, at the states that the student visits."""
     gradient_norm: tuple[float, ...]
     """At each step, before clipping."""
 
 
 def make_tables(setting: Setting, seed: int, learning_rate: float) -> tuple[TabularLM, TabularLM]:
-    """A student and its teacher, equally fond of ending a response."""
+    """A student and its teacher, equally likely to end a response."""
     size = (setting.num_prompts, setting.vocab_size)
     teacher = TabularLM.random(*size, 2 * seed, sharp=2.5)
     own = TabularLM.random(*size, 2 * seed + 1, sharp=setting.sharpness).logits.detach()
@@ -106,7 +106,7 @@ def make_tables(setting: Setting, seed: int, learning_rate: float) -> tuple[Tabu
 
 
 def distil(method: Method, student: TabularLM, teacher: TabularLM, setting: Setting, seed: int) -> Iterator[float]:
-    """Train, one step for each number taken: the norm of its gradient before clipping."""
+    """Train, one step per iteration; yields the norm of its gradient before clipping."""
     objective = method.objective
     for step in range(setting.num_steps):
         progress = step / setting.num_steps
@@ -165,7 +165,7 @@ def run_one(asked: tuple[str, float, int, Setting]) -> Curve:
 
 
 def run_all(setting: Setting, workers: int = 1) -> Iterator[Curve]:
-    """Every method at every learning rate on every pair, in that order, whatever the number of workers."""
+    """Every method at every learning rate on every pair, in that order, for any number of workers."""
     asked = [
         (arm, rate, seed, setting)
         for rate in setting.learning_rates
@@ -183,7 +183,7 @@ def run_all(setting: Setting, workers: int = 1) -> Iterator[Curve]:
 
 
 def _one_core() -> None:
-    """A worker keeps to one core, and leaves Ctrl-C to the process that started it."""
+    """Restrict a worker to one core, and leave Ctrl-C to the process that started it."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

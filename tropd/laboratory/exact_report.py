@@ -1,4 +1,4 @@
-"""What `tropd exact` says about its curves.  Every sentence about a method is made from the numbers."""
+"""The report of `tropd exact` on its curves.  Every sentence about a method is made from the numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 FIRST_STEPS = 10
 NAMES = {"reverse_kl": "KL(student || teacher)", "forward_kl": "KL(teacher || student)"}
 LIMITS = [
-    "What this does not show: a table has a number of its own for every state, so nothing generalises, a state that is "
+    "What this does not show: a table has separate numbers for every state, so nothing generalises, a state that is "
     "not visited is not learned, and forgetting cannot happen. The teacher's texts are new at every visit, which helps "
     "SeqKD and the prefixes, and asking the teacher to write costs nothing here. One optimiser, a few learning rates, "
     "a vocabulary of a few tokens: which method is better on language models is a question for language models."
@@ -92,7 +92,7 @@ def table(curves: Sequence[Curve]) -> Table:
 
 
 def findings(curves: Sequence[Curve]) -> list[str]:
-    """What is seen, in sentences."""
+    """The results, in sentences."""
     said = [_compare(curves, rate) for rate in learning_rates(curves)]
     return ["What is seen:", *(f"- {line}" for line in [*said, *(_ranking(curves, name) for name in NAMES)])]
 
@@ -113,7 +113,7 @@ def _compare(curves: Sequence[Curve], rate: float) -> str:
 
 
 def _difference(ours: Sequence[Curve], plain: Sequence[Curve], field: str) -> str:
-    """Seed by seed, since both start from the same pair."""
+    """The difference seed by seed, since both start from the same pair."""
     gap = mean_of([getattr(x, field)[-1] - getattr(y, field)[-1] for x, y in zip(ours, plain, strict=True)])
     if math.isnan(gap.half_width):
         return f"differs by {gap.mean:.2g} (one seed: no interval)"

@@ -1,4 +1,4 @@
-"""What is compared: every method at every learning rate on every testbed with every seed.
+"""A comparison: every method at every learning rate on every testbed with every seed.
 
 testbeds = ["nano-hard"]
 learning_rates = [3e-4, 1e-3]
@@ -34,7 +34,7 @@ EMBEDDED = "embedded/"
 
 @dataclass(frozen=True, kw_only=True)
 class Lab(Ranged):
-    """A comparison, as its TOML file says it."""
+    """A comparison, as in its TOML file."""
 
     section = ""
 
@@ -43,32 +43,32 @@ class Lab(Ranged):
     output: str
     """The comparison's folder: results.jsonl, tables.md and the figures."""
     methods: dict[str, MethodTable]
-    """What is compared, by the name it has in the tables."""
+    """The methods to compare, by their names in the tables."""
     testbeds: tuple[str, ...]
     """Names from tropd.testbeds, "embedded/NAME" for models that come with the package (the same for every seed), or
-    run files (.toml) with models of your own."""
+    run files (.toml) with your own models."""
     learning_rates: tuple[PositiveShare, ...] = ()
-    """Every method is tried at each; none: the one that the testbed suggests. Each in (0, 1]."""
+    """Every method is tried at each rate; if empty, the testbed's. Each in (0, 1]."""
     seeds: tuple[Whole, ...] = (0, 1, 2, 3, 4)
-    """Each makes a teacher and a student of its own; every method meets the same ones. Each at least 0."""
+    """Each makes another teacher and student, the same for every method. Each at least 0."""
     baseline: str = ""
-    """Whom the others are compared with; by default the first method."""
+    """The method that the others are compared with; by default the first."""
     steps: Count | None = None
-    """By default what the testbed suggests. At least 1."""
+    """By default the testbed's. At least 1."""
     num_prompts: Count | None = None
-    """Per step; by default what the testbed suggests. At least 1."""
+    """Per step; by default the testbed's. At least 1."""
     num_rollouts: Count = 1
     """At least 1."""
     warmup_steps: Whole = 10
     """At least 0."""
     num_evaluations: Count = 2
-    """Evenly over the run, beside the one before it. At least 1."""
+    """Spread evenly over the run, in addition to the one before it. At least 1."""
     num_samples: Count = 2
     """Answers to each held-out prompt in an evaluation, at temperature 1. At least 1."""
     save_rollouts: Whole = 0
     """Keep the rollouts of every n-th step for `tropd report`; 0 keeps none. At least 0."""
     pairs: str = "runs/pairs"
-    """Where the models are kept that the testbeds make; comparisons may share them."""
+    """The folder for the models that testbeds make; comparisons may share it."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"
 
     def __post_init__(self) -> None:
@@ -105,17 +105,17 @@ class Trial:
 
     @property
     def folder(self) -> str:
-        """A name that any file system takes."""
+        """A name that is valid on any file system."""
         return file_name(self.key)
 
 
 def file_name(text: str) -> str:
-    """Without what a file system may not take."""
+    """The name without characters that a file system may refuse."""
     return re.sub(r"[^\w.=+-]+", "_", text)
 
 
 def trials(lab: Lab) -> Iterator[Trial]:
-    """In the order in which they are begun: whole seeds first, so that a comparison cut short is a smaller one."""
+    """The trials in the order of their start: whole seeds first, so that an interrupted comparison is a smaller one."""
     for testbed in lab.testbeds:
         for seed in lab.seeds:
             for rate in rates_of(lab, testbed):
@@ -132,12 +132,12 @@ def rates_of(lab: Lab, testbed: str) -> tuple[float, ...]:
 
 
 def bed_of(testbed: str) -> Testbed:
-    """What a name that is no run file stands for."""
+    """The testbed of a name that is no run file."""
     return TESTBEDS[testbed.removeprefix(EMBEDDED)]
 
 
 def load_lab(path: Path) -> Lab:
-    """Read a comparison; what it says wrongly is refused by its path."""
+    """Read a comparison; errors name the path of the wrong key."""
     if not os.path.lexists(path):
         raise ConfigError(f"there is no file {path}. Name the TOML file of a comparison.")
     values = read_toml(path)

@@ -1,4 +1,4 @@
-"""All trials of a comparison, on all cores.  What is done is on disk; a kill costs the trials in flight."""
+"""All trials of a comparison, on all cores.  Finished trials are on disk; a kill costs only the trials in flight."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ R = TypeVar("R")
 
 
 def compare(lab: Lab, *, workers: int = 1, tell: Callable[[str], None] = print) -> list[Outcome]:
-    """Every outcome of the comparison, in its order; those on disk are not made again."""
+    """Every outcome of the comparison, in order; those on disk are not repeated."""
     quiet()
     lab = dataclasses.replace(lab, methods={name: complete(m, f"methods.{name}") for name, m in lab.methods.items()})
     directory = Path(lab.output)
@@ -63,7 +63,7 @@ def _write(file: IO[str], outcome: Outcome) -> None:
 
 
 def _take_over(lab: Lab, known: dict[str, Outcome]) -> list[Outcome]:
-    """What a comparison beside this one has run already, perhaps by another name: same settings, same outcome."""
+    """Reuse outcomes of comparisons in sibling folders with the same settings, even under another name."""
     beside = Path(lab.output).parent.glob("*/results.jsonl")
     there = {(o.testbed, o.fingerprint): o for path in sorted(beside) for o in _peek(path)}
     taken = []
@@ -78,7 +78,7 @@ def _take_over(lab: Lab, known: dict[str, Outcome]) -> list[Outcome]:
 
 
 def _peek(path: Path) -> list[Outcome]:
-    """The whole lines of a file that somebody else may be writing; nothing of one that is no comparison's."""
+    """The complete lines of a file that another process may be writing; none if it is no comparison's."""
     lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     try:
         return [_OUTCOME.validate_json(line) for line in lines]
@@ -87,7 +87,7 @@ def _peek(path: Path) -> list[Outcome]:
 
 
 def read_outcomes(path: Path) -> dict[str, Outcome]:
-    """By the key of their trials.  A last line that a kill tore is cut off; the trial is run again."""
+    """Outcomes by the key of their trials.  A torn last line is cut off, and its trial is run again."""
     if not path.exists():
         return {}
     found: dict[str, Outcome] = {}
@@ -112,7 +112,7 @@ def _trial_of(outcome: Outcome) -> Trial:
 
 
 def _check(lab: Lab, known: dict[str, Outcome]) -> None:
-    """What is on disk has to be what is asked for now."""
+    """Refuse outcomes on disk whose settings differ from the current ones."""
     for trial in trials(lab):
         outcome = known.get(trial.key)
         if outcome is None:
@@ -126,8 +126,7 @@ def _check(lab: Lab, known: dict[str, Outcome]) -> None:
 
 
 def _written_down(lab: Lab, trial: Trial) -> str:
-    """The fingerprint of the run that the trial's folder holds: an option that tropd has had only since then is at its
-    default there, and changes nothing."""
+    """The fingerprint of the run in the trial's folder.  Options that are newer than that run have their defaults."""
     path = Path(lab.output) / "trials" / trial.folder / "run.toml"
     try:
         return fingerprint_of(Run.load(path))
@@ -136,7 +135,7 @@ def _written_down(lab: Lab, trial: Trial) -> str:
 
 
 def _make_pairs(lab: Lab, known: dict[str, Outcome], workers: int, tell: Callable[[str], None]) -> None:
-    """First of all, so that no two trials make the same."""
+    """Make all pairs first, so that no two trials make the same one."""
     wanted = list(dict.fromkeys((t.testbed, t.seed) for t in trials(lab) if t.testbed in TESTBEDS))
     missing = [(bed, seed) for bed, seed in wanted if not (Path(lab.pairs) / f"{bed}-{seed}" / "pair.json").exists()]
     if not missing:
@@ -165,7 +164,7 @@ def _run_one(asked: tuple[Lab, Trial]) -> tuple[Trial, Outcome | None]:
 
 
 def _spread(work: Callable[[A], R], asked: list[A], workers: int) -> Iterator[R]:
-    """As they are done.  When one fails, those not begun are not begun."""
+    """Outcomes as trials finish.  After a failure no further trials start."""
     if workers == 1 or len(asked) < 2:
         yield from map(work, asked)
         return
@@ -179,7 +178,7 @@ def _spread(work: Callable[[A], R], asked: list[A], workers: int) -> Iterator[R]
 
 
 def _one_core() -> None:
-    """A worker keeps to one core, leaves Ctrl-C to the process that began it, and says nothing twice."""
+    """Restrict a worker to one core, leave Ctrl-C to the process that started it, and avoid repeated messages."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore", MethodWarning)
@@ -187,7 +186,7 @@ def _one_core() -> None:
 
 
 def quiet() -> None:
-    """transformers draws a bar for every model that it reads or writes: here that is thousands."""
+    """Hide transformers' progress bars: thousands of models are read and written here."""
     from tropd.model import hf
 
     hf.quiet()

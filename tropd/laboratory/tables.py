@@ -1,7 +1,7 @@
-"""What a comparison says: scores with intervals, differences from the baseline, what it cost.
+"""The tables of a comparison: scores with intervals, differences from the baseline, costs.
 
-A number is a mean over seeds, and its interval the bootstrap's over seeds; from few seeds it is rather too narrow.  The
-best learning rate of a method is chosen by its mean score on the same seeds: every method has the same advantage of it.
+A number is a mean over seeds with a bootstrap interval over seeds; with few seeds it is rather too narrow.  The best
+learning rate of a method is chosen by its mean score on the same seeds, which favours every method equally.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def mean_score(outcomes: Sequence[Outcome]) -> float:
 
 
 def arms_of(lab: Lab, outcomes: Iterable[Outcome], testbed: str) -> list[Arm]:
-    """The methods of which anything is known yet."""
+    """The methods that have outcomes."""
     here = [o for o in outcomes if o.testbed == testbed]
     arms = []
     for method in lab.methods:
@@ -74,7 +74,7 @@ def arms_of(lab: Lab, outcomes: Iterable[Outcome], testbed: str) -> list[Arm]:
 
 
 def sheets(lab: Lab, outcomes: Sequence[Outcome]) -> list[Sheet]:
-    """Everything that a comparison says, testbed by testbed, then over all of them."""
+    """All tables of a comparison: for each testbed, then over all testbeds."""
     found = []
     for testbed in lab.testbeds:
         if arms := arms_of(lab, outcomes, testbed):
@@ -131,7 +131,7 @@ _PROBES = {
 
 
 def probe_sheet(testbed: str, arms: Sequence[Arm]) -> Sheet:
-    """How the methods went, at their best learning rates: first ten steps, last ten steps."""
+    """How training went at each method's best learning rate: first ten steps, last ten steps."""
     rows = []
     for arm in arms:
         norms = [o.gradient_norm for o in arm.best]
@@ -159,7 +159,7 @@ def _ends(outcomes: Sequence[Outcome], name: str) -> str:
 
 
 def cost_sheet(testbed: str, arms: Sequence[Arm]) -> Sheet:
-    """What one run costs.  Seconds vary with the machine; the rest does not."""
+    """The cost of one run.  Only the seconds depend on the machine."""
     rows = []
     for arm in arms:
         means = [statistics.fmean(o.tokens[a] for o in arm.best) for a in ("student", "teacher")]
@@ -177,7 +177,7 @@ def cost_sheet(testbed: str, arms: Sequence[Arm]) -> Sheet:
 
 
 def improvement_sheet(lab: Lab, outcomes: Sequence[Outcome]) -> list[Sheet]:
-    """The chance of a better run than the baseline's on a testbed drawn at random, each at its best learning rate."""
+    """The chance to beat the baseline on a random testbed, each method at its best learning rate."""
     by_bed = [{arm.method: arm for arm in arms_of(lab, outcomes, bed)} for bed in lab.testbeds]
     complete = [m for m in lab.methods if all(m in arms for arms in by_bed)]
     if lab.compared_with not in complete:

@@ -1,9 +1,9 @@
-"""A language model small enough to be exact: the whole loop in milliseconds, with sequence-level KL in closed form.
+"""A language model as a table: the whole loop in milliseconds, with exact sequence-level KL.
 
 A response token depends on the prompt and the token before it; the model is a table of logits [P, V + 1, V] whose row V
-stands before the first token; token 0 ends the response.  One class is engine, teacher and student at once, so the
-same stages run as with real models.  Divergences between two tables are sums over states weighted by how often the
-student visits them; no sampling.
+stands before the first token; token 0 ends the response.  One class is engine, teacher and student, so the same
+stages run as with real models.  Divergences between two tables are sums over states, weighted by how often the student
+visits them, without sampling.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class TabularLM(Engine, Teacher):
         return [self._completion(ids[: r.max_new_tokens], logprobs) for r, ids, logprobs in rows]
 
     def _completion(self, ids: list[int], logprobs: list[float]) -> Completion:
-        """Everything up to the first END; what the table would have said after it is dropped."""
+        """The response up to the first END."""
         length = ids.index(END) + 1 if END in ids else len(ids)
         both = tuple(logprobs[:length])
         return Completion(

@@ -1,4 +1,4 @@
-"""One training run of a comparison: the real loop on the trial's pair, and what is kept of it."""
+"""One training run of a comparison: the real loop on the trial's pair, and its outcome."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FIRST_STEPS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a trial came to.  Entry i of what was evaluated belongs to steps[i]; the first is before training."""
+    """The outcome of a trial.  Entry i of each evaluated list belongs to steps[i]; the first is before training."""
 
     testbed: str
     method: str
@@ -40,18 +40,18 @@ class Outcome:
     steps: tuple[int, ...]
     scores: tuple[float, ...]
     intervals: tuple[tuple[float, float], ...] = ()
-    """95 % over the held-out prompts, of the scores."""
+    """95 % intervals of the scores over the held-out prompts."""
     greedy: tuple[float, ...]
     lengths: tuple[float, ...]
-    """Of answers to held-out prompts, in tokens."""
+    """Lengths of answers to held-out prompts, in tokens."""
     gradient_norm: tuple[float, ...]
     """At each step, before clipping."""
     tokens: dict[str, int]
-    """Trained on, by author, over the run."""
+    """Tokens trained on over the run, by author."""
     probes: dict[str, tuple[float, float]]
     """Means over the first and over the last ten steps."""
     seconds: float
-    """Of CPU time, evaluation included."""
+    """CPU seconds, evaluation included."""
     error: str = ""
 
     @property
@@ -60,7 +60,7 @@ class Outcome:
 
 
 class Silent(Display):
-    """Shows nothing: many runs share a terminal."""
+    """Shows nothing, because many runs share a terminal."""
 
     def start(self, facts: Mapping[str, str]) -> None: ...
     def update(self, record: StepRecord) -> None: ...
@@ -69,7 +69,7 @@ class Silent(Display):
 
 
 def pair_of(lab: Lab, testbed: str, seed: int) -> Pair | None:
-    """The testbed's models for a seed, made if they are not there; None for a run file, which brings its own."""
+    """The testbed's models for a seed, made if they do not exist; None for a run file, which has its own."""
     if testbed.endswith(".toml"):
         return None
     if testbed.startswith(EMBEDDED):
@@ -78,7 +78,7 @@ def pair_of(lab: Lab, testbed: str, seed: int) -> Pair | None:
 
 
 def run_of(lab: Lab, trial: Trial, pair: Pair | None) -> Run:
-    """The run that a trial is."""
+    """The run of a trial."""
     if pair is None:
         return _run_of_file(lab, trial)
     bed = bed_of(trial.testbed)
@@ -128,7 +128,7 @@ def _every(lab: Lab, steps: int) -> int:
 
 
 def fingerprint_of(run: Run) -> str:
-    """Names everything that shapes the outcome but where the models and prompts are kept: their pair is named."""
+    """A hash of everything that determines the outcome; the pair counts by name, not by its folder."""
     values = to_dict(run)
     for name in ("output", "trackers", "device"):
         values.pop(name, None)
@@ -139,7 +139,7 @@ def fingerprint_of(run: Run) -> str:
 
 
 def run_trial(lab: Lab, trial: Trial) -> Outcome | None:
-    """Train from the start, whatever an earlier attempt left; None if somebody stopped it."""
+    """Train from the start, and ignore an earlier attempt; None if the run was stopped."""
     run = run_of(lab, trial, pair_of(lab, trial.testbed, trial.seed))
     directory = Path(run.output)
     shutil.rmtree(directory, ignore_errors=True)
@@ -196,7 +196,7 @@ def _mean_of(records: list[StepRecord], name: str) -> float:
 
 
 def _slim(directory: Path) -> None:
-    """A comparison keeps records, not thousands of models."""
+    """Delete the models of a trial: a comparison keeps only records."""
     for name in ("model", "checkpoints"):
         shutil.rmtree(directory / name, ignore_errors=True)
     for path in directory.glob("teacher_texts.sqlite*"):

@@ -1,4 +1,4 @@
-"""What a run will need on machines that are not at hand: memory, time, servers, bytes."""
+"""What a run will need on other machines: memory, time, servers, bytes."""
 
 from tropd.planning.devices import DEVICES, Device, measure_here, read_cluster
 from tropd.planning.forecast import Forecast, make_forecast

@@ -1,4 +1,4 @@
-"""Devices as their makers describe them, or as this machine is measured."""
+"""Devices: numbers from their makers, or measured on this machine."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tropd.errors import ConfigError
 from tropd.model.loading import choose_device, choose_dtype, free_memory
 
 REACHED = {"score": 0.5, "train": 0.35, "write": 0.5}
-"""Share of a GPU's peak that each kind of work is taken to reach: assumed, not measured with tropd."""
+"""Share of a GPU's peak that each kind of work reaches: assumed, not measured with tropd."""
 REACHED_HERE = {"score": 0.7, "train": 0.65, "write": 1.0}
-"""Of what products and copies reach on a CPU: measured by benchmarks/plan.py with one thread."""
+"""The same shares on a CPU: measured by benchmarks/plan.py with one thread."""
 DISK = 2e9
-"""Bytes per second that a run's folder is taken to be written and read at."""
+"""Assumed bytes per second for writing and reading a run's folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +30,14 @@ class Device:
     bandwidth: float
     """Bytes of memory per second."""
     launch: float = 5e-6
-    """Seconds from one operation to the next where each is started by Python: what a tiny model's step consists of."""
+    """Seconds between operations that Python starts: nearly all of a tiny model's step."""
     token: float = 2e-6
-    """Seconds that this process spends on each token, whatever the model: lists, masks, records."""
+    """Seconds that this process spends on each token of any model: lists, masks, records."""
     link: float = float("inf")
-    """Bytes per second and direction to the other devices of its machine."""
+    """Bytes per second, in each direction, to the other devices of its machine."""
     disk: float = DISK
     kind: str = "cuda"
-    """As torch names it."""
+    """Its name in torch."""
     reached: Mapping[str, float] = field(default_factory=lambda: REACHED)
 
 
@@ -89,7 +89,7 @@ def measure_here(seconds: float = 0.3) -> Device:
 
 
 def _rate(work: Callable[[], object], seconds: float, device: torch.device) -> float:
-    """How often per second."""
+    """Repetitions per second."""
     work()
     count, started = 0, time.perf_counter()
     while (passed := time.perf_counter() - started) < seconds or count < 3:

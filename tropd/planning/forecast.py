@@ -1,12 +1,12 @@
-"""What a run will need: memory per device, time per step, servers, bytes; from configurations and prompts alone.
+"""What a run will need: memory per device, time per step, servers, bytes; only from configurations and prompts.
 
     staleness 0    prefix + write + score + measure + train + sync, wherever each is carried out
     staleness 1    (prefix) + max(what servers do, what this process does) + sync
 
-With staleness 1 servers work on the next batch while this one is trained: they write it, and where the teacher is on
-servers too, they write its prefixes before and score it after.  A teacher in this process writes its prefixes before
-the servers can begin, and scores in the time of training.  Handing over the weights is never hidden.  The shares of
-the peak that devices reach are assumptions; docs/performance.md compares predictions with measured steps.
+With staleness 1 servers work on the next batch while this one is trained: they write it, and if the teacher is on
+servers too, they write its prefixes first and score it afterwards.  A teacher in this process writes its prefixes
+before the servers can begin, and scores in the time of training.  The hand-over of weights never overlaps.  The shares
+of the peak that devices reach are assumptions; docs/performance.md compares predictions with measured steps.
 """
 
 from __future__ import annotations
@@ -30,45 +30,45 @@ BY_TEACHER = ("prefix", "score")
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """A run on a cluster; seconds are per step.  Every server is one more device."""
+    """The forecast of a run on a cluster; seconds are per step.  Every server is one more device."""
 
     run: Run
     device: Device
     num_devices: int
-    """That train."""
+    """Devices that train."""
     need: Need
     """Bytes on a single device."""
     each: Need
-    """Bytes on each of them."""
+    """Bytes on each device that trains."""
     texts: Texts
     phases: dict[str, Phase]
     served: dict[str, float]
-    """Bytes of the weights on a rollout server and on a teacher server, where there are any."""
+    """Bytes of the weights on a rollout server and on a teacher server, if there are any."""
     weights_bytes: float
-    """Given to every rollout server after a step."""
+    """Bytes of the weights that every rollout server gets after a step."""
     score_bytes: float
-    """Sent by the teacher's servers in a step."""
+    """Bytes that the teacher's servers send in a step."""
     cautions: tuple[str, ...] = ()
-    """About prompts that would be skipped."""
+    """Notes on prompts that would be skipped."""
 
     @property
     def writers(self) -> int:
-        """Rollout servers; without any the trainers write."""
+        """The number of rollout servers; if 0, the trainers write."""
         return len(self.run.rollout.servers)
 
     @property
     def teachers(self) -> int:
-        """Teacher servers; without any the trainers ask their own."""
+        """The number of teacher servers; if 0, the trainers hold the teacher."""
         return len(self.run.teacher.servers)
 
     @property
     def all_devices(self) -> int:
-        """Servers that sleep while the trainers train are on the trainers' own."""
+        """All devices; servers that sleep while the trainers train share the trainers' devices."""
         return self.num_devices + self.teachers + (0 if self.run.rollout.servers_sleep else self.writers)
 
     @property
     def asked_at_once(self) -> tuple[int, int]:
-        """Rollouts that a server writes at the same time, and those that it is to write."""
+        """How many rollouts a server writes at the same time, and how many in all."""
         each = ceil(self.texts.by_student / max(self.writers, 1))
         return min(each, at_once(self.run, self.texts, self.run.rollout.server)), each
 
@@ -77,7 +77,7 @@ class Forecast:
         return self.seconds_with(self.writers, self.teachers)
 
     def seconds_with(self, writers: int, teachers: int) -> dict[str, float]:
-        """By phase."""
+        """Seconds by phase."""
         number = {"write": writers or self.num_devices}
         number |= {phase: teachers or self.num_devices for phase in BY_TEACHER}
         found = {n: p.seconds(self.device, number.get(n, self.num_devices)) for n, p in self.phases.items()}
@@ -86,7 +86,7 @@ class Forecast:
         return found
 
     def split(self, writers: int, teachers: int) -> tuple[float, float, float]:
-        """Seconds of servers, of this process, and of what neither does while the other works."""
+        """Seconds of servers, of this process, and of work that overlaps with neither."""
         seconds = self.seconds_with(writers, teachers)
         away = {"write"} if writers else set()
         away |= set(BY_TEACHER) if teachers else set()
@@ -109,14 +109,14 @@ class Forecast:
 
     @property
     def saved(self) -> float:
-        """What writing ahead saves of a step, with the servers that there are."""
+        """Seconds per step that writing ahead saves, with the given servers."""
         servers, own, _ = self.split(self.writers, self.teachers)
         return min(servers, own) if self.writers else 0.0
 
     @cached_property
     def busy(self) -> tuple[int, int] | None:
-        """Fewest rollout servers, and teacher servers where the teacher is on servers, that need no longer for the next
-        batch than this process for its own; None where no number does."""
+        """The fewest rollout servers (and teacher servers, if any) that finish the next batch while this process
+        trains; None if no number does."""
         most = self.texts.rollouts
 
         def keeps_up(writers: int, teachers: int) -> bool:
@@ -132,7 +132,7 @@ class Forecast:
 
     @property
     def peak(self) -> float:
-        """Bytes on each of the trainers, with the weights of a server that writes there and sleeps otherwise."""
+        """Bytes on each trainer, including the weights of a server that writes there and then sleeps."""
         each = self.each
         beside = self.served["rollout"] if self.run.rollout.servers_sleep else 0.0
         return max(each.peak, each.weights + each.moments + each.masters + beside)
@@ -143,7 +143,7 @@ class Forecast:
 
 
 def make_forecast(run: Run, device: Device, num_devices: int = 1) -> Forecast:
-    """From the models' configurations and the prompts alone; no weights are read."""
+    """Make the forecast from the models' configurations and the prompts; no weights are read."""
     subject, refusals = read_subject(run)
     if subject is None or not subject.prompts:
         found = [str(check) for check in refusals] or ["there are no prompts"]
@@ -176,8 +176,8 @@ def make_forecast(run: Run, device: Device, num_devices: int = 1) -> Forecast:
 
 
 def _on_each(run: Run, subject: Subject, share: Need, student: Size, number: int, texts: Texts) -> Need:
-    """A sharded student is whole while it writes; while it is trained only what is not in a layer is.  Its gradients
-    and masters are float32."""
+    """The need of each device.  A sharded student is whole while it writes; in training only the parts outside the
+    layers are whole.  Its gradients and masters are float32."""
     if run.parallel.teacher == "sharded" and not texts.by_teacher:  # whole while it writes
         share = replace(share, teacher=ceil(share.teacher / number))
     if not is_sharded(run, number):

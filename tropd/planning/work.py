@@ -1,17 +1,17 @@
-"""What each phase of a step asks of the devices that carry it out.
+"""The work of each phase of a step, for the devices that carry it out.
 
 A phase takes the longer of its arithmetic and its traffic (the roofline of Williams et al. 2009) over the share of the
 peak that real kernels reach,
 
     score, measure   2 P tokens                                       the teacher; the student before it is trained
-    train            4 P tokens, 2 more for what is trained, 2 more where gradient checkpointing repeats the forward
+    train            4 P tokens, 2 more for what is trained, 2 more if gradient checkpointing repeats the forward
     write, prefix    2 P tokens, or P bytes and the cache read once per token of an answer and batch of answers
 
-and never less than its floor: what this process spends on each token and on starting each operation.  A tiny model's
-step is hardly anything else.
+and never less than its floor: the time of this process for each token and for starting each operation.  A tiny model's
+step consists of little else.
 
-P are the parameters that a token meets: those of the layers always, the head's where a token is written, and those of
-the input embedding, which is looked up, never.
+P are the parameters that a token uses: always those of the layers, the head's if a token is written, and never those of
+the input embedding, which is only looked up.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ from tropd.planning.devices import Device
 from tropd.training.step import PASS_NEEDS, recall_needed
 
 OPERATIONS = {"started": 50, "replayed": 5}
-"""Of a layer in one pass: started one by one by Python (measured with tiny models on a CPU), or replayed by a server as
-one CUDA graph of fused kernels, in units of one start (assumed)."""
+"""Operations of a layer in one pass: started one by one by Python (measured with tiny models on a CPU), or replayed by
+a server as a CUDA graph of fused kernels, in units of one start (assumed)."""
 AROUND = 2
-"""Embedding, head and sampling start as many operations as so many layers."""
+"""Embedding, head and sampling start as many operations as this many layers."""
 TRAINING = 5
-"""Forward, backward and optimiser start so many times the operations of a forward pass (measured on a CPU)."""
+"""Forward, backward and optimiser start this many times the operations of a forward pass (measured on a CPU)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """Of a step, on average over the run.  Every answer is taken to be as long as allowed."""
+    """The texts of a step, on average over the run.  Every answer is assumed to have the greatest length."""
 
     rollouts: int
     prompt: float
-    """Tokens of one."""
+    """Tokens of a prompt."""
     new: int
     """Tokens of an answer."""
     prefix: float
-    """Of them before the student begins, where the student writes."""
+    """Tokens of an answer before the student begins, in rollouts that the student continues."""
     by_student: float
-    """Rollouts that the student writes at all."""
+    """Rollouts in which the student writes."""
     by_teacher: float
-    """Texts that the teacher has to write, because nobody has yet."""
+    """Texts that the teacher has to write, because they are not cached yet."""
 
     @property
     def read(self) -> float:
@@ -75,7 +75,7 @@ class Texts:
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """A model as a token meets it."""
+    """The size of a model, per token."""
 
     layers: float
     """Parameters."""
@@ -97,14 +97,14 @@ class Size:
 @dataclass(frozen=True, kw_only=True)
 class Phase:
     kind: str
-    """Of work: score, train or write."""
+    """The kind of work: score, train or write."""
     operations: float = 0.0
     traffic: Callable[[int], float] = lambda number: 0.0
-    """Bytes that each of so many devices reads and writes."""
+    """Bytes that each device reads and writes, by the number of devices."""
     received: float = 0.0
-    """Bytes that each device has from the others."""
+    """Bytes that each device gets from the others."""
     starts: Callable[[int], float] = lambda number: 0.0
-    """Operations that each of so many devices starts, one after another."""
+    """Operations that each device starts, one after another, by the number of devices."""
     tokens: float = 0.0
 
     def seconds(self, device: Device, number: int) -> float:
@@ -144,7 +144,7 @@ def size_of(config: Any, parameters: float, width: int) -> Size:
 
 
 def sizes_of(subject: Subject, need: Need, teacher: float, device: torch.device) -> tuple[Size, Size]:
-    """Student and teacher; `teacher` are the parameters of the latter, wherever it is."""
+    """The sizes of student and teacher; `teacher` is the number of its parameters."""
     run = subject.run
     width = choose_dtype(run.student.dtype, device).itemsize
     student = size_of(subject.student.config, need.student / width, width)
@@ -161,7 +161,7 @@ def at_once(run: Run, texts: Texts, server: ServerConfig | None) -> int:
 
 
 def phases_of(run: Run, texts: Texts, student: Size, teacher: Size, need: Need, trainers: int) -> dict[str, Phase]:
-    """In the order in which one step needs them; phases of nothing are left out."""
+    """The phases of a step in order; empty phases are left out."""
     new = texts.new - texts.prefix
     own = at_once(run, texts, run.rollout.server if run.rollout.servers else None)
     theirs = at_once(run, texts, run.teacher.server if run.teacher.servers else None)
@@ -190,7 +190,7 @@ def _how(servers: tuple[str, ...]) -> str:
 
 
 def _passes(run: Run, texts: Texts) -> Callable[[int], float]:
-    """Micro-batches on each of so many devices."""
+    """Micro-batches on each device."""
     return lambda number: float(ceil(texts.read / number / run.tokens_per_micro_batch))
 
 
@@ -207,10 +207,10 @@ def _scoring(run: Run, model: Size, texts: Texts) -> Phase:
 
 
 def _writing(model: Size, number_of_texts: float, given: float, new: float, batch: int, how: str) -> Phase:
-    """Answers of `new` tokens after `given` ones."""
+    """The work of writing answers of `new` tokens after `given` ones."""
 
     def batches(number: int) -> tuple[int, int]:
-        """How many on each of so many devices, and the answers in one."""
+        """The number of batches on each device, and of answers in a batch."""
         each = ceil(number_of_texts / number)
         rows = min(batch, each)
         return ceil(each / max(rows, 1)), rows
@@ -255,5 +255,5 @@ def _training(run: Run, texts: Texts, model: Size, need: Need, trainers: int) ->
 
 
 def is_sharded(run: Run, trainers: int) -> bool:
-    """Whether each trainer holds a part of the student only."""
+    """Whether each trainer holds only a part of the student."""
     return trainers > 1 and run.parallel.student != "replicated" and run.student.lora is None

@@ -1,4 +1,4 @@
-"""What generation keeps from step to step: keys and values of rows that come and go.
+"""The key-value cache of generation, for rows that enter and leave.
 
     column      0 . . first . . . . . end . . capacity        one buffer per layer: [rows, heads, capacity, width]
     row 0               k k k k k k k k                       every row ends at column `end`: left padding
@@ -30,7 +30,7 @@ _SLACK_SHARE = 8
 
 @dataclass(slots=True)
 class Columns:
-    """Where the live rows lie in the buffers; shared by all layers."""
+    """The columns of the live rows in the buffers; shared by all layers."""
 
     first: int = 0
     end: int = 0
@@ -139,11 +139,11 @@ class RowCache(Cache):
         self.columns.end += 1
 
     def load(self, last_ids_B1: Tensor) -> Tensor:
-        """The tokens to feed: a cache whose shape follows the rows takes them as they are."""
+        """The tokens to feed.  Here they stay as they are, because the cache's shape follows the rows."""
         return last_ids_B1
 
     def looks(self) -> Tensor | None:
-        """1 where a row may look, the new column included, [B, columns]; None where every row may look everywhere."""
+        """1 where a row may attend, the new column included, [B, columns]; None if every row may attend everywhere."""
         at = self.columns
         if all(start == at.first for start in at.starts):
             return None
@@ -151,7 +151,7 @@ class RowCache(Cache):
         return (torch.arange(at.first, at.end + 1, device=starts_B.device) >= starts_B[:, None]).long()
 
     def mask(self) -> Tensor | None:
-        """The same, as the model's own forward takes it."""
+        """The same, in the form that the model's forward takes."""
         return self.looks()
 
     def positions(self) -> Tensor:

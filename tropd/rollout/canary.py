@@ -1,9 +1,9 @@
-"""The canary of servers that hold the student: do they compute with the weights that the trainer gave to them?
+"""The canary for servers that hold the student: do they compute with the weights that the trainer gave them?
 
-    trainer   log pi(t_1..t_n) and the distribution of the token after them, by a forward pass of its own
+    trainer   log pi(t_1..t_n) and the distribution of the token after them, from a forward pass here
     server    the same text scored, and one token written after it (which alone reads the prefix cache)
 
-Arbitrary tokens, because nothing has learnt them: their log-probabilities move with every weight.
+The tokens are arbitrary, because no model has learnt them: their log-probabilities move with every weight.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from tropd.types import Completion, key_of
 _LONGEST = 160
 """More than a block of any prefix cache."""
 _SINGLE = 5.0
-"""A single number may be off by so many times what is allowed on average."""
+"""A single number may differ by this many times the allowed average."""
 _MOVED = 1e-4
-"""Nats by which the trainer's numbers must have moved before a server's are expected to."""
+"""Nats by which the trainer's numbers must have moved before a server's are expected to move."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What the trainer's own weights make of the text."""
+    """The text under the trainer's weights."""
 
     canary: Canary
     after_V: Tensor
@@ -39,7 +39,7 @@ class Expected:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a server makes of it."""
+    """The text under a server's weights."""
 
     logprobs: list[float]
     written: Completion

@@ -1,4 +1,4 @@
-"""One token for every live row, without what a general forward pass does around the arithmetic.
+"""One token for every live row, without the overhead of a general forward pass.
 
 With a handful of rows a step of a small model takes longer to arrange than to compute.  Here queries, keys and values
 are one product, so are the two halves of the gated layer, masks are made once and the cache is written in place:
@@ -6,7 +6,7 @@ are one product, so are the two halves of the gated layer, masks are made once a
     h <- h + W_o attention(rotate(norm(W_qkv norm(h)))),    h <- h + W_down (act(W_gate norm(h)) * W_up norm(h))
 
 The modules' own weights, embedding, rotary table and head are used, in the order of operations of `transformers`.
-Families that are built otherwise and hooks run the model's own forward: `obstacle` says why.
+Other families, and models with hooks, run the model's own forward: `obstacle` says why.
 
 Axes: B live rows, D width of a head, Q query heads, J key and value heads, T columns of the cache.
 """
@@ -31,7 +31,7 @@ from tropd.rollout.packing import Product, are_large, fit_twice, packed
 from tropd.rollout.slots import SlotCache
 
 MIN_STEPS = 16
-"""Making the joint matrices costs about as much as three steps, and so does recording one."""
+"""Fewest steps for which joint matrices are made: making them costs about three steps, as recording does."""
 
 
 class Decoder:
@@ -49,7 +49,7 @@ class Decoder:
         return {id(module) for product in products if product.joined for module in product.modules}
 
     def refresh(self) -> None:
-        """Read the norms of heads again, which are copies."""
+        """Copy the norms of heads again."""
         for layer in self.layers:
             layer.refresh()
 
@@ -140,7 +140,7 @@ class _Layer:
 
 
 def obstacle(model: nn.Module, base: Any) -> str:
-    """Why the decoder cannot run this model as it is now; empty where it can."""
+    """Why the decoder cannot run this model in its current state; empty if it can."""
     weight = next(base.parameters())
     try:
         parts = hf.parts_of(base)
@@ -159,13 +159,13 @@ def obstacle(model: nn.Module, base: Any) -> str:
 
 
 class Misread(Exception):
-    """The decoder does not compute what the model does.  The call begins anew without it, as later calls will."""
+    """Decoder and model give different logits.  The call starts again without the decoder, as do later calls."""
 
 
 class Stepper:
-    """How a model is stepped: by the decoder where that is possible, else by its own forward, packed if that pays.
+    """Steps a model: by the decoder if possible, else by the model's forward, with packed weights if that pays.
 
-    `slots`, where the caller has one, makes every step one of fixed shape, which a GPU records and replays.
+    `slots`, if given, makes every step one of fixed shape, which a GPU records and replays.
     """
 
     def __init__(self, model: nn.Module, base: Any, own: Callable[[Tensor, Any], Tensor]) -> None:
@@ -213,8 +213,8 @@ class Stepper:
     def logits(self, last_ids_B1: Tensor, cache: RowCache | SlotCache) -> Tensor:
         """The logits [B, V] after each row's last token.  The decoder's first are compared with the model's.
 
-        Both write the cache's newest column, so the one whose logits are used goes last: a process that compares
-        then goes on as one that does not.
+        Both write the cache's newest column, so the one whose logits are used runs last.  A process that compares then
+        continues like one that does not.
         """
         last_ids, live = cache.load(last_ids_B1), slice(len(last_ids_B1))
         if self.decoder is None or self.compared:

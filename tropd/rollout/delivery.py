@@ -1,8 +1,8 @@
-"""The way of the student's weights to the servers that write for it.
+"""Delivers the student's weights to the servers that write its rollouts.
 
     give      export --> every server: reload, reset the prefix cache --> canary == the trainer's own numbers
-    check     canary again: nobody restarted in between
-    rest      every server sleeps, if the run wants that: it has no weights until they are given again
+    check     canary again: no server restarted in between
+    rest      every server sleeps, if the run wants that, and has no weights until the next `give`
 
 A LoRA student sends its adapter alone, under a new name each time; its base sleeps in the server's CPU memory.
 """
@@ -37,8 +37,8 @@ _NATS_OF_HALF_PRECISION = 0.1
 
 
 class Delivery:
-    """Gives servers the weights of `model`, and knows of which version they are; `folder` is where both sides see
-    them, `text` is known to all."""
+    """Gives servers the weights of `model` and tracks their version.  Trainer and servers share `folder`; `text` is the
+    canary."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Delivery:
         export: Callable[[Any, Any, Path], Path] | None = None,
     ) -> None:
         """`pools` has one server each, which serves the student, or its base, under `name`.  `kept`: the folder stays
-        when this is closed.  `wary`: servers show how they draw at every update, not at the first alone."""
+        when this is closed.  `wary`: servers show how they draw at every update, not only at the first."""
         self.pools, self.name, self.text = pools, name, text
         self.model, self.tokenizer, self.folder, self.kept = model, tokenizer, folder, kept
         self.vocab_size, self.version = vocab_size, version
@@ -79,12 +79,12 @@ class Delivery:
 
     @property
     def student(self) -> ServedStudent:
-        """As the servers hold it now."""
+        """The student as the servers hold it now."""
         return ServedStudent(model=self.asked, version=self.version, vocab_size=self.vocab_size)
 
     @property
     def asked(self) -> str:
-        """The model that requests name: the adapter of a version, where there is one."""
+        """The model name for requests: the adapter of a version, if there is one."""
         return f"tropd-{self.version}" if self.adapter else self.name
 
     @property
@@ -110,20 +110,20 @@ class Delivery:
             self._unload(old)
 
     def repeat(self) -> None:
-        """Give every server the weights of `version` again: one of them has lost them."""
+        """Give every server the weights of `version` again, because one of them has lost them."""
         assert self._expected is not None, "weights are given again after they were given"
         self._strange = True
         self._push(self._expected)
 
     def check(self, anew: bool = False) -> None:
-        """Make sure that every server still computes with the weights that it was given; `anew`: one of them was away,
-        so it shows again how it draws."""
+        """Make sure that every server still computes with the weights that it got; `anew`: one of them was away, so its
+        draws are checked again."""
         assert self._expected is not None, "weights are compared after they were given"
         self._strange = self._strange or anew
         self._verify(self._expected)
 
     def rest(self) -> None:
-        """Have every server sleep, if they are to."""
+        """Put every server to sleep, if the run wants that."""
         if self.sleeps:
             self._sleep()
 
@@ -132,8 +132,7 @@ class Delivery:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _meet(self) -> tuple[str, ...]:
-        """Servers that are to sleep do it now, so that one that cannot is found out; one that somebody left asleep is
-        woken.  What to know about them."""
+        """Test that servers can sleep, if the run wants that; else wake those that were left asleep.  Returns notes."""
         if not self.sleeps:
             for url, pool in self.pools.items():
                 if self.weights.wake_if_asleep(pool):
@@ -163,12 +162,12 @@ class Delivery:
             ) from error
 
     def _make_room(self) -> None:
-        """What torch keeps for later is free for a server on the same GPU."""
+        """Free torch's cached GPU memory for a server on the same GPU."""
         if next(self.model.parameters()).is_cuda:
             torch.cuda.empty_cache()
 
     def _push(self, expected: canary.Expected) -> None:
-        """To all servers at the same time: each takes as long to load as if it were alone."""
+        """Send to all servers at the same time: each takes as long to load as alone."""
         underway = [in_background(partial(self._push_to, url, pool)) for url, pool in self.pools.items()]
         wait(underway)  # whatever becomes of one: the others read the folder
         failed = [error for one in underway if (error := one.exception()) is not None]
@@ -234,7 +233,7 @@ class Delivery:
 
 
 def weights_folder(place: str | None, directory: Path) -> Path:
-    """Where the run in `directory` puts weights for its servers.  Runs that name the same place have a folder each."""
+    """The folder for weights of the run in `directory`.  Runs with the same setting get separate folders."""
     if place is None:
         return directory / "rollout_weights"
     whose = directory.resolve()

@@ -1,7 +1,7 @@
-"""Whether a server draws as it was asked to: what it wrote against the trainer's own distributions.
+"""Whether a server draws as requested: its texts against the trainer's own distributions.
 
-A server that has the right weights, and gives the right log-probabilities, may still draw at another temperature, take
-the likeliest tokens or ignore seeds.  So some of what it writes is read by the trainer too.
+A server with the right weights and the right log-probabilities may still draw at another temperature, take the
+likeliest tokens or ignore seeds.  So the trainer scores some of the server's texts.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from tropd.servers.pool import Pool
 from tropd.types import Author, Completion, Prompt, Request, Rollout, Sampling, key_of
 
 _NUM_DRAWS, _NUM_DRAWN_AGAIN = 24, 8
-"""Single tokens by which a server shows how it draws."""
+"""Single tokens that a server draws to show how it draws."""
 MOST_TOKENS = 2048
-"""That are read of a step or an evaluation, in whole texts chosen at random."""
+"""Tokens that are scored per step or evaluation, in whole texts chosen at random."""
 _TILE = 128
-"""Tokens whose distributions exist at the same time, several times over."""
+"""Tokens whose distributions exist at the same time, in several copies."""
 
 
 @dataclass
 class Drawn:
-    """Tokens that were drawn, and what speaks for another way to draw them."""
+    """Tokens that were drawn, and the evidence for another way to draw them."""
 
     evidence: draws.Evidence = field(default_factory=dict)
     tokens: int = 0
     surprise: float = 0.0
     """Sum of -log p."""
     entropy: float = 0.0
-    """Sum of what -log p is on average."""
+    """Sum of the expected -log p."""
 
 
 def read(forward: Forward, rollouts: Sequence[Rollout], sampling: Sampling, tokens_per_batch: int) -> Drawn:
-    """What the student wrote of some of these, by its own forward pass."""
+    """Score the student's tokens in some of these rollouts, with its own forward pass."""
     found, chosen, number = Drawn(), [], 0
     for rollout in sorted(rollouts, key=lambda r: key_of(0, "draws", r.id)):
         if Author.STUDENT in rollout.authors and number < MOST_TOKENS:
@@ -70,7 +70,7 @@ def _read(forward: Forward, rollouts: list[Rollout], sampling: Sampling, found: 
 
 
 def alike(rollouts: Iterable[Rollout]) -> float:
-    """Nats against that what the student wrote after one beginning is so much alike."""
+    """Nats of evidence that the student's texts after one beginning are too much alike."""
     groups: dict[tuple[int, ...], list[tuple[tuple[int, ...], tuple[float, ...]]]] = {}
     for rollout in rollouts:
         if Author.STUDENT in rollout.authors:
@@ -88,7 +88,7 @@ def show_draws(
     gathered: dict[str, draws.Gathered],
     student: ServedStudent,
 ) -> None:
-    """Have every server draw single tokens after a text, and refuse those that do it wrongly."""
+    """Have every server draw single tokens after a text, and refuse servers that draw wrongly."""
     for url, pool in pools.items():
         first = draw_after(pool, text, range(1, _NUM_DRAWS + 1), student)
         again = draw_after(pool, text, range(1, _NUM_DRAWN_AGAIN + 1), student)
@@ -98,8 +98,8 @@ def show_draws(
 def check_single(
     url: str, after_V: Tensor, first: Sequence[int], again: Sequence[int], gathered: draws.Gathered
 ) -> None:
-    """Refuse a server by single tokens that it drew after one text, each with a seed of its own; `again` with the seeds
-    of the first ones; `gathered` is what was seen of it before."""
+    """Refuse a server by the single tokens that it drew after one text, each with another seed.  `again` repeats the
+    first seeds; `gathered` is earlier evidence."""
     drawn_N = torch.tensor(first)
     found = draws.evidence(after_V.float().expand(len(first), -1), drawn_N)
     gathered.add({f"draws/student/{name}": nats for name, nats in found.items()})
@@ -120,7 +120,7 @@ def check_single(
 
 
 class Overheard(Engine):
-    """An engine whose texts are read by the trainer."""
+    """An engine whose texts the trainer scores."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -138,7 +138,7 @@ class Overheard(Engine):
         self.engine.close()
 
     def check(self, forward: Forward, tokens_per_batch: int) -> None:
-        """Refuse texts that were drawn otherwise than was asked."""
+        """Refuse texts that were drawn in another way than requested."""
         for sampling in {request.sampling for request, _ in self.heard}:
             pairs = [pair for pair in self.heard if pair[0].sampling == sampling]
             rollouts = [_rollout(f"{n}", *pair) for n, pair in enumerate(pairs)]

@@ -1,6 +1,6 @@
-"""Whether tokens were drawn from the distribution that they are said to come from.
+"""Whether tokens were drawn from the distribution that the server claims.
 
-    evidence for q' = sum over tokens of  log q'(token) - log q(token)      q  how they are said to be drawn
+    evidence for q' = sum over tokens of  log q'(token) - log q(token)      q  the claimed way to draw
                                                                             q' another way to draw them
 
 If q is true, exp(evidence) is 1 on average at any number of tokens, so evidence of h nats comes by chance at most once
@@ -30,18 +30,18 @@ CURE = (
     "--override-generation-config), and for a proxy that drops fields."
 )
 _SLACK = 0.02
-"""Every other way to draw may still draw any token, so that one of them is not disproved by rounding."""
+"""Probability that every alternative gives to any token, so that rounding alone cannot disprove one."""
 _TIED = 0.1
-"""Nats below the likeliest token that half precision may take for the likeliest."""
+"""Nats below the likeliest token within which half precision may confuse tokens."""
 NEUTRAL = Sampling()
 _RARE = -60.0
 Numbers = Sequence[Any] | Tensor
 Evidence = dict[str, float]
-"""Nats by name of the other way to draw."""
+"""Nats, by name of the alternative."""
 
 
 def others(sampling: Sampling) -> dict[str, Sampling]:
-    """Other ways to draw than the one that was asked for."""
+    """Alternatives to the requested way to draw."""
     if sampling.temperature == 0.0:
         return {"at temperature 1": Sampling(), "at temperature 0.5": Sampling(temperature=0.5)}
     t, top_p = sampling.temperature, sampling.top_p
@@ -66,8 +66,8 @@ def evidence(logprobs_NC: Tensor, drawn_N: Tensor, sampling: Sampling = NEUTRAL)
 def evidence_of_rows(
     ids: Numbers, logprobs: Numbers, topk_ids_NK: Numbers, topk_logprobs_NK: Numbers, never: Sequence[int] = ()
 ) -> Evidence:
-    """The same where only the likeliest tokens are known: whatever else was drawn is one outcome, with what is left.
-    Tokens that could `never` be among these, such as those that end a text, are left out."""
+    """The same if only the likeliest tokens are known: all other tokens are one outcome with the remaining probability.
+    Tokens that could `never` be among the likeliest, such as those that end a text, are left out."""
     ids_N1, ids_NK = torch.as_tensor(ids).cpu()[:, None], torch.as_tensor(topk_ids_NK).cpu()
     if not ids_NK.numel():
         return {}
@@ -95,7 +95,7 @@ def evidence_of_rows(
 
 
 def total(parts: Iterable[Mapping[str, float]]) -> Evidence:
-    """Of several lots of tokens."""
+    """The sum over several groups of tokens."""
     found: Evidence = {}
     for part in parts:
         for name, nats in part.items():
@@ -104,14 +104,14 @@ def total(parts: Iterable[Mapping[str, float]]) -> Evidence:
 
 
 def explained(found: Mapping[str, float]) -> str | None:
-    """The way to draw that the tokens speak for, if they do."""
+    """The alternative for which there is enough evidence, if any."""
     best = max(found, key=found.__getitem__, default=None)
     return best if best is not None and found[best] > ENOUGH else None
 
 
 def coincidence(texts: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]]) -> float:
-    """Nats against that texts of one prompt, drawn apart, begin so much alike: -log p of the beginning that two of them
-    share, less the log of the number of pairs.  By chance above h once in exp(h) looks."""
+    """Nats of evidence that texts of one prompt begin too much alike: -log p of the beginning that two texts share,
+    less the log of the number of pairs.  By chance above h once in exp(h) looks."""
     pairs = [(a, b) for a in range(len(texts)) for b in range(a)]
     worst = 0.0
     for a, b in pairs:
@@ -123,8 +123,8 @@ def coincidence(texts: Sequence[Sequence[int]], logprobs: Sequence[Sequence[floa
 
 
 class Gathered:
-    """Evidence of many steps, by probe: draws/WHO/WAY.  It adds up, and is forgotten as soon as it speaks for the
-    sampler, because a server may begin to draw otherwise at any time."""
+    """Evidence of many steps, by probe: draws/WHO/WAY.  It adds up, and is reset when it favours the
+    requested way, because a server may change its way to draw at any time."""
 
     def __init__(self, evidence: Mapping[str, float] | None = None) -> None:
         self.evidence = dict(evidence or {})
@@ -168,7 +168,7 @@ def _likeliest(logprobs_NC: Tensor) -> Tensor:
 
 
 def _under(shaped_NC: Tensor, at_N1: Tensor, whole_N: Tensor) -> Tensor:
-    """log-probability of what was drawn from these logits, with some slack."""
+    """Log-probability of the drawn tokens under these logits, with some slack."""
     shaped_N = shaped_NC.gather(1, at_N1)[:, 0] - shaped_NC.logsumexp(-1)
     return torch.logaddexp(shaped_N + math.log1p(-_SLACK), whole_N + math.log(_SLACK))
 

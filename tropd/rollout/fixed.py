@@ -1,4 +1,4 @@
-"""When an engine's steps have a fixed shape: where that is wanted, and a probe finds the same logits."""
+"""When an engine's steps have a fixed shape: if that is wanted, and a probe finds the same logits."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tropd.rollout.cache import RowCache
 from tropd.rollout.slots import SlotCache
 
 _KEPT_SHARE = 0.1
-"""Most of a GPU's memory that a key-value cache holds between batches."""
+"""Largest share of a GPU's memory that a key-value cache may keep between batches."""
 
 
 class Reader(Protocol):
-    """What is asked of an engine."""
+    """What this module needs of an engine."""
 
     model: nn.Module
     vocab_size: int
@@ -26,14 +26,14 @@ class Reader(Protocol):
 
 
 class FixedShapes:
-    """The cache for steps of fixed shape.  `wanted` None: on CUDA, where a step of fixed shape can be recorded."""
+    """The cache for steps of fixed shape.  `wanted` None: only on CUDA, where such steps can be recorded."""
 
     def __init__(self, wanted: bool | None) -> None:
         self.wanted = wanted
         self.slots: SlotCache | None = None
 
     def cache_for(self, engine: Reader, base: Any) -> SlotCache | None:
-        """None where steps follow the rows."""
+        """The cache; None if the steps' shapes follow the rows."""
         weight = next(engine.model.parameters())
         if not (weight.device.type == "cuda" if self.wanted is None else self.wanted):
             return None
@@ -60,7 +60,7 @@ class FixedShapes:
         return None
 
     def give_back(self) -> bool:
-        """After a call of generate: keep the buffers only where they are small beside the device; whether they went."""
+        """After a call of generate, free the buffers unless they are small for the device; whether they were freed."""
         slots = self.slots
         if slots is None or slots.device.type != "cuda":
             return False
@@ -71,7 +71,7 @@ class FixedShapes:
 
 
 def _probe(engine: Reader, slots: SlotCache) -> tuple[Tensor, Tensor]:
-    """The logits of a few steps of texts of two lengths: with the cache whose shape follows the rows, and with this."""
+    """The logits of a few steps on texts of two lengths, with the flexible cache and with this one."""
     lengths, width, device = [8, 5], 8, slots.device
     ids_BT = torch.arange(2 * width, device=device).view(2, width) % engine.vocab_size
     positions_BT = torch.arange(width, device=device) - (width - torch.tensor(lengths, device=device))[:, None]

@@ -1,7 +1,7 @@
-"""Steps of fixed shape, recorded as CUDA graphs and replayed: a step of a small model then costs what it computes.
+"""Steps of fixed shape, recorded as CUDA graphs and replayed, without the cost of launching each operation.
 
-A graph holds addresses, not values: weights that are trained in place are used as they are.  It is recorded again where
-an address, a type, an adapter or the cache's shape has changed.  A model that cannot be recorded is stepped plainly.
+A graph holds addresses, not values, so it sees weights that are trained in place.  It is recorded again if an address,
+a type, an adapter or the cache's shape has changed.  A model that cannot be recorded runs its plain steps.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ Step = Callable[[Tensor, Any], Tensor]
 """The logits [R, V] after the last tokens [R, 1], whose keys and values enter the cache."""
 
 _ADAPTER_STATE = ("_disable_adapters", "_active_adapter", "merged_adapters")
-"""What a PEFT layer decides by, in its own attributes."""
+"""Attributes of a PEFT layer that its forward depends on."""
 
 
 @dataclass(frozen=True, eq=False)
 class Recording:
     replay: Callable[[], Any]
     logits_RV: Tensor
-    """What a replay writes anew."""
+    """Tensors that every replay overwrites."""
 
 
 Recorder = Callable[[Callable[[], Tensor]], Recording]
 
 
 class CudaRecorder:
-    """Recordings that share the memory of what they compute on the way: one replay is read before the next begins."""
+    """Recordings that share memory for intermediate results: read one replay before the next begins."""
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
@@ -64,12 +64,12 @@ class Graphs:
         self.recorded: dict[Hashable, Recording] = {}
         self.recorder: Recorder | None = None
         self.refused = False
-        """Once the model could not be recorded, it is not tried again."""
+        """After a failed recording, the model is not tried again."""
         self._model: Hashable = None
         self._generation = -1
 
     def begin(self, model: nn.Module) -> bool:
-        """Before a call of generate: forget what was recorded of another model; whether it was."""
+        """Before a call of generate, drop recordings of another model; whether there were any."""
         described = _described(model)
         changed, self._model = described != self._model, described
         if changed:
@@ -77,13 +77,13 @@ class Graphs:
         return changed
 
     def forget(self) -> None:
-        """Give back the memory of all recordings."""
+        """Free the memory of all recordings."""
         self.recorded.clear()
         if isinstance(self.recorder, CudaRecorder):
             self.recorder = None
 
     def __call__(self, step: Step, last_ids_R1: Tensor, cache: Any) -> Tensor:
-        """The step's logits, by replaying it where it can be recorded."""
+        """The step's logits, from a replay if the step can be recorded."""
         if not isinstance(cache, SlotCache) or self.refused:
             return step(last_ids_R1, cache)
         if self.recorder is None and cache.device.type == "cuda":
@@ -120,7 +120,7 @@ class Graphs:
 
 
 def _described(model: nn.Module) -> Hashable:
-    """Everything that a recorded step takes for fixed."""
+    """Everything that must stay the same for a recorded step."""
     tensors = [*model.parameters(), *model.buffers()]
     adapters = [
         repr(vars(module)[name]) for module in model.modules() for name in _ADAPTER_STATE if name in vars(module)

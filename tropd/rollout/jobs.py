@@ -1,4 +1,4 @@
-"""What a server that holds the student is asked: to write a text, and what it makes of a known one."""
+"""Requests to a server that holds the student: write a text, and score a known one."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _CANARY = "a known text"
 
 @dataclass(frozen=True, kw_only=True)
 class ServedStudent:
-    """The student as servers hold it."""
+    """The student on the servers."""
 
     model: str
     """Its name in requests."""
     version: int
-    """Of its weights."""
+    """The version of its weights."""
     vocab_size: int
     """How many token ids it shares with the teacher."""
 
 
 def text_job(dialect: Dialect, request: Request, name: str, student: ServedStudent) -> Job[Completion]:
-    """One completion.  Log-probabilities are those of temperature 1 without truncation, where every server means the
-    same by them; texts drawn otherwise come without."""
+    """One completion.  Log-probabilities come at temperature 1 without truncation, where all servers agree
+    on their meaning; texts drawn with other settings have none."""
     neutral = request.sampling == Sampling()
 
     def check(text: Completion) -> Completion:
@@ -56,7 +56,7 @@ def draw_after(pool: Pool, text: Sequence[int], seeds: Sequence[int], student: S
 
 
 def score_canary(pool: Pool, text: Sequence[int], student: ServedStudent) -> canary.Found:
-    """What the server of a pool makes of a known text."""
+    """The log-probabilities of a known text on the server of a pool."""
     dialect = dialect_of(pool.settings)
     ((scored,),) = pool.run([dialect.score_job(_CANARY, student.model, [text], [1], 0)])
     after = Request(token_ids=tuple(text), max_new_tokens=1, seed=1)

@@ -1,4 +1,4 @@
-"""Weights laid out for products with a few rows, as every step of generation makes them.
+"""Weights packed for products with a few rows, as in every step of generation.
 
 The BLAS library lays a matrix W [out, in] out anew for every product, which costs more than a product with a few rows
 itself.  oneDNN lays it out once.  Only on the CPU; adapters, quantised and very small matrices stay as they are.
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from tropd.base.fast_paths import TAKEN, FastPath
 
 _MIN_WEIGHTS = 2**20
-"""Models with fewer weights stay in the processor's caches, where the layout hardly matters."""
+"""Models with fewer weights fit into the processor's caches, where packing hardly matters."""
 _MIN_MATRIX = 2**15
 """Below it, calling oneDNN costs more than the product."""
 _MOST_FROZEN = 2**30
-"""Bytes.  A copy of trained weights fits where their gradients will be; one of frozen weights would raise the peak."""
+"""Bytes.  A copy of trained weights fits where their gradients will be; one of frozen weights raises the peak."""
 _TYPICAL_ROWS = 16
 
 
@@ -50,7 +50,7 @@ class Product:
 
 @contextmanager
 def packed(modules: Sequence[Any]) -> Iterator[None]:
-    """For a while these modules multiply with packed copies of their weights, where that pays."""
+    """Inside the block these modules use packed copies of their weights, if that pays."""
     chosen = [m for m in modules if is_plain(m) and m.weight.numel() >= _MIN_MATRIX and multiplies(m.weight)]
     try:
         for module in chosen:
@@ -62,18 +62,18 @@ def packed(modules: Sequence[Any]) -> Iterator[None]:
 
 
 def are_large(modules: Sequence[Any]) -> bool:
-    """Whether their weights are too many for the processor's caches, so that packing pays."""
+    """Whether the weights exceed the processor's caches, so that packing pays."""
     return sum(module.weight.numel() for module in modules if is_plain(module)) >= _MIN_WEIGHTS
 
 
 def fit_twice(modules: Sequence[Any]) -> bool:
-    """Whether a copy of their weights costs no memory that matters."""
+    """Whether a second copy of the frozen weights is small enough."""
     weights = [module.weight for module in modules if is_plain(module) and not module.weight.requires_grad]
     return sum(weight.numel() * weight.element_size() for weight in weights) <= _MOST_FROZEN
 
 
 def is_plain(module: Any) -> bool:
-    """A plain matrix on the CPU that nobody has replaced the product of."""
+    """Whether a module is a plain matrix on the CPU with the standard product."""
     return (
         type(module) is nn.Linear
         and "forward" not in vars(module)
@@ -83,7 +83,7 @@ def is_plain(module: Any) -> bool:
 
 
 def multiplies(weight: Tensor) -> bool:
-    """Whether oneDNN multiplies with packed matrices of this type here."""
+    """Whether oneDNN supports packed matrices of this type on this machine."""
     onednn: Any = torch.ops.mkldnn
     if not torch.backends.mkldnn.is_available() or not hasattr(onednn, "_reorder_linear_weight"):
         return False

@@ -30,7 +30,7 @@ _UNIFORMS_AT_ONCE = 64
 
 
 class Reader(Protocol):
-    """What the loop asks of an engine: the logits after a text, and how many rows may live."""
+    """What the loop needs of an engine: the logits after a text, and the number of live rows."""
 
     model: nn.Module
     stepper: Stepper
@@ -73,10 +73,10 @@ class Row:
 
 
 class Batch:
-    """The live rows of one call, those that wait, and those that are done."""
+    """The live, waiting and finished rows of one call."""
 
     def __init__(self, engine: Reader, requests: Sequence[Request], *, rereads: bool = False) -> None:
-        """`rereads`: without a cache, every text is read whole for each of its tokens."""
+        """`rereads`: there is no cache, so every text is read whole for each of its tokens."""
         # Longest prompt first: a later row never needs more columns than there are.  Equal prompts come together.
         order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].token_ids), requests[i].token_ids))
         self.waiting = deque(Row(i, requests[i]) for i in order)
@@ -98,7 +98,7 @@ class Batch:
         return [self.done[i] for i in range(len(self.done))]
 
     def admit(self, cache: RowCache | SlotCache | None) -> None:
-        """Prefill some waiting rows, draw their first token, and let those that go on into the cache."""
+        """Prefill some waiting rows, draw their first token, and put the unfinished rows into the cache."""
         if cache is None:
             self.live.append(self.waiting.popleft())
             return
@@ -167,7 +167,7 @@ class Batch:
         return rows, prompts, source
 
     def _draw(self, rows: list[Row], logits_BV: Tensor) -> list[int]:
-        """Append one token to every row and file those that are finished.  Gives the indices of the others."""
+        """Append one token to every row and store the finished rows.  Returns the indices of the others."""
         uniforms = self._uniforms(rows)
         samplings: dict[Sampling, list[int]] = {}
         for i, row in enumerate(rows):
@@ -183,7 +183,7 @@ class Batch:
         return [i for i, row in enumerate(rows) if not self._file(row)]
 
     def _uniforms(self, rows: list[Row]) -> list[float]:
-        """Each row's number for its next token; drawn for many tokens of many rows at once."""
+        """Each row's uniform number for its next token; drawn for many tokens of many rows at once."""
         if empty := [row for row in rows if len(row.token_ids) == len(row.uniforms)]:
             seeds, firsts = zip(*((row.request.seed, len(row.uniforms)) for row in empty), strict=True)
             for row, more in zip(empty, draw_uniform_rows(seeds, firsts, _UNIFORMS_AT_ONCE), strict=True):

@@ -2,7 +2,7 @@
 
     token = the first v with  sum_{w <= v} p(w) > u        u = uniform(key=seed, position=t)
 
-Temperature comes first, then top_k, top_p and min_p, each on what the one before it left (the order of transformers).
+Temperature comes first, then top_k, top_p and min_p, each applied to the result of the one before (as in transformers).
 Each truncation keeps every token above an edge, so equally likely tokens stay or go together and the result does not
 depend on how a sort breaks ties.
 
@@ -23,11 +23,11 @@ from tropd.objective.draws import uniform
 from tropd.types import Request, Sampling
 
 STREAM = 1
-"""The stream of `tropd.objective.draws` that token sampling uses."""
+"""The stream of `tropd.objective.draws` for token sampling."""
 _BLOCK = 512
 _BELOW_ONE = 1 - 2.0**-48
 _IN_CACHE = 2**20
-"""Logits that are worked on at once on a CPU: 4 MiB of float32."""
+"""Logits that are processed at once on a CPU: 4 MiB of float32."""
 
 
 def draw_uniforms(seed: int, first: int, count: int) -> list[float]:
@@ -45,7 +45,7 @@ def draw_uniform_rows(seeds: Sequence[int], firsts: Sequence[int], count: int) -
 
 
 def check_request(request: Request, index: int) -> None:
-    """Refuse what no engine can write."""
+    """Refuse a request that no engine can carry out."""
     if not request.token_ids:
         raise DataError(f"request {index} has no tokens to continue.  Give it at least a begin-of-text token.")
     if request.max_new_tokens < 1:
@@ -80,7 +80,7 @@ def draw(logits_BV: Tensor, uniforms: list[float], sampling: Sampling) -> Tensor
 def _draw_shaped(
     logits_BV: Tensor, uniforms: list[float], sampling: Sampling, probs_BV: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, behavior and model logprobs where the model's distribution is not sampled as it is."""
+    """Token ids, behavior and model logprobs for a distribution changed by temperature or truncation."""
     highest_B1 = logits_BV.amax(-1, keepdim=True)
     if sampling.temperature == 0.0:
         ids_B = logits_BV.argmax(-1)
@@ -99,7 +99,7 @@ def _draw_shaped(
 
 
 def truncate(scaled_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Set to -inf what top_k, top_p and min_p cut away."""
+    """Set the tokens that top_k, top_p and min_p exclude to -inf."""
     if sampling.top_k > 0:
         edge_B1 = scaled_BV.topk(min(sampling.top_k, scaled_BV.shape[1])).values[:, -1:]
         scaled_BV = scaled_BV.masked_fill(scaled_BV < edge_B1, -math.inf)
@@ -157,7 +157,7 @@ def invert(probs_BV: Tensor, uniforms: list[float]) -> Tensor:
         inside_BK = probs_BV.gather(1, ids_BK)
     sums_BK = _running_sums(inside_BK)
     offset_B1 = _first_above(sums_BK, rest_B1 * sums_BK[:, -1:])
-    # Only logits that are not finite could lead past the vocabulary, and they are refused by whoever reads the result.
+    # Only logits that are not finite could lead past the vocabulary, and the caller refuses them.
     return (block_B1 * block + offset_B1).to(probs_BV.device)[:, 0].clamp(max=vocab_size - 1)
 
 
@@ -170,12 +170,12 @@ def _running_sums(x_BC: Tensor) -> Tensor:
 
 
 def _first_above(sums_BC: Tensor, target_B1: Tensor) -> Tensor:
-    """The first entry that takes the running sum above the target."""
+    """The first entry whose running sum exceeds the target."""
     return (torch.searchsorted(sums_BC, target_B1, right=True) - 1).clamp(max=sums_BC.shape[1] - 2)
 
 
 def _precise(x: Tensor) -> Tensor:
-    """float64, on the CPU where the device has none (MPS)."""
+    """The tensor in float64; on the CPU if the device has no float64 (MPS)."""
     return x.cpu().double() if x.device.type == "mps" else x.double()
 
 

@@ -1,4 +1,4 @@
-"""An engine that writes what it is told: known answers for examples, tests and dry runs of a whole pipeline."""
+"""An engine that writes given answers, for examples, tests and dry runs of a whole pipeline."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from tropd.types import Completion, Finish, Request
 
 
 class ScriptedEngine(Engine):
-    """Answers each request with `answers(request)`, then with the request's first stop id where there is room."""
+    """Answers each request with `answers(request)`, followed by the request's first stop id if there is room."""
 
     def __init__(self, answers: Callable[[Request], Sequence[int]], *, logprob: float = 0.0, version: int = 0) -> None:
         self.answers = answers
         self.logprob = logprob
-        """What every written token is said to have had; 0 is certainty."""
+        """The reported log-probability of every written token; 0 is certainty."""
         self.version = version
         self.requests: list[Request] = []
-        """Everything that was asked, in order."""
+        """All requests, in order."""
         self.closed = False
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -28,7 +28,7 @@ class ScriptedEngine(Engine):
         return [self._complete(request) for request in requests]
 
     def sync(self, version: int) -> None:
-        """Note the version: a script has no weights."""
+        """Only note the version: a script has no weights."""
         self.version = version
 
     def close(self) -> None:
@@ -47,7 +47,7 @@ class ScriptedEngine(Engine):
 
 
 def _cut(script: tuple[int, ...], request: Request) -> tuple[tuple[int, ...], Finish]:
-    """What a sampler would have kept of the script, and why it ended there."""
+    """The part of the script that a sampler would keep, and why it ends there."""
     stops = [t for t, token in enumerate(script) if token in request.stop_ids]
     text = script[: stops[0] + 1] if stops else script + request.stop_ids[:1]
     kept = text[: request.max_new_tokens]

@@ -1,4 +1,4 @@
-"""Rollouts from servers for several processes: the first gives the weights, all ask for their texts and check them."""
+"""Rollouts from servers for several processes: rank 0 gives the weights, every rank requests and checks its texts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tropd.rollout.delivery import Delivery
 
 
 class SharedDelivery(Delivery):
-    """A Delivery on every rank; all give together."""
+    """A Delivery on every rank; all ranks call `give` together."""
 
     def __init__(self, world: Ranks, *where: Any, **how: Any) -> None:
         self.world = world
@@ -45,7 +45,7 @@ class SharedDelivery(Delivery):
         return super()._meet() if self.world.leads else ()
 
     def _push(self, expected: canary.Expected) -> None:
-        if self.world.leads or self.given:  # given: a server has lost them, whoever notices
+        if self.world.leads or self.given:  # given: a server has lost them, whichever rank notices
             super()._push(expected)
         else:
             self._verify(expected)

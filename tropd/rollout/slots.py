@@ -6,8 +6,8 @@
     slot 3    . . . . . . . . . . . .     free
 
 A step reads the first R slots and the first C columns, both rounded up to a few sizes.  All that changes from step to
-step is numbers in tensors: last tokens, starts and ends.  So a step of one shape always does the same to the same
-addresses.  What lies outside of a row is masked; slots beyond the live rows compute something that nobody reads.
+step is numbers in tensors: last tokens, starts and ends.  So a step of one shape always runs the same operations
+on the same addresses.  Columns outside a row are masked; slots beyond the live rows compute unused results.
 
 Axes: B live rows, R slots that are read, C columns that are read, S slots.
 """
@@ -46,7 +46,7 @@ class SlotLayer(DynamicLayer):
         self.buffers = [x.new_zeros(0, x.shape[1], 0, x.shape[3]) for x in (like.keys, like.values)]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write each row's next column; give all columns that the step reads."""
+        """Write each row's next column; returns all columns that the step reads."""
         num_rows, num_columns = self.cache.shape
         ends_R = self.cache.inputs_3S[_ENDS, :num_rows]
         rows_R = torch.arange(num_rows, device=ends_R.device)
@@ -78,7 +78,7 @@ class SlotLayer(DynamicLayer):
 
 
 class SlotCache(Cache):
-    """The cache of a batch that shrinks and is refilled, as `RowCache`, at addresses that stay.
+    """The cache of a batch that shrinks and is refilled, like `RowCache`, but at fixed addresses.
 
     `windows`: how far back each kind of layer looks (`tropd.model.hf.windows_of`).
     """
@@ -107,14 +107,14 @@ class SlotCache(Cache):
         return sum(b.numel() * b.element_size() for layer in self._slot_layers for b in layer.buffers)
 
     def clear(self) -> None:
-        """No rows; the buffers stay, without what a model that gave NaN may have left: 0 * NaN would not be zero."""
+        """Remove all rows and keep the buffers, set to zero: 0 * NaN would not be zero."""
         self.starts, self.ends = [], []
         for layer in self._slot_layers:
             for buffer in layer.buffers:
                 buffer.zero_()
 
     def release(self) -> None:
-        """Give the buffers' memory back."""
+        """Free the buffers' memory."""
         self.starts, self.ends = [], []
         self.layers, self.inputs_3S, self.capacity = [], self.inputs_3S[:, :0], 0
 
@@ -150,7 +150,7 @@ class SlotCache(Cache):
         self.ends = [end + 1 for end in self.ends]
 
     def load(self, last_ids_B1: Tensor) -> Tensor:
-        """Put a step's numbers where it reads them; the tokens to feed, [R, 1]."""
+        """Write a step's inputs into its tensors; returns the tokens to feed, [R, 1]."""
         TAKEN.add(FastPath.FIXED_SHAPES)
         num_rows = self.shape[0]
         spare = [0] * (num_rows - len(self.starts))
@@ -164,14 +164,14 @@ class SlotCache(Cache):
         return (ends_R - starts_R)[:, None]
 
     def looks(self, window: int | None = None) -> Tensor:
-        """Where each row may look, the new column included, [R, C]."""
+        """Where each row may attend, the new column included, [R, C]."""
         _, starts_R, ends_R = self._inputs()
         columns_C = torch.arange(self.shape[1], device=self.device)
         looks_RC = (columns_C >= starts_R[:, None]) & (columns_C <= ends_R[:, None])
         return looks_RC if window is None else looks_RC & (columns_C > ends_R[:, None] - window)
 
     def mask(self) -> Tensor | dict[str, Tensor]:
-        """What is added to the scores, [R, 1, 1, C], as the model's own forward takes it: one, or one by kind."""
+        """The additive mask [R, 1, 1, C] for the model's forward: a single one, or one per kind of layer."""
         if "" in self.windows:
             return self._added(self.windows[""])
         return {kind: self._added(window) for kind, window in self.windows.items()}

@@ -1,4 +1,4 @@
-"""Roll out: prompts in, rollouts out, whoever writes which token."""
+"""Roll out: from prompts to rollouts.  A policy says which tokens the teacher writes and which the student."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tropd.types import Author, Completion, Request, Rollout, key_of
 
 
 def roll_out(policy: RolloutPolicy, job: RolloutJob, student: Engine, writer: Writer | None) -> list[Rollout]:
-    """Carry out a policy.  `writer` is the teacher's engine, asked only where the teacher writes."""
+    """Carry out a policy.  `writer` is the teacher's engine, used only if the teacher writes."""
     return carry_on(begin(policy, job, writer), job, student)
 
 
 def begin(policy: RolloutPolicy, job: RolloutJob, writer: Writer | None) -> list[Draft]:
-    """All that stands before what the student writes; drafts that no student could go on from are refused."""
+    """Everything before the student's tokens; drafts that a student could not continue are refused."""
     drafts, name = policy.begin(job, writer), type(policy).__name__
     if [draft.id for draft in drafts] != [draft.id for draft in job.drafts()]:
         raise ConfigError(
@@ -35,7 +35,7 @@ def begin(policy: RolloutPolicy, job: RolloutJob, writer: Writer | None) -> list
 
 
 def carry_on(drafts: Sequence[Draft], job: RolloutJob, student: Engine) -> list[Rollout]:
-    """What the student writes after that."""
+    """The rollouts, with the student's continuations of the drafts."""
     open_drafts = [d for d in drafts if not d.whole]
     requests = [
         Request(

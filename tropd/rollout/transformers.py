@@ -68,7 +68,7 @@ class TransformersEngine(Engine):
         self._no_cache = {"use_cache": False} if hf.takes(base, "use_cache") else {}
         unknown = f"none of its arguments is {' or '.join(hf.CACHE_ARGUMENTS)}"
         self.rereads = "" if self._cache_argument else "; ".join(hf.missing) or unknown
-        """Why each text is read whole for every token; empty where keys and values are kept."""
+        """Why each text is read whole for every token; empty if keys and values are cached."""
         self._has_written = False
         self.stepper = Stepper(model, base, self._own_step)
         self.fixed_shapes = FixedShapes(fixed)
@@ -105,7 +105,7 @@ class TransformersEngine(Engine):
 
     @property
     def notes(self) -> Sequence[str]:
-        """What is slower than it could be on this machine."""
+        """Notes on slow paths on this machine."""
         if self.rereads:
             return [f"{type(self.model).__name__} {_REREADS}: the same tokens, much slower ({self.rereads})."]
         reason = obstacle(self.model, _base_model(self.model))
@@ -114,7 +114,7 @@ class TransformersEngine(Engine):
         return [f"generation runs the model's own forward pass, since {reason}: the same tokens, slower."]
 
     def sync(self, version: int) -> None:
-        """The weights are the trainer's own: only the version is noted."""
+        """Only note the version: the engine uses the trainer's weights."""
         self.version = version
 
     def last_logits(
@@ -133,7 +133,7 @@ class TransformersEngine(Engine):
         return output.logits[:, -1, : self.vocab_size]
 
     def whole_logits(self, input_ids_BT: Tensor) -> Tensor:
-        """The logits [B, V] after texts of one length, by nothing but a plain forward pass."""
+        """The logits [B, V] after texts of one length, from a plain forward pass."""
         output = self.model(input_ids=input_ids_BT, return_dict=True, **self._no_cache, **self._last_only)
         return output.logits[:, -1, : self.vocab_size]
 
@@ -165,7 +165,7 @@ class TransformersEngine(Engine):
 
 @contextmanager
 def generating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradient and no gradient checkpointing (which would drop the cache); then all as it was."""
+    """Inside the block: evaluation mode, no gradient, no gradient checkpointing (which would drop the cache)."""
     training = [module for module in model.modules() if module.training]
     checkpointed = hf.checkpointed(model)
     try:
@@ -188,7 +188,7 @@ def _base_model(model: nn.Module) -> Any:
 
 
 def _check_model(base: Any) -> None:
-    """Left padding and row compaction need plain attention and explicit positions."""
+    """Refuse models without plain attention and explicit positions, which left padding and row compaction need."""
     missing = [name for name in ("attention_mask", "position_ids") if not hf.takes(base, name)]
     foreign = sorted(hf.layer_types(base) - {"full_attention", "sliding_attention"})
     reason = (

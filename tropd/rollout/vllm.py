@@ -1,4 +1,4 @@
-"""Rollouts from stock vLLM servers that are given the student's weights after every step.
+"""Rollouts from stock vLLM servers, which get the student's weights after every step.
 
 sync      tropd.rollout.delivery gives every server the weights
 generate  requests --> servers (least busy first) --> texts --> the weights are compared again
@@ -98,12 +98,12 @@ class VllmEngine(Engine):
             return self._write(requests)
 
     def sync(self, version: int) -> None:
-        """Give every server the student's weights as they are now, and make sure that it computes with them."""
+        """Give every server the student's current weights, and make sure that it computes with them."""
         with _said_by_engine():
             self.weights.give(version)
 
     def rest(self) -> None:
-        """Servers that are to sleep may."""
+        """Put the servers to sleep, if the run wants that."""
         with _said_by_engine():
             self.weights.rest()
 
@@ -149,12 +149,12 @@ def open_engine(
     directory: Path,
     delivery: Callable[..., Delivery] = Delivery,
 ) -> VllmEngine:
-    """The engine of the run in `directory`, refused where training would need log-probabilities that servers do not
-    tell."""
+    """The engine of the run in `directory`, an error if training would need log-probabilities that servers do not
+    give."""
     if sampling != Sampling():
         raise ConfigError(
-            f"rollouts are asked from servers and drawn with {sampling}, but servers tell log-probabilities that "
-            "hold at temperature 1 without truncation. Set rollout.sampling so, or leave rollout.servers out."
+            f"rollouts on servers were asked for with {sampling}, but servers give log-probabilities only at "
+            "temperature 1 without truncation. Set rollout.sampling so, or leave rollout.servers out."
         )
     notes = check_addresses(config.servers, config.server)
     return VllmEngine(
@@ -175,7 +175,7 @@ def open_engine(
 
 @contextmanager
 def _said_by_engine() -> Iterator[None]:
-    """What servers say, said by the engine behind them."""
+    """Turn errors of servers into errors of the engine."""
     try:
         yield
     except ServerUnavailable as error:

@@ -48,7 +48,7 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     ]
     if not other:
         return []
-    return [f"the run goes on with {', '.join(other)}: from here on it may differ from one that was left alone."]
+    return [f"the run goes on with {', '.join(other)}: from here on it may differ from an undisturbed run."]
 
 
 def _source_of(name: str | None) -> str | None:

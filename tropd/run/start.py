@@ -66,7 +66,7 @@ def train(
         settle = stack.enter_context(begun(run, directory, overwrite=overwrite)) if world.leads else _nothing
         world.wait()  # the folder is this run's
         parts = assemble(run, directory, world, given)
-        world.wait()  # nobody has been refused
+        world.wait()  # every process has passed its checks
         stack.enter_context(_closing(parts))
         settle()
         state = _go(parts, directory, None, display, callbacks)
@@ -249,7 +249,7 @@ def _lacking(records: RecordWriter | NoRecords) -> list[str]:
         return []
     return [
         f"{len(records.missing)} of the steps before this one are missing from the records, {records.missing[0]} the "
-        "first of them: somebody has changed the file, and reports will lack them."
+        "first of them: the file was changed from outside, and reports will lack these steps."
     ]
 
 

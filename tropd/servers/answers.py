@@ -1,6 +1,6 @@
-"""Bytes of a server become what was asked for, or are refused.
+"""Parse and check the bytes of a server's answer.
 
-Axes as in `tropd.types`: T positions that were asked for, K the teacher's top-k.
+Axes as in `tropd.types`: T requested positions, K the teacher's top-k.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ TokenId = Annotated[int, Field(ge=0)]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scored:
-    """What a server says of the positions of one sequence that were asked for."""
+    """A server's scores of the requested positions of one sequence."""
 
     logprobs: list[float]
     topk_ids_TK: list[list[int]]
-    """Likeliest first; rows are as wide as was asked for, or as the server's vocabulary."""
+    """Likeliest first; rows are as wide as requested, or as the server's vocabulary."""
     topk_logprobs_TK: list[list[float]]
 
 

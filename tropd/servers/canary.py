@@ -1,7 +1,7 @@
 """A canary: a known text, whose log-probabilities show which weights a server computes with.
 
-teacher     is it the model that was met at the start?            server.canary_nats   `tropd.teachers.meeting`
-student     has it the weights that the trainer gave to it?       rollout.sync_nats    `tropd.rollout.canary`
+teacher     is it the same model as at the start?             server.canary_nats   `tropd.teachers.meeting`
+student     does it have the trainer's current weights?       rollout.sync_nats    `tropd.rollout.canary`
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from tropd.errors import ServerGarbled
 
 @dataclass(frozen=True, kw_only=True)
 class Canary:
-    """A known text, and what the model that it belongs to makes of it."""
+    """A known text, and its log-probabilities under the right model."""
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...] = ()
-    """Of all tokens but the first; () before anybody was asked."""
+    """Of all tokens except the first; () before they are known."""
 
     def gaps(self, logprobs: Sequence[float]) -> list[float]:
         """Distances in nats, token by token."""
@@ -36,5 +36,5 @@ class Canary:
 
 
 def shown(logprobs: Sequence[float]) -> str:
-    """The first few, for an error."""
+    """The first few numbers, for an error."""
     return ", ".join(f"{x:.4f}" for x in list(logprobs)[:4]) + ", ..."

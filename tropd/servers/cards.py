@@ -1,4 +1,4 @@
-"""What a server says about the models that it serves."""
+"""A server's list of its models."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Cards:
 
 
 def cards_job(url: str) -> Job[list[Card]]:
-    """All that the server lists."""
+    """Request the list of all models."""
     return Job(name=f"{url}/v1/models", path="/v1/models", read=lambda answer, id: read_cards(answer))
 
 

@@ -1,8 +1,8 @@
-"""One server: one request, and its answer whole and within its size, or an error that says whose fault it is.
+"""One request to one server: a complete answer within its size limit, or an error that names the cause.
 
 ServerUnavailable   no answer, not now, or cut off       the same request may succeed later, or elsewhere
-ServerGarbled       an answer that cannot be right       likewise, but not for long
-ServerRefused       the server says no                   asking again would not help
+ServerGarbled       an answer that cannot be right       likewise, but only a few times
+ServerRefused       the server refuses the request       a repeat would not help
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _EXCERPT = 300
 
 
 class Client:
-    """Speaks to one address.  Safe to use from several threads."""
+    """Sends requests to one address.  Safe to use from several threads."""
 
     def __init__(self, url: str, settings: ServerConfig) -> None:
         require("httpx", "server", "a server")
@@ -93,7 +93,7 @@ class Client:
         raise ServerRefused(f"{self.url}{path} answered {status}{said}.", status=status)
 
     def _excerpt(self, response: Any) -> str:
-        """What an error says, short, printable, and without the key in case it is quoted."""
+        """The text of an error: short, printable, and without the key if the server quotes it."""
         raw = bytearray()
         for chunk in response.iter_bytes():
             raw += chunk
@@ -114,14 +114,14 @@ class Client:
 
 @cache
 def _certificates() -> ssl.SSLContext:
-    """Those that are trusted: read once, because that takes longer than most requests."""
+    """The trusted certificates: read once, because reading takes longer than most requests."""
     import httpx
 
     return httpx.create_ssl_context()
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """Retry-After in seconds; a date is taken for silence."""
+    """Retry-After in seconds; a date is ignored."""
     try:
         seconds = float(retry_after or "")
     except ValueError:

@@ -1,7 +1,7 @@
-"""What every kind of server is asked for, as jobs of a pool; each kind says how, and what it cannot do.
+"""Requests to a kind of server, as jobs of a pool; each kind is a subclass of `Dialect`.
 
-A dialect of your own is a subclass: it builds the jobs, names what its scores can be evidence of, and has one sentence
-for everything that it cannot do.  Nothing else in tropd asks which kind a server is.
+A dialect of your own is a subclass: it builds the jobs, names the evidence that its scores give, and has one sentence
+for everything that it cannot do.  No other code in tropd depends on the kind of a server.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from tropd.types import Completion, Message, Request
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reply:
-    """What a chat endpoint wrote."""
+    """The answer of a chat endpoint."""
 
     content: str
     ended: bool
-    """By itself, not at the limit."""
+    """Whether the answer ended before the token limit."""
 
 
 class Weights(Protocol):
-    """How a kind of server is given other weights, and how it sleeps in between.  Each pool has one server."""
+    """How a kind of server takes new weights, and how it sleeps in between.  Each pool has one server."""
 
     sleep_advice: str
     """How to start a server that can sleep."""
 
     def give(self, pool: Pool, folder: Path) -> None:
-        """Have the server read weights from a folder that it sees as well."""
+        """Have the server read weights from a shared folder."""
         ...
 
     def forget(self, pool: Pool) -> None:
-        """What was computed with the old weights must not be continued with the new ones."""
+        """Clear caches, so that results of the old weights are not continued with the new ones."""
         ...
 
     def give_adapter(self, pool: Pool, name: str, folder: Path) -> None:
-        """Have the server serve an adapter under a name, whatever it served there before."""
+        """Have the server load an adapter under a name, in place of an earlier one."""
         ...
 
     def drop_adapter(self, pool: Pool, name: str) -> None: ...
@@ -56,34 +56,34 @@ class Weights(Protocol):
         ...
 
     def serving(self, rank: int | None) -> tuple[list[str], dict[str, str]]:
-        """Flags and variables that start it so; `rank` is the adapters'."""
+        """Flags and variables to start such a server; `rank` is the adapters'."""
         ...
 
     def sleep(self, pool: Pool, adapter: bool) -> None:
-        """Have the server give its GPU memory back.  It loses its weights; under an adapter it keeps the base's."""
+        """Have the server free its GPU memory.  It loses its weights; with an adapter it keeps the base's."""
         ...
 
     def waking(self, pool: Pool, adapter: bool) -> AbstractContextManager[None]:
-        """The block gives the weights to the server that slept."""
+        """Wake the server; inside the block the caller gives it the weights."""
         ...
 
     def wake_if_asleep(self, pool: Pool) -> bool:
-        """Whether somebody had left it asleep."""
+        """Wake the server if it sleeps; whether it did."""
         ...
 
     def objection(self, pool: Pool) -> str:
-        """What a user should know about its sleep.  A server that would keep its memory is refused."""
+        """A note for the user on its sleep.  A server that would keep its memory is refused."""
         ...
 
 
 class Dialect:
-    """How one kind of server is spoken to."""
+    """Requests to one kind of server."""
 
     kind: ClassVar[str]
     capabilities: ClassVar[Needs] = Needs.NOTHING
-    """The evidence that its scores can be."""
+    """The evidence that its scores give."""
     no_scores: ClassVar[str] = ""
-    """Why it scores no token ids; empty where it does.  Likewise below."""
+    """Why it scores no token ids; empty if it does.  Likewise below."""
     no_texts: ClassVar[str] = ""
     """Why it writes no token ids."""
     no_weights: ClassVar[str] = ""
@@ -91,13 +91,13 @@ class Dialect:
     weights: ClassVar[Weights | None] = None
     """How it takes weights."""
     program: ClassVar[tuple[str, ...]] = ()
-    """What starts it, before the model's path; empty where that is not known."""
+    """The command that starts it, before the model's path; empty if unknown."""
     top_k_flag: ClassVar[str] = ""
-    """The flag that allows a larger top-k, where it needs one."""
+    """The flag that allows a larger top-k, if it needs one."""
     context_flag: ClassVar[str] = "its context"
     """The flag that allows longer texts."""
     raw_flag: ClassVar[str] = ""
-    """The flag without which log-probabilities may depend on the temperature of the request, where that can be."""
+    """The flag, if any, without which log-probabilities may depend on the request's temperature."""
 
     def score_job(
         self,
@@ -112,15 +112,15 @@ class Dialect:
         raise ServerRefused(self.no_scores)
 
     def text_job(self, name: str, model: str, request: Request, *, logprobs: bool = False) -> Job[Completion]:
-        """A text.  Behaviour log-probabilities are () unless they are asked for."""
+        """Write a text.  Behaviour log-probabilities are () unless requested."""
         raise ServerRefused(self.no_texts)
 
     def own_text_job(self, name: str, model: str, request: Request, top_k: int) -> Job[tuple[Completion, Scored]]:
-        """A text, and what the server said of each token when it drew it."""
+        """Write a text; returns it with the server's scores of each token when drawn."""
         raise ServerRefused(self.no_texts)
 
     def chat_job(self, name: str, model: str, messages: Sequence[Message], request: Request) -> Job[Reply]:
-        """The answer to a conversation, which every kind gives over OpenAI's route.  `request` says how it is drawn."""
+        """Answer a conversation, over OpenAI's route for every kind.  `request` has the sampling settings."""
         body = {
             "model": model,
             "messages": [{"role": message.role, "content": message.content} for message in messages],
@@ -139,12 +139,12 @@ class Dialect:
         )
 
     def top_k_advice(self, top_k: int, otherwise: str) -> str:
-        """What to do about a top-k that does not come."""
+        """Advice for a user whose server does not give the top-k."""
         return f"Start it with {self.top_k_flag} {top_k}, or {otherwise}." if self.top_k_flag else f"{otherwise}."
 
 
 def score_limit(num_tokens: int, top_k: int) -> int:
-    """Bytes that an answer may have: an entry takes about 70 of them, longer token texts some more."""
+    """Largest size of an answer in bytes: an entry takes about 70, with long token texts some more."""
     return 2**20 + 400 * num_tokens * (top_k + 2)
 
 

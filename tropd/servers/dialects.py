@@ -1,4 +1,4 @@
-"""Which dialect a run file's `kind` means."""
+"""The dialects by a run file's `kind`."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ DIALECTS: dict[str, Dialect] = {dialect.kind: dialect for dialect in (Vllm(), SG
 
 
 def dialect_of(settings: ServerConfig) -> Dialect:
-    """How the servers of these settings are spoken to."""
+    """The dialect of these settings."""
     return DIALECTS[settings.kind]

@@ -1,4 +1,4 @@
-"""Any server that speaks OpenAI's API and nothing more."""
+"""Any server with OpenAI's API and nothing more."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from tropd.servers.dialect import Dialect
 
 
 class OpenAI(Dialect):
-    """Chat alone: it names tokens by their texts, from which no token id can be told."""
+    """Only chat: it names tokens by their texts, which do not identify a token id."""
 
     kind = "openai"
     no_scores = "an OpenAI-compatible server scores no token ids; it can write texts."

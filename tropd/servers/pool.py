@@ -1,12 +1,12 @@
-"""Several servers of the same model: the least busy one is asked, a dead one is left out and tried again.
+"""Several servers of the same model: requests go to the least busy one; a dead one is left out and tried again.
 
     job --> lease a server --> ask --> read (validate) --> value
                ^                 |        |
                |     ServerUnavailable   ServerGarbled: again, up to GARBLED times
                +--- back off ----+
 
-A server that fails rests 0.25, 0.5, 1, ... up to 30 seconds (or as long as it asks for) and is then tried with a single
-request.  What is answered stays answered: only the failing requests are asked again.
+A server that fails rests 0.25, 0.5, 1, ... up to 30 seconds (or as long as it says) and is then tried with a single
+request.  Answers are kept: only failed requests are repeated.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ T = TypeVar("T")
 U = TypeVar("U")
 log = logging.getLogger("tropd.servers")
 GARBLED = 3
-"""So many answers to one request may be unusable before that is the answer."""
+"""Unusable answers to one request before it fails for good."""
 _FIRST_REST, _LONGEST_REST = 0.25, 30.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job(Generic[T]):
-    """One request and how its answer is read."""
+    """One request, and the function that reads its answer."""
 
     name: str
     path: str
@@ -45,11 +45,11 @@ class Job(Generic[T]):
     named: Callable[[Mapping[str, Any], str], Mapping[str, Any]] | None = None
     """The body with the request's id in it, for servers that do not read headers."""
     num_tokens: int = 1
-    """What it weighs: tokens read and tokens that may be written."""
+    """Its load: tokens to read and tokens that may be written."""
     limit_bytes: int = 2**20
 
     def then(self, change: Callable[[T], U]) -> Job[U]:
-        """The same request, whose value is changed; a ServerGarbled of `change` has it asked again."""
+        """The same request, with its value passed through `change`; a ServerGarbled of `change` repeats the request."""
         read = self.read
         return replace(cast("Job[Any]", self), read=lambda answer, request_id: change(read(answer, request_id)))
 
@@ -60,16 +60,16 @@ class _Server:
     tokens: int = 0
     requests: int = 0
     failures: int = 0
-    """In a row."""
+    """Consecutive failures."""
     garbled: int = 0
-    """Likewise."""
+    """Consecutive unusable answers."""
     rests_until: float = 0.0
     why: str = ""
 
 
 @dataclass
 class Tally:
-    """What has happened so far."""
+    """Counts of what has happened so far."""
 
     answers: int = 0
     tokens: int = 0
@@ -87,7 +87,7 @@ class Pool:
         self.clients = [Client(url, settings) for url in urls]
         self.tally = Tally(by_server={client.url: 0 for client in self.clients})
         self.returned: set[str] = set()
-        """Servers that answered again after they had failed: they may have been started anew."""
+        """Servers that answered again after a failure: they may have been restarted."""
         self._servers = [_Server(client) for client in self.clients]
         self._changed = threading.Condition()
 
@@ -158,8 +158,8 @@ class Pool:
                 self._release(server, job, failure)
 
     def _lease(self, job: Job, until: float | None, avoided: list[_Server], stop: threading.Event) -> _Server:
-        """The least busy server with room for the job; waits while there is none.  Where others are up, no server is
-        asked twice for what it garbled."""
+        """The least busy server with room for the job; waits while there is none.  If others are up, a server
+        does not get a request again that it garbled."""
         with self._changed:
             while True:
                 if stop.is_set():

@@ -1,4 +1,4 @@
-"""How a run reaches its servers, and what is refused about that before anything is sent."""
+"""Addresses and keys of a run's servers, checked before anything is sent."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def api_key(settings: ServerConfig) -> str | None:
 
 
 def check_addresses(urls: Sequence[str], settings: ServerConfig) -> Iterator[str]:
-    """Refuse what would give a key away; say what travels in the clear."""
+    """Refuse addresses that would leak a key; notes on what travels unencrypted."""
     plain = [url for url in urls if urlsplit(url).scheme == "http" and not is_loopback(url)]
     if plain and settings.api_key_env and not settings.allow_plain_http:
         raise ConfigError(
@@ -46,5 +46,5 @@ def check_addresses(urls: Sequence[str], settings: ServerConfig) -> Iterator[str
     if plain:
         yield (
             f"{', '.join(plain)}: plain http to another machine. Texts and log-probabilities travel unprotected, and "
-            "whoever is in between can change them; use https:// or a tunnel outside a network of your own."
+            "anyone in between can change them. Use https:// or a tunnel outside your own network."
         )

@@ -1,4 +1,4 @@
-"""What SGLang's own route is asked, and how its answers are checked.
+"""Requests to SGLang's own route, and checks of its answers.
 
 It echoes every token beside its log-probability and gives the k likeliest at each position.  It scores given ids as
 well, but the same ones at every position, so it cannot answer for the student's top-k.
@@ -123,7 +123,7 @@ def _score_body(sequences: Sequence[Sequence[int]], top_k: int, temperature: flo
 
 
 def _named(body: Mapping[str, Any], request_id: str) -> Mapping[str, Any]:
-    """With an id for each text, which comes back with its answer."""
+    """The body with an id for each text, which comes back with its answer."""
     ids = body["input_ids"]
     several = isinstance(ids[0], list)
     return {**body, "rid": [f"{request_id}-{n}" for n in range(len(ids))] if several else request_id}
@@ -132,7 +132,7 @@ def _named(body: Mapping[str, Any], request_id: str) -> Mapping[str, Any]:
 def _read_scores(
     answer: bytes, sequences: Sequence[Sequence[int]], firsts: Sequence[int], top_k: int, request_id: str
 ) -> list[Scored]:
-    """For each sequence the positions from `firsts` on.  No model is named: the canary stands for it."""
+    """The scores of each sequence from `firsts` on.  Answers name no model; the canary proves it."""
     found = parsed(_SCORED, answer)
     if len(found) != len(sequences):
         raise ServerGarbled(f"{len(sequences)} texts were asked about, and {len(found)} answered.")
@@ -162,7 +162,7 @@ def _text_body(request: Request, top_k: int | None) -> dict[str, Any]:
 
 
 def _rows_of(text: Completion, meta: _Written, top_k: int) -> Scored:
-    """What the server said of each token when it drew it."""
+    """The server's scores of each token when it drew the token."""
     own, tops = meta.get("output_token_logprobs") or [], meta.get("output_top_logprobs") or [[]] * len(text.token_ids)
     if [token for _, token, _ in own] != list(text.token_ids) or len(tops) != len(own):
         raise ServerGarbled(f"a text of {len(text.token_ids)} tokens came with {len(own)} log-probabilities.")

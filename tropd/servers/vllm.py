@@ -1,7 +1,7 @@
-"""What vLLM is asked, and what an answer must be to be believed.
+"""Requests to vLLM, and checks of its answers.
 
-A scoring request holds two texts: a canary whose log-probabilities are known, and the sequence in question.  Both are
-answered by the same process, so an answer comes with proof of who gave it.  vLLM puts, at each position, the written
+A scoring request holds two texts: a canary whose log-probabilities are known, and the sequence to score.  The same
+process answers both, so each answer proves which model gave it.  vLLM puts, at each position, the written
 token and the k likeliest with their ranks; nothing is there at position 0.  It writes -9999 where it has no number,
 and a softmax gives every token one, so that is refused.
 """
@@ -132,7 +132,7 @@ class Vllm(Dialect):
 
 
 def _score_body(model: str, sequences: Sequence[Sequence[int]], top_k: int, temperature: float) -> dict[str, Any]:
-    """Sampling says nothing about prompts; it is spelt out because servers apply a model's own settings otherwise."""
+    """Sampling does not affect prompts; it is explicit because servers would apply a model's own settings."""
     return {
         "model": model,
         "prompt": [list(sequence) for sequence in sequences],
@@ -151,7 +151,7 @@ def _score_body(model: str, sequences: Sequence[Sequence[int]], top_k: int, temp
 def _read_scores(
     answer: bytes, *, model: str, sequences: Sequence[Sequence[int]], firsts: Sequence[int], top_k: int, request_id: str
 ) -> list[Scored]:
-    """For each sequence the positions from `firsts` on.  Anything missing, odd or about other tokens is refused."""
+    """The scores of each sequence from `firsts` on.  Anything missing, odd or about other tokens is refused."""
     found = parsed(_SCORED, answer)
     choices = _in_order(found, model, len(sequences), request_id)
     read, asked = (found.get("usage") or {}).get("prompt_tokens"), sum(map(len, sequences))
@@ -164,8 +164,8 @@ def _read_scores(
 
 
 def _text_body(model: str, request: Request, *, top_k: int | None = None) -> dict[str, Any]:
-    """The stop tokens are the request's alone, and part of the text.  `top_k` asks for log-probabilities: those of the
-    written tokens and of so many likely ones."""
+    """Stop tokens are only those of the request, and part of the text.  `top_k` requests log-probabilities of the
+    written tokens and of that many likely ones."""
     sampling = request.sampling
     return {
         "model": model,
@@ -190,7 +190,7 @@ def _text_body(model: str, request: Request, *, top_k: int | None = None) -> dic
 
 
 def _rows_of(text: Completion, sampled: _Sampled | None, top_k: int) -> Scored:
-    """What the server said of each token when it drew it."""
+    """The server's scores of each token when it drew the token."""
     rows = (sampled or {}).get("top_logprobs") or []
     if not text.behavior_logprobs or len(rows) != len(text.token_ids):
         raise ServerGarbled(f"a text of {len(text.token_ids)} tokens came with {len(rows)} rows of log-probabilities.")
@@ -249,7 +249,7 @@ def _scored(choice: _ScoredChoice, sequence: Sequence[int], first: int, top_k: i
 
 
 def _read_row(row: dict[int, _Entry] | None, written: int, place: int, top_k: int) -> Row:
-    """The written token stands apart unless it is one of the likeliest."""
+    """Read one row.  The written token has a separate entry unless it is one of the likeliest."""
     if row is None or written not in row:
         raise ServerGarbled(f"position {place} has no log-probability for the token {written} that stands there.")
     own = row[written]

@@ -1,7 +1,7 @@
-"""A vLLM server that gives its GPU memory back for a while: what it is asked, and what counts as done.
+"""Requests that put a vLLM server to sleep, which frees its GPU memory, and wake it.
 
     sleep     POST /sleep?level=2, which throws weights and KV cache away; level 1 keeps the weights in CPU memory
-    wake      POST /wake_up?tags=weights, then somebody gives the weights, then POST /wake_up?tags=kv_cache
+    wake      POST /wake_up?tags=weights, then the caller gives the weights, then POST /wake_up?tags=kv_cache
     state     GET /is_sleeping; GET /server_info says whether it was started with --enable-sleep-mode
 
 Requests to a sleeping server wait until it is awake.  Without --enable-sleep-mode vLLM answers as if it slept and keeps
@@ -65,8 +65,8 @@ def sleep(pool: Pool, level: int) -> None:
 
 @contextmanager
 def waking(pool: Pool, level: int) -> Iterator[None]:
-    """The block gives the weights.  After a sleep of level 2 there is memory for them and not yet for the cache: a
-    server that loads weights needs more than one that has them."""
+    """Wake the server; the block gives it the weights.  After a sleep of level 2 there is memory for them, but not yet
+    for the cache: loading weights needs more memory than holding them."""
     _ask(pool, "/wake_up?tags=weights" if level == 2 else "/wake_up")
     yield
     if level == 2:
@@ -76,10 +76,10 @@ def waking(pool: Pool, level: int) -> Iterator[None]:
 
 
 def wake_if_asleep(pool: Pool) -> bool:
-    """Whether it slept.  After a sleep of level 2 its weights are nobody's until they are given."""
+    """Wake the server; whether it slept.  After a sleep of level 2 it has no valid weights until it gets them."""
     try:
         slept = is_sleeping(pool)
-    except ServerRefused:  # without these routes nobody can have put it to sleep
+    except ServerRefused:  # without these routes it cannot have been put to sleep
         return False
     if slept:
         with waking(pool, 2):
@@ -88,7 +88,7 @@ def wake_if_asleep(pool: Pool) -> bool:
 
 
 def objection(pool: Pool) -> str:
-    """What a user should know about a server's sleep.  One that would keep its memory is refused."""
+    """A note for the user on a server's sleep.  A server that would keep its memory is refused."""
     (client,) = pool.clients
     try:
         found = parsed(TypeAdapter(_Info), client.ask("/server_info?config_format=json")).vllm_config

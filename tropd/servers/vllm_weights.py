@@ -1,11 +1,11 @@
-"""Other weights for a running vLLM server: what it is asked, and what counts as done.
+"""Requests that give a running vLLM server new weights.
 
     a folder of weights     POST /collective_rpc reload_weights, then POST /reset_prefix_cache   VLLM_SERVER_DEV_MODE=1
     an adapter's folder     POST /v1/load_lora_adapter under a new name, and the old one away    --enable-lora and
                                                                           VLLM_ALLOW_RUNTIME_LORA_UPDATING=1
 
-The server reads the folder itself, so it has to see the same file system.  That it answers says little about what it
-computes with afterwards: `tropd.rollout.canary` asks.
+The server reads the folder itself, so it needs the same file system.  An answer does not prove that it uses the new
+weights: `tropd.rollout.canary` checks that.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LORA_MODE = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 @dataclass(frozen=True, kw_only=True)
 class _Reset:
     success: bool = True
-    """Older servers answer with nothing."""
+    """Older servers answer with an empty body."""
 
 
 class VllmWeights:
@@ -53,7 +53,7 @@ class VllmWeights:
         except ServerRefused as error:
             if "already been loaded" not in str(error):
                 raise
-            # Of an earlier attempt, or of another run: nobody knows what is in it.
+            # Of an earlier attempt, or of another run: its content is unknown.
             self.drop_adapter(pool, name)
             _ask(pool, "/v1/load_lora_adapter", **wanted)
 
@@ -83,7 +83,7 @@ class VllmWeights:
 
 
 def _level(adapter: bool) -> int:
-    """Of sleep, as vLLM counts."""
+    """The level of sleep, in vLLM's numbering."""
     return 1 if adapter else 2
 
 

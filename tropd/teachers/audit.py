@@ -1,14 +1,14 @@
-"""Whether a teacher's servers tell the truth, as far as their own answers show it.
+"""Whether a teacher's servers tell the truth, as far as their answers show.
 
 repeats, replicas   the same text again, among others, and from every server
-own texts           texts that the server writes: what it said of each token when it drew it, and what it says of it now
-draws               the drawn tokens against the probabilities that they are said to have
-prefix cache        a beginning, its half, and several texts that go on from it
+own texts           texts that the server writes: its log-probability of each token when drawn, and when scored
+draws               the drawn tokens against the probabilities that the server gave them
+prefix cache        a beginning, its half, and several texts that continue it
 temperature         the same text with another temperature in the request
-parity              a forward pass in this process, where the weights are at hand
+parity              a forward pass in this process, if the weights are in a local folder
 
-They cost some hundred tokens.  The texts that a server wrote are known from then on (`Known`), and so is what it said
-of them: `tropd.teachers.watch` asks again after every batch.
+The checks cost some hundred tokens.  The texts that a server wrote and their scores are kept (`Known`), and
+`tropd.teachers.watch` asks about them again after every batch.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from tropd.teachers.questions import Questions
 from tropd.types import Request, key_of
 
 NOISE = 0.02
-"""Nats per token that half precision usually stays below; more is told."""
+"""Nats per token below which half precision usually stays; more is a warning."""
 _REPEATS = 3
 _BLOCKS = 400
-"""Tokens of a beginning that prefix caches keep: they hold blocks of 16 to 128."""
+"""Tokens of a beginning that is long enough for prefix caches, which hold blocks of 16 to 128."""
 _NUM_PAIRS, _NUM_TOKENS, _START = 4, 32, 24
-"""Pairs of own texts that begin alike, the tokens of each, and those of a short beginning."""
+"""Pairs of the server's texts with a common beginning, the tokens of each text, and those of a short beginning."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     level: Literal["ok", "warning", "error"]
@@ -47,17 +47,17 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """Texts, and what is known about their tokens from `first` on."""
+    """Texts, and the known scores of their tokens from `first` on."""
 
     texts: list[tuple[int, ...]]
     first: int
     rows: list[Scored]
-    """Of the tokens from `first` on."""
+    """Scores of the tokens from `first` on."""
 
 
 def audit(questions: Questions, reference: Known | None = None) -> tuple[list[Finding], dict[str, Known]]:
-    """Everything about servers that are met; what each of them said of its own texts.  `reference` is what a forward
-    pass in this process makes of a text."""
+    """All checks of all servers, and each server's scores of its own texts.  `reference` scores texts with a forward
+    pass in this process."""
     findings = [*repeats(questions), *temperature(questions)]
     known: dict[str, Known] = {}
     for url in questions.urls:
@@ -67,7 +67,7 @@ def audit(questions: Questions, reference: Known | None = None) -> tuple[list[Fi
 
 
 def examine(questions: Questions, reference: Known | None = None) -> tuple[list[Finding], Known]:
-    """What can be told of one server, which may just have been started again."""
+    """The checks of one server, which may just have been restarted."""
     size = min(_NUM_TOKENS, questions.room // 2)
     salt, length = random.SystemRandom(), min(_BLOCKS, questions.room - size)
     if size < 1:
@@ -94,7 +94,7 @@ def examine(questions: Questions, reference: Known | None = None) -> tuple[list[
 
 
 def repeats(questions: Questions) -> Iterator[Finding]:
-    """The same question, again and among others; then every server."""
+    """The same request, again and among others; then to every server."""
     text = questions.text
     others = [text[n:] for n in range(1, 5) if len(text) > n + 1]
     first = {url: questions.at(url).score([text])[0] for url in questions.urls}
@@ -137,7 +137,7 @@ def parity(questions: Questions, reference: Known) -> Iterator[Finding]:
 
 
 def refuse(findings: Sequence[Finding]) -> list[str]:
-    """The notes among the findings; the first error is raised."""
+    """Raise the first error among the findings; returns the notes."""
     for finding in findings:
         if finding.level == "error":
             raise ServerGarbled(f"{finding.name}: {finding.found} {finding.advice}".rstrip())

@@ -1,4 +1,4 @@
-"""A teacher's scores, kept on disk: the same tokens are scored once, whatever happens to the process afterwards."""
+"""A teacher's scores, kept on disk: the same tokens are scored only once, even if the process is killed."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 _KEPT = Needs.SAMPLED | Needs.TOPK | Needs.TEACHER_ENTROPY
 _SLICE = 64
-"""Rollouts that are scored before they are written: what a crash can cost."""
+"""Rollouts that are scored before a write to disk: as many as a crash can cost."""
 _FIELDS = ("logprobs_T", "topk_ids_TK", "topk_logprobs_TK", "entropy_T")
 
 
 class Cached(Teacher):
-    """Asks its teacher only for what is not there.  Worth it where texts come again: data sets, replay, resumed steps.
+    """Asks its teacher only for missing scores.  Worth it if texts come again: data sets, replay, resumed steps.
 
     Whole distributions and hidden states are too large to keep, so it does not offer them.
     """
@@ -50,7 +50,7 @@ class Cached(Teacher):
             raise self._refuse("opened", error) from error
 
     def score(self, request: ScoreRequest) -> list[TeacherScores]:
-        """Of every row, whatever `top_k_rows` wants now."""
+        """Scores every row, whatever `top_k_rows` wants now."""
         request.check(self)
         keys = [self._key(rollout, request.needs, request.top_k) for rollout in request.rollouts]
         known = self._read(set(keys))

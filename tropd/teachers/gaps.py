@@ -1,4 +1,4 @@
-"""How far two answers about the same tokens are apart, and when that is too far.
+"""How much two answers about the same tokens differ, and when that is too much.
 
 mean    nats per token, of the written tokens or of the likeliest ones, whichever are further apart
 far     how many tokens are off by ten times what the mean may be
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tropd.servers.answers import Scored
 
 _FEW = 16
-"""Less than so many tokens count as so many: a single one of half precision may be off by more."""
+"""Fewer tokens count as this many, because a single token in half precision may be off by more."""
 _FAR, _FAR_SHARE = 10.0, 0.01
 _PLACE, _FEWEST_TEXTS = 5.0, 4
 
@@ -23,11 +23,11 @@ class Gap:
     mean: float
     most: float
     objection: str
-    """Empty where nothing is too far apart; else both answers side by side."""
+    """Empty if the gap is small enough; else both answers side by side."""
 
 
 def gap_of(expected: Sequence[Scored], found: Sequence[Scored], nats: float, names: tuple[str, str]) -> Gap:
-    """`names` say whose answers they are; `nats` is what the mean may be."""
+    """`names` are the sources of the answers; `nats` is the largest allowed mean."""
     rows = [_rows(a, b) for a, b in zip(expected, found, strict=True)]
     written = [own for text in rows for own, _ in text]
     likely = [x for text in rows for _, xs in text for x in xs]
@@ -68,7 +68,7 @@ def part(scored: Scored, start: int, stop: int) -> Scored:
 
 
 def _rows(a: Scored, b: Scored) -> list[tuple[float, list[float]]]:
-    """Per token: the gap of the written one, and those of the likeliest of either side."""
+    """Per token: the gap of the written token, and the gaps of the likeliest tokens of either side."""
     assert len(a.logprobs) == len(b.logprobs), "answers about the same tokens are compared"
     tops = zip(a.topk_ids_TK, a.topk_logprobs_TK, b.topk_ids_TK, b.topk_logprobs_TK, strict=True)
     return [(abs(x - y), _likely(*top)) for x, y, top in zip(a.logprobs, b.logprobs, tops, strict=True)]
@@ -81,7 +81,7 @@ def _whole(gap: tuple[float, list[float]]) -> float:
 def _likely(
     a_ids: Sequence[int], a_logprobs: Sequence[float], b_ids: Sequence[int], b_logprobs: Sequence[float]
 ) -> list[float]:
-    """A token that only one side names is at most as likely on the other as the last that is named there."""
+    """Gaps of the likeliest tokens.  A token that only one side lists is at most as likely as the other side's last."""
     a, b = dict(zip(a_ids, a_logprobs, strict=True)), dict(zip(b_ids, b_logprobs, strict=True))
     if not a or not b:
         return []
@@ -95,7 +95,7 @@ def _mean(gaps: Sequence[float]) -> float:
 
 
 def _worst_place(texts: list[list[float]]) -> tuple[int, float]:
-    """(place, mean over the texts there), counted from the start; nothing where texts are few or not equally long."""
+    """(place from the start, mean gap of the texts there); none if texts are few or differ in length."""
     if len(texts) < _FEWEST_TEXTS or len({len(text) for text in texts}) > 1:
         return 0, 0.0
     means = [sum(column) / len(texts) for column in zip(*texts, strict=True)]

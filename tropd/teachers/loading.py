@@ -1,8 +1,8 @@
-"""The teachers of a run: found, loaded, and put together so that each prompt has its own.
+"""The teachers of a run: find, load and combine them so that each prompt has its own.
 
 find      tokenizers, compared with the student's before any weights are read
-load      weights of those that compute in this process
-engage    one that scores for all of them; `writer_of` one that writes for all of them
+load      weights of teachers in this process
+engage    a single object that scores for all of them; `writer_of` likewise for writing
 """
 
 from __future__ import annotations
@@ -43,34 +43,34 @@ TEXTS = "teacher_texts.sqlite"
 
 @dataclass(kw_only=True)
 class TeacherParts:
-    """One teacher on its way: what is known of it so far."""
+    """One teacher while it is loaded: everything known so far."""
 
     name: str
     several: bool
-    """Whether there are others."""
+    """Whether there are several teachers."""
     config: TeacherConfig
     tokenizer: Any = None
     """None for the base under the student's adapter."""
     model: Any = None
-    """None for the base, and where servers hold it."""
+    """None for the base, and if servers hold it."""
     served: ServedTeacher | None = None
     own: Teacher | None = None
     """A teacher of the user's own."""
     given: bool = False
-    """It is an object that no file names."""
+    """Whether it is an object that no file names."""
 
     @property
     def origin(self) -> str:
-        """What its weights are called among the run's origins."""
+        """The name of its weights among the run's origins."""
         return f"teachers.{self.name}" if self.several else "teacher"
 
     def says(self, notes: Iterable[str]) -> list[str]:
-        """Where there are several, a note bears the name of the one it is about."""
+        """Notes; with several teachers each note names its teacher."""
         return [f"teacher {self.name!r}: {note}" if self.several else note for note in notes]
 
     @contextmanager
     def named(self) -> Iterator[None]:
-        """Where there are several, what goes wrong is said with the name of the one it went wrong with."""
+        """Inside the block, with several teachers, errors name their teacher."""
         try:
             yield
         except TropdError as error:
@@ -84,7 +84,7 @@ class Engaged:
     """Teachers ready to score."""
 
     teacher: Teacher
-    """Scores for all of them."""
+    """The teacher that scores for all of them."""
     notes: tuple[str, ...]
 
 
@@ -106,7 +106,7 @@ class TeacherEngine(Engine):
 
 
 def find(run: Run, tokenizer: PreTrainedTokenizerBase, given: Any = None) -> list[TeacherParts]:
-    """`given` is the only teacher where it is a Teacher, or a model and its tokenizer, in Python."""
+    """Find the teachers.  `given`, a Teacher or a model with its tokenizer, is the only one if it is set."""
     several = bool(run.teachers)
     teachers = [TeacherParts(name=name, several=several, config=x) for name, x in run.all_teachers.items()]
     for teacher in teachers:
@@ -128,7 +128,7 @@ def find(run: Run, tokenizer: PreTrainedTokenizerBase, given: Any = None) -> lis
 
 
 def make_teacher(config: TeacherConfig) -> Teacher:
-    """A teacher of the user's own, made with its knobs."""
+    """Make the user's own teacher with its settings."""
     said = f"teacher {config.path!r}"
     teacher = made(find_name(config.path, "teacher"), config.knobs, said)
     if not isinstance(teacher, Teacher):
@@ -146,7 +146,7 @@ def load(teachers: Sequence[TeacherParts], device: torch.device) -> None:
 
 
 def shared_size(teachers: Sequence[TeacherParts], student: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many token ids the student and all teachers know."""
+    """How many token ids the student and all teachers share."""
     sizes = [shared_vocab_size(student, tokenizer, student, tokenizer)]
     for teacher in teachers:
         if teacher.model is not None:
@@ -165,8 +165,7 @@ def engage(
     world: Ranks,
     top_k: int,
 ) -> Engaged:
-    """`vocab_size` and `tiling` are what forward passes of student and teachers share; `top_k` is what the method asks
-    of teachers."""
+    """`vocab_size` and `tiling` are shared by the forward passes of student and teachers; `top_k` is the method's."""
     ready: dict[str, Teacher] = {}
     notes: list[str] = []
     for teacher in teachers:
@@ -187,7 +186,7 @@ def engage(
 
 
 def origin_of_teacher(teacher: TeacherParts) -> Origin:
-    """The whole content of its files, or what its servers, or the user's code, call themselves."""
+    """The hashes of its files, or the names of its servers or of the user's code."""
     if teacher.own is not None:
         return {"class": type(teacher.own).__qualname__}
     if teacher.given:
@@ -204,8 +203,7 @@ def writer_of(
     origins: Mapping[str, Origin],
     path: Path,
 ) -> tuple[Engine | None, list[str]]:
-    """Whoever writes the teachers' texts, if the method asks for any, and what to know about it.  Texts are kept at
-    `path`."""
+    """The engine that writes the teachers' texts, if the method needs any, and notes on it.  `path` keeps the texts."""
     if not run.method.rollout.needs_teacher_text:
         return None, []
     writers: dict[str, Engine] = {}
@@ -227,7 +225,7 @@ def writer_of(
 
 
 def _own_writer(teacher: Teacher, run: Run) -> Engine:
-    """The teacher itself, if it is an engine as well; it is not asked where the data set brings all texts."""
+    """The teacher itself, if it is an engine too; it is not used if the data set brings all texts."""
     if isinstance(teacher, Engine):
         return TeacherEngine(teacher)
     if run.data.response_column is None and run.data.last_assistant != "prefix":
@@ -239,7 +237,7 @@ def _own_writer(teacher: Teacher, run: Run) -> Engine:
 
 
 def _local_writer(teacher: TeacherParts, run: Run, student: Any, size: int) -> Engine:
-    """A model of the teacher's own, or the student with its adapter switched off."""
+    """The teacher's own model, or the student with its adapter switched off."""
     model, within = (
         (student, lambda: without_adapter(student)) if teacher.model is None else (teacher.model, nullcontext)
     )
@@ -247,7 +245,7 @@ def _local_writer(teacher: TeacherParts, run: Run, student: Any, size: int) -> E
 
 
 def share_prompts(run: Run, prompts: Sequence[Prompt]) -> dict[str, int]:
-    """How many are for each teacher; prompts for one that is not there are refused."""
+    """Count the prompts of each teacher; prompts for an unknown teacher are refused."""
     number = Counter(prompt.teacher for prompt in prompts)
     if unknown := [name for name in number if name not in run.all_teachers]:
         shown = ", ".join(f"{name!r} ({number[name]})" for name in unknown[:8])

@@ -31,9 +31,8 @@ _NOISE_OF_HALF_PRECISION = 0.1
 
 
 class LocalTeacher(Teacher):
-    """A model in this process.  It is frozen (evaluation mode, no gradients), unless it belongs to somebody else: then
-    `within` is the context in which it is asked, such as the student's adapter switched off, and it is as before
-    afterwards."""
+    """A model in this process.  It is frozen (evaluation mode, no gradients), unless it is the student's model: then
+    `within` is the context for scoring, such as the adapter switched off, and the model is restored afterwards."""
 
     capabilities = OF_TEACHER
     forward: Forward
@@ -49,7 +48,7 @@ class LocalTeacher(Teacher):
     ) -> None:
         self.name = name
         self.owns_model = within is None
-        """Whether the weights are its own, and not the student's."""
+        """Whether the weights are its own, not the student's."""
         if within is None:
             model.eval().requires_grad_(False)
         self.forward = Forward(model, vocab_size=vocab_size, tiling=tiling, within=within or nullcontext)
@@ -58,7 +57,7 @@ class LocalTeacher(Teacher):
         self.shards: ShardedTeacher | None = None
 
     def score(self, request: ScoreRequest) -> list[TeacherScores]:
-        """Batches of similar length, then back to the order of the rollouts."""
+        """Scores batches of similar length, and returns to the order of the rollouts."""
         request.check(self)
         scores: dict[int, TeacherScores] = {}
         lengths = [len(rollout.token_ids) for rollout in request.rollouts]
@@ -100,7 +99,7 @@ class LocalTeacher(Teacher):
 def base_as_teacher(
     student: nn.Module, *, name: str = "default", vocab_size: int | None = None, tiling: Tiling | None = None
 ) -> LocalTeacher:
-    """The student without its adapter, a teacher that takes no memory.  Adapter and modes are as before afterwards."""
+    """The student without its adapter, a teacher that takes no memory.  Adapter and modes are restored afterwards."""
     _check_adapter(student)
     return LocalTeacher(
         student, name=name, vocab_size=vocab_size, tiling=tiling, within=lambda: without_adapter(student)
@@ -110,7 +109,7 @@ def base_as_teacher(
 def same_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
     """Refuse two tokenizers unless each token that the student can write has the same id for the teacher.
 
-    Rows that pad a model's vocabulary are no tokens.  Tokens of the teacher alone are fine beyond the student's ids.
+    Rows that pad a model's vocabulary are no tokens.  The teacher may have more tokens beyond the student's ids.
     """
     student, teacher = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     by_id = {index: token for token, index in teacher.items()}
@@ -137,7 +136,7 @@ def same_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
 def shared_vocab_size(
     student_model: nn.Module, student_tokenizer: Any, teacher_model: nn.Module, teacher_tokenizer: Any
 ) -> int:
-    """How many ids both models and both tokenizers know, after `same_vocabulary`: cut both heads to it."""
+    """How many ids both models and both tokenizers share, after `same_vocabulary`: cut both heads to it."""
     same_vocabulary(student_tokenizer, teacher_tokenizer)
     models = [causal_lm_of(model) for model in (student_model, teacher_model)]
     rows = [model.get_output_embeddings().weight.shape[0] for model in models]
@@ -181,7 +180,7 @@ def _rows(column: Tensor | None, rows: slice) -> Tensor | None:
 
 
 def _check_adapter(student: nn.Module) -> None:
-    """Refuse a model whose base cannot be had back by switching its adapter off."""
+    """Refuse a model whose base does not come back when its adapter is switched off."""
     configs: dict[str, Any] | None = getattr(student, "peft_config", None)  # type: ignore[assignment]
     if configs is None or not hasattr(student, "disable_adapter"):
         raise ConfigError(
@@ -199,7 +198,7 @@ def _check_adapter(student: nn.Module) -> None:
 
 @contextmanager
 def without_adapter(student: Any) -> Iterator[None]:
-    """PEFT marks parameters trainable when it switches an adapter on again, so what was frozen is restored too."""
+    """Inside the block the adapter is off.  PEFT marks parameters trainable afterwards, so this freezes them again."""
     trainable = {parameter: parameter.requires_grad for parameter in student.parameters()}
     try:
         with student.disable_adapter():

@@ -1,7 +1,7 @@
-"""Getting to know a teacher's servers before the first step: who they are, and what a known text is worth to them.
+"""Meet a teacher's servers before the first step: which model they serve, and its scores of a known text.
 
-The canary comes along with every scoring request from then on: its log-probabilities are those of the model that was
-met here, or somebody else is answering.
+From then on the canary travels with every scoring request: if its log-probabilities change, another model is
+answering.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ T = TypeVar("T")
 
 
 def canary_of(ids: Sequence[int], vocab_size: int) -> Canary:
-    """From the tokens of a sentence, or any tokens where a tokenizer makes next to none of it."""
+    """The canary: tokens of a sentence, or arbitrary tokens if the tokenizer gives almost none for it."""
     own = [index for index in ids if index < vocab_size][:_LONGEST]
     return Canary(ids=tuple(own) if len(own) >= 4 else tuple(index % vocab_size for index in range(1, 9)))
 
 
 def card_of(urls: Sequence[str], settings: ServerConfig) -> Card:
-    """The model, the same on every server; the context is that of the shortest."""
+    """The model, which must be the same on every server; the context is the shortest one."""
     cards = [_card(url, settings) for url in urls]
     names = {card.id for card in cards}
     if len(names) > 1:
@@ -58,7 +58,7 @@ def _card(url: str, settings: ServerConfig) -> Card:
 
 
 def _ask(url: str, settings: ServerConfig, job: Job[T]) -> T:
-    """One question to one server, which may still be starting."""
+    """One request to one server, which may still be starting."""
     pool = Pool([url], settings)
     try:
         return pool.run([job])[0]
@@ -67,7 +67,7 @@ def _ask(url: str, settings: ServerConfig, job: Job[T]) -> T:
 
 
 def meet(urls: Sequence[str], settings: ServerConfig, model: str, canary: Canary, top_k: int) -> Canary:
-    """Ask every server about the canary, with as large a top-k as training will; they have to agree."""
+    """Ask every server to score the canary, with the top-k of training; the servers have to agree."""
     found = [_score(url, settings, model, canary, top_k) for url in urls]
     first = Canary(ids=canary.ids, logprobs=tuple(found[0]))
     for url, logprobs in zip(urls, found, strict=True):
@@ -89,7 +89,7 @@ def _score(url: str, settings: ServerConfig, model: str, canary: Canary, top_k: 
 
 
 def keep(canary: Canary, path: Path) -> None:
-    """So that a resumed run notices that its teacher was changed."""
+    """Store the canary, so that a resumed run notices another teacher."""
     whole = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         whole.write_text(json.dumps(asdict(canary)))

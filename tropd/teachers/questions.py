@@ -1,5 +1,4 @@
-"""What a teacher's servers are asked about themselves, as a run would ask: what a text is worth to them, and what they
-would write."""
+"""Test requests to a teacher's servers, in the form of a run's requests: score a text, or write one."""
 
 from __future__ import annotations
 
@@ -20,16 +19,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Questions:
-    """Servers of one model, and the texts that they are asked about."""
+    """Servers of one model, and the texts of the test requests."""
 
     urls: tuple[str, ...]
     settings: ServerConfig
     card: Card
     top_k: int
-    """That the method reads."""
+    """The top-k that the method reads."""
     vocab_size: int
     text: tuple[int, ...]
-    """Its tokens are those that texts are made of."""
+    """The text that test texts are cut from."""
 
     @property
     def room(self) -> int:
@@ -37,7 +36,7 @@ class Questions:
         return (self.card.max_model_len or 10**6) - 1
 
     def at(self, url: str) -> Questions:
-        """To one of the servers alone."""
+        """The same requests for one of the servers alone."""
         return replace(self, urls=(url,))
 
     @property
@@ -47,7 +46,7 @@ class Questions:
     def score(
         self, texts: Sequence[Sequence[int]], *, top_k: int | None = None, temperature: float = 1.0
     ) -> list[Scored]:
-        """All tokens but the first of each text."""
+        """Score all tokens except the first of each text."""
         width = max(self.top_k if top_k is None else top_k, 1)
         jobs = [
             self.dialect.score_job(f"text {number}", self.card.id, [ids], [1], width, temperature)
@@ -56,7 +55,7 @@ class Questions:
         return [scored for (scored,) in self._ask(jobs)]
 
     def write(self, requests: Sequence[Request]) -> list[tuple[Completion, Scored]]:
-        """Texts, and what was said of each token when it was drawn."""
+        """Have texts written; returns them with the log-probability of each token when drawn."""
         width = max(self.top_k, 1)
         return self._ask(
             [
@@ -74,7 +73,7 @@ class Questions:
 
 
 def text_of(ids: Sequence[int], vocab_size: int, longest: int | None = None) -> tuple[int, ...]:
-    """The text that servers are asked about; other tokens where a tokenizer makes next to nothing of it."""
+    """The text for test requests; arbitrary tokens if the tokenizer gives almost none for it."""
     own = [index for index in ids if index < vocab_size]
     known = own if len(own) >= 16 else [index % vocab_size for index in range(1, 33)]
     return tuple(known[:longest])

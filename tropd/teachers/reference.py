@@ -1,4 +1,4 @@
-"""What the teacher's own weights make of a text, where they are at hand: what its servers are compared with."""
+"""Scores of a text from the teacher's weights in a local folder, for comparison with its servers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tropd.teachers.audit import Known
 
 _NUM_TEXTS, _NUM_TOKENS = 4, 24
 QUICK_BYTES = 8e9
-"""Weights that a run reads at its start for this alone."""
+"""Largest weights that a run reads at its start for this comparison."""
 
 
 def reference_of(
     config: TeacherConfig, text: Sequence[int], top_k: int, most_bytes: float = QUICK_BYTES
 ) -> Known | None:
-    """Pieces of the text in a forward pass in this process.  None where the weights are in no local folder, are too
-    many, or do not fit into memory as float32."""
+    """Scores of pieces of the text, from a forward pass in this process.  None if the weights are in no local folder,
+    are too large, or do not fit into memory as float32."""
     files = list(Path(config.path).glob("*.safetensors")) if Path(config.path).is_dir() else []
     size, free = sum(file.stat().st_size for file in files), free_memory(torch.device("cpu"))
     if not files or size > most_bytes or (free is not None and 4 * size > free) or len(text) < 2:
@@ -46,5 +46,5 @@ def reference_of(
 
 
 def _starts(last: int) -> list[int]:
-    """Where texts are cut from a longer one."""
+    """Where to cut texts from a longer one."""
     return [last * n // (_NUM_TEXTS - 1) for n in range(_NUM_TEXTS)]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Routed(Teacher):
-    """Gives what all of its teachers give, but hidden states: only the head that they belong to can read them.
+    """Gives what all of its teachers give, except hidden states, which only their own head can read.
 
     Example: Routed({"math": LocalTeacher(a), "code": ServerTeacher(...)}) with data.teacher_column naming the column.
     """
@@ -42,7 +42,7 @@ class Routed(Teacher):
         return self._teachers
 
     def score(self, request: ScoreRequest) -> list[TeacherScores]:
-        """Teachers elsewhere are asked at once, those of this process in turn."""
+        """Scores with teachers on other machines at the same time, with those of this process in turn."""
         request.check(self)
         scores: dict[int, TeacherScores] = {}
         shares = self.parts(request.rollouts)
@@ -80,12 +80,12 @@ class Routed(Teacher):
 
 
 def shared_by(capabilities: Iterable[Needs]) -> Needs:
-    """What several teachers offer together."""
+    """The evidence that all of several teachers offer."""
     return reduce(Needs.__and__, capabilities) & ~Needs.HIDDEN
 
 
 class RoutedWriter(Engine):
-    """An engine that has each text written by the teacher whose name its request bears."""
+    """An engine that passes each request to the teacher that it names."""
 
     def __init__(self, writers: Mapping[str, Engine]) -> None:
         self.writers = dict(writers)
@@ -102,7 +102,7 @@ class RoutedWriter(Engine):
 
 
 def _shares(known: Mapping[str, object], names: Sequence[str]) -> dict[str, list[int]]:
-    """By name, in the order in which they are known: the places where it stands."""
+    """For each name, in the order of the teachers: the indices at which it occurs."""
     unknown = sorted(set(names) - set(known))
     if unknown:
         raise DataError(

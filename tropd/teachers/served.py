@@ -31,16 +31,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SPELLING = CANARY + " \n\tΩ 汉字 🙂 x_1=0.5;  def f(n):\n    return n**2  # ünïcode"
-"""A text that tokenizers tend to cut differently."""
+"""A text that different tokenizers usually cut differently."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServedTeacher:
     teacher: Teacher
     model: str
-    """The name it is served under."""
+    """Its name on the servers."""
     identity: str
-    """Names the model that was met."""
+    """Identifies the model that was met."""
     notes: tuple[str, ...]
 
 
@@ -53,8 +53,8 @@ def meet_teacher(
     world: Ranks = ALONE,
     name: str = "default",
 ) -> ServedTeacher:
-    """Connect, and compare with what a resumed run met at its start.  `top_k` is what the method asks for,
-    `tokenizer` the teacher's, `vocab_size` what all models know; `name` is the teacher's among several."""
+    """Connect, and for a resumed run compare with the teacher of its start.  `top_k` is the method's, `tokenizer` the
+    teacher's, `vocab_size` the shared number of tokens; `name` is the teacher's among several."""
     notes = list(check_addresses(config.servers, config.server))
     own = "" if name == "default" else f".{quote(name, safe='')}"
     path = directory / f"teacher_canary{own}.json"
@@ -89,13 +89,13 @@ def meet_teacher(
 
 
 def served_size(config: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many token ids a served teacher knows."""
+    """How many token ids a served teacher has."""
     ids = max(tokenizer.get_vocab().values()) + 1
     return min(_num_rows(config) or ids, ids)
 
 
 def _num_rows(config: TeacherConfig) -> int | None:
-    """Tokens that the served model knows, padding included."""
+    """Rows of the served model's vocabulary, padding included."""
     from transformers import AutoConfig
 
     options: dict[str, Any] = {"revision": config.revision} if config.revision else {}
@@ -107,7 +107,7 @@ def _num_rows(config: TeacherConfig) -> int | None:
 
 
 def compare_tokenizers(clients: list[Client], model: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Refuse servers that cut a text otherwise than the configured tokenizer; notes on those that do not say."""
+    """Refuse servers that cut a text differently than the configured tokenizer; notes on servers that do not tell."""
     own, notes = [*tokenizer.encode(SPELLING, add_special_tokens=False)], []
     for client in clients:
         body = {"model": model, "prompt": SPELLING, "add_special_tokens": False}
@@ -142,7 +142,7 @@ def serve_writer(
     vocab_size: int,
     name: str = "default",
 ) -> tuple[Engine, list[str]]:
-    """Whoever writes the teacher's texts, and what to know about it.  `tokenizer` is the student's."""
+    """The engine that writes the teacher's texts, and notes on it.  `tokenizer` is the student's."""
     pool = Pool(config.servers, config.server)
     if config.server.text == "chat":
         return ChatWriter(pool, served.model, vocab_size, tokenizer, conversations(stream), name), [

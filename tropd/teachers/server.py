@@ -1,8 +1,8 @@
-"""A teacher behind inference servers: token ids go out, the written token's log-probability and the top-k come back.
+"""A teacher on inference servers: token ids go out, log-probabilities of written tokens and top-k come back.
 
-One request scores one rollout.  What is answered is kept while the rest is asked again; what cannot be right is asked
-again a few times and then ends the step.  Nothing is filled in.  Servers are examined when they are met and watched
-from then on (`tropd.teachers.watch`).
+One request scores one rollout.  Answers are kept while failed requests are repeated.  A wrong answer is requested again
+a few times, and then ends the step.  Nothing is filled in.  Servers are examined when they are met, and watched from
+then on (`tropd.teachers.watch`).
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from tropd.teachers.watch import Watch
 from tropd.types import Rollout, TeacherScores
 
 _MORE = (16, 64)
-"""Further likely tokens to ask for where some of the top-k are not in the shared vocabulary."""
+"""Extra likely tokens to request, in case some of the top-k are not in the shared vocabulary."""
 _UNUSED = 0.01
-"""Probability that a model may give to rows of its head that stand for no token."""
+"""Probability that a model may give to rows of its head that are no tokens."""
 
 
 class ServerTeacher(Teacher):
-    """Scores on one or more servers of the same model.  `canary` holds numbers already when a run is resumed."""
+    """Scores on one or more servers of the same model.  `canary` already has its numbers when a run is resumed."""
 
     elsewhere = True
     noise = NATS_OF_HALF_PRECISION
@@ -63,9 +63,9 @@ class ServerTeacher(Teacher):
         text: Sequence[int] = (),
         reference: Known | None = None,
     ) -> None:
-        """`num_rows` is how many rows the head of the server's model has, and `num_known` how many of them stand for
-        tokens, where that is known; `dtype` is what it computes in; `text` is one of many scripts; `reference` what a
-        forward pass in this process makes of a text."""
+        """`num_rows` counts the rows of the served model's head, `num_known` those of them that are tokens, if known.
+        `dtype` is the precision of the servers, `text` has many scripts, and `reference` scores texts with a forward
+        pass in this process."""
         self.name, self.vocab_size = name, vocab_size
         self.settings = replace(settings, canary_nats=settings.nats_for(dtype))
         self.num_rows = max(num_rows or vocab_size, vocab_size)
@@ -96,7 +96,7 @@ class ServerTeacher(Teacher):
                 self.notes = self.watch.notes
 
     def score(self, request: ScoreRequest) -> list[TeacherScores]:
-        """The top-k comes with the same request, so no row is left out."""
+        """Scores every row: the top-k comes with the same request."""
         request.check(self)
         rollouts, wants_top_k = request.rollouts, Needs.TOPK in request.needs
         self._check(rollouts)
@@ -152,7 +152,7 @@ class ServerTeacher(Teacher):
         return self.dialect.score_job(name, self.card.id, sequences, firsts, top_k).then(check)
 
     def _check_servers(self, answers: Mapping[str, int], batch: Sequence[tuple[Rollout, Scored]], width: int) -> None:
-        """`answers` is how many each server had given before the batch."""
+        """`answers` counts each server's answers before the batch."""
         if self.watch is None:
             return
         with said_by(self.name):
@@ -162,7 +162,7 @@ class ServerTeacher(Teacher):
     def _ask_again(
         self, urls: Sequence[str], texts: Sequence[tuple[int, ...]], first: int, top_k: int, before_canary: bool
     ) -> list[Scored]:
-        """As about rollouts; `urls` name servers, by default whichever is free."""
+        """Send requests like those for rollouts; `urls` name servers, by default any free one."""
         pool = Pool(urls, self.watch.settings) if urls and self.watch is not None else self.pool
         try:
             return pool.run([self._job("a known text", text, first, top_k, before_canary) for text in texts])
@@ -182,7 +182,7 @@ class ServerTeacher(Teacher):
     def _within_vocabulary(
         self, scored: Scored, width: int
     ) -> tuple[list[float], list[list[int]], list[list[float]]] | None:
-        """Without tokens that the student does not have; None where too few are left."""
+        """The row without tokens that the student lacks; None if too few are left."""
         ids_TK, logprobs_TK = scored.topk_ids_TK, scored.topk_logprobs_TK
         if all(index < self.vocab_size for row in ids_TK for index in row):
             return scored.logprobs, [row[:width] for row in ids_TK], [row[:width] for row in logprobs_TK]
@@ -229,7 +229,7 @@ def _scores(
 
 
 class said_by:
-    """What servers say, said by the teacher behind them."""
+    """Turn errors of servers into errors of the teacher."""
 
     def __init__(self, name: str) -> None:
         self.name = name

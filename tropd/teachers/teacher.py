@@ -1,4 +1,4 @@
-"""Whoever judges tokens that it did not write.
+"""Teachers score tokens that the student wrote.
 
 A teacher of your own inherits from `Teacher` and gives `capabilities` and `score`; everything else has a default.
 `examples/ensemble.py` is one, docs/own_parts.md explains it, and `tropd.testing.check_teacher` tests it.
@@ -31,21 +31,21 @@ numbered through all response tokens of the rollouts that are scored."""
 
 @dataclass(frozen=True, eq=False)
 class ScoreRequest:
-    """What a teacher is asked: which rollouts to score, and what to say of each response token."""
+    """A request to a teacher: which rollouts to score, and which evidence to give for each response token."""
 
     rollouts: Sequence[Rollout]
     needs: Needs = Needs.SAMPLED
-    """What the objective reads; a teacher answers the part that is in `OF_TEACHER`."""
+    """What the objective reads; a teacher gives the part that is in `OF_TEACHER`."""
     _: KW_ONLY
     top_k: int = 0
-    """How many of its likeliest tokens Needs.TOPK asks for; a vocabulary that is smaller is given whole."""
+    """How many of its likeliest tokens Needs.TOPK means; a smaller vocabulary is given whole."""
     student_topk_ids_TJ: Sequence[Tensor] | None = None
-    """Per rollout, the [T, J] ids that Needs.STUDENT_TOPK asks to be scored."""
+    """Per rollout, the [T, J] ids to score for Needs.STUDENT_TOPK."""
     top_k_rows: TopKRows | None = None
     """A teacher may leave out the top-k of rows that this does not want, with NOTHING as their log-probabilities."""
 
     def check(self, teacher: Teacher) -> None:
-        """Refuse what the teacher does not give, and questions that lack a part: the first line of every `score`."""
+        """Refuse evidence that the teacher does not offer, and incomplete requests: the first line of every `score`."""
         if beyond := self.needs & OF_TEACHER & ~teacher.capabilities:
             raise EvidenceError(
                 f"{beyond} was asked of teacher {teacher.name}, which gives {teacher.capabilities}. Use a method that "
@@ -65,7 +65,7 @@ class ScoreRequest:
             assert lengths == self._lengths, "student_topk_ids_TJ: a row per token"
 
     def take(self, chosen: Sequence[int]) -> ScoreRequest:
-        """The same questions about some of the rollouts, in the order given."""
+        """The same request for some of the rollouts, in the given order."""
         ids_TJ, top_k_rows = self.student_topk_ids_TJ, self.top_k_rows
         if top_k_rows is not None:
             rows_by_rollout = torch.arange(sum(self._lengths)).split(self._lengths)
@@ -83,7 +83,7 @@ class ScoreRequest:
 
 
 def _within(top_k_rows: TopKRows, rows_N: Tensor) -> TopKRows:
-    """The same question about some of the rows."""
+    """The same choice for some of the rows."""
     return lambda rows_C, logprobs_C: top_k_rows(rows_N.to(rows_C.device)[rows_C], logprobs_C)
 
 
@@ -92,19 +92,19 @@ class Teacher:
 
     name: str = "default"
     capabilities: Needs = Needs.SAMPLED
-    """What it can say, compared with what the method reads before the first step."""
+    """The evidence that it offers; compared with the method's needs before the first step."""
     context: int | None = None
-    """The longest text that it scores, prompt and answer together; None where that is not known."""
+    """The longest text that it scores, prompt and answer together; None if unknown."""
     noise: float = 0.0
-    """By how many nats it may differ from itself when it is asked again."""
+    """By how many nats its scores may differ when the same text is scored again."""
     elsewhere: bool = False
-    """It computes on other machines, so it may be asked from another thread while this process is busy."""
+    """Whether it computes on other machines, so that another thread may call it while this process is busy."""
     forward: Forward | None = None
-    """Its forward pass, where its model is in this process.  Needs.REVERSE_KL and Needs.HIDDEN take one."""
+    """Its forward pass, if its model is in this process.  Needs.REVERSE_KL and Needs.HIDDEN require one."""
 
     def score(self, request: ScoreRequest) -> list[TeacherScores]:
-        """One TeacherScores per rollout, in order, with a row for each response token.  What was not asked for stays
-        None; `request.check(self)` refuses what the teacher cannot say."""
+        """One TeacherScores per rollout, in order, with a row for each response token.  Evidence that was not
+        requested stays None; `request.check(self)` refuses what the teacher does not offer."""
         raise NotImplementedError(f"{type(self).__name__} scores nothing: a teacher defines `score`.")
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, device: torch.device) -> None:
@@ -113,24 +113,24 @@ class Teacher:
 
     @property
     def teachers(self) -> Mapping[str, Teacher]:
-        """The single teachers that it is made of, by the names that prompts have for them."""
+        """The single teachers that it consists of, by the names that prompts use."""
         return {"default": self}
 
     def parts(self, rollouts: Sequence[Rollout]) -> list[tuple[list[int], Teacher]]:
-        """Single teachers, each with the numbers of the rollouts that it scores."""
+        """Single teachers, each with the indices of the rollouts that it scores."""
         return [(list(range(len(rollouts))), self)]
 
     def shard(self, world: Ranks) -> bool:
-        """Let each rank hold a part of its weights; whether it does."""
+        """Shard its weights over the ranks; returns whether it did."""
         return False
 
     def more_passes(self, number: int) -> int:
-        """How many forward passes to add to a number of them, so that every rank runs as many."""
+        """How many forward passes to add to `number`, so that every rank runs equally many."""
         return 0
 
     def whole(self) -> AbstractContextManager[None]:
-        """A context in which each rank holds all of its weights: ranks may ask for different numbers of texts."""
+        """A context in which each rank holds all weights, so that ranks may write different numbers of texts."""
         return nullcontext()
 
     def close(self) -> None:
-        """Give up connections and files; called once, when the run ends."""
+        """Close connections and files; called once, when the run ends."""

@@ -1,4 +1,4 @@
-"""The teacher's texts, kept on disk: a text is asked for once, whatever happens to the process afterwards."""
+"""The teacher's texts, kept on disk: each text is written only once, even if the process is killed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tropd.types import Completion, Finish, Request
 
 
 class CachedTexts(Engine):
-    """An engine that asks another one only for what it has not written before.
+    """An engine that asks another one only for texts that it has not written before.
 
     The key is the teacher, the prompt and everything that shapes the draw.  SQLite commits whole batches, so a process
     killed while writing leaves the file as it was before.

@@ -1,8 +1,8 @@
-"""A teacher's servers as they were met, and whether they still are what they were.
+"""Checks during a run that a teacher's servers still answer as they did at its start.
 
-After every batch each server that took part is asked again about texts that it wrote at the start, as if they were
-rollouts, and one of the batch's own rollouts is asked again, cut short and in another place of the request.  A server
-that failed and came back, or was not met before, is examined as at the start.
+After every batch each server that took part scores texts again that it wrote at the start, as if they were rollouts.
+One of the batch's rollouts is scored again too, cut short and in another place of the request.  A server that failed
+and came back, or is new, is examined as at the start.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from tropd.types import Rollout, key_of
 
 log = logging.getLogger("tropd.servers")
 _PATIENCE = 20.0
-"""Seconds for one of several servers that does not answer: the others go on."""
+"""Seconds to wait for one of several servers; after that the others continue."""
 Ask = Callable[[Sequence[str], Sequence[tuple[int, ...]], int, int, bool], list[Scored]]
-"""(servers, texts, first token to score, top-k, whether texts come before the canary) -> what is said of them."""
+"""(servers, texts, first token to score, top-k, whether texts come before the canary) -> scores."""
 
 
 class Watch:
-    """Meets servers, and refuses them then or later."""
+    """Examines servers at the start and after every batch, and refuses them if they fail."""
 
     def __init__(self, questions: Questions, ask: Ask, reference: Known | None = None) -> None:
         self.questions, self.ask, self.reference = questions, ask, reference
         self.settings = questions.settings
-        """How one of the servers is spoken to."""
+        """The settings for requests to one server."""
         if len(questions.urls) > 1:
             patience = min(_PATIENCE, self.settings.deadline_seconds)
             self.settings = replace(self.settings, deadline_seconds=patience)
@@ -42,7 +42,7 @@ class Watch:
     def check(
         self, urls: Iterable[str], returned: set[str], batch: Sequence[tuple[Rollout, Scored]], top_k: int
     ) -> None:
-        """`urls` took part in a batch, some of them after they had failed (`returned`, which is emptied)."""
+        """Check `urls`, which took part in a batch.  `returned` are those that had failed before; it is emptied."""
         for url in urls:
             try:
                 self._check(url, url in returned or url not in self.known)

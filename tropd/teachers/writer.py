@@ -1,7 +1,7 @@
-"""The teacher as a writer, behind a server: what prefixes are made of.  Texts need no log-probabilities.
+"""The teacher as a writer of prefixes, on a server.  Texts need no log-probabilities.
 
 `ServerWriter` sends token ids and gets token ids.  `ChatWriter` sends messages to any chat endpoint and gets text,
-which is tokenised again: the tokens may be cut otherwise than the teacher wrote them, and its reasoning may be missing.
+which is tokenised again: tokens may be cut differently than the teacher wrote them, and its reasoning may be missing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class ServerWriter(Engine):
     """An engine that continues token ids on the teacher's servers."""
 
     def __init__(self, pool: Pool, model: str, vocab_size: int, name: str = "default") -> None:
-        """`vocab_size` is how many tokens the student shares."""
+        """`vocab_size` is the number of tokens that student and teacher share."""
         self.pool, self.model, self.vocab_size, self.name = pool, model, vocab_size, name
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:

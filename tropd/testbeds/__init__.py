@@ -1,4 +1,4 @@
-"""Tasks with a teacher and a student small enough for a laptop, to see distillation work and to compare methods.
+"""Tasks with a small teacher and student, to watch distillation and compare methods on a laptop.
 
 pair = make_pair(TESTBEDS["nano-hard"], seed=0, directory=Path("pairs/nano-hard-0"))    # trained here, kept there
 pair = embedded("nano-hard")                                                            # comes with the package

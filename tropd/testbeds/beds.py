@@ -54,7 +54,7 @@ _FOREIGN = (
 
 
 def _lessons(short: int, long: int) -> tuple[Training, ...]:
-    """From problems of a step or two to those of twenty: none is learnt that begins with the longest."""
+    """Lessons from problems of one or two steps up to twenty: a model that starts with the longest learns none."""
     return (
         Lesson(task=Dialects(steps=(1, 3)), steps=short, learning_rate=8e-3, mix=_FLUENT),
         Lesson(task=Dialects(steps=(2, 10)), steps=120, learning_rate=6e-3, mix=_FLUENT, batch=32),

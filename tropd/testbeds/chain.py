@@ -1,10 +1,10 @@
 """The chain: sums and differences from left to right, modulo a small number.
 
     question  4+5-1?                          answer  #3 (modulo 5)
-    verbose   4+5=4;4-1=3;#3                  the separator is ; or |, drawn anew each time
+    verbose   4+5=4;4-1=3;#3                  the separator is ; or |, drawn each time
     terse     4,3,#3                          running results only
 
-The teacher writes verbose.  A student drifted to terse keeps the skill, but the teacher finds its words absurd.
+The teacher writes verbose.  A student trained on terse keeps the skill, but the teacher finds its words absurd.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from tropd.testbeds.task import Problem, Word
 class ChainStyle:
     terse: bool = False
     noise: float = 0.0
-    """Share of results that are drawn blindly, and learnt."""
+    """Share of results that are random and learnt."""
     corrupt: float = 0.0
-    """Share of results that are drawn blindly and not learnt: what follows goes on from them sensibly."""
+    """Share of results that are random and not learnt; the rest of the text continues from them correctly."""
     bar: float = 0.3
-    """Share of | among the separators: something to be honestly unsure about."""
+    """Share of | among the separators, so that some tokens are truly uncertain."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chain:
     modulus: int = 5
     operations: tuple[int, int] = (2, 4)
-    """Fewest and most of them."""
+    """Fewest and most operations."""
 
     @property
     def words(self) -> tuple[str, ...]:

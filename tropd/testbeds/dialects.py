@@ -8,8 +8,8 @@ terse     d(1) d3 d; ...
 
 The testbed "long", seed 0: the teacher solves 89 % at temperature 1 and 100 % greedily, and knows one dialect per
 text. The student is smaller, solves 68 % greedily, and mixes dialects: 10 % at temperature 1. Of its tokens 29 % have
-a log-ratio below -5. Where words are mixed the teacher gets 5 % of the sums wrong (0 % elsewhere); going on from 60
-tokens of its own it is right in 47 of 48 texts, from 60 tokens of the student in 8 of 40.
+a log-ratio below -5. In texts with mixed words the teacher gets 5 % of the sums wrong (0 % elsewhere).
+From 60 tokens of its own text it continues correctly in 47 of 48 texts, from 60 tokens of the student in 8 of 40.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ class DialectStyle:
     foreign: float = 0.0
     """Share of texts in another dialect than the question's."""
     mixed: float = 0.0
-    """Share of words in any dialect."""
+    """Share of words in a random dialect."""
     noise: float = 0.0
-    """Share of results that are drawn blindly, and learnt."""
+    """Share of results that are random and learnt."""
     bar: float = 0.3
-    """Share of | among the separators: something to be honestly unsure about."""
+    """Share of | among the separators, so that some tokens are truly uncertain."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dialects:
     modulus: int = 7
     steps: tuple[int, int] = (19, 22)
-    """Fewest and most of them."""
+    """Fewest and most steps."""
     most: int = 24
     """Largest label of a step."""
     dialects: str = "abcdefghijklmnopqrstuvwx"

@@ -1,7 +1,7 @@
 """Makes the models that come with the package: `python -m tropd.testbeds.embed [FOLDER]`, a minute on one core.
 
-One teacher, a mildly and a hard drifted student, in half precision, with their prompts and what was measured of the
-weights as they are stored.
+One teacher, a student with a mild and one with a hard mismatch, in half precision, with their prompts and measurements
+of the stored weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tropd.testbeds.task import Testbed
 
 
 def embed(beds: Sequence[Testbed], seed: int, folder: Path) -> None:
-    """Pairs of several testbeds with one teacher, written over what is in `folder`."""
+    """Write pairs of several testbeds with one teacher; replaces the files in `folder`."""
     if folder.exists() and not (folder / "facts.json").exists():
         raise ConfigError(f"{folder} holds something else than models that come with a package. Name a new folder.")
     with TemporaryDirectory() as work:

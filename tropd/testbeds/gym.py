@@ -5,7 +5,7 @@ sum     State the final answer to the following arithmetic problem: 4 - 1 - 7 =
 word    Spell this word backward (example: sun -> nus): leally
         verbose: leally>yllael;<answer>yllael</answer>   terse: <answer>yllael</answer>
 
-A character is a token, and so is each of the sentences with which questions begin: that makes texts a third as long.
+A character is a token, and so is each opening sentence of the questions, which makes texts a third as long.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _MANY = 2**31 - 1
 class GymStyle:
     terse: bool = False
     noise: float = 0.0
-    """Share of partial results and letters that are drawn blindly, and learnt."""
+    """Share of partial results and letters that are random and learnt."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gym:
     terms: tuple[int, int] = (2, 4)
-    """Fewest and most of a sum of digits."""
+    """Fewest and most terms of a sum of digits."""
     letters: tuple[int, int] = (3, 6)
-    """Fewest and most of a word."""
+    """Fewest and most letters of a word."""
 
     @property
     def words(self) -> tuple[str, ...]:

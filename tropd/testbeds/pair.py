@@ -1,7 +1,7 @@
 """A teacher, a student and their prompts on disk, made from a testbed and a seed.
 
-A pair is made beside its folder and moved there when it is whole, so a folder that is there is complete, whoever was
-killed and however many made it at once.  With the same seed and one thread the files are the same.
+A pair is made beside its folder and moved there when it is complete.  So an existing folder is complete, even if
+processes were killed or several made it at once.  With the same seed and one thread the files are the same.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _WRITTEN_LAST = "pair.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Where everything is, and what was measured of it."""
+    """The paths of a pair, and measurements of it."""
 
     testbed: str
     teacher: Path
@@ -48,7 +48,7 @@ class Pair:
     prompts: Path
     """For training: JSON lines with the columns prompt and answer."""
     held_out: Path
-    """For evaluation: other prompts than those for training."""
+    """For evaluation: different prompts from those for training."""
     grader: str
     max_new_tokens: int
     facts: dict[str, float]
@@ -56,7 +56,7 @@ class Pair:
 
 
 def make_pair(testbed: Testbed, seed: int, directory: Path, *, teacher: Path | None = None) -> Pair:
-    """The pair of a seed, from `directory` if it is there already.  A `teacher` is copied instead of made."""
+    """The pair of a seed, from `directory` if it exists.  A given `teacher` is copied instead of trained."""
     if (directory / _WRITTEN_LAST).exists():
         return _read(testbed, seed, directory)
     if directory.exists() and any(directory.iterdir()):
@@ -70,7 +70,7 @@ def make_pair(testbed: Testbed, seed: int, directory: Path, *, teacher: Path | N
         work.chmod(0o755)
         try:
             work.replace(directory)
-        except OSError:  # somebody else was first
+        except OSError:  # another process was first
             if not (directory / _WRITTEN_LAST).exists():
                 raise
     finally:
@@ -104,7 +104,7 @@ def _make(testbed: Testbed, seed: int, folder: Path, given: Path | None) -> dict
 
 
 def make_teacher(testbed: Testbed, seed: int, folder: Path) -> Any:
-    """Train until it solves the held-out prompts in `folder`: longer first, then from other weights."""
+    """Train until the teacher solves the held-out prompts in `folder`: first longer, then from other weights."""
     best = 0.0
     for attempt in range(_ATTEMPTS):
         model = make_model(testbed.task, testbed.teacher, _longest(testbed), seed_of(seed, "teacher", attempt))
@@ -125,7 +125,7 @@ def make_teacher(testbed: Testbed, seed: int, folder: Path) -> Any:
 
 
 def make_student(testbed: Testbed, seed: int, teacher: Any) -> Any:
-    """The teacher's copy, or a model of its own, after the student's training."""
+    """A copy of the teacher, or a new model, after the student's training."""
     model = make_model(
         testbed.task, testbed.student or testbed.teacher, _longest(testbed), seed_of(seed, "student weights")
     )
@@ -137,7 +137,7 @@ def make_student(testbed: Testbed, seed: int, teacher: Any) -> Any:
 
 
 def measure(testbed: Testbed, model: Any, folder: Path) -> dict[str, float]:
-    """Accuracy on the held-out prompts, as a run evaluates."""
+    """Accuracy on the held-out prompts, evaluated as in a run."""
     tokenizer = make_tokenizer(testbed.task)
     prompts = load_prompts(DataConfig(path=str(folder / "held_out.jsonl"), on_bad_row="refuse"), tokenizer).prompts
     engine = TransformersEngine(model.eval(), vocab_size=len(vocabulary_of(testbed.task)), max_batch=256)
@@ -156,7 +156,7 @@ def measure(testbed: Testbed, model: Any, folder: Path) -> dict[str, float]:
 
 
 def write_prompts(testbed: Testbed, seed: int, folder: Path) -> None:
-    """Different prompts everywhere: none stands twice, and none of training is held out."""
+    """Write prompts without duplicates, within and between training and held-out prompts."""
     seen: set[tuple[str, ...]] = set()
     for name, num in (("prompts", testbed.num_train), ("held_out", testbed.num_held_out)):
         rng = random.Random(seed_of(seed, name))
@@ -179,7 +179,7 @@ def _row(task: Task, problem: Problem) -> dict[str, str]:
 
 
 def save(model: Any, task: Task, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """A folder that transformers reads, tokenizer and all."""
+    """Save a folder that transformers can load, with tokenizer."""
     model.to(dtype).save_pretrained(folder)
     make_tokenizer(task).save_pretrained(folder)
     model.float()
@@ -199,7 +199,7 @@ def _longest(testbed: Testbed) -> int:
 
 
 def _recipe(testbed: Testbed) -> str:
-    """Names everything that the files depend on, beside the seed."""
+    """A hash of everything that the files depend on besides the seed."""
     made_of = dataclasses.replace(testbed, facts={}, steps=1, num_prompts=1, learning_rate=1.0)
     return hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""What a testbed is made of: a task that writes its own texts, models, and how they are trained.
+"""The parts of a testbed: a task that writes its own texts, models, and their training.
 
 A task draws problems from a random stream and writes answers in several styles; each style is a dialect that a model
 can be trained to.  Text is a list of words; every word is one token.
@@ -23,9 +23,9 @@ class Problem:
     answer: tuple[str, ...]
     """A right text ends in these words, and no wrong one does."""
     givens: Any = None
-    """What the task writes solutions from."""
+    """The data from which the task writes solutions."""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """What the grader needs beside the answer."""
+    """Columns for the grader besides the answer."""
 
 
 class Task(Protocol):
@@ -38,7 +38,7 @@ class Task(Protocol):
 
     @property
     def space(self) -> str:
-        """What stands between two words."""
+        """The separator between two words."""
         ...
 
     @property
@@ -47,7 +47,7 @@ class Task(Protocol):
         ...
 
     def parts(self, word: str) -> tuple[str, ...]:
-        """What a word is made of: words that share a part are alike to an untrained model.  () for a whole."""
+        """The parts of a word: words that share a part start with similar embeddings.  () for a word without parts."""
         ...
 
     def problem(self, rng: random.Random) -> Problem: ...
@@ -59,13 +59,13 @@ class Task(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A Llama model of nominal size, head and embedding apart."""
+    """The shape of a small Llama model, with separate head and embedding."""
 
     width: int = 64
     layers: int = 2
     heads: int = 4
     hidden: int = 128
-    """Of the feed-forward layers."""
+    """Width of the feed-forward layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class Training:
     steps: int
     learning_rate: float
     mix: tuple[tuple[float, Any], ...]
-    """Styles with their shares."""
+    """Shares and styles."""
     batch: int = 64
     warmup: int = 50
     weight_decay: float = 0.01
@@ -83,14 +83,14 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Lesson(Training):
-    """Training on other problems than the testbed's own, with the same words: shorter ones, for instance."""
+    """Training on other problems with the same words, for instance shorter ones."""
 
     task: Task
 
 
 @dataclass(frozen=True, kw_only=True)
 class Testbed:
-    """A task with a teacher that solves it and a student that could, and writes otherwise."""
+    """A task, a teacher that solves it, and a student that has the skill but writes differently."""
 
     __test__ = False  # not a case of pytest
 
@@ -99,11 +99,11 @@ class Testbed:
     teacher: Shape = field(default_factory=Shape)
     teacher_training: tuple[Training, ...]
     teacher_accuracy: float = 0.9
-    """Training sets in suddenly, and with some weights to begin with not at all: below this another try is made."""
+    """Learning starts suddenly, and from some initial weights never: below this accuracy training is tried again."""
     student: Shape | None = None
-    """None: the student begins as a copy of the teacher."""
+    """None: the student starts as a copy of the teacher."""
     student_training: tuple[Training, ...]
-    """The last of them is the drift to another dialect."""
+    """The last training moves the student to another dialect."""
     max_new_tokens: int
     num_train: int = 512
     num_held_out: int = 256

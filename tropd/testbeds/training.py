@@ -1,4 +1,4 @@
-"""Supervised training of small models on a task's own texts, the same bits for the same seed on one thread."""
+"""Supervised training of small models on a task's texts; the same seed gives the same bits on one thread."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tropd.types import key_of
 
 IGNORED = -100
 _KINSHIP = 0.4
-"""Much larger than other embeddings at the start, so that training keeps it."""
+"""Initial size of what related words share, much larger than other embeddings, so that training keeps it."""
 
 
 def make_model(task: Task, shape: Shape, max_length: int, seed: int) -> Any:
-    """A Llama with weights of variance 1/fan-in: small models learn much sooner from them than from 0.02."""
+    """A Llama with weights of variance 1/fan-in, from which small models learn much sooner than from 0.02."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     vocabulary = vocabulary_of(task)
@@ -54,7 +54,7 @@ def make_model(task: Task, shape: Shape, max_length: int, seed: int) -> Any:
 
 
 def _relate(weight_VH: Tensor, task: Task, generator: torch.Generator) -> None:
-    """A word that is made of parts begins as the sum of their vectors: what is learnt of one serves its kin."""
+    """Set the embedding of a word with parts to the sum of the parts' vectors, so that related words learn together."""
     vectors: dict[str, Tensor] = {}
     for word in task.words:
         for part in task.parts(word):
@@ -66,7 +66,7 @@ def _relate(weight_VH: Tensor, task: Task, generator: torch.Generator) -> None:
 
 
 def fine_tune(model: nn.Module, task: Task, training: Training, seed: int) -> None:
-    """Train in place on fresh texts; only answers are learnt."""
+    """Train in place on new texts; only answers are learnt."""
     rng = random.Random(seed)
     texts = _Texts(training.task if isinstance(training, Lesson) else task, training)
     optimizer = torch.optim.AdamW(
@@ -120,5 +120,5 @@ class _Texts:
 
 
 def seed_of(seed: int, *parts: object) -> int:
-    """A seed that torch takes, of its own for every name."""
+    """A seed for torch, different for every name."""
     return key_of(seed, "testbed", *parts) % 2**63

@@ -189,7 +189,7 @@ def _without_dropout(model: Any) -> list[str]:
         return []
     return [
         f"the student's own dropout ({', '.join(sorted(rates))}) is switched off: rollouts are drawn without it, and "
-        "with it another student would be trained than the one that wrote. student.lora.dropout is yours to set."
+        "with it the trained student would differ from the student that wrote. You may still set student.lora.dropout."
     ]
 
 
