@@ -1,4 +1,4 @@
-"""What users get wrong about objects that they give to a run is told in one sentence, and what is theirs stays theirs."""
+"""What is wrong with an object that a run is given is told in one sentence, and what is the user's stays so."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def each(change: Callable[[torch.Tensor], Any]) -> Callable[[Scores], Scores]:
         (Endless(), "teacher Endless: context is 'long'. Give a number of tokens"),
         (Flat(lambda scores: None), "the teacher returned a NoneType. Return a list of TeacherScores"),
         (Flat(iter), "the teacher returned a list_iterator. Return a list"),
-        (Flat(lambda scores: [s.logprobs_T for s in scores]), "returned a Tensor for a rollout. Return a TeacherScores"),
+        (Flat(lambda scores: [s.logprobs_T for s in scores]), "a Tensor for a rollout. Return a TeacherScores"),
         (Flat(each(lambda x_T: None)), "gives logprobs_T as NoneType, and a tensor is asked for"),
         (Flat(each(lambda x_T: x_T.tolist())), "gives logprobs_T as list, and a tensor is asked for"),
         (Flat(each(lambda x_T: x_T[None])), r"shape \(1, \d+\) of torch.float32, and 1 axes of floating-point numbers"),

@@ -86,7 +86,7 @@ def table_of(rows: Any, source: str) -> Table:
             raise DataError(f"{source}: a column is called {odd[0]!r}. Give text as the key of each.")
         broken = next((number for number, row in enumerate(rows, start=1) if not _is_unicode(row)), None)
         if broken is not None:
-            raise DataError(f"{source}: row {broken} holds a lone surrogate, which no tokenizer reads. Repair the text.")
+            raise DataError(f"{source}: row {broken} holds a lone surrogate, which is no text. Repair it.")
     elif isinstance(names, Mapping):
         raise DataError(f"{source}: a DatasetDict was given. Give one of its splits: {', '.join(names)}.")
     if not names:

@@ -204,8 +204,8 @@ def _limit_prompts(data: DataConfig, context: int | None, max_new_tokens: int, s
     room = context - max_new_tokens
     if room < 1:
         raise ConfigError(
-            f"{section}.max_new_tokens = {max_new_tokens} leaves no room for a prompt in a context of {context} tokens, "
-            "the shortest of the models that read it. Lower it."
+            f"{section}.max_new_tokens = {max_new_tokens} leaves no room for a prompt in a context of {context} "
+            "tokens, the shortest of the models that read it. Lower it."
         )
     return dataclasses.replace(data, max_prompt_tokens=min(room, data.max_prompt_tokens or room))
 

@@ -112,7 +112,8 @@ def _teacher(run: Run, value: Any) -> tuple[Any, Any]:
     if run.teachers:
         raise ConfigError(f"a teacher was given, but the run has {', '.join(run.teachers)}. Leave [teachers] out.")
     if isinstance(value, type) and issubclass(value, Teacher):
-        raise ConfigError(f"teacher: the class {value.__name__} was given. Give an object of it: {value.__name__}(...).")
+        name = value.__name__
+        raise ConfigError(f"teacher: the class {name} was given. Give an object of it: {name}(...).")
     if not isinstance(value, Teacher):
         value = as_pair(value, "teacher")
     return value, dataclasses.replace(run.teacher, path=GIVEN)
