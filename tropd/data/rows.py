@@ -6,6 +6,7 @@ number is the line.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -81,11 +82,24 @@ def table_of(rows: Any, source: str) -> Table:
         if wrong is not None:
             raise DataError(f"{source}: row {wrong} is a {type(rows[wrong - 1]).__name__}. Give a dict for each.")
         names = list(dict.fromkeys(column for row in rows for column in row))
+        if odd := [name for name in names if not isinstance(name, str)]:
+            raise DataError(f"{source}: a column is called {odd[0]!r}. Give text as the key of each.")
+        broken = next((number for number, row in enumerate(rows, start=1) if not _is_unicode(row)), None)
+        if broken is not None:
+            raise DataError(f"{source}: row {broken} holds a lone surrogate, which is no text. Repair it.")
     elif isinstance(names, Mapping):
         raise DataError(f"{source}: a DatasetDict was given. Give one of its splits: {', '.join(names)}.")
     if not names:
         raise DataError(f"{source}: there are no rows. Give at least one.")
     return Table(source=source, columns=tuple(names), read=lambda: _numbered(rows, source))
+
+
+def _is_unicode(row: Row) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False, default=str, skipkeys=True).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_text(row: Row, column: str) -> str:

@@ -146,7 +146,7 @@ def _diagnose(parts: Parts, teacher: Teacher, rollouts: list[Rollout], limit: in
     top_k = min(parts.run.method.objective.teacher_top_k or _TOP_K, parts.vocab_size)
     request = ScoreRequest(rollouts, _EVIDENCE & teacher.capabilities, top_k=top_k)
     tokens = make_tokens(rollouts, parts.run.seed, parts.learner.device, parts.vocab_size)
-    tokens = add_scores(tokens, rollouts, teacher.score(request))
+    tokens = add_scores(tokens, rollouts, teacher.score(request), request.needs)
     sampler_N = tokens.peek("student_logprobs_N")
     own = _measure(parts, rollouts, tokens.peek("teacher_topk_ids_NK"), top_k)
     tokens = tokens.with_(

@@ -74,6 +74,8 @@ def as_pair(given: Any, whose: str) -> tuple[Any, PreTrainedTokenizerBase]:
         raise ConfigError(
             f"{whose}: a {type(model).__name__} was given. Give a model of AutoModelForCausalLM, or (model, tokenizer)."
         )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ConfigError(f"{whose}: weights of the model are on the device 'meta', so there are none. Load it first.")
     if tokenizer is None:
         source = source_of(model)
         if source is None:

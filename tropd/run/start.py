@@ -155,10 +155,12 @@ def _checkpoint_of(run: Run, directory: Path, step: int | None, world: Ranks) ->
 
 @contextmanager
 def _closing(parts: Parts) -> Iterator[None]:
-    """Close engines and teachers, however the run ends and even if closing one fails."""
+    """Engines and teachers are closed, however the run ends and even where closing one fails; a teacher that was given
+    stays its owner's."""
+    own = [part for part in (parts.engine, parts.teacher, parts.writer) if part not in (None, parts.given.teacher)]
     with ExitStack() as stack:
-        for end in (parts.engine, parts.teacher, *([parts.writer] if parts.writer else [])):
-            stack.callback(end.close)
+        for part in own:
+            stack.callback(part.close)
         yield
 
 

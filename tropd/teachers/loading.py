@@ -26,6 +26,7 @@ from tropd.errors import ConfigError, DataError, EngineError, TeacherError, Trop
 from tropd.model.loading import load_model, load_tokenizer
 from tropd.model.origins import Origin, name_of, origin_of, origin_of_objects
 from tropd.model.tiling import Tiling
+from tropd.objective.evidence import Needs
 from tropd.rollout.engine import Engine
 from tropd.rollout.transformers import TransformersEngine
 from tropd.teachers.local import LocalTeacher, base_as_teacher, same_vocabulary, shared_vocab_size, without_adapter
@@ -124,6 +125,8 @@ def find(run: Run, tokenizer: PreTrainedTokenizerBase, given: Any = None) -> lis
                 teacher.tokenizer = load_tokenizer(teacher.config, "teacher")
             if teacher.tokenizer is not None:
                 same_vocabulary(tokenizer, teacher.tokenizer)
+            if teacher.own is not None:
+                _check_own(teacher.own)
     return teachers
 
 
@@ -134,6 +137,17 @@ def make_teacher(config: TeacherConfig) -> Teacher:
     if not isinstance(teacher, Teacher):
         raise ConfigError(f"{said} is a {type(teacher).__name__}. Give a class that inherits from tropd.Teacher.")
     return teacher
+
+
+def _check_own(teacher: Teacher) -> None:
+    """What a class of the user's own can get wrong before it is asked anything."""
+    said = f"teacher {type(teacher).__name__}"
+    if type(teacher).score is Teacher.score:
+        raise ConfigError(f"{said} scores nothing. Define score(self, request) in it.")
+    if not isinstance(teacher.capabilities, Needs):
+        raise ConfigError(f"{said}: capabilities is {teacher.capabilities!r}. Make it of Needs, such as Needs.SAMPLED.")
+    if not (teacher.context is None or (isinstance(teacher.context, int) and teacher.context > 0)):
+        raise ConfigError(f"{said}: context is {teacher.context!r}. Give a number of tokens, or None.")
 
 
 def load(teachers: Sequence[TeacherParts], device: torch.device) -> None:

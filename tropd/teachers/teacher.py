@@ -133,4 +133,5 @@ class Teacher:
         return nullcontext()
 
     def close(self) -> None:
-        """Close connections and files; called once, when the run ends."""
+        """Close connections and files; called once, when the run ends.  A teacher that was given as an object is left
+        to its owner."""

@@ -198,15 +198,15 @@ def _shortest(*readers: Forward | Engine | Teacher) -> int | None:
     return min((reader.context for reader in readers if reader.context is not None), default=None)
 
 
-def _limit_prompts(data: DataConfig, context: int | None, max_new_tokens: int) -> DataConfig:
+def _limit_prompts(data: DataConfig, context: int | None, max_new_tokens: int, section: str) -> DataConfig:
     """A prompt must leave room for the response in the model's context."""
     if context is None:
         return data
     room = context - max_new_tokens
     if room < 1:
         raise ConfigError(
-            f"max_new_tokens = {max_new_tokens} leaves no room for a prompt in a context of {context} tokens, the "
-            "shortest of the models that read it. Lower it."
+            f"{section}.max_new_tokens = {max_new_tokens} leaves no room for a prompt in a context of {context} "
+            "tokens, the shortest of the models that read it. Lower it."
         )
     return dataclasses.replace(data, max_prompt_tokens=min(room, data.max_prompt_tokens or room))
 
@@ -214,7 +214,7 @@ def _limit_prompts(data: DataConfig, context: int | None, max_new_tokens: int) -
 def _open_stream(
     run: Run, tokenizer: PreTrainedTokenizerBase, context: int | None, table: Table | None
 ) -> tuple[PromptStream | LazyPromptStream, list[str]]:
-    data = _limit_prompts(run.data, context, run.rollout.max_new_tokens)
+    data = _limit_prompts(run.data, context, run.rollout.max_new_tokens, "rollout")
     if data.streaming:
         return LazyPromptStream(data, tokenizer, table), []
     loaded = load_prompts(data, tokenizer, table)
@@ -229,7 +229,7 @@ def _held_out(
 ) -> tuple[tuple[Prompt, ...], list[str]]:
     if run.evaluation.data is None:
         return (), []
-    data = _limit_prompts(run.evaluation.data, context, run.evaluation.max_new_tokens)
+    data = _limit_prompts(run.evaluation.data, context, run.evaluation.max_new_tokens, "evaluation")
     loaded = load_prompts(data, tokenizer, table)
     return loaded.prompts, [f"{run.evaluation.data.path}: {loaded.report}"]
 

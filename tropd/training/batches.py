@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tropd.errors import TeacherError
-from tropd.objective.evidence import Tokens, around
+from tropd.objective.evidence import Needs, Tokens, around
 from tropd.types import Author, Rollout, TeacherScores, key_of
 
 
@@ -102,29 +103,53 @@ def _wrote(rollout: Rollout) -> bool:
 
 
 _OF_SCORES = {
-    "teacher_logprobs_N": "logprobs_T",
-    "teacher_topk_ids_NK": "topk_ids_TK",
-    "teacher_topk_logprobs_NK": "topk_logprobs_TK",
-    "teacher_entropy_N": "entropy_T",
-    "teacher_at_student_topk_NJ": "at_student_topk_TJ",
-    "teacher_full_logprobs_NV": "full_logprobs_TV",
-    "teacher_hidden_NH": "hidden_TH",
+    "teacher_logprobs_N": ("logprobs_T", Needs.SAMPLED),
+    "teacher_topk_ids_NK": ("topk_ids_TK", Needs.TOPK),
+    "teacher_topk_logprobs_NK": ("topk_logprobs_TK", Needs.TOPK),
+    "teacher_entropy_N": ("entropy_T", Needs.TEACHER_ENTROPY),
+    "teacher_at_student_topk_NJ": ("at_student_topk_TJ", Needs.STUDENT_TOPK),
+    "teacher_full_logprobs_NV": ("full_logprobs_TV", Needs.FULL),
+    "teacher_hidden_NH": ("hidden_TH", Needs.HIDDEN),
 }
 
 
-def add_scores(tokens: Tokens, rollouts: Sequence[Rollout], scores: Sequence[TeacherScores]) -> Tokens:
-    """Join a teacher's scores to their tokens; a row too many or too few is an error, never a shift."""
-    if len(scores) != len(rollouts):
-        raise TeacherError(f"the teacher was given {len(rollouts)} rollouts and scored {len(scores)}.")
-    for rollout, score in zip(rollouts, scores, strict=True):
-        if score.logprobs_T.shape[0] != len(rollout.response_ids):
-            raise TeacherError(
-                f"rollout {rollout.id} has {len(rollout.response_ids)} response tokens, but teacher {score.teacher!r} "
-                f"scored {score.logprobs_T.shape[0]}: misaligned evidence is never trained on."
-            )
+def add_scores(
+    tokens: Tokens, rollouts: Sequence[Rollout], scores: Sequence[TeacherScores], asked: Needs = Needs.NOTHING
+) -> Tokens:
+    """Join a teacher's scores to the tokens they describe; a row too many or too few is an error, never a shift.  What
+    was asked for has to be there."""
+    _check_scores(rollouts, scores, asked)
     joined = {}
-    for field, name in _OF_SCORES.items():
+    for field, (name, _) in _OF_SCORES.items():
         rows = [getattr(s, name) for s in scores]
         if rows and all(x is not None for x in rows):
             joined[field] = torch.cat(rows).to(tokens.token_ids_N.device)
     return tokens.with_(**joined)
+
+
+def _check_scores(rollouts: Sequence[Rollout], scores: Any, asked: Needs) -> None:
+    """Teachers may be anybody's."""
+    if not isinstance(scores, Sequence):
+        raise TeacherError(f"the teacher returned a {type(scores).__name__}. Return a list of TeacherScores.")
+    if len(scores) != len(rollouts):
+        raise TeacherError(f"the teacher was given {len(rollouts)} rollouts and scored {len(scores)}.")
+    for rollout, score in zip(rollouts, scores, strict=True):
+        if not isinstance(score, TeacherScores):
+            raise TeacherError(f"the teacher returned a {type(score).__name__} for a rollout. Return a TeacherScores.")
+        for name, need in _OF_SCORES.values():
+            value = getattr(score, name)
+            if value is None and not (need in asked or name == "logprobs_T"):
+                continue
+            said, axes = f"teacher {score.teacher!r} gives {name}", len(name.rpartition("_")[2])
+            if not isinstance(value, Tensor):
+                raise TeacherError(f"{said} as {type(value).__name__}, and a tensor is asked for.")
+            if value.dim() != axes or value.is_floating_point() == ("ids" in name):
+                kind = "whole numbers" if "ids" in name else "floating-point numbers"
+                raise TeacherError(
+                    f"{said} with shape {tuple(value.shape)} of {value.dtype}, and {axes} axes of {kind} are asked for."
+                )
+            if len(value) != len(rollout.response_ids):
+                raise TeacherError(
+                    f"rollout {rollout.id} has {len(rollout.response_ids)} response tokens, but teacher "
+                    f"{score.teacher!r} scored {len(value)} ({name}): misaligned evidence is never trained on."
+                )

@@ -46,6 +46,7 @@ def take(run: Run, objects: Mapping[Part, Any]) -> tuple[Run, Given]:
         given["student"], changes["student"] = _student(run, objects["student"])
     if "teacher" in objects:
         given["teacher"], changes["teacher"] = _teacher(run, objects["teacher"])
+    _check_apart(given)
     if "method" in objects:
         changes["method"] = objects["method"]
     if "grader" in objects:
@@ -85,15 +86,34 @@ def _student(run: Run, value: Any) -> tuple[tuple[Any, Any], Any]:
     model, tokenizer = as_pair(value, "student")
     if hasattr(model, "peft_config"):
         raise ConfigError("student: the model has an adapter already. Give its base, and a [student.lora] section.")
+    frozen = sum(not parameter.requires_grad for parameter in model.parameters())
+    if frozen and run.student.lora is None:
+        raise ConfigError(
+            f"student: {frozen} of the model's tensors are frozen, but all of them would be trained. Say so with "
+            "model.requires_grad_(True), or train an adapter with a [student.lora] section."
+        )
     path = source_of(model) if run.student.path == GIVEN else run.student.path
     own = source_of(tokenizer)
     config = dataclasses.replace(run.student, path=path or GIVEN, tokenizer=own if own != path else None)
     return (model, tokenizer), config
 
 
+def _check_apart(given: Mapping[Part, Any]) -> None:
+    """The teacher stays as it is while the student is trained, so they share no weights."""
+    pairs = [given.get("student"), given.get("teacher")]
+    models = [pair[0] for pair in pairs if isinstance(pair, tuple)]
+    if len(models) == 2 and not {*map(id, models[0].parameters())}.isdisjoint(map(id, models[1].parameters())):
+        raise ConfigError(
+            "student and teacher are one model, or share weights. Give another model, or copy.deepcopy(model), as one."
+        )
+
+
 def _teacher(run: Run, value: Any) -> tuple[Any, Any]:
     if run.teachers:
         raise ConfigError(f"a teacher was given, but the run has {', '.join(run.teachers)}. Leave [teachers] out.")
+    if isinstance(value, type) and issubclass(value, Teacher):
+        name = value.__name__
+        raise ConfigError(f"teacher: the class {name} was given. Give an object of it: {name}(...).")
     if not isinstance(value, Teacher):
         value = as_pair(value, "teacher")
     return value, dataclasses.replace(run.teacher, path=GIVEN)

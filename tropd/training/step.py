@@ -148,15 +148,15 @@ def score(
     ids_TJ = None if ids_NJ is None else ids_NJ.split([len(r.response_ids) for r in rollouts])
     if Needs.FULL in needs and Needs.HIDDEN in teacher.capabilities and learner.expands:
         needs = (needs & ~Needs.FULL) | Needs.HIDDEN  # whole distributions are made tile by tile, where they are read
-    if needs & OF_TEACHER and scores is None:
-        known = tokens.with_(**student)
-        wanted = top_k_rows(objective, known, context, 0.0 if student else learner.margin)
-        request = ScoreRequest(
-            as_read, needs, top_k=objective.teacher_top_k, student_topk_ids_TJ=ids_TJ, top_k_rows=wanted
-        )
-        scores = teacher.score(request)
-    if scores is not None:
-        tokens = add_scores(tokens, rollouts, scores)
+    if needs & OF_TEACHER:
+        if scores is None:
+            known = tokens.with_(**student)
+            wanted = top_k_rows(objective, known, context, 0.0 if student else learner.margin)
+            request = ScoreRequest(
+                as_read, needs, top_k=objective.teacher_top_k, student_topk_ids_TJ=ids_TJ, top_k_rows=wanted
+            )
+            scores = teacher.score(request)
+        tokens = add_scores(tokens, rollouts, scores, needs)
     if Needs.REVERSE_KL in needs:
         student["reverse_kl_N"] = learner.reverse_kl(rollouts, teacher, as_read)
     return ScoredBatch(
@@ -232,7 +232,7 @@ def _with_every_top_k(part: ScoredBatch, objective: Objective, teacher: Teacher)
     request = ScoreRequest(as_read, Needs.SAMPLED | Needs.TOPK, top_k=objective.teacher_top_k)
     scores = teacher.score(request)
     names = ("teacher_topk_ids_NK", "teacher_topk_logprobs_NK")
-    tokens = add_scores(part.tokens, part.rollouts, scores)
+    tokens = add_scores(part.tokens, part.rollouts, scores, request.needs)
     return replace(part, tokens=part.tokens.with_(**{name: tokens.peek(name) for name in names}))
 
 
