@@ -29,7 +29,7 @@ _LEFT = (BEGUN, *_CACHES, "rollout_weights", "rollout_weights.tmp")
 
 def inputs_of(run: Run) -> dict[str, Path]:
     """The files and folders on this machine that the run reads, by the settings that name them."""
-    said = {
+    named = {
         "student.path": run.student.path,
         "student.tokenizer": run.student.tokenizer,
         "data.path": run.data.path,
@@ -38,22 +38,22 @@ def inputs_of(run: Run) -> dict[str, Path]:
     for name, teacher in run.all_teachers.items():
         where = f"teachers.{name}" if run.teachers else "teacher"
         own = None if teacher.path == "base" else teacher.path
-        said |= {f"{where}.path": own, f"{where}.tokenizer": teacher.tokenizer}
-    there = {name: Path(text).expanduser() for name, text in said.items() if text}
+        named |= {f"{where}.path": own, f"{where}.tokenizer": teacher.tokenizer}
+    there = {name: Path(text).expanduser() for name, text in named.items() if text}
     return {name: path for name, path in there.items() if path.exists()}
 
 
 def check_inputs(run: Run, directory: Path) -> None:
     """Refuse a folder that contains an input of the run, or lies inside one.  Links are followed."""
-    own = directory.expanduser().resolve()
+    output = directory.expanduser().resolve()
     for name, path in inputs_of(run).items():
         place = path.resolve()
-        if place == own or own in place.parents:
+        if place == output or output in place.parents:
             raise ConfigError(
                 f"output is {directory}, which holds what {name} names, {path}: the run would write over it. Set "
                 "output to a separate folder."
             )
-        if place in own.parents:
+        if place in output.parents:
             raise ConfigError(
                 f"output is {directory}, which lies in what {name} names, {path}. Set output to a folder outside of it."
             )

@@ -63,11 +63,11 @@ def restore(path: Path, shards: Shards, optimizer: Optimizer, num_steps: int) ->
 
 def _moments(optimizer: Optimizer) -> dict[str, Tensor]:
     """Empty tensors for AdamW's state, as large as this rank's parts."""
-    found: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
     for name in optimizer.masters:
-        found[f"{KINDS[0]}.{name}"] = torch.tensor(0.0)
-        found |= {f"{kind}.{name}": torch.zeros_like(optimizer.masters[name]).detach() for kind in KINDS[1:]}
-    return found
+        moments[f"{KINDS[0]}.{name}"] = torch.tensor(0.0)
+        moments |= {f"{kind}.{name}": torch.zeros_like(optimizer.masters[name]).detach() for kind in KINDS[1:]}
+    return moments
 
 
 def _local(x: Tensor) -> Tensor:

@@ -53,11 +53,11 @@ def load_checkpoint(directory: Path, step: int | None, device: str, dtype: Any =
     """The student of a run as it was after `step` steps, or at the newest checkpoint."""
     if not is_run(directory):
         raise ConfigError(f"{directory} is no run's folder: it needs a run.toml beside its checkpoints.")
-    found = checkpoints.find(directory, step)
-    if found is None:
+    folder = checkpoints.find(directory, step)
+    if folder is None:
         raise CheckpointError(f"{directory} holds no checkpoint yet. Train until the first, or name another run.")
-    saved = checkpoints.load(found)
-    run = Run.load(found / "run.toml")
+    saved = checkpoints.load(folder)
+    run = Run.load(folder / "run.toml")
     chosen = choose_device(device)
     student = run.student if dtype == "auto" else dataclasses.replace(run.student, dtype=dtype)
     if student.dtype == "auto" and student.lora is None:  # as it was trained, wherever that was

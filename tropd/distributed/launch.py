@@ -31,23 +31,23 @@ _SECONDS_FOR_A_REASON = 2.0
 
 def launched(environment: Mapping[str, str] = os.environ) -> int:
     """The number of processes that the launcher started; an inconsistent launch is refused."""
-    said = {name: environment.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")}
-    if not said["WORLD_SIZE"]:
+    variables = {name: environment.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")}
+    if not variables["WORLD_SIZE"]:
         return 1
-    numbers = {name: said[name] for name in ("WORLD_SIZE", "RANK", "MASTER_PORT") if said[name]}
+    numbers = {name: variables[name] for name in ("WORLD_SIZE", "RANK", "MASTER_PORT") if variables[name]}
     if odd := {name: text for name, text in numbers.items() if not text.isdigit()}:
         name, text = next(iter(odd.items()))
         raise ConfigError(f"{name} is {text!r} in the environment, which is no number. {_HOW}")
-    size = int(said["WORLD_SIZE"])
+    size = int(variables["WORLD_SIZE"])
     if size <= 1:
         return 1
-    if missing := [name for name, text in said.items() if not text]:
+    if missing := [name for name, text in variables.items() if not text]:
         raise ConfigError(
             f"WORLD_SIZE is {size} in the environment, which asks for {size} processes, but {', '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not set: something else than torchrun has set it. {_HOW}"
         )
-    if int(said["RANK"]) >= size:
-        raise ConfigError(f"RANK is {said['RANK']}, but WORLD_SIZE = {size} knows ranks 0 to {size - 1}. {_HOW}")
+    if int(variables["RANK"]) >= size:
+        raise ConfigError(f"RANK is {variables['RANK']}, but WORLD_SIZE = {size} knows ranks 0 to {size - 1}. {_HOW}")
     return size
 
 

@@ -46,11 +46,11 @@ def origin_of(config: ModelConfig, model: Any = None) -> Origin:
     files = {name: folder / name for name in _SETTINGS}
     files |= {path.name: path for path in (folder.glob("*.py") if config.trust_remote_code else ())}
     files |= {name: tokenizer / name for name in _TOKENIZER if tokenizer is not None}
-    found: Origin = {}
+    origin: Origin = {}
     if model is not None:
         files |= {name: folder / name for name in _weight_files(folder, config.gguf_file)}
-        found["precision"] = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return found | content_of({name: path for name, path in sorted(files.items()) if path.is_file()})
+        origin["precision"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return origin | content_of({name: path for name, path in sorted(files.items()) if path.is_file()})
 
 
 def origin_of_objects(model: Any, tokenizer: Any, *, weights: bool) -> Origin:
@@ -61,11 +61,11 @@ def origin_of_objects(model: Any, tokenizer: Any, *, weights: bool) -> Origin:
         "tokenizer": backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True),
         "chat_template": str(tokenizer.chat_template),
     }
-    found = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    origin = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
     if weights:
-        found["weights"] = model_fingerprint(model, whole=True)
-        found["precision"] = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return found
+        origin["weights"] = model_fingerprint(model, whole=True)
+        origin["precision"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return origin
 
 
 def name_of(origin: Mapping[str, str]) -> str:
@@ -114,9 +114,9 @@ def _cache() -> Path:
 def _recall() -> dict[str, list[Any]]:
     """The cached hashes; none if the cache cannot be read."""
     with suppress(OSError, ValueError, RecursionError):
-        found = json.loads(_cache().read_text())
-        if isinstance(found, dict):
-            return {place: known for place, known in found.items() if isinstance(known, list) and len(known) == 5}
+        hashes = json.loads(_cache().read_text())
+        if isinstance(hashes, dict):
+            return {place: known for place, known in hashes.items() if isinstance(known, list) and len(known) == 5}
     return {}
 
 

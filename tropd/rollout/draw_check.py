@@ -44,14 +44,14 @@ class Drawn:
 
 def read(forward: Forward, rollouts: Sequence[Rollout], sampling: Sampling, tokens_per_batch: int) -> Drawn:
     """Score the student's tokens in some of these rollouts, with its own forward pass."""
-    found, chosen, number = Drawn(), [], 0
+    drawn, chosen, number = Drawn(), [], 0
     for rollout in sorted(rollouts, key=lambda r: key_of(0, "draws", r.id)):
         if Author.STUDENT in rollout.authors and number < MOST_TOKENS:
             chosen.append(rollout)
             number += rollout.authors.count(Author.STUDENT)
     for group in similar_lengths([len(r.token_ids) for r in chosen], tokens_per_batch):
-        _read(forward, [chosen[i] for i in group], sampling, found)
-    return found
+        _read(forward, [chosen[i] for i in group], sampling, drawn)
+    return drawn
 
 
 def _read(forward: Forward, rollouts: list[Rollout], sampling: Sampling, found: Drawn) -> None:
@@ -103,18 +103,18 @@ def check_single(
     drawn_N = torch.tensor(first)
     found = draws.evidence(after_V.float().expand(len(first), -1), drawn_N)
     gathered.add({f"draws/student/{name}": nats for name, nats in found.items()})
-    said = (
+    message = (
         f"{url} was asked for {len(first)} tokens after a known text, each with its own seed, and drew {first[:8]}..."
     )
     odds = -(len(first) - 1) * float(after_V[first[0]])
     if (objection := gathered.objection("student", draws.ENOUGH)) is not None:
-        raise EngineError(f"{said} By these, and those before, {objection}")
+        raise EngineError(f"{message} By these, and those before, {objection}")
     if len(set(first)) == 1 and odds > draws.ENOUGH:
-        raise EngineError(f"{said} All are the same, against odds of {odds:.0f} nats. {draws.CURE}")
+        raise EngineError(f"{message} All are the same, against odds of {odds:.0f} nats. {draws.CURE}")
     others = sum(a != b for a, b in zip(first, again, strict=False))
     if 2 * others > len(again):
         raise EngineError(
-            f"{said} With the first {len(again)} seeds it then drew {list(again)}: it ignores seeds, so a run could "
+            f"{message} With the first {len(again)} seeds it then drew {list(again)}: it ignores seeds, so a run could "
             f"not be repeated. {draws.CURE}"
         )
 

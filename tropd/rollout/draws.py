@@ -45,11 +45,15 @@ def others(sampling: Sampling) -> dict[str, Sampling]:
     if sampling.temperature == 0.0:
         return {"at temperature 1": Sampling(), "at temperature 0.5": Sampling(temperature=0.5)}
     t, top_p = sampling.temperature, sampling.top_p
-    found = {f"at temperature {factor * t:.2g}": replace(sampling, temperature=factor * t) for factor in TEMPERATURES}
-    found |= {f"with top_p = {share * top_p:.2g}": replace(sampling, top_p=share * top_p) for share in (0.97, 0.9)}
-    found["with top_k = 20"] = replace(sampling, top_k=min(sampling.top_k or 20, 20))
-    found["by taking the likeliest token"] = Sampling(temperature=0.0)
-    return found | ({"without truncation": Sampling(temperature=t)} if sampling.truncates else {})
+    alternatives = {
+        f"at temperature {factor * t:.2g}": replace(sampling, temperature=factor * t) for factor in TEMPERATURES
+    }
+    alternatives |= {
+        f"with top_p = {share * top_p:.2g}": replace(sampling, top_p=share * top_p) for share in (0.97, 0.9)
+    }
+    alternatives["with top_k = 20"] = replace(sampling, top_k=min(sampling.top_k or 20, 20))
+    alternatives["by taking the likeliest token"] = Sampling(temperature=0.0)
+    return alternatives | ({"without truncation": Sampling(temperature=t)} if sampling.truncates else {})
 
 
 @torch.no_grad()

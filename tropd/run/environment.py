@@ -20,7 +20,7 @@ def environment_of(parts: Parts) -> dict[str, str]:
     """Everything that may change the numbers of a run, if only in their last bits."""
     device = parts.learner.device
     on_cpu = f"a CPU with {torch.backends.cpu.get_cpu_capability()}"
-    found = {
+    environment = {
         "tropd": __version__,
         "torch": torch.__version__,
         "transformers": version("transformers"),
@@ -29,14 +29,14 @@ def environment_of(parts: Parts) -> dict[str, str]:
         "device": on_cpu if device.type == "cpu" else device.type,
     }
     if device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(device)
+        environment["device"] = torch.cuda.get_device_name(device)
     named = {
         "grader": parts.run.grader,
         "evaluation.grader": parts.run.evaluation.grader,
         "method": parts.run.method.name,
         **{f"teacher {name}": teacher.path for name, teacher in parts.run.all_teachers.items()},
     }
-    return found | {what: said for what, name in named.items() if (said := _source_of(name)) is not None}
+    return environment | {what: said for what, name in named.items() if (said := _source_of(name)) is not None}
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

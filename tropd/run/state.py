@@ -49,14 +49,14 @@ def save(parts: Parts, directory: Path, state: State, alarms: Alarms, *, undone:
     """Write a checkpoint; of a sharded student each rank writes its part, else rank 0 writes everything.  `undone`: the
     last step failed before any weight changed, and will be repeated."""
     optimizer, shards, world = parts.learner.optimizer, parts.learner.shards, parts.world
-    said: dict[str, Any] = {"run": parts.run.dump(), "state": _facts(parts, state, alarms, undone)}
+    contents: dict[str, Any] = {"run": parts.run.dump(), "state": _facts(parts, state, alarms, undone)}
     if shards is not None:
         from tropd.checkpoints import sharded_checkpoint
 
-        sharded_checkpoint.save(directory, state.step, shards=shards, optimizer=optimizer, world=world, **said)
+        sharded_checkpoint.save(directory, state.step, shards=shards, optimizer=optimizer, world=world, **contents)
     elif world.leads:
         weights = checkpoints.trained_tensors(parts.model)
-        checkpoints.save(directory, state.step, weights=weights, optimizer=optimizer.state_tensors(), **said)
+        checkpoints.save(directory, state.step, weights=weights, optimizer=optimizer.state_tensors(), **contents)
     if world.leads:
         best = state.best.get("step")
         checkpoints.prune(directory, parts.run.checkpoint.keep, int(best) if best is not None else None)

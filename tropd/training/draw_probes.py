@@ -24,12 +24,12 @@ def probes_of_student(parts: Parts, rollouts: Sequence[Rollout]) -> dict[str, fl
     own = read_draws(parts.learner.forward, fresh, run.sampling, run.tokens_per_micro_batch)
     told = world.gather_json([own.evidence, own.tokens, own.surprise, own.entropy, alike(rollouts)])
     evidence, tokens = draws.total(part[0] for part in told), sum(part[1] for part in told)
-    found = {f"draws/student/{name}": nats for name, nats in evidence.items()}
-    found["draws/alike"] = max(part[4] for part in told)
+    probes = {f"draws/student/{name}": nats for name, nats in evidence.items()}
+    probes["draws/alike"] = max(part[4] for part in told)
     if tokens:
-        found["draws/surprise"] = sum(part[2] for part in told) / tokens
-        found["draws/entropy"] = sum(part[3] for part in told) / tokens
-    return found
+        probes["draws/surprise"] = sum(part[2] for part in told) / tokens
+        probes["draws/entropy"] = sum(part[3] for part in told) / tokens
+    return probes
 
 
 def probes_of_teacher(parts: Parts, batch: ScoredBatch) -> dict[str, float]:
