@@ -92,7 +92,7 @@ def _student(run: Run, value: Any) -> tuple[tuple[Any, Any], Any]:
             f"student: {frozen} of the model's tensors are frozen, but all of them would be trained. Say so with "
             "model.requires_grad_(True), or train an adapter with a [student.lora] section."
         )
-    path = source_of(model) if run.student.path == GIVEN else run.student.path
+    path = source_of(model) or run.student.path
     own = source_of(tokenizer)
     config = dataclasses.replace(run.student, path=path or GIVEN, tokenizer=own if own != path else None)
     return (model, tokenizer), config
