@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import tropd
+from tests.own_package.gentle.grader import holds
 from tests.run.test_objects import pair_of, settings
 from tropd import FullFKL, Teacher
 from tropd.errors import TropdError
@@ -172,3 +173,14 @@ def test_what_is_no_run_and_what_are_no_settings_is_refused(models: Path) -> Non
         tropd.train("run.toml")  # type: ignore[arg-type]
     with pytest.raises(TropdError, match="settings: a dict was given. Give an EvalConfig"):
         tropd.evaluate(models / "student", [{"prompt": "a"}], settings={"limit": 3})  # type: ignore[arg-type]
+
+
+def test_a_name_does_not_stand_for_an_object_on_resume(models: Path, tmp_path: Path) -> None:
+    def judge(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]) -> list[float]:
+        return [0.0 for _ in completions]
+
+    run = replace(settings(models, tmp_path / "run", method=tropd.OPD()), steps=1)
+    tropd.train(run, grader=judge, display=Silent())
+    with pytest.raises(TropdError, match="was given its grader as an object in Python. Give such an object again"):
+        tropd.resume(tmp_path / "run", grader="exact", steps=2, display=Silent())  # type: ignore[arg-type]
+    tropd.resume(tmp_path / "run", grader=holds, steps=2, display=Silent())  # has a name, and is taken as it is
