@@ -168,3 +168,12 @@ def offer_gentle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(folder / "gentle-1.0.dist-info/entry_points.txt", points)
     monkeypatch.syspath_prepend(str(PACKAGE))
     monkeypatch.syspath_prepend(str(folder))
+
+
+def test_a_file_in_a_folder_with_spaces_and_colons_is_found(tmp_path: Path) -> None:
+    folder = tmp_path / "my: graders"
+    folder.mkdir()
+    (folder / "own.py").write_text("def near(prompts, completions, **columns): return []\n")
+    whole = located("own.py:near", [folder])
+    assert whole == f"{folder / 'own.py'}:near" and is_name(whole) and shown(whole) == "own.py:near"
+    assert find(whole, "grader")([], []) == []

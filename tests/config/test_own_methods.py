@@ -159,3 +159,13 @@ def test_every_method_of_tropd_is_a_public_name() -> None:
 
     for cls in tropd.METHODS.values():
         assert getattr(tropd, cls.__name__) is cls and issubclass(cls, Method)
+
+
+def test_flags_alone_name_a_teacher_with_its_knobs(tmp_path: Path) -> None:
+    flags = ("--teacher.knobs.share", "0.2", "--teacher.path", "mine.py:Unsure", "--teacher.knobs.names", '["a=b"]')
+    assert run_with(tmp_path, "", flags).teacher.knobs == {"share": 0.2, "names": ["a=b"]}
+    flags = ("--teachers.one.path=mine.py:Unsure", "--teachers.one.knobs.share=0.2", "--data.teacher_column=who")
+    (tmp_path / "bare.toml").write_text('student.path = "s"\ndata.path = "p"\n')
+    assert Run.load(tmp_path / "bare.toml", flags).teachers["one"].knobs == {"share": 0.2}
+    with pytest.raises(ConfigError, match="teacher.knobs has share, but teacher.path is t, which takes no knobs"):
+        run_with(tmp_path, "", ("--teacher.knobs.share", "0.2"))

@@ -159,3 +159,21 @@ def test_the_command_line_makes_a_run_longer(models: Path, tmp_path: Path, capsy
     assert main(["resume", str(tmp_path / "run"), "--steps", "2"]) == 0
     assert "2 steps instead of 1" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "checkpoints" / "step_000002" / "state.json").read_text())["steps"] == 2
+
+
+def test_an_overwritten_link_to_a_folder_stays_a_link(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "run").symlink_to("far")
+    path = written(models, tmp_path / "run", steps=1)
+    trained(path)
+    trained(path, overwrite=True)
+    with pytest.raises(ConfigError, match="there is no such folder"):
+        trained(written(models, tmp_path / "run", teacher={"path": "./nowhere"}), overwrite=True)
+    assert (tmp_path / "run").is_symlink() and (tmp_path / "far" / "model").is_dir()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["far", "run", "run.toml"]
+
+
+def test_a_run_that_a_killed_start_set_aside_is_not_forgotten(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.replaced").mkdir()
+    with pytest.raises(ConfigError, match="run.replaced exists: a start that was killed has put the run there"):
+        trained(written(models, tmp_path / "run"), overwrite=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import tropd
+from tests.own_package.gentle.grader import holds
 from tests.run.test_objects import pair_of, settings
 from tropd import FullFKL, Teacher
 from tropd.errors import TropdError
@@ -98,12 +99,13 @@ def test_models_that_cannot_be_trained_as_they_are_say_so(models: Path, tmp_path
     student, nowhere, frozen = (pair_of(models / "student") for _ in range(3))
     nowhere[0].to("meta")
     next(frozen[0].parameters()).requires_grad_(False)
-    for objects, says in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"student": student, "teacher": student}, r"student and teacher are one model.*copy.deepcopy\(model\)"),
         ({"student": nowhere}, "student: weights of the model are on the device 'meta'"),
         ({"teacher": nowhere}, "teacher: weights of the model are on the device 'meta'"),
         ({"student": frozen}, r"student: 1 of the model's tensors are frozen.*model.requires_grad_\(True\)"),
-    ):
+    ]
+    for objects, says in cases:
         with pytest.raises(TropdError, match=says):
             tropd.train(settings(models, tmp_path / "run"), display=Silent(), **objects)
     assert all(weight.requires_grad for weight in student[0].parameters())
@@ -119,3 +121,66 @@ def test_models_that_cannot_be_trained_as_they_are_say_so(models: Path, tmp_path
 def test_rows_that_no_file_could_hold_are_told(models: Path, tmp_path: Path, rows: Any, says: str) -> None:
     with pytest.raises(TropdError, match=says):
         tropd.train(settings(models, tmp_path / "run"), prompts=rows, display=Silent())
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "says"),
+    [
+        ([tropd.Callback], "the class Callback was given"),
+        ([print], "a builtin_function"),
+        (None, "a NoneType was given"),
+    ],
+)
+def test_what_is_no_callback_is_refused_before_the_start(
+    models: Path, tmp_path: Path, callbacks: Any, says: str
+) -> None:
+    with pytest.raises(TropdError, match=f"callbacks: {says}.*objects of tropd.Callback"):
+        tropd.train(settings(models, tmp_path / "run"), callbacks=callbacks, display=Silent())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        ({"student": 3}, r"student is a int. Give a StudentConfig. Objects are for train\(run, student=...\)"),
+        ({"teacher": (1, 2)}, r"teacher is a tuple. Give a TeacherConfig. Objects are for train\(run, teacher=...\)"),
+        ({"data": [{"prompt": "a"}]}, r"data is a list. Give a DataConfig. Objects are for train\(run, prompts=...\)"),
+        ({"grader": len}, r"grader is a builtin_function_or_method.*train\(run, grader=...\)"),
+        ({"method": tropd.OPD}, r"method is the class OPD. Give a method, such as OPD\(\), or its name"),
+        ({"method": lambda: 3}, "method is a function. Give a method"),
+        ({"rollout": {"num_prompts": 2}}, "rollout is a dict. Give a RolloutConfig"),
+        ({"teachers": {"a": 3}}, "teachers.a is a int. Give a TeacherConfig"),
+        ({"teachers": ["a"]}, "teachers is a list. Give a dict"),
+        ({"output": None}, "output is a NoneType. Give a str"),
+    ],
+)
+def test_a_part_of_a_run_of_another_kind_is_named(parts: dict[str, Any], says: str) -> None:
+    with pytest.raises(TropdError, match=says):
+        tropd.Run(**parts)
+
+
+def test_a_run_takes_its_folder_as_a_path_and_its_student_by_where_the_object_came_from(
+    models: Path, tmp_path: Path
+) -> None:
+    run = replace(settings(models, tmp_path / "run", method=tropd.OPD()), steps=1, output=tmp_path / "run")
+    run = replace(run, student=tropd.StudentConfig(path=str(tmp_path / "elsewhere")))
+    tropd.train(run, student=pair_of(models / "student"), display=Silent())
+    assert tropd.Run.load(tmp_path / "run" / "run.toml").student.path == str(models / "student")
+
+
+def test_what_is_no_run_and_what_are_no_settings_is_refused(models: Path) -> None:
+    with pytest.raises(TropdError, match=r"a str was given to train. Give a Run: Run\(...\), or Run.load"):
+        tropd.train("run.toml")  # type: ignore[arg-type]
+    with pytest.raises(TropdError, match="settings: a dict was given. Give an EvalConfig"):
+        tropd.evaluate(models / "student", [{"prompt": "a"}], settings={"limit": 3})  # type: ignore[arg-type]
+
+
+def test_a_name_does_not_stand_for_an_object_on_resume(models: Path, tmp_path: Path) -> None:
+    def judge(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]) -> list[float]:
+        return [0.0 for _ in completions]
+
+    run = replace(settings(models, tmp_path / "run", method=tropd.OPD()), steps=1)
+    tropd.train(run, grader=judge, display=Silent())
+    with pytest.raises(TropdError, match="was given its grader as an object in Python. Give such an object again"):
+        tropd.resume(tmp_path / "run", grader="exact", steps=2, display=Silent())  # type: ignore[arg-type]
+    tropd.resume(tmp_path / "run", grader=holds, steps=2, display=Silent())  # has a name, and is taken as it is

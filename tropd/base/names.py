@@ -26,7 +26,7 @@ from typing import Any
 from tropd.base.reading import first_line, nearest, shortened
 from tropd.errors import ConfigError, TropdError
 
-_NAME = re.compile(r"(?P<place>[^:]+\.py|[^\W\d]\w*(?:\.[^\W\d]\w*)*):(?P<attribute>[^\W\d]\w*(?:\.[^\W\d]\w*)*)")
+_NAME = re.compile(r"(?P<place>.+\.py|[^\W\d]\w*(?:\.[^\W\d]\w*)*):(?P<attribute>[^\W\d]\w*(?:\.[^\W\d]\w*)*)")
 _READ: set[str] = set()
 """Modules that are single files, by names made of their paths and contents."""
 _HOMES: dict[str, Path] = {}
@@ -47,7 +47,7 @@ def located(name: str, folders: Sequence[Path] = ()) -> str:
     name that is found in none of them stays as it is: it may be an installed package's."""
     if not is_name(name):
         return name
-    place, _, attribute = name.partition(":")
+    place, _, attribute = name.rpartition(":")
     is_file = place.endswith(".py")
     stem = place.removesuffix(".py") if is_file else place.replace(".", "/")
     for folder in (*folders, Path.cwd()):
@@ -65,7 +65,7 @@ def find(name: str, what: str, error: type[TropdError] = ConfigError) -> Any:
         name = others[name].value
     if not is_name(name):
         raise error(f"{said} is no name. Give one of your own as 'package.module:name' or 'file.py:name'.")
-    place, _, attribute = located(name).partition(":")
+    place, _, attribute = located(name).rpartition(":")
     module = _read_file(Path(place), said, error) if place.endswith(".py") else _import(place, said, error)
     value: Any = module
     for part in attribute.split("."):

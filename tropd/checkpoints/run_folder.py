@@ -87,7 +87,7 @@ def begun(run: Run, directory: Path, *, overwrite: bool = False) -> Iterator[Cal
     """A new folder for a run, locked from before the first byte until the block ends.  It becomes a run's folder
     when the yielded function is called.  If the block fails before anything was trained, only texts and scores of
     teachers stay, and an overwritten run comes back."""
-    with _set_aside(directory) if overwrite and (directory / RUN).exists() else nullcontext(_nothing) as replaced:
+    with _set_aside(directory) if overwrite else nullcontext(_nothing) as replaced:
         check_place(run, directory)
         created = [path for path in (directory, *directory.parents) if not path.exists()]
         with writing(directory):  # before models are read, so that a full disk is told at once
@@ -133,15 +133,22 @@ def rewritten(run: Run, directory: Path) -> Iterator[None]:
 
 @contextmanager
 def _set_aside(directory: Path) -> Iterator[Callable[[], None]]:
-    """Rename a run's folder until the yielded function removes it; without that call the folder comes back."""
+    """Rename a run's folder until the yielded function removes it; without that call the folder comes back.  A link to
+    a folder stays one."""
+    linked, directory = directory.is_symlink(), directory.resolve()
     aside = directory.with_name(f"{directory.name}.replaced")
     if aside.exists():
         raise ConfigError(
             f"{aside} exists: a start that was killed has put the run there that {directory} held. Move it back, or "
             "remove it."
         )
+    if not (directory / RUN).exists():
+        yield _nothing
+        return
     with locked(directory):
         directory.rename(aside)
+    if linked:
+        directory.mkdir()
 
     def remove() -> None:
         shutil.rmtree(aside)

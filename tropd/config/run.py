@@ -80,6 +80,10 @@ class Run(Settings):
             raise ConfigError(f"there is no file {path}.{there}")
         name, flags = method_flag(flags)
         values = with_sections(cls, read_toml(path), flags)
+        # Several teachers and the column that chooses among them make sense only together.
+        column, flags = take(flags, r"data\.teacher[-_]column")
+        for value in column.values():
+            values["data"] = {**values.get("data", {}), "teacher_column": value}
         run = cls._read(values, str(path), path.parent)
         if name not in (None, run.method.name):
             run = cls._read({**values, "method": {"name": name}}, f"--method {name}", path.parent)
@@ -105,18 +109,20 @@ class Run(Settings):
 
     def _changed(self, flags: Sequence[str]) -> Run:
         """The run as flags change it."""
-        method, teachers = self.method, self.teachers
+        method = self.method
         if isinstance(method, NamedMethod):
             asked, flags = take(flags, r"method\..+")
             method = replace(method, knobs=with_knobs(method.knobs, asked, "method"))
-        asked, flags = take(flags, r"teacher\.knobs\..+")
-        teacher = replace(self.teacher, knobs=with_knobs(self.teacher.knobs, asked, "teacher.knobs"))
-        for name, one in self.teachers.items():
-            asked, flags = take(flags, rf"teachers\.{re.escape(name)}\.knobs\..+")
-            knobs = with_knobs(one.knobs, asked, f"teachers.{name}.knobs")
-            teachers = {**teachers, name: replace(one, knobs=knobs)}
-        run: Run = replace(self, teacher=teacher, teachers=teachers)
-        run = read_flags(AvoidSubcommands[Run], flags, "tropd train RUN.toml", default=run)
+        asked_of: dict[str, Mapping[str, Any]] = {}
+        for whose in ("teacher", *(f"teachers.{name}" for name in self.teachers)):
+            asked_of[whose], flags = take(flags, rf"{re.escape(whose)}\.knobs\..+")
+        run: Run = read_flags(AvoidSubcommands[Run], flags, "tropd train RUN.toml", default=self)
+
+        def knobbed(teacher: TeacherConfig, whose: str) -> TeacherConfig:  # which flags may have made another one
+            return replace(teacher, knobs=with_knobs(teacher.knobs, asked_of[whose], f"{whose}.knobs"))
+
+        teachers = {name: knobbed(teacher, f"teachers.{name}") for name, teacher in run.teachers.items()}
+        run = replace(run, teacher=knobbed(run.teacher, "teacher"), teachers=teachers)
         run = replace(run, method=method) if isinstance(method, NamedMethod) else run
         run.check_complete()
         return run.located()

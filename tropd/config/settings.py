@@ -25,7 +25,7 @@ from tropd.config.stages import (
     RunEvalConfig,
 )
 from tropd.errors import ConfigError
-from tropd.methods import TrOPD
+from tropd.methods import Method, TrOPD
 from tropd.types import Sampling
 
 Part = Literal["student", "teacher", "method", "grader", "prompts", "held_out"]
@@ -72,12 +72,13 @@ class Settings(Ranged):
     trackers: tuple[Literal["trackio", "wandb", "tensorboard"], ...] = ()
 
     def __post_init__(self) -> None:
-        sections: dict[str, Any] = {"student": StudentConfig, "data": DataConfig, "teacher": TeacherConfig}
-        for name, cls in sections.items():
-            if isinstance(path := getattr(self, name), str | Path):
-                object.__setattr__(self, name, cls(path=str(path)))
-        of = {name: TeacherConfig(path=str(x)) if isinstance(x, str | Path) else x for name, x in self.teachers.items()}
-        object.__setattr__(self, "teachers", of)
+        for name in ("student", "data", "teacher"):
+            object.__setattr__(self, name, _section(_SECTIONS[name], getattr(self, name)))
+        if isinstance(self.teachers, dict):
+            of = {name: _section(TeacherConfig, teacher) for name, teacher in self.teachers.items()}
+            object.__setattr__(self, "teachers", of)
+        object.__setattr__(self, "output", str(self.output) if isinstance(self.output, Path) else self.output)
+        _check_kinds(self)
         method = read_method(as_table(self.method), "method") if isinstance(self.method, str) else named(self.method)
         object.__setattr__(self, "method", method)
         super().__post_init__()
@@ -119,6 +120,43 @@ class Settings(Ranged):
     def sampling(self) -> Sampling:
         """How rollouts are drawn: asked for, else prescribed by the method, else from the student itself."""
         return self.rollout.sampling or self.method.sampling or Sampling()
+
+
+_SECTIONS: dict[str, type] = {
+    "student": StudentConfig,
+    "data": DataConfig,
+    "teacher": TeacherConfig,
+    "teachers": dict,
+    "rollout": RolloutConfig,
+    "optimizer": OptimizerConfig,
+    "evaluation": RunEvalConfig,
+    "checkpoint": CheckpointConfig,
+    "alarms": AlarmConfig,
+    "parallel": ParallelConfig,
+    "output": str,
+}
+_OBJECTS = {"student": "student", "teacher": "teacher", "data": "prompts", "grader": "grader"}
+"""What `train` takes as objects, by the names of the sections."""
+
+
+def _section(cls: type, value: Any) -> Any:
+    """A path stands for its section."""
+    return cls(path=str(value)) if isinstance(value, str | Path) else value
+
+
+def _check_kinds(run: Settings) -> None:
+    """In Python anything can be given for a section."""
+    asked = {name: (getattr(run, name), cls) for name, cls in _SECTIONS.items()}
+    if isinstance(run.teachers, dict):
+        asked |= {f"teachers.{name}": (teacher, TeacherConfig) for name, teacher in run.teachers.items()}
+    asked |= {"method": (run.method, Method | str), "grader": (run.grader, str | None)}
+    for name, (value, kind) in asked.items():
+        if not isinstance(value, kind):
+            said = f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+            part = _OBJECTS.get(name)
+            instead = f" Objects are for train(run, {part}=...)." if part else ""
+            right = getattr(kind, "__name__", "name") if name != "method" else "method, such as OPD(), or its name"
+            raise ConfigError(f"{name} is {said}. Give a {right}.{instead}")
 
 
 def _check(run: Settings) -> None:

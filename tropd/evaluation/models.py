@@ -44,7 +44,9 @@ def evaluate(
     """
     named = isinstance(model, str | Path)
     run = Run.load(Path(model) / "run.toml") if named and is_run(Path(model)) else None
-    settings = settings or settings_of(run)
+    settings = settings_of(run) if settings is None else settings
+    if not isinstance(settings, EvalConfig):
+        raise ConfigError(f"settings: a {type(settings).__name__} was given. Give an EvalConfig.")
     if grader is not None:
         settings = dataclasses.replace(settings, grader=grader if isinstance(grader, str) else None)
     else:

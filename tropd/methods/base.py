@@ -40,7 +40,9 @@ class Method(Ranged):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.objective, self.rollout, self.sampling  # refuse now what its parts refuse
+        objective, _, _ = self.objective, self.rollout, self.sampling  # refuse now what its parts refuse
+        if not isinstance(objective, Objective):
+            raise ConfigError(f"method {type(self).__name__}: its objective is {objective!r}. Give an Objective.")
 
     @property
     def objective(self) -> Objective:

@@ -11,9 +11,11 @@ What is given is a record of what has happened: to change it changes nothing.  O
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from tropd.errors import ConfigError
 from tropd.types import StepRecord
 
 
@@ -32,3 +34,12 @@ class Callback:
 
     def on_end(self, folder: Path) -> None:
         """The run is over, finished or stopped; `folder` is the run's."""
+
+
+def checked(callbacks: Any) -> Sequence[Callback]:
+    """Refuse before the start what could be called at no event."""
+    given = callbacks if isinstance(callbacks, Sequence) else [callbacks]
+    for one in [callback for callback in given if not isinstance(callback, Callback)]:
+        said = f"the class {one.__name__}" if isinstance(one, type) else f"a {type(one).__name__}"
+        raise ConfigError(f"callbacks: {said} was given. Give a list of objects of tropd.Callback.")
+    return tuple(given)

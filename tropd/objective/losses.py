@@ -22,7 +22,7 @@ from tropd.objective.evidence import Needs, StudentView, Tokens
 from tropd.objective.rewards import LogRatio
 from tropd.objective.support import Outside, Support, add_bucket, expected_gap, log_mixture, on_support
 from tropd.objective.targets import Target
-from tropd.objective.terms import Reward, TokenLoss
+from tropd.objective.terms import Reward, TokenLoss, check_piece
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class PolicyGradient(TokenLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_piece(self.reward, Reward, "the reward of a policy gradient")
         if self.clip is not None and self.cap is not None:
             raise ConfigError("a policy gradient takes a PPO `clip` or an importance `cap`, not both.")
 

@@ -36,6 +36,8 @@ class Objective:
     terms: tuple[Term, ...]
 
     def __init__(self, *terms: Term) -> None:
+        for wrong in [term for term in terms if not isinstance(term, Term)] or ([] if terms else [None]):
+            raise ConfigError(f"an objective is made of {wrong!r}. Give it terms: Objective(Term(...), ...).")
         names = [term.name for term in terms]
         if len(set(names)) != len(names):
             raise ConfigError(f"two terms of one objective share a name: {', '.join(names)}.")

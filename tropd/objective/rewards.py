@@ -17,7 +17,7 @@ from torch import Tensor
 from tropd.base.ranges import Finite, Positive, PositiveShare, Range, Share
 from tropd.objective.evidence import Needs, Tokens, at_least_float32
 from tropd.objective.measures import padded
-from tropd.objective.terms import Context, Reach, Reward
+from tropd.objective.terms import Context, Reach, Reward, check_piece
 from tropd.types import Author
 
 
@@ -33,6 +33,8 @@ class chain(Reward):
     links: tuple[Reward, ...]
 
     def __init__(self, *links: Reward) -> None:
+        for link in links:
+            check_piece(link, Reward, "a link of a chain of rewards")
         object.__setattr__(self, "links", links)
 
     def __call__(self, reward_N: Tensor, tokens: Tokens, context: Context) -> Tensor:

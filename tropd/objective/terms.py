@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal, Protocol
 from torch import Tensor
 
 from tropd.base.ranges import Finite, Ranged
+from tropd.errors import ConfigError
 from tropd.objective.evidence import Needs, StudentView, Tokens
 from tropd.objective.schedules import Schedule
 
@@ -194,6 +195,13 @@ class TokenLoss(Piece):
         raise NotImplementedError
 
 
+def check_piece(piece: Any, kind: type[Piece], what: str) -> None:
+    """Refuse where it is made what could only fail where it is used."""
+    if not isinstance(piece, kind):
+        said = f"the class {piece.__name__}" if isinstance(piece, type) else f"a {type(piece).__name__}"
+        raise ConfigError(f"{what} is {said}. Give an object of a {kind.__name__}.")
+
+
 Over = Literal["actions", "student", "teacher", "members", "sequences"]
 """What a term's sum is divided by: all trained tokens of the batch; those the student wrote; those the teacher wrote;
 the selector's own weights; or per sequence and then over sequences (a mean of means, where a paper says so)."""
@@ -214,6 +222,11 @@ class Term(Ranged):
     loss: TokenLoss
     weight: Finite | Schedule = 1.0
     over: Over = "actions"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_piece(self.where, Selector, f"term {self.name!r}: where")
+        check_piece(self.loss, TokenLoss, f"term {self.name!r}: loss")
 
     @property
     def needs(self) -> Needs:

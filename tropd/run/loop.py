@@ -42,7 +42,7 @@ class Training:
     def __init__(self, parts: Parts, directory: Path, callbacks: Sequence[Callback], display: Display) -> None:
         self.parts, self.run, self.world, self.directory = parts, parts.run, parts.world, directory
         self.state, self.alarms = State(Source(parts)), Alarms(parts.run.alarms)
-        self.callbacks = tuple(callbacks) if parts.world.leads else ()
+        self.callbacks = callbacks if parts.world.leads else ()
         self.display = display
         self.records: RecordWriter | NoRecords = NoRecords()
         self.trackers: Sequence[Tracker] = ()

@@ -24,7 +24,7 @@ from tropd.distributed.ranks import ALONE, Ranks
 from tropd.doctor import quick_checks
 from tropd.errors import CheckpointError, ConfigError, Interrupted, require
 from tropd.methods import Method
-from tropd.monitoring.callbacks import Callback
+from tropd.monitoring.callbacks import Callback, checked
 from tropd.monitoring.display import Display, Silent, evaluation_text, make_display
 from tropd.monitoring.ranks import NoRecords
 from tropd.monitoring.records import RecordWriter
@@ -59,6 +59,9 @@ def train(
     A start that fails leaves no folder.  `overwrite` replaces the run in the folder once the new run has begun.  After
     a signal the step finishes, a checkpoint is saved, and Interrupted is raised.
     """
+    if not isinstance(run, Run):
+        raise ConfigError(f"a {type(run).__name__} was given to train. Give a Run: Run(...), or Run.load('run.toml').")
+    callbacks = checked(callbacks)
     run, given = take(run, _objects(student, teacher, method, grader, prompts, held_out))
     run.check_complete()
     directory = Path(run.output)
@@ -93,6 +96,7 @@ def resume(
     that `train` got.
     """
     directory = Path(directory)
+    callbacks = checked(callbacks)
     if not (directory / RUN).exists():
         raise ConfigError(f"{directory} holds no run.toml, so there is nothing to resume. Name the folder of a run.")
     objects = _objects(student, teacher, method, grader, prompts, held_out)

@@ -76,6 +76,13 @@ def take_again(run: Run, directory: Path, objects: Mapping[Part, Any]) -> tuple[
     if extra := [part for part in there if part not in run.given]:
         raise ConfigError(f"{directory} has its {' and '.join(extra)} in run.toml, and goes on with that: give none.")
     new, given = take(run, objects)
+    if "grader" in run.given and not isinstance(objects["grader"], str):
+        given = dataclasses.replace(given, grader=objects["grader"])  # whatever its name is by now
+    if named := [part for part in run.given if part != "method" and getattr(given, part) is None]:
+        raise ConfigError(
+            f"{directory} was given its {' and '.join(named)} as an object in Python. Give such an object again, not a "
+            "name or a path."
+        )
     new = dataclasses.replace(run, method=new.method)
     if new.fingerprint() != run.fingerprint():
         raise ConfigError(f"{directory} was begun with another method than {new.method}. Give that with its knobs.")
@@ -92,7 +99,7 @@ def _student(run: Run, value: Any) -> tuple[tuple[Any, Any], Any]:
             f"student: {frozen} of the model's tensors are frozen, but all of them would be trained. Say so with "
             "model.requires_grad_(True), or train an adapter with a [student.lora] section."
         )
-    path = source_of(model) if run.student.path == GIVEN else run.student.path
+    path = source_of(model) or run.student.path
     own = source_of(tokenizer)
     config = dataclasses.replace(run.student, path=path or GIVEN, tokenizer=own if own != path else None)
     return (model, tokenizer), config
