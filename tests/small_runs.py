@@ -165,7 +165,7 @@ def values_of(folder: Path, kind: str = "short", **changes: Any) -> dict[str, An
     """The values of a run's file.  The run's folder is `run` beside the models unless `changes` say `output`."""
     values = copy.deepcopy(KINDS[kind])
     for part in (values["student"], values["teacher"], values["data"], values.get("evaluation", {}).get("data", {})):
-        if part and part["path"] != "base":
+        if part and part["path"] not in ("base", "start"):
             part["path"] = str(folder / part["path"])
     return merged({"output": str(folder / "run"), **values}, changes)
 

@@ -7,7 +7,8 @@ These names are stable:
     EvalConfig, RunEvalConfig, CheckpointConfig, AlarmConfig, ParallelConfig      its sections
     train, resume, evaluate    what is done with it
     TrOPD, OPD, ...            every method; METHODS lists them by name
-    Method, Teacher, Callback  what methods, teachers and callbacks of your own inherit from
+    Method, Teacher, Briefing, Callback      what methods, teachers, briefings and callbacks of your own inherit from
+    WithColumn, WithSystem     what a teacher is told and the student is not
     Objective, Term            what a method is made of; `tropd.objective` has the pieces
     distillation_loss          a method's loss for a training loop of your own
     TropdError                 every refusal
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     from tropd.methods import *  # noqa: F403  # every method
     from tropd.methods import METHODS as METHODS
     from tropd.methods import Method as Method
+    from tropd.methods.briefings import Briefing as Briefing
+    from tropd.methods.briefings import WithColumn as WithColumn
+    from tropd.methods.briefings import WithSystem as WithSystem
     from tropd.monitoring.callbacks import Callback as Callback
     from tropd.objective import Objective as Objective
     from tropd.objective import Term as Term
@@ -61,6 +65,7 @@ _IN = {
     "errors": ("TropdError",),
     "evaluation.models": ("evaluate",),
     "methods": ("METHODS", "Method"),
+    "methods.briefings": ("Briefing", "WithColumn", "WithSystem"),
     "monitoring.callbacks": ("Callback",),
     "objective": ("Objective", "Term", "distillation_loss"),
     "run.start": ("resume", "train"),

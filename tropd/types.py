@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,8 @@ class Prompt:
     """What the grader compares with."""
     teacher: str = "default"
     """Which of several teachers it is for."""
+    told_ids: tuple[int, ...] = ()
+    """What its teacher reads instead of `token_ids`, where the teacher is told more than the student."""
     response_ids: tuple[int, ...] = ()
     """A written answer from the dataset: an off-policy text for prefixes, GKD and SeqKD."""
     columns: Mapping[str, Any] = field(default_factory=dict)
@@ -141,6 +143,22 @@ class Rollout:
     @property
     def response_ids(self) -> tuple[int, ...]:
         return self.token_ids[len(self.prompt.token_ids) :]
+
+    @property
+    def as_told(self) -> Rollout:
+        """The same response behind the prompt that the teacher reads."""
+        told_ids, start = self.prompt.told_ids, len(self.prompt.token_ids)
+        if not told_ids:
+            return self
+        silent = (0.0,) * len(told_ids)
+        return replace(
+            self,
+            prompt=replace(self.prompt, token_ids=told_ids, told_ids=()),
+            token_ids=told_ids + self.response_ids,
+            authors=(Author.CONTEXT,) * len(told_ids) + self.authors[start:],
+            behavior_logprobs=silent + self.behavior_logprobs[start:],
+            model_logprobs=silent + self.model_logprobs[start:] if self.model_logprobs else (),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -37,7 +37,7 @@ def inputs_of(run: Run) -> dict[str, Path]:
     }
     for name, teacher in run.all_teachers.items():
         where = f"teachers.{name}" if run.teachers else "teacher"
-        own = None if teacher.path == "base" else teacher.path
+        own = None if teacher.is_student else teacher.path
         named |= {f"{where}.path": own, f"{where}.tokenizer": teacher.tokenizer}
     there = {name: Path(text).expanduser() for name, text in named.items() if text}
     return {name: path for name, path in there.items() if path.exists()}

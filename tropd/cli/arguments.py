@@ -52,7 +52,9 @@ def without_code(run: Run, trusted: bool) -> tuple[Run, list[str]]:
     run file names, is run only where the command line asks for it."""
     if trusted:
         return run.imported(), []
+    from tropd.config.models import TeacherConfig
     from tropd.methods import NamedMethod
+    from tropd.methods.briefings import OwnBriefing
 
     models = {"student": run.student, "teacher": run.teacher} | {
         f"teachers.{name}": x for name, x in run.teachers.items()
@@ -60,7 +62,14 @@ def without_code(run: Run, trusted: bool) -> tuple[Run, list[str]]:
     own = {"grader": run.grader, "evaluation.grader": run.evaluation.grader}
     own |= {"method.name": run.method.name if isinstance(run.method, NamedMethod) else None}
     own |= {f"{whose}.path": model.path for whose, model in models.items() if whose != "student"}
-    own = {name: x for name, x in own.items() if x and (is_name(x) or name == "method.name")}
+    own |= {
+        f"{whose}.briefing": model.briefing.kind
+        for whose, model in models.items()
+        if isinstance(model, TeacherConfig) and isinstance(model.briefing, OwnBriefing)
+    }
+    own = {
+        name: x for name, x in own.items() if x and (is_name(x) or name == "method.name" or name.endswith(".briefing"))
+    }
     notes = [
         f"{whose}.trust_remote_code is set, but code of {model.path} is not run here. Read it, then add {TRUST}."
         for whose, model in models.items()
@@ -85,7 +94,7 @@ def with_its_code(run: Run, trusted: bool) -> tuple[Run, list[str]]:
             "examined here. `tropd report`, `watch` and `inspect` read what it left."
         )
     seen, notes = without_code(run, trusted)
-    if needed := [note for note in notes if re.match(r"method\.name|teachers?\.([^ ]+\.)?path", note)]:
+    if needed := [note for note in notes if re.match(r"method\.name|teachers?\.([^ ]+\.)?(path|briefing)", note)]:
         raise ConfigError(" ".join(needed))
     return seen, notes
 

@@ -42,13 +42,21 @@ def main(argv: list[str]) -> int:
         tell(note)
     rollouts = _read(asked.rollouts)
     from tropd.data.graders import grade
+    from tropd.methods.briefings import AsStudent
     from tropd.objective.evidence import Needs
     from tropd.run.start import assemble
     from tropd.teachers.teacher import ScoreRequest
 
     with tempfile.TemporaryDirectory() as folder:
         parts = assemble(run, Path(folder))
-        scores = parts.teacher.score(ScoreRequest(rollouts))
+        told = [name for name, x in run.all_teachers.items() if not isinstance(x.briefing, AsStudent)]
+        if untold := [r.id for r in rollouts if r.prompt.teacher in told and not r.prompt.told_ids]:
+            raise DataError(
+                f"the teacher is told more than the student, but {len(untold)} of {len(rollouts)} rollouts, such as "
+                f"{untold[0]}, bring no prompt.told_ids. Take the rollouts of a batch that a run kept, or leave the "
+                "briefing out."
+            )
+        scores = parts.teacher.score(ScoreRequest([rollout.as_told for rollout in rollouts]))
         own = parts.learner.measure(rollouts, Needs.NOTHING, 0)["student_logprobs_N"]
         rewards = grade(parts.grader, rollouts, parts.tokenizer) if parts.grader else None
     student = own.split([len(r.response_ids) for r in rollouts])

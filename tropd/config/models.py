@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
+from pydantic import PlainValidator
 from tyro.conf import Fixed, Suppress
 
 from tropd.base.names import is_name, offered
 from tropd.base.ranges import Count, Positive, Range, Ranged, Seconds
 from tropd.base.reading import shortened
 from tropd.errors import ConfigError
+from tropd.methods.briefings import AsStudent, Briefing, read_briefing
 
 GIVEN = "(given in Python)"
 """Stands in a run file for an object that no file can hold."""
@@ -129,10 +131,12 @@ class StudentConfig(ModelConfig):
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig(ModelConfig):
     path: str = "base"
-    """A folder, a hub id, "base": the student without its adapter (LoRA only), or a teacher of your own, as
-    "package.module:Class" or "file.py:Class"."""
+    """A folder, a hub id, "start": the student before training, "base": the student without its adapter (LoRA only),
+    "student": the student as it is now, or a teacher of your own, as "package.module:Class" or "file.py:Class"."""
     knobs: Annotated[dict[str, Any], Fixed, Suppress] = field(default_factory=dict)
     """What a teacher of your own is made with."""
+    briefing: Annotated[Briefing, PlainValidator(read_briefing), Fixed, Suppress] = AsStudent()
+    """What it is told and the student is not, such as { kind = "column", column = "solution" }."""
     text_cache: bool = True
     """Keep the texts it writes on disk, in the run's folder."""
     score_cache: bool = False
@@ -142,10 +146,18 @@ class TeacherConfig(ModelConfig):
     server: ServerConfig = field(default_factory=ServerConfig)
     """How they are spoken to."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "briefing", read_briefing(self.briefing))
+
     @property
     def is_model(self) -> bool:
         """Whether `path` names a model of transformers."""
-        return self.path != "base" and not self.is_own
+        return not self.is_student and not self.is_own
+
+    @property
+    def is_student(self) -> bool:
+        """Whether its weights are those that are trained: it has none of its own."""
+        return self.path in ("base", "student")
 
     @property
     def is_own(self) -> bool:

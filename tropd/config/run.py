@@ -35,6 +35,7 @@ from tropd.config.stages import (
 from tropd.config.tables import read, to_dict, with_sections
 from tropd.errors import ConfigError
 from tropd.methods import Method, NamedMethod
+from tropd.methods.briefings import OwnBriefing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,11 +158,18 @@ class Run(Settings):
             method=located_method(self.method, folders),
             grader=find(self.grader),
             evaluation=replace(self.evaluation, grader=find(self.evaluation.grader)),
-            teacher=replace(self.teacher, path=located(self.teacher.path, folders)),
-            teachers={name: replace(x, path=located(x.path, folders)) for name, x in self.teachers.items()},
+            teacher=_located(self.teacher, folders),
+            teachers={name: _located(x, folders) for name, x in self.teachers.items()},
         )
 
     def imported(self) -> Run:
         """The run with its method, where that is code of your own: this runs that code."""
         run = self.located()
         return replace(run, method=imported(run.method))
+
+
+def _located(teacher: TeacherConfig, folders: Sequence[Path]) -> TeacherConfig:
+    briefing = teacher.briefing
+    if isinstance(briefing, OwnBriefing):
+        briefing = replace(briefing, kind=located(briefing.kind, folders))
+    return replace(teacher, path=located(teacher.path, folders), briefing=briefing)

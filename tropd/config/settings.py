@@ -26,6 +26,7 @@ from tropd.config.stages import (
 )
 from tropd.errors import ConfigError
 from tropd.methods import Method, TrOPD
+from tropd.methods.briefings import AsStudent
 from tropd.types import Sampling
 
 Part = Literal["student", "teacher", "method", "grader", "prompts", "held_out"]
@@ -102,7 +103,16 @@ class Settings(Ranged):
     @property
     def all_teachers(self) -> dict[str, TeacherConfig]:
         """By the names that prompts have for them."""
-        return self.teachers or {"default": self.teacher}
+        return {name: self._read_from(x) for name, x in (self.teachers or {"default": self.teacher}).items()}
+
+    def _read_from(self, teacher: TeacherConfig) -> TeacherConfig:
+        """The teacher as it is loaded: the student before training is its base, or its files once more."""
+        if teacher.path != "start":
+            return teacher
+        if self.student.lora is not None:
+            return replace(teacher, path="base")
+        names = ("path", "gguf_file", "tokenizer", "revision", "trust_remote_code")
+        return replace(teacher, **{name: getattr(self.student, name) for name in names})
 
     @property
     def teachers_said(self) -> str:
@@ -204,10 +214,21 @@ def _paths(run: Settings) -> dict[str, str | None]:
 
 def _check_teacher(run: Settings) -> None:
     teacher = run.teacher
-    if teacher.path == "base" and teacher.servers:
+    if teacher.path in ("base", "start", "student") and teacher.servers:
         raise ConfigError(
             "teacher.servers names servers, but teacher.path does not say what they serve. Set it to the folder or "
             "hub id of that model: its tokenizer is compared, its weights are not read."
+        )
+    if not isinstance(teacher.briefing, AsStudent) and teacher.server.text == "chat":
+        raise ConfigError(
+            'teacher.server.text is "chat", whose messages are the student\'s, but the teacher is told more. Set '
+            'teacher.server.text = "tokens", or leave the briefing out.'
+        )
+    if teacher.path == "student" and run.optimizer.num_updates > 1:
+        raise ConfigError(
+            f'teacher.path is "student", which changes with every update, but optimizer.num_updates is '
+            f"{run.optimizer.num_updates}: what it said of a batch would be another's. Set it to 1, or teacher.path to "
+            '"start".'
         )
     if teacher.is_own and teacher.servers:
         raise ConfigError(
@@ -221,10 +242,10 @@ def _check_teacher(run: Settings) -> None:
         )
     if teacher.score_cache and not teacher.servers:
         raise ConfigError("teacher.score_cache keeps what servers say, but teacher.servers is empty. Leave it out.")
-    if run.parallel.teacher == "sharded" and teacher.path == "base":
+    if run.parallel.teacher == "sharded" and run.all_teachers["default"].is_student:
         raise ConfigError(
-            'parallel.teacher is "sharded", but teacher.path is "base": that teacher is the student, which every '
-            'process holds. Set parallel.teacher = "replicated".'
+            f'parallel.teacher is "sharded", but teacher.path is "{teacher.path}": that teacher is the student, which '
+            'every process holds. Set parallel.teacher = "replicated".'
         )
     if run.parallel.teacher == "sharded" and teacher.servers:
         raise ConfigError(

@@ -73,6 +73,15 @@ def render(
     return _one_bos(tokenizer.encode(text, add_special_tokens=False), tokenizer)
 
 
+def opening(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, kwargs: Mapping[str, Any] | None = None
+) -> str:
+    """What the template writes to open the assistant's turn after a conversation."""
+    whole, before = (_render_text(messages, tokenizer, kwargs or {}, opened) for opened in (True, False))
+    at = next((n for n, (a, b) in enumerate(zip(whole, before, strict=False)) if a != b), min(len(whole), len(before)))
+    return whole[at:]
+
+
 def encode_plain(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Text to be continued: with the tokens that the tokenizer puts in front, and none behind."""
     ids = tokenizer.encode(text)

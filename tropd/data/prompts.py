@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from tropd.base.reading import nearest
 from tropd.config.stages import DataConfig
 from tropd.data import chat
+from tropd.data.briefer import Briefer
 from tropd.data.rows import Row, Table, open_table, read_scalar, read_text
 from tropd.errors import ConfigError, DataError
 from tropd.types import Message, Prompt
@@ -56,11 +57,17 @@ class _BadRow(DataError):
         self.reason: Reason = reason
 
 
-def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, table: Table | None = None) -> LoadedPrompts:
-    """Every prompt of the data set, and a report on the rows that made none.  `table`: rows given in Python."""
+def load_prompts(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    table: Table | None = None,
+    briefer: Briefer | None = None,
+) -> LoadedPrompts:
+    """Every prompt of the data set, and a report on the rows that made none.  `table`: rows given in Python.
+    `briefer` says what teachers read."""
     if config.streaming:
         raise ConfigError("data.streaming is set, so prompts cannot all be loaded. Use LazyPromptStream, or unset it.")
-    reader = PromptReader(config, tokenizer, table)
+    reader = PromptReader(config, tokenizer, table, briefer)
     prompts = tuple(reader)
     reader.check()
     return LoadedPrompts(prompts=prompts, report=reader.report)
@@ -69,13 +76,22 @@ def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, table: 
 class PromptReader:
     """One pass over the rows, in order, yielding those that make a prompt."""
 
-    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, table: Table | None = None) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        table: Table | None = None,
+        briefer: Briefer | None = None,
+    ) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.table = table or open_table(config.path, split=config.split, name=config.name, streaming=config.streaming)
         self.source = _source_column(config, self.table)
         self.uses_template = bool(tokenizer.chat_template) and config.apply_chat_template
         _check_template_use(config, self.uses_template)
+        self.briefer = briefer
+        if briefer is not None:
+            briefer.check(self.table, self.uses_template)
         self._end_id = chat.response_end_id(tokenizer, self.uses_template)
         self._num_rows = self._num_prompts = 0
         self._skipped: Counter[Reason] = Counter()
@@ -97,7 +113,12 @@ class PromptReader:
                 self._skip("malformed", number, bad)
             else:
                 self._num_prompts += 1
-                yield prompt
+                yield self._briefed(prompt, row, number)
+
+    def _briefed(self, prompt: Prompt, row: Row, number: int) -> Prompt:
+        if self.briefer is None:
+            return prompt
+        return self.briefer.brief(prompt, row, "" if prompt.messages else str(row[self.source]), number)
 
     @property
     def report(self) -> RowReport:

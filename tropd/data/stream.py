@@ -17,6 +17,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tropd.config.stages import DataConfig
+from tropd.data.briefer import Briefer
 from tropd.data.prompts import PromptReader, RowReport
 from tropd.data.rows import Table
 from tropd.errors import DataError
@@ -88,10 +89,16 @@ class PromptStream:
 class LazyPromptStream:
     """Renders rows when they are needed.  Restoring renders the current epoch's rows again, up to the cursor."""
 
-    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, table: Table | None = None) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        table: Table | None = None,
+        briefer: Briefer | None = None,
+    ) -> None:
         self._config, self._tokenizer = config, tokenizer
         self._first_report: RowReport | None = None
-        self._reader = PromptReader(config, tokenizer, table)
+        self._reader = PromptReader(config, tokenizer, table, briefer)
         self._start_epoch(0)
 
     @property
@@ -143,7 +150,7 @@ class LazyPromptStream:
 
     def _start_epoch(self, visit: int) -> None:
         self._visit, self._position, self._fingerprint = visit, 0, ""
-        self._reader = PromptReader(self._config, self._tokenizer, self._reader.table)
+        self._reader = PromptReader(self._config, self._tokenizer, self._reader.table, self._reader.briefer)
         self._prompts: Iterator[Prompt] = iter(self._reader)
 
 
@@ -151,7 +158,8 @@ def name_of(prompt: Prompt) -> str:
     """A hash of all that a run reads of a prompt: an id may stay the same when its row changes."""
     read = (prompt.token_ids, prompt.answer, prompt.teacher, prompt.response_ids)
     columns = json.dumps(dict(prompt.columns), sort_keys=True, default=lambda value: type(value).__name__)
-    return _fingerprint([prompt.id, repr(read), columns])
+    told = [repr(prompt.told_ids)] if prompt.told_ids else []
+    return _fingerprint([prompt.id, repr(read), columns, *told])
 
 
 def _fingerprint(parts: Sequence[str]) -> str:

@@ -23,8 +23,9 @@ from tropd.doctor.method import (
 from tropd.doctor.prompts import check_graders, check_lengths, check_prompts, check_unknown
 from tropd.doctor.servers import check_servers
 from tropd.doctor.subject import Subject, read_subject, subject_of
-from tropd.doctor.texts import check_generation, check_stops, check_templates, check_tokenizers
+from tropd.doctor.texts import check_briefing, check_generation, check_stops, check_templates, check_tokenizers
 from tropd.errors import ConfigError, TropdError
+from tropd.methods.briefings import AsStudent
 from tropd.model.loading import model_fingerprint
 from tropd.version import outside
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 Look = Callable[[Subject], Iterator[Check]]
 
-OF_A_TEACHER: tuple[Look, ...] = (check_tokenizers, check_stops, check_templates)
+OF_A_TEACHER: tuple[Look, ...] = (check_tokenizers, check_stops, check_templates, check_briefing)
 """Checks that run for each teacher."""
 
 QUICK: tuple[Look, ...] = (
@@ -138,7 +139,8 @@ def _measure(run: Run, num_prompts: int, max_new_tokens: int) -> list[Check]:
 
 def _same_weights(parts: Parts) -> Iterator[Check]:
     models = {name: teacher.forward.model for name, teacher in parts.teacher.teachers.items() if teacher.forward}
-    others = {name: model for name, model in models.items() if model is not parts.model}
+    told = {name for name, x in parts.run.all_teachers.items() if not isinstance(x.briefing, AsStudent)}
+    others = {name: model for name, model in models.items() if model is not parts.model and name not in told}
     if not others:  # nothing to compare with, and reading all weights takes its time
         return
     alike = warning(

@@ -144,7 +144,8 @@ def _write(parts: Parts, prompts: Sequence[tuple[Prompt, int]], policy: RolloutP
 def _diagnose(parts: Parts, teacher: Teacher, rollouts: list[Rollout], limit: int) -> Diagnosis:
     """The numbers of both models for these answers, as probes."""
     top_k = min(parts.run.method.objective.teacher_top_k or _TOP_K, parts.vocab_size)
-    request = ScoreRequest(rollouts, _EVIDENCE & teacher.capabilities, top_k=top_k)
+    as_told = [rollout.as_told for rollout in rollouts]
+    request = ScoreRequest(as_told, _EVIDENCE & teacher.capabilities, top_k=top_k)
     tokens = make_tokens(rollouts, parts.run.seed, parts.learner.device, parts.vocab_size)
     tokens = add_scores(tokens, rollouts, teacher.score(request), request.needs)
     sampler_N = tokens.peek("student_logprobs_N")
@@ -167,7 +168,7 @@ def _diagnose(parts: Parts, teacher: Teacher, rollouts: list[Rollout], limit: in
         stop_ratios=ratio_N[ends_S].tolist(),
         other_ratio=other,
         sampler_gap=(float(gap_N.mean()), float(gap_N.max())),
-        repeat_gap=_repeat(teacher, rollouts),
+        repeat_gap=_repeat(teacher, as_told),
     )
 
 

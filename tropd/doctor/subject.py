@@ -12,6 +12,7 @@ from tropd.config.models import ModelConfig, TeacherConfig
 from tropd.config.run import Run
 from tropd.config.stages import DataConfig
 from tropd.data import chat
+from tropd.data.briefer import Briefer
 from tropd.data.graders import Grader, resolve_grader
 from tropd.data.prompts import load_prompts
 from tropd.data.stream import LazyPromptStream, PromptStream
@@ -151,7 +152,8 @@ def read_subject(run: Run) -> tuple[Subject | None, list[Check]]:
     eval_grader = grader if judge == run.grader else attempt("grader", lambda: resolve_grader(judge or ""))
     if student is None:
         return None, checks
-    prompts = attempt("data", lambda: _read_prompts(run.data, student, checks, "data"))
+    briefer = attempt("briefing", lambda: _briefer(run, student, teachers))
+    prompts = attempt("data", lambda: _read_prompts(run.data, student, checks, "data", briefer))
     data = run.evaluation.data
     held_out: tuple[Prompt, ...] | None = ()
     if data is not None:
@@ -201,12 +203,20 @@ def _read_side(config: ModelConfig, whose: str) -> Side:
     return Side(whose=whose, tokenizer=tokenizer, config=found.get_text_config(), generation=generation)
 
 
-def _read_prompts(data: DataConfig, student: Side, checks: list[Check], name: str) -> tuple[Prompt, ...]:
+def _briefer(run: Run, student: Side, sides: Mapping[str, Side | None]) -> Briefer:
+    contexts = {name: (side or student).context for name, side in sides.items()}
+    tokenizers = {name: side and side.tokenizer for name, side in sides.items()}
+    return Briefer(run.all_teachers, run.data, student.tokenizer, tokenizers, contexts, run.rollout.max_new_tokens)
+
+
+def _read_prompts(
+    data: DataConfig, student: Side, checks: list[Check], name: str, briefer: Briefer | None = None
+) -> tuple[Prompt, ...]:
     if data.streaming:
-        stream = LazyPromptStream(data, student.tokenizer)
+        stream = LazyPromptStream(data, student.tokenizer, briefer=briefer)
         prompts, report = tuple(prompt for prompt, _ in stream.next(STREAMED)), stream.report
     else:
-        loaded = load_prompts(data, student.tokenizer)
+        loaded = load_prompts(data, student.tokenizer, briefer=briefer)
         prompts, report = loaded.prompts, loaded.report
     example = str(student.tokenizer.decode(list(prompts[0].token_ids)))
     shown = f"{data.path}: {report}\nthe first prompt as the student reads it: {example[:300]!r}"

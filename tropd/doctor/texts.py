@@ -21,6 +21,7 @@ def check_tokenizers(subject: Subject) -> Iterator[Check]:
     num_tokens = len(student.tokenizer.get_vocab())
     if teacher is None:
         whose = "is your own" if subject.run.teacher.is_own else "is the base under the student's adapter"
+        whose = "is the student itself" if subject.run.teacher.path == "student" else whose
         yield ok("tokenizers", f"{num_tokens} tokens; the teacher {whose}")
     else:
         try:
@@ -62,6 +63,7 @@ def check_stops(subject: Subject) -> Iterator[Check]:
     names = ", ".join(map(student.token, own))
     if teacher is None:
         whose = "your own" if subject.run.teacher.is_own else "the student's base"
+        whose = "the student" if subject.run.teacher.path == "student" else whose
         yield ok("stop tokens", f"answers end with {names}; the teacher is {whose}")
         return
     other = teacher.stop_ids
@@ -131,6 +133,21 @@ def check_templates(subject: Subject) -> Iterator[Check]:
 def _rendered(side: Side, messages: tuple[Message, ...], subject: Subject) -> str:
     ids = chat.render(messages, side.tokenizer, kwargs=subject.run.data.chat_template_kwargs)
     return str(side.tokenizer.decode(list(ids)))
+
+
+def check_briefing(subject: Subject) -> Iterator[Check]:
+    """A prompt as the student reads it, and as its teacher does."""
+    prompt = next((prompt for prompt in subject.prompts if prompt.told_ids), None)
+    if prompt is not None:
+        student, teacher = (
+            str(subject.student.tokenizer.decode(list(ids))) for ids in (prompt.token_ids, prompt.told_ids)
+        )
+        lengths = sorted(len(prompt.told_ids) for prompt in subject.prompts)
+        yield ok(
+            "briefing",
+            f"the teacher is told more, in prompts of {lengths[0]} to {lengths[-1]} tokens; a prompt\n"
+            f"as the student reads it: {student!r}\nas the teacher reads it: {teacher!r}",
+        )
 
 
 def check_generation(subject: Subject) -> Iterator[Check]:

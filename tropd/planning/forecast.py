@@ -153,7 +153,7 @@ def make_forecast(run: Run, device: Device, num_devices: int = 1) -> Forecast:
         raise ConfigError("training would refuse this run: " + " ".join(map(str, lengths)))
     where = torch.device(device.kind)
     texts, need = texts_of(run, subject), need_of(subject, where)
-    numbers = parameters_of(run.teacher) if subject.teacher else 0
+    numbers = parameters_of(run.all_teachers["default"]) if subject.teacher else 0
     student, teacher = sizes_of(subject, need, numbers, where)
     held = {"rollout": (run.rollout.servers, need.student), "teacher": (run.teacher.servers, numbers * teacher.width)}
     share = need_of(subject, where, num_devices)

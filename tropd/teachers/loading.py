@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from tropd.base.names import find as find_name
 from tropd.base.names import made
 from tropd.config.models import TeacherConfig
 from tropd.config.run import Run
+from tropd.data.briefer import Briefer
 from tropd.data.stream import LazyPromptStream, PromptStream
 from tropd.distributed.ranks import Ranks
 from tropd.errors import ConfigError, DataError, EngineError, TeacherError, TropdError
@@ -51,9 +53,9 @@ class TeacherParts:
     """Whether there are several teachers."""
     config: TeacherConfig
     tokenizer: Any = None
-    """None for the base under the student's adapter."""
+    """None for the student and its base."""
     model: Any = None
-    """None for the base, and if servers hold it."""
+    """None for the student and its base, and if servers hold it."""
     served: ServedTeacher | None = None
     own: Teacher | None = None
     """A teacher of the user's own."""
@@ -111,8 +113,13 @@ def find(run: Run, tokenizer: PreTrainedTokenizerBase, given: Any = None) -> lis
     several = bool(run.teachers)
     teachers = [TeacherParts(name=name, several=several, config=x) for name, x in run.all_teachers.items()]
     for teacher in teachers:
-        if teacher.config.path == "base":
+        if teacher.config.is_student:
             continue
+        if run.teachers.get(teacher.name, run.teacher).path == "start" and "student" in run.given:
+            raise ConfigError(
+                'teacher.path is "start", whose files are the student\'s, but the student was given in Python. Give a '
+                "copy of it as the teacher, or set student.path."
+            )
         with teacher.named():
             teacher.given = given is not None
             if isinstance(given, Teacher):
@@ -154,7 +161,7 @@ def load(teachers: Sequence[TeacherParts], device: torch.device) -> None:
     for teacher in teachers:
         if teacher.given and teacher.model is not None:
             teacher.model = teacher.model.to(device).eval()
-        elif teacher.config.path != "base" and not teacher.config.servers and teacher.own is None:
+        elif not teacher.config.is_student and not teacher.config.servers and teacher.own is None:
             with teacher.named():
                 teacher.model = load_model(teacher.config, "teacher", device)
 
@@ -194,9 +201,23 @@ def engage(
             ready[teacher.name] = teacher.own
         elif teacher.model is not None:
             ready[teacher.name] = LocalTeacher(teacher.model, name=teacher.name, vocab_size=vocab_size, tiling=tiling)
+        elif teacher.config.path == "student":
+            ready[teacher.name] = LocalTeacher(
+                student, name=teacher.name, vocab_size=vocab_size, tiling=tiling, within=nullcontext
+            )
         else:
             ready[teacher.name] = base_as_teacher(student, name=teacher.name, vocab_size=vocab_size, tiling=tiling)
     return Engaged(teacher=Routed(ready) if teachers[0].several else ready["default"], notes=tuple(notes))
+
+
+def briefer_of(
+    run: Run, teachers: Sequence[TeacherParts], engaged: Teacher, tokenizer: PreTrainedTokenizerBase
+) -> Briefer:
+    """Adds to prompts what those teachers read that are told more than the student; `tokenizer` is the student's."""
+    singles = engaged.teachers
+    contexts = {x.name: singles[x.name].context if x.name in singles else engaged.context for x in teachers}
+    tokenizers = {x.name: x.tokenizer for x in teachers}
+    return Briefer(run.all_teachers, run.data, tokenizer, tokenizers, contexts, run.rollout.max_new_tokens)
 
 
 def origin_of_teacher(teacher: TeacherParts) -> Origin:
@@ -251,10 +272,10 @@ def _own_writer(teacher: Teacher, run: Run) -> Engine:
 
 
 def _local_writer(teacher: TeacherParts, run: Run, student: Any, size: int) -> Engine:
-    """The teacher's own model, or the student with its adapter switched off."""
-    model, within = (
-        (student, lambda: without_adapter(student)) if teacher.model is None else (teacher.model, nullcontext)
-    )
+    """The teacher's own model, or the student as it is or with its adapter switched off."""
+    model, within = student if teacher.model is None else teacher.model, nullcontext
+    if teacher.config.path == "base" and teacher.model is None:
+        within = partial(without_adapter, student)
     return TeacherEngine(TransformersEngine(model, vocab_size=size, max_batch=run.rollout.max_batch), within)
 
 

@@ -15,6 +15,7 @@ import torch
 from tropd.base.names import shown
 from tropd.config.run import Run
 from tropd.config.stages import DataConfig
+from tropd.data.briefer import Briefer
 from tropd.data.chat import stop_ids
 from tropd.data.graders import Grader, resolve_grader
 from tropd.data.prompts import load_prompts
@@ -94,7 +95,9 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE, given: Given = N
     engine = _engine(run, model, tokenizer, size, directory, world)
     with ExitStack() as opened:
         opened.callback(engine.close)
-        stream, notes = _open_stream(run, tokenizer, _shortest(learner.forward, engine, engaged.teacher), given.prompts)
+        briefer = loading.briefer_of(run, teachers, engaged.teacher, tokenizer)
+        shortest = _shortest(learner.forward, engine, engaged.teacher)
+        stream, notes = _open_stream(run, tokenizer, shortest, given.prompts, briefer)
         held_out, eval_notes = _held_out(run, tokenizer, _shortest(learner.forward, engine), given.held_out)
         origins = world.first(_origins(run, (loaded, tokenizer), teachers, held_out, given) if world.leads else {})
         texts = directory / world.own_name(loading.TEXTS)
@@ -129,7 +132,7 @@ def _origins(
         origins = {"student": origin_of_objects(*student, weights=frozen)}
     else:
         origins = {"student": origin_of(run.student, student[0] if frozen else None)}
-    origins |= {t.origin: loading.origin_of_teacher(t) for t in teachers if t.config.path != "base"}
+    origins |= {t.origin: loading.origin_of_teacher(t) for t in teachers if not t.config.is_student}
     return origins | ({"held-out prompts": prompts_origin(map(name_of, held_out))} if held_out else {})
 
 
@@ -167,6 +170,11 @@ def _shards(run: Run, model: Any, world: Ranks) -> Shards | None:
     """The sharded student, if there are several processes and no adapter, which would make sharding pointless."""
     if not shards_student(run, world):
         return None
+    if any(teacher.path == "student" for teacher in run.all_teachers.values()):
+        raise ConfigError(
+            'teacher.path is "student", but several processes share one student in parts, whose whole is gone while it '
+            'is trained. Set parallel.student = "replicated", or teacher.path = "start".'
+        )
     from tropd.distributed.sharding import Shards, check_torch
 
     check_torch()
@@ -212,12 +220,12 @@ def _limit_prompts(data: DataConfig, context: int | None, max_new_tokens: int, s
 
 
 def _open_stream(
-    run: Run, tokenizer: PreTrainedTokenizerBase, context: int | None, table: Table | None
+    run: Run, tokenizer: PreTrainedTokenizerBase, context: int | None, table: Table | None, briefer: Briefer
 ) -> tuple[PromptStream | LazyPromptStream, list[str]]:
     data = _limit_prompts(run.data, context, run.rollout.max_new_tokens, "rollout")
     if data.streaming:
-        return LazyPromptStream(data, tokenizer, table), []
-    loaded = load_prompts(data, tokenizer, table)
+        return LazyPromptStream(data, tokenizer, table, briefer), []
+    loaded = load_prompts(data, tokenizer, table, briefer)
     notes, number = [f"{data.path}: {loaded.report}"], loading.share_prompts(run, loaded.prompts)
     if run.teachers:
         notes.append("prompts for " + ", ".join(f"teacher {name!r}: {n}" for name, n in number.items()))

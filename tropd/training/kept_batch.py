@@ -77,6 +77,7 @@ def _rollout(values: dict[str, Any]) -> Rollout:
                 **{
                     **prompt,
                     "token_ids": tuple(prompt["token_ids"]),
+                    "told_ids": tuple(prompt.get("told_ids", ())),
                     "response_ids": tuple(prompt["response_ids"]),
                     "messages": tuple(Message(**m) for m in prompt["messages"]),
                 }

@@ -123,7 +123,8 @@ class Source:
         if not objective.needs & OF_TEACHER:
             return Written(rollouts=rollouts)
         try:
-            scores = parts.teacher.score(ScoreRequest(rollouts, objective.needs, top_k=objective.teacher_top_k))
+            as_told = [rollout.as_told for rollout in rollouts]
+            scores = parts.teacher.score(ScoreRequest(as_told, objective.needs, top_k=objective.teacher_top_k))
         except TeacherError as error:
             log.warning("%s It is asked again when the step comes.", error)
             scores = None

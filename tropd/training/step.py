@@ -134,8 +134,8 @@ def score(
 ) -> ScoredBatch:
     """Join everything known about the rollouts.  `recall`: plan from the student as it is now, not as it will be.
     `scores` are the teacher's, where it has been asked already.  `as_read` are the rollouts as the teacher reads them,
-    where another prompt stands before the same responses."""
-    as_read = tuple(as_read or rollouts)
+    with another prompt before the same responses; by default as prompts say (`Rollout.as_told`)."""
+    as_read = tuple(as_read or (rollout.as_told for rollout in rollouts))
     context = context or Context()
     tokens = make_tokens(rollouts, seed, learner.device, learner.vocab_size)
     if context.world.size > 1:  # groups are numbered on each rank, and no group is on two

@@ -1,0 +1,166 @@
+"""A briefing is read, told or refused before the first step."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tropd
+from tests.small_runs import run_of, save_model, write_rows
+from tests.tiny import CHAT_TEMPLATE, byte_tokenizer, tiny_model
+from tests.told import COLUMN, told, write_world
+from tropd.cli.main import main
+from tropd.config.run import Run
+from tropd.data import chat
+from tropd.doctor import examine
+from tropd.errors import CheckpointError, ConfigError, DataError
+from tropd.methods.briefings import Briefing, OwnBriefing, WithColumn, WithSystem
+from tropd.training.assembly import load_parts
+from tropd.types import Message
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Twice(Briefing):
+    """Says everything as often as asked."""
+
+    times: int = 2
+
+    def messages(self, messages: tuple[Message, ...], row: Any) -> tuple[Message, ...]:
+        return tuple(replace(message, content=message.content * self.times) for message in messages)
+
+
+def test_a_briefing_of_ones_own_is_found_by_its_name(world: Path, tmp_path: Path) -> None:
+    run = told(world, {"kind": f"{__file__}:Twice", "knobs": {"times": 3}})
+    assert isinstance(run.teacher.briefing, OwnBriefing) and Run.from_dict(tomllib.loads(run.dump())) == run
+    parts = load_parts(run, tmp_path)
+    prompt = parts.stream.next(1)[0][0]
+    thrice = Message(role="user", content=prompt.messages[0].content * 3)
+    assert prompt.told_ids == chat.render((thrice,), parts.tokenizer)
+    given = replace(run, teacher=replace(run.teacher, briefing=Twice(times=3)))
+    assert given.teacher.briefing.knobs == {"times": 3}  # type: ignore[attr-defined]
+    assert load_parts(given, tmp_path).stream.next(1)[0][0].told_ids == prompt.told_ids
+
+
+def test_a_teacher_that_opens_its_turn_otherwise_is_refused_with_both_ends(world: Path, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("%}<|assistant|>", "%}<|assistant|>So: ")
+    save_model(tmp_path / "thinking", tokenizer=tokenizer)
+    run = replace(told(world), teacher=replace(told(world).teacher, path=str(tmp_path / "thinking")))
+    with pytest.raises(ConfigError, match=r"student's prompt ends with .*<.assistant.>', the teacher's .*So: '"):
+        load_parts(run, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("briefing", "says"),
+    [
+        ({"kind": "column"}, "needs column, which has no default"),
+        ({"kind": "colum", "column": "x"}, "did you mean 'column'"),
+        ({"kind": "column", "colum": "x"}, "no knob 'colum'"),
+        ({"column": "x"}, "a table with its kind"),
+        ({**COLUMN, "template": "{prompt} {solution} {value}"}, r"has the field \{solution\}"),
+        ({**COLUMN, "template": "{value}"}, r"has no \{prompt\}"),
+        ({**COLUMN, "template": "{prompt} {value} {"}, "cannot be read"),
+        ({"kind": "system", "text": " "}, "which is no text"),
+    ],
+)
+def test_a_briefing_that_cannot_be_read_is_refused(world: Path, briefing: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        told(world, briefing)
+
+
+@pytest.mark.parametrize(
+    ("briefing", "data", "says"),
+    [
+        ({**COLUMN, "column": "solutoin"}, {}, r"has none \(did you mean 'solution'\?\)"),
+        ({**COLUMN, "column": "hint"}, {}, r"row 2: .* nothing in 'hint'"),
+        ({"kind": "column", "column": "long"}, {}, r"row 1: .* its prompt has \d+ tokens, and at most 244 leave room"),
+        (COLUMN, {"apply_chat_template": False}, r"\{prompt\} has to be the end of briefing.template"),
+        ({"kind": "system", "text": "x"}, {"apply_chat_template": False}, "without a chat template"),
+    ],
+)
+def test_what_cannot_be_told_is_refused_at_the_start(
+    world: Path, tmp_path: Path, briefing: Any, data: Any, says: str
+) -> None:
+    rows = [
+        {"prompt": f"{n}+1=", "answer": str(n + 1), "solution": "so", "hint": ["yes", ""][n], "long": "word " * 60}
+        for n in range(2)
+    ]
+    run = told(world, briefing, data={"path": str(write_rows(tmp_path / "rows.jsonl", rows)), **data})
+    with pytest.raises((ConfigError, DataError), match=says):
+        load_parts(run, tmp_path)
+    assert any(check.level == "error" for check in examine(run, num_prompts=0))
+
+
+def test_plain_text_is_told_in_front_of_the_prompt(world: Path, tmp_path: Path) -> None:
+    run = told(world, {**COLUMN, "template": "{value}. {prompt}"}, data={"apply_chat_template": False})
+    parts = load_parts(run, tmp_path)
+    prompt = parts.stream.next(1)[0][0]
+    said = f"{prompt.columns['solution']}. {parts.tokenizer.decode(list(prompt.token_ids))}"
+    assert parts.tokenizer.decode(list(prompt.told_ids)) == said
+
+
+def test_a_system_text_joins_the_one_that_is_there() -> None:
+    turns = (Message(role="system", content="a"), Message(role="user", content="b"))
+    assert WithSystem(text="c").messages(turns, {})[0].content == "a\n\nc"
+    assert WithSystem(text="c").messages(turns[1:], {})[0] == Message(role="system", content="c")
+
+
+def test_the_default_template_holds_the_prompt_and_the_column() -> None:
+    (told,) = WithColumn(column="x").messages((Message(role="user", content="1+1? {a}"),), {"x": "two: \\boxed{2}"})
+    assert told.content.startswith("1+1? {a}") and "\\boxed{2}" in told.content
+
+
+def test_a_server_that_is_told_messages_of_the_student_is_refused(world: Path) -> None:
+    section = {"servers": ["http://127.0.0.1:1"], "server": {"text": "chat"}}
+    with pytest.raises(ConfigError, match="whose messages are the student's"):
+        told(world, teacher_section=section)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"teacher": {"path": "start", "servers": ["http://x"]}}, "does not say what they serve"),
+        ({"teacher": {"path": "student", "servers": ["http://x"]}}, "does not say what they serve"),
+        ({"teacher": {"path": "student"}, "optimizer": {"num_updates": 2}}, "changes with every update"),
+        ({"teacher": {"path": "student"}, "parallel": {"teacher": "sharded"}}, "that teacher is the student"),
+    ],
+)
+def test_what_the_student_cannot_be_as_its_teacher_is_refused(world: Path, changes: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        run_of(world, {"name": "opd"}, **changes)
+
+
+def test_a_student_given_in_python_has_no_files_to_start_from_again(world: Path, tmp_path: Path) -> None:
+    run = run_of(world, {"name": "opd"}, teacher={"path": "start"}, output=str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match="but the student was given in Python"):
+        tropd.train(run, student=(tiny_model(tied=True), byte_tokenizer()))
+
+
+def test_a_copy_whose_files_changed_is_no_longer_the_student_before(tmp_path: Path) -> None:
+    write_world(tmp_path)
+    output = tmp_path / "run"
+    run = run_of(tmp_path, {"name": "opd"}, kind="quick", teacher={"path": "start"}, output=str(output), steps=1)
+    tropd.train(run)
+    save_model(tmp_path / "student", seed=3)
+    with pytest.raises(CheckpointError, match="teacher"):
+        tropd.resume(output, steps=2)
+
+
+def test_code_of_a_briefing_waits_for_leave(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(told(world, {"kind": f"{__file__}:Twice"}).dump())
+    assert main(["doctor", str(path), "--sample-prompts", "0"]) == 2
+    printed = capsys.readouterr()
+    said = " ".join((printed.out + printed.err).replace("│", " ").split())
+    assert "teacher.briefing" in said and "--trust-code" in said
+    main(["doctor", str(path), "--sample-prompts", "0", "--trust-code"])
+    assert "as the teacher reads it" in capsys.readouterr().out

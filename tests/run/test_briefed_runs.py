@@ -1,0 +1,43 @@
+"""A run whose teacher is told more than the student is killed and goes on exactly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import run_case
+from tests.kills import kill_at, recorded
+from tests.small_runs import write_run
+from tests.told import COLUMN, write_world
+
+CASES: dict[str, dict[str, Any]] = {
+    "another model, prefixes": {"teacher": {"briefing": COLUMN}},
+    "the student before": {"teacher": {"path": "start", "briefing": COLUMN}, "method": {"name": "jsd"}},
+    "the student now": {"teacher": {"path": "student", "briefing": COLUMN}, "method": {"name": "jsd"}},
+    "the base": {
+        "student": {"lora": {"rank": 4, "alpha": 8}},
+        "teacher": {"path": "start", "briefing": COLUMN},
+        "method": {"name": "opd"},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.mark.parametrize(("case", "streaming"), [*((case, False) for case in CASES), ("the base", True)])
+def test_a_told_run_that_is_killed_goes_on_bit_for_bit(world: Path, tmp_path: Path, case: str, streaming: bool) -> None:
+    data = {"path": str(world / "told.jsonl"), "streaming": streaming}
+    changes = {"steps": 4, "data": data, "rollout": {"save_every": 1}, "checkpoint": {"every": 1}, **CASES[case]}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    ended = run_case.train(write_run(world, whole, "quick", **changes), whole)
+    assert ended.code == 0, ended.said
+    kill_at(write_run(world, killed, "quick", **changes), killed, [(recorded(2), 0.0)])
+    assert run_case.trace(killed) == run_case.trace(whole)
+    losses = [json.loads(line).get("loss") for line in (whole / "records.jsonl").read_text().splitlines()]
+    assert any(losses)

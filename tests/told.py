@@ -1,0 +1,50 @@
+"""Small runs whose teacher is told more than the student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.small_runs import run_of, save_model, write_models, write_rows
+from tropd.config.run import Run
+from tropd.training.assembly import Parts
+from tropd.training.source import Source
+from tropd.training.step import score
+from tropd.types import Rollout
+
+COLUMN = {"kind": "column", "column": "solution", "template": "{prompt} ({value})"}
+
+
+def write_world(folder: Path, family: str = "qwen3") -> Path:
+    """Models, and sums with the way to them."""
+    write_models(folder, family)
+    save_model(folder / "copy", family=family, seed=0)
+    rows = [
+        {"prompt": f"{a}+{b}=", "answer": str(a + b), "solution": f"{b} after {a}", "kind": ("even", "odd")[b % 2]}
+        for a in range(3)
+        for b in range(3)
+    ]
+    write_rows(folder / "told.jsonl", rows)
+    return folder
+
+
+def told(world: Path, briefing: Any = COLUMN, teacher: str = "copy", **changes: Any) -> Run:
+    method = changes.pop("method", {"name": "opd"})
+    section = {"path": str(world / teacher), "briefing": briefing, **changes.pop("teacher_section", {})}
+    data = {"path": str(world / "told.jsonl"), **changes.pop("data", {})}
+    return run_of(world, method, kind="quick", **{"teacher": section, "data": data, **changes})
+
+
+def by_hand(model: Any, ids: tuple[int, ...], response: tuple[int, ...], size: int) -> torch.Tensor:
+    """log p(response | ids), token by token, from one plain forward pass."""
+    with torch.no_grad():
+        logits = model(torch.tensor([[*ids, *response]])).logits[0, len(ids) - 1 : -1, :size].float()
+    return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+
+
+def scored(parts: Parts) -> tuple[list[Rollout], Any]:
+    rollouts = Source(parts).take(0).rollouts
+    batch = score(rollouts, parts.run.method.objective, parts.teacher, parts.learner, seed=0, recall=True)
+    return rollouts, batch
