@@ -49,6 +49,7 @@ GOLDEN: dict[str, tuple[float, float]] = {
     "minillm": (1.028096346, 0.2326460527),
     "seqkd": (0.9866619538, 0.1275357457),
     "topd": (-0.2065321307, 0.1119107552),
+    "opsd": (0.191482248, 0.01585034217),
 }
 """Loss and gradient norm of every method with its defaults, at a third of training."""
 

@@ -15,7 +15,7 @@ from tests.told import COLUMN, write_world
 
 CASES: dict[str, dict[str, Any]] = {
     "another model, prefixes": {"teacher": {"briefing": COLUMN}},
-    "the student before": {"teacher": {"path": "start", "briefing": COLUMN}, "method": {"name": "jsd"}},
+    "the student before": {"teacher": {"path": "start", "briefing": COLUMN}, "method": {"name": "opsd"}},
     "the student now": {"teacher": {"path": "student", "briefing": COLUMN}, "method": {"name": "jsd"}},
     "the base": {
         "student": {"lora": {"rank": 4, "alpha": 8}},

@@ -27,6 +27,7 @@ from tropd.methods.mopd import MOPD as MOPD
 from tropd.methods.opd_plus import OPDPlus as OPDPlus
 from tropd.methods.classics import GKD as GKD, MiniLLM as MiniLLM, SeqKD as SeqKD
 from tropd.methods.topd import TOPD as TOPD
+from tropd.methods.opsd import OPSD as OPSD
 # isort: on
 
 
