@@ -101,3 +101,8 @@ def test_flags_alone_make_the_base_of_an_adapter_the_teacher_or_name_several(tmp
 def test_a_flag_of_no_section_is_refused_by_its_name(run_toml: Path) -> None:
     with pytest.raises(ConfigError, match="--student.lorra.rank"):
         Run.load(run_toml, ["--student.lorra.rank", "4"])
+
+
+def test_the_folder_of_a_run_in_place_of_its_file_is_told(run_toml: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is the folder of a run. Give its file: .*run.toml"):
+        Run.load(run_toml.parent)

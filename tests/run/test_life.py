@@ -177,3 +177,14 @@ def test_a_run_that_a_killed_start_set_aside_is_not_forgotten(models: Path, tmp_
     (tmp_path / "run.replaced").mkdir()
     with pytest.raises(ConfigError, match="run.replaced exists: a start that was killed has put the run there"):
         trained(written(models, tmp_path / "run"), overwrite=True)
+
+
+def test_a_closed_pipe_ends_a_run_as_it_ends_every_command(models: Path, tmp_path: Path) -> None:
+    path = written(models, tmp_path / "run", steps=400)
+    command = [sys.executable, "-m", "tropd", "train", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == 141 and "Traceback" not in process.stderr.read()
+    process.stderr.close()

@@ -21,6 +21,10 @@ class PrintableConsole(Console):
             else:
                 yield Segment(printable(segment.text, lines=True), segment.style)
 
+    def on_broken_pipe(self) -> None:
+        """Let the command say how it ended; rich would leave with code 1 and no word."""
+        raise
+
 
 def tell(text: str) -> None:
     """Print text with its control characters escaped; line breaks stay."""

@@ -79,6 +79,8 @@ class Run(Settings):
             near = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
             there = f" TOML files there: {', '.join(near)}." if near else ""
             raise ConfigError(f"there is no file {path}.{there}")
+        if (path / "run.toml").is_file():
+            raise ConfigError(f"{path} is the folder of a run. Give its file: {path / 'run.toml'}.")
         name, flags = method_flag(flags)
         values = with_sections(cls, read_toml(path), flags)
         # Several teachers and the column that chooses among them make sense only together.
