@@ -24,6 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tropd.config.alarms import AlarmConfig as AlarmConfig
+    from tropd.config.briefings import Briefing as Briefing
+    from tropd.config.briefings import WithColumn as WithColumn
+    from tropd.config.briefings import WithSystem as WithSystem
     from tropd.config.models import LoraConfig as LoraConfig
     from tropd.config.models import ServerConfig as ServerConfig
     from tropd.config.models import StudentConfig as StudentConfig
@@ -41,9 +44,6 @@ if TYPE_CHECKING:
     from tropd.methods import *  # noqa: F403  # every method
     from tropd.methods import METHODS as METHODS
     from tropd.methods import Method as Method
-    from tropd.methods.briefings import Briefing as Briefing
-    from tropd.methods.briefings import WithColumn as WithColumn
-    from tropd.methods.briefings import WithSystem as WithSystem
     from tropd.monitoring.callbacks import Callback as Callback
     from tropd.objective import Objective as Objective
     from tropd.objective import Term as Term
@@ -65,7 +65,7 @@ _IN = {
     "errors": ("TropdError",),
     "evaluation.models": ("evaluate",),
     "methods": ("METHODS", "Method"),
-    "methods.briefings": ("Briefing", "WithColumn", "WithSystem"),
+    "config.briefings": ("Briefing", "WithColumn", "WithSystem"),
     "monitoring.callbacks": ("Callback",),
     "objective": ("Objective", "Term", "distillation_loss"),
     "run.start": ("resume", "train"),

@@ -138,11 +138,11 @@ def test_of_two_runs_that_begin_in_one_folder_one_is_refused_and_the_other_keeps
 
 def test_the_lock_is_there_before_the_first_byte_and_goes_with_its_holder(work: Path) -> None:
     run, directory = run_at(work, str(work / "run")), work / "run"
-    with begun(run, directory) as settle:
+    with begun(run, directory) as place:
         before = everything(directory)
         with pytest.raises(CheckpointError, match="another process is at work"):
             train(run_at(work, str(directory)))
-        settle()
+        place.settle()
         with pytest.raises(CheckpointError, match="another process is at work"):
             resume(directory)
         assert everything(directory) == {RUN: before[BEGUN]}

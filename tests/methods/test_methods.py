@@ -52,7 +52,7 @@ def test_the_knobs_without_a_source_exist():
 
 def test_every_file_of_a_method_is_in_the_list():
     in_files = {f.stem for f in Path(inspect.getfile(METHODS["opd"])).parent.glob("*.py")}
-    other = {"__init__", "base", "briefings", "describe", "drafts", "explain", "policies"}
+    other = {"__init__", "base", "describe", "drafts", "explain", "policies"}
     assert {inspect.getmodule(cls).__name__.split(".")[-1] for cls in METHODS.values()} == in_files - other
 
 

@@ -87,6 +87,11 @@ class StopAt(Callback):
         self.heard.append(("end", folder.name))
 
 
+class Failing(Callback):
+    def on_evaluation(self, step: int, numbers: Mapping[str, float]) -> None:
+        raise KeyError("before the first step")
+
+
 def test_a_callback_hears_of_everything_and_may_stop_the_run(models: Path, tmp_path: Path) -> None:
     callback = StopAt(3)
     assert trained(written(models, tmp_path / "run"), callbacks=[callback]) == tmp_path / "run"
@@ -130,6 +135,9 @@ def test_an_overwritten_run_comes_back_if_the_new_one_does_not_begin(models: Pat
     bad = written(models, directory, steps=1, student={"path": str(tmp_path / "nothing")})
     with pytest.raises(ConfigError):
         trained(bad, overwrite=True)
+    assert before == {p: p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+    with pytest.raises(KeyError):  # of a callback, in the first step of the new run's evaluation
+        trained(written(models, directory, steps=2), overwrite=True, callbacks=[Failing()])
     assert before == {p: p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
     trained(written(models, directory, steps=2), overwrite=True)
     assert len(read_records(directory / "records.jsonl").steps) == 2

@@ -13,6 +13,7 @@ import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -82,12 +83,29 @@ def check_place(run: Run, directory: Path) -> None:
         )
 
 
+def nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """A folder that a new run has."""
+
+    settle: Callable[[], None]
+    """It holds a run from here on."""
+    forget: Callable[[], None]
+    """What it held before is not needed any more: the run has a step of its own."""
+
+
+NOTHING_BEGUN = Begun(settle=nothing, forget=nothing)
+"""Of the other processes of a run."""
+
+
 @contextmanager
-def begun(run: Run, directory: Path, *, overwrite: bool = False) -> Iterator[Callable[[], None]]:
-    """A new folder for a run, locked from before the first byte until the block ends.  It becomes a run's folder
-    when the yielded function is called.  If the block fails before anything was trained, only texts and scores of
-    teachers stay, and an overwritten run comes back."""
-    with _set_aside(directory) if overwrite else nullcontext(_nothing) as replaced:
+def begun(run: Run, directory: Path, *, overwrite: bool = False) -> Iterator[Begun]:
+    """A new folder for a run, locked from before the first byte until the block ends.  If the block fails before
+    anything was trained, only texts and scores of teachers stay, and an overwritten run comes back."""
+    with _set_aside(directory) if overwrite else nullcontext(nothing) as forget:
         check_place(run, directory)
         created = [path for path in (directory, *directory.parents) if not path.exists()]
         with writing(directory):  # before models are read, so that a full disk is told at once
@@ -97,14 +115,13 @@ def begun(run: Run, directory: Path, *, overwrite: bool = False) -> Iterator[Cal
         def settle() -> None:
             with writing(directory):
                 (directory / BEGUN).replace(directory / RUN)  # the lock is the file's, whatever its name
-            replaced()
 
         try:
             check_place(run, directory)  # another process may have been faster
             with writing(directory):
                 os.ftruncate(handle, 0)
                 os.write(handle, run.dump().encode())
-            yield settle
+            yield Begun(settle=settle, forget=forget)
         except BaseException:
             if not _has_steps(directory):
                 _clear(directory)
@@ -143,7 +160,7 @@ def _set_aside(directory: Path) -> Iterator[Callable[[], None]]:
             "remove it."
         )
     if not (directory / RUN).exists():
-        yield _nothing
+        yield nothing
         return
     with locked(directory):
         directory.rename(aside)
@@ -151,18 +168,14 @@ def _set_aside(directory: Path) -> Iterator[Callable[[], None]]:
         directory.mkdir()
 
     def remove() -> None:
-        shutil.rmtree(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
     try:
         yield remove
     finally:
-        if aside.exists():  # the new run has not begun
+        if aside.exists() and not _has_steps(directory):
             shutil.rmtree(directory, ignore_errors=True)
             aside.rename(directory)
-
-
-def _nothing() -> None:
-    pass
 
 
 def _has_steps(directory: Path) -> bool:

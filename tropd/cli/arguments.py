@@ -52,9 +52,9 @@ def without_code(run: Run, trusted: bool) -> tuple[Run, list[str]]:
     run file names, is run only where the command line asks for it."""
     if trusted:
         return run.imported(), []
+    from tropd.config.briefings import OwnBriefing
     from tropd.config.models import TeacherConfig
     from tropd.methods import NamedMethod
-    from tropd.methods.briefings import OwnBriefing
 
     models = {"student": run.student, "teacher": run.teacher} | {
         f"teachers.{name}": x for name, x in run.teachers.items()

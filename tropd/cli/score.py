@@ -41,8 +41,8 @@ def main(argv: list[str]) -> int:
     for note in notes:
         tell(note)
     rollouts = _read(asked.rollouts)
+    from tropd.config.briefings import AsStudent
     from tropd.data.graders import grade
-    from tropd.methods.briefings import AsStudent
     from tropd.objective.evidence import Needs
     from tropd.run.start import assemble
     from tropd.teachers.teacher import ScoreRequest

@@ -13,8 +13,8 @@ from tyro.conf import Fixed, Suppress
 from tropd.base.names import is_name, offered
 from tropd.base.ranges import Count, Positive, Range, Ranged, Seconds
 from tropd.base.reading import shortened
+from tropd.config.briefings import AsStudent, Briefing, read_briefing
 from tropd.errors import ConfigError
-from tropd.methods.briefings import AsStudent, Briefing, read_briefing
 
 GIVEN = "(given in Python)"
 """Stands in a run file for an object that no file can hold."""

@@ -20,6 +20,7 @@ from tyro.conf import AvoidSubcommands
 from tropd.base.names import located
 from tropd.base.reading import check_path, read_toml
 from tropd.config.alarms import AlarmConfig
+from tropd.config.briefings import OwnBriefing
 from tropd.config.flags import method_flag, read_flags, take, with_knobs
 from tropd.config.methods import imported, located_method, read_method
 from tropd.config.models import StudentConfig, TeacherConfig
@@ -35,7 +36,6 @@ from tropd.config.stages import (
 from tropd.config.tables import read, to_dict, with_sections
 from tropd.errors import ConfigError
 from tropd.methods import Method, NamedMethod
-from tropd.methods.briefings import OwnBriefing
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from tropd.base.names import shown
 from tropd.base.ranges import Count, Ranged, Whole
 from tropd.base.reading import check_path, printable
 from tropd.config.alarms import AlarmConfig
+from tropd.config.briefings import AsStudent
 from tropd.config.methods import MethodTable, as_table, named, read_method
 from tropd.config.models import GIVEN, ModelConfig, StudentConfig, TeacherConfig, base_url
 from tropd.config.stages import (
@@ -26,7 +27,6 @@ from tropd.config.stages import (
 )
 from tropd.errors import ConfigError
 from tropd.methods import Method, TrOPD
-from tropd.methods.briefings import AsStudent
 from tropd.types import Sampling
 
 Part = Literal["student", "teacher", "method", "grader", "prompts", "held_out"]

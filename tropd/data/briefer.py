@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tropd.base.reading import nearest
+from tropd.config.briefings import AsStudent, Briefing, OwnBriefing
 from tropd.config.models import TeacherConfig
 from tropd.config.stages import DataConfig
 from tropd.data import chat
 from tropd.data.rows import Row, Table
 from tropd.errors import ConfigError, DataError
-from tropd.methods.briefings import AsStudent, Briefing, OwnBriefing
 from tropd.types import Message, Prompt
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tropd.config.briefings import AsStudent
 from tropd.config.run import Run
 from tropd.doctor.check import Check, error, ok, warning
 from tropd.doctor.cost import check_disk, check_memory
@@ -25,7 +26,6 @@ from tropd.doctor.servers import check_servers
 from tropd.doctor.subject import Subject, read_subject, subject_of
 from tropd.doctor.texts import check_briefing, check_generation, check_stops, check_templates, check_tokenizers
 from tropd.errors import ConfigError, TropdError
-from tropd.methods.briefings import AsStudent
 from tropd.model.loading import model_fingerprint
 from tropd.version import outside
 

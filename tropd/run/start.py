@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 
 from tropd.base.names import shown
 from tropd.checkpoints import checkpoint as checkpoints
-from tropd.checkpoints.run_folder import RUN, begun, check_inputs, locked, rewritten
+from tropd.checkpoints.run_folder import NOTHING_BEGUN, RUN, begun, check_inputs, locked, rewritten
 from tropd.config.run import Run
 from tropd.config.settings import Part
 from tropd.config.tables import to_dict
@@ -34,6 +34,7 @@ from tropd.run.signals import stop_on_signals
 from tropd.run.state import State
 from tropd.training.assembly import Parts, load_parts, shards_student
 from tropd.training.given import NOTHING_GIVEN, Given, take, take_again
+from tropd.types import StepRecord
 from tropd.version import __version__
 
 
@@ -66,13 +67,13 @@ def train(
     run.check_complete()
     directory = Path(run.output)
     with together(run, directory) as world, ExitStack() as stack:
-        settle = stack.enter_context(begun(run, directory, overwrite=overwrite)) if world.leads else _nothing
+        place = stack.enter_context(begun(run, directory, overwrite=overwrite)) if world.leads else NOTHING_BEGUN
         world.wait()  # the folder is this run's
         parts = assemble(run, directory, world, given)
         world.wait()  # every process has passed its checks
         stack.enter_context(_closing(parts))
-        settle()
-        state = _go(parts, directory, None, display, callbacks)
+        place.settle()
+        state = _go(parts, directory, None, display, (_AtFirstStep(place.forget), *callbacks))
     return _over(state, directory, run.steps)
 
 
@@ -136,8 +137,13 @@ def _objects(student: Any, teacher: Any, method: Any, grader: Any, prompts: Any,
     }
 
 
-def _nothing() -> None:
-    pass
+class _AtFirstStep(Callback):
+    def __init__(self, forget: Callable[[], None]) -> None:
+        self.forget = forget
+
+    def on_step(self, record: StepRecord) -> None:
+        if record.step == 0:
+            self.forget()
 
 
 def _checkpoint_of(run: Run, directory: Path, step: int | None, world: Ranks) -> checkpoints.Checkpoint | None:

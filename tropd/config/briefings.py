@@ -140,7 +140,10 @@ def read_briefing(value: Any) -> Briefing:
         return _named(value)
     table = {"kind": value} if isinstance(value, str) else value
     if not isinstance(table, Mapping) or not isinstance(table.get("kind"), str):
-        raise ConfigError("a briefing is a table with its kind, such as { kind = 'column', column = 'solution' }.")
+        raise ConfigError(
+            f"teacher.briefing is {value!r}, but a briefing is a table with its kind, such as "
+            "{ kind = 'column', column = 'solution' }."
+        )
     kind, knobs = table["kind"], {name: x for name, x in table.items() if name != "kind"}
     if kind in BRIEFINGS:
         return made(BRIEFINGS[kind], knobs, f"briefing {kind!r}")
