@@ -45,6 +45,6 @@ def main(argv: list[str]) -> int:
     if asked.print:
         print(lines(launch), end="")
         return 0
-    from tropd.distributed.ray import run_on_ray
+    from tropd.distributed.ray_cluster import run_on_ray
 
     return run_on_ray(launch, asked.address)

@@ -1,6 +1,6 @@
 """Commands that start the processes of a run: for torchrun and SLURM, and for the servers in its file.
 
-`tropd.distributed.ray` starts the same commands on a Ray cluster.  A process does not know its launcher.
+`tropd.distributed.ray_cluster` starts the same commands on a Ray cluster.  A process does not know its launcher.
 """
 
 from __future__ import annotations
