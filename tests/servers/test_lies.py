@@ -107,7 +107,9 @@ def test_what_is_wrong_is_said_with_both_numbers(folder: Path, reference: Known,
         "parity": ("a token at the beginning", True),
         "repeats": ("noise of every answer", False),
     }[words]
-    said = "look drawn at temperature 1.5, by" if words == "draws" else r"nats(.|\n)*\n  \w+ -\d(.|\n)*\n  \w+ -\d"
+    # Which other way of drawing explains 256 tokens best depends on the tokens.
+    drawn = "look drawn (at temperature 1.5|from outside the top-k, mostly), by"
+    said = drawn if words == "draws" else r"nats(.|\n)*\n  \w+ -\d(.|\n)*\n  \w+ -\d"
     caught = pytest.raises(TeacherRefused, match=rf"^teacher default: {words}: (.|\n)*{said}")
     with Liar(folder, rows=ROWS[lie], everywhere=everywhere, **SHORT) as server, caught:
         teacher_at(server.url, reference=reference)
