@@ -90,3 +90,22 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.small_runs import write_models  # here, so that a broken package ends the session in its own way
 
     return write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def stopped(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run stopped after step 5, with checkpoints of 2, 3 (the best), 4 and 5.  Copy it before touching it."""
+    from tests import run_case
+    from tests.small_runs import write_run
+    from tropd.checkpoints.checkpoint import steps_kept
+
+    directory = tmp_path_factory.mktemp("stopped") / "run"
+    path = write_run(models, directory, checkpoint={"keep": 9})
+    ended = run_case.train(path, directory, stop_after=5)
+    assert ended.code == 0 and steps_kept(directory) == [2, 3, 4, 5], ended.said
+    return directory
+
+
+@pytest.fixture
+def copied(stopped: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(stopped, tmp_path / "run"))

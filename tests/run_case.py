@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from tropd.base.fast_paths import TAKEN
+from tropd.checkpoints import checkpoint as checkpoints
 
 LIMIT_SECONDS = 300.0
 """Far above what a run takes on a busy machine: only a run that hangs comes to it."""
@@ -152,6 +153,13 @@ def _carry_out(order: Order, log: Path) -> None:
         sys.exit(1)
     finally:
         log.with_suffix(".paths").write_text(json.dumps(sorted(TAKEN)))
+
+
+def loadable(directory: Path) -> list[int]:
+    """The steps of a run's checkpoints, each of which can be loaded."""
+    steps = checkpoints.steps_kept(directory)
+    assert [checkpoints.load(checkpoints.place_of(directory, step)).step for step in steps] == steps
+    return steps
 
 
 def num_recorded(directory: Path) -> int:

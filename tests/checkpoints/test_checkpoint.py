@@ -15,33 +15,13 @@ import pytest
 import torch
 
 from tests import run_case
+from tests.run_case import loadable
 from tests.small_runs import save_model, write_run
 from tests.tiny import tiny_model
 from tropd.checkpoints import checkpoint as checkpoints
 from tropd.checkpoints.trained import load_checkpoint
 from tropd.errors import CheckpointError, ConfigError
 from tropd.run import start
-
-
-@pytest.fixture(scope="session")
-def stopped(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run stopped after step 5, with checkpoints of 2, 3 (the best), 4 and 5.  Copy it before touching it."""
-    directory = tmp_path_factory.mktemp("stopped") / "run"
-    path = write_run(models, directory, checkpoint={"keep": 9})
-    ended = run_case.train(path, directory, stop_after=5)
-    assert ended.code == 0 and checkpoints.steps_kept(directory) == [2, 3, 4, 5], ended.said
-    return directory
-
-
-@pytest.fixture
-def copied(stopped: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(stopped, tmp_path / "run"))
-
-
-def loadable(directory: Path) -> list[int]:
-    steps = checkpoints.steps_kept(directory)
-    assert [checkpoints.load(checkpoints.place_of(directory, step)).step for step in steps] == steps
-    return steps
 
 
 def flip(path: Path, position: int) -> None:

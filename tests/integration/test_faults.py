@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import resource
-import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import run_case
-from tests.run_case import Order
+from tests.run_case import Order, loadable
 from tests.small_runs import save_model, write_run
 from tests.tiny import VOCAB, byte_tokenizer, tiny_model
 from tropd.checkpoints import checkpoint as checkpoints
@@ -29,27 +28,6 @@ from tropd.errors import CheckpointError, ConfigError
 from tropd.monitoring.records import read_records
 from tropd.run import start
 from tropd.training.kept_batch import load_batch
-
-
-@pytest.fixture(scope="session")
-def stopped(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run stopped after step 5, with checkpoints of 2, 3 (the best), 4 and 5.  Copy it before touching it."""
-    directory = tmp_path_factory.mktemp("stopped") / "run"
-    path = write_run(models, directory, checkpoint={"keep": 9})
-    ended = run_case.train(path, directory, stop_after=5)
-    assert ended.code == 0 and checkpoints.steps_kept(directory) == [2, 3, 4, 5], ended.said
-    return directory
-
-
-@pytest.fixture
-def copied(stopped: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(stopped, tmp_path / "run"))
-
-
-def loadable(directory: Path) -> list[int]:
-    steps = checkpoints.steps_kept(directory)
-    assert [checkpoints.load(checkpoints.place_of(directory, step)).step for step in steps] == steps
-    return steps
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
