@@ -23,10 +23,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tropd.briefings.briefing import Briefing as Briefing
+    from tropd.briefings.briefing import WithColumn as WithColumn
+    from tropd.briefings.briefing import WithSystem as WithSystem
     from tropd.config.alarms import AlarmConfig as AlarmConfig
-    from tropd.config.briefings import Briefing as Briefing
-    from tropd.config.briefings import WithColumn as WithColumn
-    from tropd.config.briefings import WithSystem as WithSystem
     from tropd.config.models import LoraConfig as LoraConfig
     from tropd.config.models import ServerConfig as ServerConfig
     from tropd.config.models import StudentConfig as StudentConfig
@@ -65,7 +65,7 @@ _IN = {
     "errors": ("TropdError",),
     "evaluation.models": ("evaluate",),
     "methods": ("METHODS", "Method"),
-    "config.briefings": ("Briefing", "WithColumn", "WithSystem"),
+    "briefings.briefing": ("Briefing", "WithColumn", "WithSystem"),
     "monitoring.callbacks": ("Callback",),
     "objective": ("Objective", "Term", "distillation_loss"),
     "run.start": ("resume", "train"),

@@ -13,8 +13,8 @@ import tropd
 from tests.small_runs import run_of, save_model, write_rows
 from tests.tiny import CHAT_TEMPLATE, byte_tokenizer, tiny_model
 from tests.told import COLUMN, told, write_world
+from tropd.briefings.briefing import Briefing, OwnBriefing, WithColumn, WithSystem
 from tropd.cli.main import main
-from tropd.config.briefings import Briefing, OwnBriefing, WithColumn, WithSystem
 from tropd.config.run import Run
 from tropd.data import chat
 from tropd.doctor import examine

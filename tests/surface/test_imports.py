@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 ROOMS = (
-    *("errors", "base", "version", "types", "objective", "methods", "config", "data", "model", "servers"),
+    *("errors", "base", "version", "types", "objective", "briefings", "methods", "config", "data", "model", "servers"),
     *("distributed", "checkpoints", "rollout", "teachers", "evaluation", "monitoring", "report", "training"),
     *("doctor", "planning", "run", "testbeds", "laboratory", "testing", "cli", "__main__"),
 )

@@ -52,7 +52,7 @@ def without_code(run: Run, trusted: bool) -> tuple[Run, list[str]]:
     run file names, is run only where the command line asks for it."""
     if trusted:
         return run.imported(), []
-    from tropd.config.briefings import OwnBriefing
+    from tropd.briefings.briefing import OwnBriefing
     from tropd.config.models import TeacherConfig
     from tropd.methods import NamedMethod
 

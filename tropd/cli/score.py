@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     for note in notes:
         tell(note)
     rollouts = _read(asked.rollouts)
-    from tropd.config.briefings import AsStudent
+    from tropd.briefings.briefing import AsStudent
     from tropd.data.graders import grade
     from tropd.objective.evidence import Needs
     from tropd.run.start import assemble

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import PlainValidator
 
 from tropd.base.names import is_name, located, name_of, offered, shown
+from tropd.base.reading import shortened
 from tropd.config.models import GIVEN
 from tropd.config.tables import read, to_dict
 from tropd.errors import ConfigError
@@ -24,7 +25,9 @@ def as_table(value: Any) -> NamedMethod:
     if isinstance(value, str):
         return NamedMethod(name=value)
     if not isinstance(value, dict) or not isinstance(value.get("name", ""), str):
-        raise ValueError("method is neither the name of a method nor a table with a name and knobs.")
+        raise ValueError(
+            f"method is {value!r}: neither the name of a method nor a table with a name (a text) and knobs."
+        )
     return NamedMethod(name=value.get("name", "tropd"), knobs={k: x for k, x in value.items() if k != "name"})
 
 

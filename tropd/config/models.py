@@ -13,7 +13,7 @@ from tyro.conf import Fixed, Suppress
 from tropd.base.names import is_name, offered
 from tropd.base.ranges import Count, Positive, Range, Ranged, Seconds
 from tropd.base.reading import shortened
-from tropd.config.briefings import AsStudent, Briefing, read_briefing
+from tropd.briefings.briefing import AsStudent, Briefing, read_briefing
 from tropd.errors import ConfigError
 
 GIVEN = "(given in Python)"

@@ -19,8 +19,8 @@ from tyro.conf import AvoidSubcommands
 
 from tropd.base.names import located
 from tropd.base.reading import check_path, read_toml
+from tropd.briefings.briefing import OwnBriefing
 from tropd.config.alarms import AlarmConfig
-from tropd.config.briefings import OwnBriefing
 from tropd.config.flags import method_flag, read_flags, take, with_knobs
 from tropd.config.methods import imported, located_method, read_method
 from tropd.config.models import StudentConfig, TeacherConfig

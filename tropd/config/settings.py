@@ -13,8 +13,8 @@ from tyro.conf import Fixed, Suppress
 from tropd.base.names import shown
 from tropd.base.ranges import Count, Ranged, Whole
 from tropd.base.reading import check_path, printable
+from tropd.briefings.briefing import AsStudent
 from tropd.config.alarms import AlarmConfig
-from tropd.config.briefings import AsStudent
 from tropd.config.methods import MethodTable, as_table, named, read_method
 from tropd.config.models import GIVEN, ModelConfig, StudentConfig, TeacherConfig, base_url
 from tropd.config.stages import (

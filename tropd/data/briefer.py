@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tropd.base.reading import nearest
-from tropd.config.briefings import AsStudent, Briefing, OwnBriefing
+from tropd.briefings.briefing import AsStudent, Briefing, OwnBriefing
 from tropd.config.models import TeacherConfig
 from tropd.config.stages import DataConfig
 from tropd.data import chat

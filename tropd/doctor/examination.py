@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tropd.config.briefings import AsStudent
+from tropd.briefings.briefing import AsStudent
 from tropd.config.run import Run
 from tropd.doctor.check import Check, error, ok, warning
 from tropd.doctor.cost import check_disk, check_memory
