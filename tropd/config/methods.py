@@ -25,9 +25,7 @@ def as_table(value: Any) -> NamedMethod:
     if isinstance(value, str):
         return NamedMethod(name=value)
     if not isinstance(value, dict) or not isinstance(value.get("name", ""), str):
-        raise ValueError(
-            f"method is {value!r}: neither the name of a method nor a table with a name (a text) and knobs."
-        )
+        raise ValueError(f"method is {shortened(str(value))}, neither a name nor a table with a name and knobs.")
     return NamedMethod(name=value.get("name", "tropd"), knobs={k: x for k, x in value.items() if k != "name"})
 
 
