@@ -39,7 +39,8 @@ from tropd.model.tiling import Tiling
 from tropd.objective.terms import Context
 from tropd.teachers.local import LocalTeacher
 from tropd.training.learner import ModelLearner
-from tropd.training.step import score, train_step
+from tropd.training.scoring import score
+from tropd.training.step import train_step
 from tropd.types import Author, Prompt, Rollout
 
 Run = Callable[[], Any]

@@ -18,7 +18,8 @@ from tropd.run.start import assemble
 from tropd.training.assembly import Parts
 from tropd.training.batches import ScoredBatch
 from tropd.training.micro_batch import Seen
-from tropd.training.step import StepSums, recall_needed, score, train_step
+from tropd.training.scoring import score
+from tropd.training.step import StepSums, recall_needed, train_step
 from tropd.types import Rollout
 
 

@@ -10,8 +10,8 @@ import torch
 from tests.small_runs import run_of, save_model, write_models, write_rows
 from tropd.config.run import Run
 from tropd.training.assembly import Parts
+from tropd.training.scoring import score
 from tropd.training.source import Source
-from tropd.training.step import score
 from tropd.types import Rollout
 
 COLUMN = {"kind": "column", "column": "solution", "template": "{prompt} ({value})"}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -173,6 +173,17 @@ class TeacherScores:
     full_logprobs_TV: Tensor | None = None
     hidden_TH: Tensor | None = None
     teacher: str = "default"
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """What else it says of each token, by name: for pieces of your own, which name it in `own_columns`."""
+
+    def silent(self, length: int) -> TeacherScores:
+        """Zeros of the same kinds, for a response that was not read."""
+
+        def zeros(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.new_zeros((length, *x.shape[1:]))
+
+        given = {f.name: zeros(getattr(self, f.name)) for f in fields(self) if f.name not in ("teacher", "columns")}
+        return replace(self, **given, columns={name: zeros(x) for name, x in self.columns.items()})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

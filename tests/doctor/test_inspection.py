@@ -21,7 +21,7 @@ from tropd.run.start import assemble
 from tropd.training.assembly import Parts
 from tropd.training.batches import ScoredBatch
 from tropd.training.kept_batch import save_batch
-from tropd.training.step import score
+from tropd.training.scoring import score
 from tropd.types import Author
 
 STEP = 1

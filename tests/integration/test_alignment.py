@@ -22,7 +22,8 @@ from tropd.teachers.teacher import ScoreRequest
 from tropd.training.assembly import Parts
 from tropd.training.batches import ScoredBatch
 from tropd.training.micro_batch import Seen
-from tropd.training.step import score, train_step
+from tropd.training.scoring import score
+from tropd.training.step import train_step
 from tropd.types import Author, Rollout
 
 ON_POLICY = {"tropd": {"guidance": False}, "gkd": {"student_share": 1.0}}
@@ -147,7 +148,7 @@ def test_a_teacher_that_reads_another_prompt_is_asked_there_for_all_of_its_evide
     parts = parts_of(pair_with_a_copy(tmp_path, "qwen3"), {"name": "tip"}, tokens_per_micro_batch=24)
     rollouts = write(parts)
     objective, read = parts.run.method.objective, told(rollouts)
-    batch = score(rollouts, objective, parts.teacher, parts.learner, seed=0, recall=True, as_read=read)
+    batch = score(rollouts, objective, parts.teacher, parts.learner, seed=0, recall=True, as_read={"teacher": read})
     student_NV, teacher_NV = torch.cat(full_of(parts, rollouts)), torch.cat(full_of(parts, read))
     ids_N = batch.tokens.token_ids_N
     expected_N = (student_NV.exp() * (student_NV - teacher_NV)).sum(-1)
@@ -164,7 +165,7 @@ def test_a_top_k_that_is_asked_for_again_is_that_of_what_the_teacher_reads(tmp_p
     parts = parts_of(pair_with_a_copy(tmp_path), {"name": "full_fkl", "top_k": 8}, tokens_per_micro_batch=48)
     rollouts = write(parts)
     objective, read = parts.run.method.objective, told(rollouts)
-    batch = score(rollouts, objective, parts.teacher, parts.learner, seed=0, recall=False, as_read=read)
+    batch = score(rollouts, objective, parts.teacher, parts.learner, seed=0, recall=False, as_read={"teacher": read})
     left_out = batch.tokens.with_(
         teacher_topk_logprobs_NK=torch.full_like(batch.tokens.teacher_topk_logprobs_NK, NOTHING)
     )

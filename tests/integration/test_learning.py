@@ -22,7 +22,8 @@ from tropd.rollout.stage import roll_out
 from tropd.rollout.transformers import TransformersEngine
 from tropd.teachers.local import LocalTeacher
 from tropd.training.learner import ModelLearner
-from tropd.training.step import recall_needed, score, train_step
+from tropd.training.scoring import score
+from tropd.training.step import recall_needed, train_step
 from tropd.types import Prompt, Rollout, Sampling
 
 NUM_SYMBOLS, STOP, ASK, NEW_TOKENS = 6, 6, 7, 6

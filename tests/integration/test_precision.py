@@ -26,7 +26,8 @@ from tropd.rollout.stage import roll_out
 from tropd.run.start import assemble, resume, train
 from tropd.testbeds import embedded
 from tropd.training.assembly import Parts
-from tropd.training.step import recall_needed, score, train_step
+from tropd.training.scoring import score
+from tropd.training.step import recall_needed, train_step
 
 PAIR = embedded("nano-hard")
 HALVES = ["bfloat16", "float16"]

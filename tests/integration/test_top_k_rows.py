@@ -16,7 +16,7 @@ from tropd.monitoring.sample import sampled_rows
 from tropd.objective import Context, Needs, Objective, PolicyGradient, Selector, Term, Tokens
 from tropd.objective.selectors import STUDENT, as_weight
 from tropd.objective.support import NOTHING
-from tropd.training.step import score
+from tropd.training.scoring import score
 from tropd.types import Author
 
 METHODS = [

@@ -23,7 +23,8 @@ from tropd.teachers.local import LocalTeacher
 from tropd.teachers.teacher import ScoreRequest, Teacher
 from tropd.testing import check_teacher, some_rollouts
 from tropd.training.learner import ModelLearner
-from tropd.training.step import check_evidence, recall_needed, score, train_step
+from tropd.training.scoring import check_evidence, score
+from tropd.training.step import recall_needed, train_step
 
 SHARES = [0.8, 0.2]
 

@@ -15,6 +15,7 @@ from tropd.base.ranges import Count, Positive, Range, Ranged, Seconds
 from tropd.base.reading import shortened
 from tropd.briefings.briefing import AsStudent, Briefing, read_briefing
 from tropd.errors import ConfigError
+from tropd.objective.evidence import READER
 
 GIVEN = "(given in Python)"
 """Stands in a run file for an object that no file can hold."""
@@ -165,3 +166,11 @@ class TeacherConfig(ModelConfig):
         if self.path == GIVEN or is_name(self.path):
             return True
         return not Path(self.path).exists() and self.path in offered("teachers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReaderConfig(TeacherConfig):
+    """Somebody else who reads every response; the method's pieces say what they look at."""
+
+    path: str = READER
+    """As for a teacher, or "teacher": the model of [teacher], told something else."""

@@ -21,10 +21,11 @@ from tropd.base.names import located
 from tropd.base.reading import check_path, read_toml
 from tropd.briefings.briefing import OwnBriefing
 from tropd.config.alarms import AlarmConfig
+from tropd.config.checks import check
 from tropd.config.flags import method_flag, read_flags, take, with_knobs
 from tropd.config.methods import imported, located_method, read_method
-from tropd.config.models import StudentConfig, TeacherConfig
-from tropd.config.settings import Part, Settings
+from tropd.config.models import ReaderConfig, StudentConfig, TeacherConfig
+from tropd.config.settings import AnyTeacher, Part, Settings
 from tropd.config.stages import (
     CheckpointConfig,
     DataConfig,
@@ -51,6 +52,7 @@ class Run(Settings):
             data: DataConfig | str | Path = ...,
             teacher: TeacherConfig | str | Path = ...,
             teachers: Mapping[str, TeacherConfig | str | Path] = ...,
+            readers: Mapping[str, ReaderConfig | str | Path] = ...,
             method: Method | str = ...,
             rollout: RolloutConfig = ...,
             optimizer: OptimizerConfig = ...,
@@ -69,6 +71,10 @@ class Run(Settings):
             tile_vocab: int | None = ...,
             trackers: tuple[Literal["trackio", "wandb", "tensorboard"], ...] = ...,
         ) -> None: ...
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self)
 
     @classmethod
     def load(cls, path: Path | str, flags: Sequence[str] = ()) -> Run:
@@ -117,15 +123,17 @@ class Run(Settings):
             asked, flags = take(flags, r"method\..+")
             method = replace(method, knobs=with_knobs(method.knobs, asked, "method"))
         asked_of: dict[str, Mapping[str, Any]] = {}
-        for whose in ("teacher", *(f"teachers.{name}" for name in self.teachers)):
+        several = [f"{section}.{name}" for section in ("teachers", "readers") for name in getattr(self, section)]
+        for whose in ("teacher", *several):
             asked_of[whose], flags = take(flags, rf"{re.escape(whose)}\.knobs\..+")
         run: Run = read_flags(AvoidSubcommands[Run], flags, "tropd train RUN.toml", default=self)
 
-        def knobbed(teacher: TeacherConfig, whose: str) -> TeacherConfig:  # which flags may have made another one
+        def knobbed(teacher: AnyTeacher, whose: str) -> AnyTeacher:  # which flags may have made another one
             return replace(teacher, knobs=with_knobs(teacher.knobs, asked_of[whose], f"{whose}.knobs"))
 
         teachers = {name: knobbed(teacher, f"teachers.{name}") for name, teacher in run.teachers.items()}
-        run = replace(run, teacher=knobbed(run.teacher, "teacher"), teachers=teachers)
+        readers = {name: knobbed(reader, f"readers.{name}") for name, reader in run.readers.items()}
+        run = replace(run, teacher=knobbed(run.teacher, "teacher"), teachers=teachers, readers=readers)
         run = replace(run, method=method) if isinstance(method, NamedMethod) else run
         run.check_complete()
         return run.located()
@@ -144,7 +152,8 @@ class Run(Settings):
             values.pop(name, None)
         for name in ("weights_folder", "servers_sleep"):
             values["rollout"].pop(name, None)
-        for served in (values["rollout"], values["teacher"], *values["teachers"].values()):
+        several = (*values["teachers"].values(), *values["readers"].values())
+        for served in (values["rollout"], values["teacher"], *several):
             served["servers"] = bool(served["servers"])
             served["server"] = {name: served["server"].get(name) for name in ("kind", "model", "text")}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
@@ -162,6 +171,7 @@ class Run(Settings):
             evaluation=replace(self.evaluation, grader=find(self.evaluation.grader)),
             teacher=_located(self.teacher, folders),
             teachers={name: _located(x, folders) for name, x in self.teachers.items()},
+            readers={name: _located(x, folders) for name, x in self.readers.items()},
         )
 
     def imported(self) -> Run:
@@ -170,7 +180,7 @@ class Run(Settings):
         return replace(run, method=imported(run.method))
 
 
-def _located(teacher: TeacherConfig, folders: Sequence[Path]) -> TeacherConfig:
+def _located(teacher: AnyTeacher, folders: Sequence[Path]) -> AnyTeacher:
     briefing = teacher.briefing
     if isinstance(briefing, OwnBriefing):
         briefing = replace(briefing, kind=located(briefing.kind, folders))

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
-from urllib.parse import quote
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from tyro.conf import Fixed, Suppress
 
 from tropd.base.names import shown
 from tropd.base.ranges import Count, Ranged, Whole
-from tropd.base.reading import check_path, printable
-from tropd.briefings.briefing import AsStudent
 from tropd.config.alarms import AlarmConfig
 from tropd.config.methods import MethodTable, as_table, named, read_method
-from tropd.config.models import GIVEN, ModelConfig, StudentConfig, TeacherConfig, base_url
+from tropd.config.models import GIVEN, ReaderConfig, StudentConfig, TeacherConfig
 from tropd.config.stages import (
     CheckpointConfig,
     DataConfig,
@@ -27,8 +23,10 @@ from tropd.config.stages import (
 )
 from tropd.errors import ConfigError
 from tropd.methods import Method, TrOPD
+from tropd.objective.evidence import READER
 from tropd.types import Sampling
 
+AnyTeacher = TypeVar("AnyTeacher", bound=TeacherConfig)
 Part = Literal["student", "teacher", "method", "grader", "prompts", "held_out"]
 
 
@@ -43,6 +41,8 @@ class Settings(Ranged):
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     teachers: dict[str, TeacherConfig] = field(default_factory=dict)
     """Instead of `teacher`, several by name; `data.teacher_column` says which of them a prompt is for."""
+    readers: dict[str, ReaderConfig] = field(default_factory=dict)
+    """Others who read every response, by the names that the method's pieces use."""
     method: MethodTable = field(default_factory=TrOPD)
     """Of tropd by its name, such as "opd", or your own as "package.module:Class" or "file.py:Class"; with its knobs."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -75,15 +75,14 @@ class Settings(Ranged):
     def __post_init__(self) -> None:
         for name in ("student", "data", "teacher"):
             object.__setattr__(self, name, _section(_SECTIONS[name], getattr(self, name)))
-        if isinstance(self.teachers, dict):
-            of = {name: _section(TeacherConfig, teacher) for name, teacher in self.teachers.items()}
-            object.__setattr__(self, "teachers", of)
+        for name, cls in (("teachers", TeacherConfig), ("readers", ReaderConfig)):
+            if isinstance(several := getattr(self, name), dict):
+                object.__setattr__(self, name, {of: _section(cls, value) for of, value in several.items()})
         object.__setattr__(self, "output", str(self.output) if isinstance(self.output, Path) else self.output)
         _check_kinds(self)
         method = read_method(as_table(self.method), "method") if isinstance(self.method, str) else named(self.method)
         object.__setattr__(self, "method", method)
         super().__post_init__()
-        _check(self)
 
     def check_complete(self) -> None:
         """Refuse a run that lacks a part and was not given it in Python."""
@@ -103,9 +102,28 @@ class Settings(Ranged):
     @property
     def all_teachers(self) -> dict[str, TeacherConfig]:
         """By the names that prompts have for them."""
-        return {name: self._read_from(x) for name, x in (self.teachers or {"default": self.teacher}).items()}
+        return {name: self._read_from(x) for name, x in (self.teachers or {"default": self._only_teacher}).items()}
 
-    def _read_from(self, teacher: TeacherConfig) -> TeacherConfig:
+    @property
+    def _only_teacher(self) -> TeacherConfig:
+        """The one that is set, or else the one that the method prescribes."""
+        prescribed = self.method.readers.get(READER)
+        if prescribed is None or self.teacher != TeacherConfig() or "teacher" in self.given:
+            return self.teacher
+        return TeacherConfig(path=prescribed.model, briefing=prescribed.briefing)
+
+    @property
+    def all_readers(self) -> dict[str, ReaderConfig]:
+        """Those beside "teacher": as they are set, or else as the method prescribes.  One whose path is "teacher" has
+        the teacher's model, and only its own briefing."""
+        prescribed = {
+            name: ReaderConfig(path=reader.model, briefing=reader.briefing)
+            for name, reader in self.method.readers.items()
+            if name != READER
+        }
+        return {name: self._read_from(x) for name, x in {**prescribed, **self.readers}.items()}
+
+    def _read_from(self, teacher: AnyTeacher) -> AnyTeacher:
         """The teacher as it is loaded: the student before training is its base, or its files once more."""
         if teacher.path != "start":
             return teacher
@@ -126,6 +144,12 @@ class Settings(Ranged):
         data = replace(self.data, teacher_column=None)
         return replace(self, teacher=self.teachers[name], teachers={}, data=data)
 
+    def read_by(self, name: str) -> Self:
+        """The run as it would be with one of its readers as its only teacher."""
+        values = {f.name: getattr(self.all_readers[name], f.name) for f in fields(TeacherConfig)}
+        data = replace(self.data, teacher_column=None)
+        return replace(self, teacher=TeacherConfig(**values), teachers={}, readers={}, data=data)
+
     @property
     def sampling(self) -> Sampling:
         """How rollouts are drawn: asked for, else prescribed by the method, else from the student itself."""
@@ -137,6 +161,7 @@ _SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "teacher": TeacherConfig,
     "teachers": dict,
+    "readers": dict,
     "rollout": RolloutConfig,
     "optimizer": OptimizerConfig,
     "evaluation": RunEvalConfig,
@@ -157,8 +182,9 @@ def _section(cls: type, value: Any) -> Any:
 def _check_kinds(run: Settings) -> None:
     """In Python anything can be given for a section."""
     asked = {name: (getattr(run, name), cls) for name, cls in _SECTIONS.items()}
-    if isinstance(run.teachers, dict):
-        asked |= {f"teachers.{name}": (teacher, TeacherConfig) for name, teacher in run.teachers.items()}
+    for several, cls in (("teachers", TeacherConfig), ("readers", ReaderConfig)):
+        if isinstance(of := getattr(run, several), dict):
+            asked |= {f"{several}.{name}": (value, cls) for name, value in of.items()}
     asked |= {"method": (run.method, Method | str), "grader": (run.grader, str | None)}
     for name, (value, kind) in asked.items():
         if not isinstance(value, kind):
@@ -167,134 +193,3 @@ def _check_kinds(run: Settings) -> None:
             instead = f" Objects are for train(run, {part}=...)." if part else ""
             right = getattr(kind, "__name__", "name") if name != "method" else "method, such as OPD(), or its name"
             raise ConfigError(f"{name} is {said}. Give a {right}.{instead}")
-
-
-def _check(run: Settings) -> None:
-    updates = run.steps * run.optimizer.num_updates
-    if run.optimizer.warmup_steps > updates:
-        raise ConfigError(
-            f"optimizer.warmup_steps = {run.optimizer.warmup_steps} was asked for, but the run has {updates} updates: "
-            "its learning rate would never be reached. Give at most as many."
-        )
-    for asked in (run.rollout, run.teacher, *run.teachers.values()):
-        variable = asked.server.api_key_env
-        if variable is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
-            raise ConfigError(f"api_key_env is {printable(variable)!r}, but no variable is called that. Give its name.")
-    for url in (u for asked in (run.rollout, run.teacher, *run.teachers.values()) for u in asked.servers):
-        base_url(url)
-    for name, path in _paths(run).items():
-        if path is not None and not path.strip():
-            raise ConfigError(f"{name} is empty. Name a file or a folder.")
-        check_path(path or "", name)
-    if run.optimizer.num_updates > run.rollout.num_prompts * run.rollout.num_rollouts:
-        raise ConfigError(
-            f"optimizer.num_updates = {run.optimizer.num_updates} shares of "
-            f"{run.rollout.num_prompts * run.rollout.num_rollouts} rollouts would leave some without any."
-        )
-    if run.parallel.student == "sharded" and run.student.lora is not None:
-        raise ConfigError(
-            'parallel.student is "sharded", but the student has an adapter, which is small: only whole students '
-            'are sharded. Set parallel.student = "replicated".'
-        )
-    if run.teachers or run.data.teacher_column is not None:
-        _check_teachers(run)
-    else:
-        _check_teacher(run)
-
-
-def _paths(run: Settings) -> dict[str, str | None]:
-    """Everything in a run that is the name of a file."""
-    found = {"output": run.output, "rollout.weights_folder": run.rollout.weights_folder}
-    models: dict[str, ModelConfig] = {"student": run.student, "teacher": run.teacher}
-    for whose, model in (models | {f"teachers.{name}": model for name, model in run.teachers.items()}).items():
-        found |= {f"{whose}.{name}": getattr(model, name) for name in ("path", "tokenizer", "gguf_file")}
-    held_out = run.evaluation.data
-    return found | {"data.path": run.data.path, "evaluation.data.path": held_out.path if held_out else None}
-
-
-def _check_teacher(run: Settings) -> None:
-    teacher = run.teacher
-    if teacher.path in ("base", "start", "student") and teacher.servers:
-        raise ConfigError(
-            "teacher.servers names servers, but teacher.path does not say what they serve. Set it to the folder or "
-            "hub id of that model: its tokenizer is compared, its weights are not read."
-        )
-    if not isinstance(teacher.briefing, AsStudent) and teacher.server.text == "chat":
-        raise ConfigError(
-            'teacher.server.text is "chat", whose messages are the student\'s, but the teacher is told more. Set '
-            'teacher.server.text = "tokens", or leave the briefing out.'
-        )
-    if teacher.path == "student" and run.optimizer.num_updates > 1:
-        raise ConfigError(
-            f'teacher.path is "student", which changes with every update, but optimizer.num_updates is '
-            f"{run.optimizer.num_updates}: what it said of a batch would be another's. Set it to 1, or teacher.path to "
-            '"start".'
-        )
-    if teacher.is_own and teacher.servers:
-        raise ConfigError(
-            f"teacher.servers names servers, but teacher.path is {teacher.path}, a teacher of your own: they would "
-            "never be asked. Leave teacher.servers out."
-        )
-    if teacher.knobs and not teacher.is_own:
-        raise ConfigError(
-            f"teacher.knobs has {', '.join(teacher.knobs)}, but teacher.path is {teacher.path}, which takes no knobs. "
-            "They are for a teacher of your own, 'package.module:Class' or 'file.py:Class'."
-        )
-    if teacher.score_cache and not teacher.servers:
-        raise ConfigError("teacher.score_cache keeps what servers say, but teacher.servers is empty. Leave it out.")
-    if run.parallel.teacher == "sharded" and run.all_teachers["default"].is_student:
-        raise ConfigError(
-            f'parallel.teacher is "sharded", but teacher.path is "{teacher.path}": that teacher is the student, which '
-            'every process holds. Set parallel.teacher = "replicated".'
-        )
-    if run.parallel.teacher == "sharded" and teacher.servers:
-        raise ConfigError(
-            'parallel.teacher is "sharded", but teacher.servers hold the teacher: no process here has a part of '
-            "it. Leave parallel.teacher out."
-        )
-
-
-def _check_teachers(run: Settings) -> None:
-    column = run.data.teacher_column
-    if column is None:
-        raise ConfigError(
-            f"there are the teachers {', '.join(run.teachers)}, but nothing says which of them a prompt is for. "
-            "Set data.teacher_column to the column that names it."
-        )
-    if not run.teachers:
-        raise ConfigError(
-            f"data.teacher_column is {column!r}, which asks for several teachers, but there is only [teacher]. "
-            "Give each a section [teachers.NAME] with the name that the column has, or leave the column out."
-        )
-    for name in run.teachers:
-        _check_name(name, column)
-    if run.teacher != type(run.teacher)():
-        raise ConfigError(
-            f"there are the teachers {', '.join(run.teachers)}, and [teacher] beside them, which no prompt would "
-            "reach. Move it to a section [teachers.NAME]."
-        )
-    if run.parallel.teacher == "sharded":
-        raise ConfigError(
-            'parallel.teacher is "sharded", but there are several teachers, which are asked different numbers of '
-            'times by each process. Set parallel.teacher = "replicated", or serve them.'
-        )
-    for name in run.teachers:
-        try:
-            run.taught_by(name)
-        except ConfigError as refusal:
-            raise ConfigError(f"teacher {name!r}: {refusal}") from None
-
-
-def _check_name(name: str, column: str) -> None:
-    """It is written into records and, with the letters that files cannot have as %XX, into the names of files."""
-    if not name.strip():
-        raise ConfigError(
-            f'there is a section [teachers."{name}"], whose name is empty. Give the teacher one that can be read, here '
-            f"and in the column {column!r}."
-        )
-    in_files = len(quote(name, safe=""))
-    if len(name) > 100 or in_files > 200:
-        raise ConfigError(
-            f"the teacher's name {name[:24]!r}... has {len(name)} characters, {in_files} in the names of files. Give "
-            f"it at most 100, and 200 there, here and in the column {column!r}."
-        )

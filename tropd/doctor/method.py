@@ -14,7 +14,7 @@ from tropd.model.loading import choose_device, choose_dtype
 from tropd.objective.evidence import OF_TEACHER, Needs
 from tropd.teachers.routed import Routed
 from tropd.teachers.teacher import Teacher
-from tropd.training.step import check_evidence
+from tropd.training.scoring import check_evidence
 
 _FEW_STEPS = 300
 _SMALL_BETA = 0.01

@@ -27,7 +27,8 @@ from tropd.rollout.stage import roll_out
 from tropd.teachers.teacher import ScoreRequest, Teacher
 from tropd.training.batches import ScoredBatch, add_scores, make_tokens
 from tropd.training.iteration import clock
-from tropd.training.step import StepSums, recall_needed, score, train_step
+from tropd.training.scoring import score
+from tropd.training.step import StepSums, recall_needed, train_step
 from tropd.types import Finish, Prompt, Rollout
 
 if TYPE_CHECKING:

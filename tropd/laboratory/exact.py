@@ -23,7 +23,8 @@ from tropd.methods import OPD, FullFKL, Method, SeqKD, TrOPD
 from tropd.methods.drafts import RolloutJob
 from tropd.objective.terms import Context
 from tropd.rollout.stage import roll_out
-from tropd.training.step import recall_needed, score, train_step
+from tropd.training.scoring import score
+from tropd.training.step import recall_needed, train_step
 from tropd.types import Sampling
 
 

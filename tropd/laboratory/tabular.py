@@ -8,12 +8,13 @@ visits them, without sampling.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from tropd.objective.borrow import student_view, teacher_evidence
+from tropd.model.one_pass import wanted
+from tropd.objective.borrow import teacher_evidence
 from tropd.objective.draws import uniform
 from tropd.objective.evidence import OF_TEACHER, Needs, StudentView, Tokens
 from tropd.objective.support import expected_gap
@@ -31,7 +32,7 @@ class TabularLM(Engine, Teacher):
 
     capabilities = OF_TEACHER & ~Needs.HIDDEN
     device = torch.device("cpu")
-    expands = False
+    expands = frozenset[str]()
     margin: float | None = 1e-6
 
     def __init__(self, logits_PWV: Tensor, *, learning_rate: float = 0.1, max_gradient_norm: float = 1.0) -> None:
@@ -126,19 +127,14 @@ class TabularLM(Engine, Teacher):
 
     def learn(self, batch: MicroBatch) -> Seen:
         part = batch.part
-        loss, piece = batch.loss_of_all(self.view(part.rollouts, part.tokens, batch.objective.needs))
+        loss, piece = batch.loss_of_all(self.view(part.rollouts, part.tokens, batch.objective.asks))
         loss.backward()
         return batch.seen([piece])
 
-    def view(self, rollouts: Sequence[Rollout], tokens: Tokens, needs: Needs) -> StudentView:
-        evidence: dict[str, Tensor | int] = {}
-        if Needs.TOPK in needs:
-            evidence["teacher_topk_ids_NK"] = tokens.teacher_topk_ids_NK
+    def view(self, rollouts: Sequence[Rollout], tokens: Tokens, asks: Mapping[str, Needs]) -> StudentView:
         full = self.full_logprobs(rollouts)
-        view = student_view(full, None, tokens.token_ids_N, needs, 0, evidence)
-        if Needs.STUDENT_TOPK in needs:
-            view = view.with_(student_topk_logprobs_NJ=full.gather(-1, tokens.student_topk_ids_NJ))
-        return view
+        ids_NM, view_of = wanted(tokens, asks)
+        return view_of(full.gather(-1, ids_NM)).with_(full_logprobs_NV=full)
 
     @torch.no_grad()
     def measure(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int) -> dict[str, Tensor]:

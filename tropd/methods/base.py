@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NoReturn
 
 from tropd.base.ranges import Ranged
+from tropd.briefings.reader import Reader
 from tropd.errors import ConfigError, MethodWarning
 from tropd.methods.policies import OnPolicy, RolloutPolicy
 from tropd.objective.evidence import Needs
@@ -56,6 +57,11 @@ class Method(Ranged):
     def sampling(self) -> Sampling | None:
         """How its rollouts are drawn, where the method prescribes it."""
         return None
+
+    @property
+    def readers(self) -> Mapping[str, Reader]:
+        """Who reads the responses, where the method prescribes it; a run's [teacher] and [readers.NAME] come first."""
+        return {}
 
     @property
     def needs(self) -> Needs:

@@ -7,9 +7,11 @@ everything after it describes the token itself.  Rows are the response tokens, o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import Any, Literal
 
 import torch
@@ -18,10 +20,10 @@ from torch import Tensor, nn
 from tropd.errors import ConfigError, DataError, TrainingDiverged, VocabularyError
 from tropd.model.head import Head, at_rest, causal_lm_of, differ, tiles
 from tropd.model.hf import recomputes
-from tropd.model.one_pass import TopRows, can_fuse, read_rows
+from tropd.model.one_pass import TopRows, can_fuse, read_rows, wanted
 from tropd.model.spans import attends_by_span, spans, worth_it
 from tropd.model.tiling import Tiling
-from tropd.objective.evidence import ABSENT, Needs, StudentView, Tokens, at_least_float32
+from tropd.objective.evidence import Needs, StudentView, Tokens, at_least_float32
 from tropd.objective.support import expected_gap
 from tropd.types import Rollout
 
@@ -141,24 +143,16 @@ class Forward:
             return self._hidden(lay_out(sequences, num_prompts, "packed"), lengths)
         return self._hidden(lay_out(sequences, num_prompts, self.layout))
 
-    def view(self, rollouts: Sequence[Rollout], tokens: Tokens, needs: Needs) -> StudentView:
-        """The student's view of these tokens, with gradient, in the current mode of the model (dropout)."""
+    def view(self, rollouts: Sequence[Rollout], tokens: Tokens, needs: Needs | Mapping[str, Needs]) -> StudentView:
+        """The student's view of these tokens, with gradient, in the current mode of the model (dropout).  `needs` are
+        those of the teacher, or of each reader by its name."""
         hidden_NH = self.hidden(rollouts)
         ids_N = self._response_ids(rollouts)
         assert torch.equal(tokens.token_ids_N.to(ids_N.device), ids_N), "tokens are not the responses of these rollouts"
-        columns = [ids_N.unsqueeze(1)]
-        if Needs.TOPK in needs:
-            columns.append(tokens.teacher_topk_ids_NK)
-        if Needs.STUDENT_TOPK in needs:
-            columns.append(tokens.student_topk_ids_NJ)
-        read = self.head.read(hidden_NH, self._wanted(columns), self.tiling.tile_tokens, full=Needs.FULL in needs)
-        parts = list(read["at"].split([column.shape[1] for column in columns], dim=1))
-        return StudentView(
-            logprobs_N=parts.pop(0).squeeze(1),
-            topk_logprobs_NK=parts.pop(0) if Needs.TOPK in needs else ABSENT,
-            student_topk_logprobs_NJ=parts.pop(0) if Needs.STUDENT_TOPK in needs else ABSENT,
-            full_logprobs_NV=read.get("full", ABSENT),
-        )
+        ids_NM, view_of = wanted(tokens, needs)
+        full = Needs.FULL in (needs if isinstance(needs, Needs) else reduce(or_, needs.values()))
+        read = self.head.read(hidden_NH, self._wanted([ids_NM.to(ids_N.device)]), self.tiling.tile_tokens, full=full)
+        return view_of(read["at"]).with_(full_logprobs_NV=read.get("full"))
 
     @torch.no_grad()
     def measure(

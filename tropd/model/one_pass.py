@@ -7,7 +7,7 @@ read_rows    log-probabilities, entropy and top-k without a gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -20,30 +20,32 @@ from tropd.model.lean import lean_loss, lean_rows
 from tropd.model.likeliest import column_maxima, likeliest
 from tropd.model.parts import TileLoss
 from tropd.model.peaks import Peaks, find_peaks, has_peaks, is_matrix, products_at
-from tropd.objective.evidence import ABSENT, Needs, StudentView, Tokens
+from tropd.objective.evidence import READER, Needs, StudentView, Tokens
 from tropd.objective.support import NOTHING
 
 TopRows = Callable[[slice, Tensor], Tensor]
 """(rows, log-probabilities of their written tokens) -> for which of them the top-k is wanted."""
 
 
-def wanted(tokens: Tokens, needs: Needs) -> tuple[Tensor, Callable[[Tensor], StudentView]]:
-    """Which tokens of each row an objective reads, and how log-probabilities there make a view."""
-    columns = [tokens.token_ids_N[:, None]]
-    if Needs.TOPK in needs:
-        columns.append(tokens.teacher_topk_ids_NK)
-    if Needs.STUDENT_TOPK in needs:
+def wanted(tokens: Tokens, needs: Needs | Mapping[str, Needs]) -> tuple[Tensor, Callable[[Tensor], StudentView]]:
+    """Which tokens of each row an objective reads, and how log-probabilities there make a view.  `needs` are those of
+    the reader "teacher", or of each reader by its name."""
+    asks = {READER: needs} if isinstance(needs, Needs) else needs
+    readers = [name for name, asked in asks.items() if Needs.TOPK in asked]
+    columns = [tokens.token_ids_N[:, None], *(tokens.of(name).teacher_topk_ids_NK for name in readers)]
+    own = any(Needs.STUDENT_TOPK in asked for asked in asks.values())
+    if own:
         columns.append(tokens.student_topk_ids_NJ)
+    device, widths = tokens.token_ids_N.device, [column.shape[1] for column in columns]
 
     def view_of(logprobs_CM: Tensor) -> StudentView:
-        parts = list(logprobs_CM.split([column.shape[1] for column in columns], dim=1))
-        return StudentView(
-            logprobs_N=parts.pop(0).squeeze(1),
-            topk_logprobs_NK=parts.pop(0) if Needs.TOPK in needs else ABSENT,
-            student_topk_logprobs_NJ=parts.pop(0) if Needs.STUDENT_TOPK in needs else ABSENT,
-        )
+        parts = list(logprobs_CM.split(widths, dim=1))
+        view = StudentView(logprobs_N=parts.pop(0).squeeze(1))
+        for name in readers:
+            view = view.told(name, topk_logprobs_NK=parts.pop(0))
+        return view.with_(student_topk_logprobs_NJ=parts.pop(0)) if own else view
 
-    return torch.cat(columns, dim=1), view_of
+    return torch.cat([column.to(device) for column in columns], dim=1), view_of
 
 
 def can_fuse(head: Head) -> bool:

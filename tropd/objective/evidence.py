@@ -5,13 +5,17 @@ entry n of every *_N field describes token_ids_N[n] itself.
 
 `Tokens` is what is known before the gradient pass and carries no gradient.  `StudentView` is the only object with one.
 Reading a field that was not supplied is an EvidenceError that names it, so a piece cannot use what it did not declare.
+
+Several readers may have read the same responses.  The `teacher_*` fields are those of one of them, by default
+"teacher"; `of(name)` gives the same record as of another.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from enum import Flag, auto
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor
@@ -53,6 +57,9 @@ OF_TEACHER = (
 )
 """The part of Needs that only a teacher can answer."""
 
+READER = "teacher"
+"""The reader that everything reads unless it says otherwise."""
+
 ABSENT = cast(Tensor, None)
 
 _SOURCE = {
@@ -77,13 +84,18 @@ class Evidence:
     """A frozen record of tensors whose absent fields cannot be read, only `peek`ed at."""
 
     __slots__ = ()
+    of_reader: ClassVar[tuple[str, ...]] = ()
+    """The fields that one of several readers gave."""
+    reader: str
+    others: Mapping[str, Mapping[str, Any]]
 
     def __getattribute__(self, name: str) -> Any:
         value = object.__getattribute__(self, name)
         if value is None and not name.startswith("__"):
             needs = _SOURCE.get(name)
             declare = f"; the piece that reads it must declare Needs.{needs.name}" if needs else ""
-            raise EvidenceError(f"evidence `{name}` was read, but it was not supplied{declare}.")
+            whose = "" if self.reader == READER else f" by reader {self.reader!r}"
+            raise EvidenceError(f"evidence `{name}` was read, but it was not supplied{whose}{declare}.")
         return value
 
     def peek(self, name: str) -> Tensor | None:
@@ -95,19 +107,47 @@ class Evidence:
         kept = {f.name: self.peek(f.name) for f in fields(cast(Any, self))}
         return type(self)(**{**kept, **changes})
 
+    def of(self, reader: str | None) -> Self:
+        """The same record as of another reader, whose evidence has the names that the teacher's has."""
+        if reader is None or reader == self.reader:
+            return self
+        if reader not in self.others:
+            there = ", ".join(sorted({self.reader, *self.others}))
+            raise EvidenceError(f"evidence of reader {reader!r} was read, but there is only that of {there}.")
+        others = dict(self.others)
+        theirs = others.pop(reader)
+        others[self.reader] = {name: x for name in self.of_reader if (x := self.peek(name)) is not None}
+        return self.with_(reader=reader, others=others, **{name: theirs.get(name) for name in self.of_reader})
+
+    def told(self, by: str, **evidence: Any) -> Self:
+        """A copy with some evidence of a reader."""
+        if by == self.reader:
+            return self.with_(**evidence)
+        return self.with_(others={**self.others, by: {**self.others.get(by, {}), **evidence}})
+
     def rows(self, index: Tensor | slice) -> Self:
         """The same record for some of its tokens.  Per-sequence fields stay whole: `sequences_N` points into them."""
-        changes = {}
-        for f in fields(cast(Any, self)):
-            value = self.peek(f.name)
-            if value is not None and "_N" in f.name:
-                changes[f.name] = value[index]
-        return self.with_(**changes)
+        changes = _rows({f.name: self.peek(f.name) for f in fields(cast(Any, self))}, index)
+        others = {name: _rows(evidence, index) for name, evidence in self.others.items()}
+        return self.with_(**changes, **({"others": others} if others else {}))
+
+
+def _rows(evidence: Mapping[str, Any], index: Tensor | slice) -> dict[str, Any]:
+    """Some rows of what has a row per token; nothing else changes."""
+    rows = {name: x[index] for name, x in evidence.items() if x is not None and "_N" in name}
+    if columns := evidence.get("columns"):
+        rows["columns"] = {name: x[index] for name, x in columns.items()}
+    return {**{name: x for name, x in evidence.items() if name.endswith("_S") and x is not None}, **rows}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False, repr=False)
 class Tokens(Evidence):
     """What is known about each token before the gradient pass.  No gradient anywhere."""
+
+    of_reader: ClassVar[tuple[str, ...]] = (
+        *("teacher_logprobs_N", "teacher_topk_ids_NK", "teacher_topk_logprobs_NK", "teacher_at_student_topk_NJ"),
+        *("teacher_full_logprobs_NV", "teacher_hidden_NH", "teacher_entropy_N", "reverse_kl_N", "read_S", "columns"),
+    )
 
     token_ids_N: Tensor
     authors_N: Tensor
@@ -136,16 +176,34 @@ class Tokens(Evidence):
     teacher_full_logprobs_NV: Tensor = ABSENT
     teacher_hidden_NH: Tensor = ABSENT
     teacher_entropy_N: Tensor = ABSENT
-    student_entropy_N: Tensor = ABSENT
     reverse_kl_N: Tensor = ABSENT
+    columns: Mapping[str, Tensor] = cast("Mapping[str, Tensor]", None)
+    """What else the teacher says of each token, by name: a row per token."""
+    read_S: Tensor = ABSENT
+    """Which sequences the teacher read.  Evidence of the others is filled in and means nothing; absent: it read all."""
+    student_entropy_N: Tensor = ABSENT
     rewards_S: Tensor = ABSENT
     groups_S: Tensor = ABSENT
     """Sequences with the same number answer the same prompt."""
     vocab_size: int = cast(int, None)
     """0 when unknown is not accepted: leave it out."""
+    reader: str = READER
+    """Whose evidence the teacher_* fields hold."""
+    others: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """The same fields of other readers."""
 
     def __len__(self) -> int:
         return self.token_ids_N.shape[0]
+
+    def column(self, name: str) -> Tensor:
+        """What the reader says under this name, a row per token."""
+        columns = cast("Mapping[str, Tensor]", self.peek("columns")) or {}
+        if name not in columns:
+            raise EvidenceError(
+                f"column {name!r} of reader {self.reader!r} was read, but it was not supplied; the piece that reads it "
+                "must name it in `own_columns`, and the teacher in `columns`."
+            )
+        return columns[name]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -166,12 +224,17 @@ class Tokens(Evidence):
 class StudentView(Evidence):
     """The student's current log-probabilities of the same tokens.  Carries the gradient."""
 
+    of_reader: ClassVar[tuple[str, ...]] = ("topk_logprobs_NK",)
+
     logprobs_N: Tensor
     topk_logprobs_NK: Tensor = ABSENT
     """At Tokens.teacher_topk_ids_NK."""
     student_topk_logprobs_NJ: Tensor = ABSENT
     """At Tokens.student_topk_ids_NJ."""
     full_logprobs_NV: Tensor = ABSENT
+    reader: str = READER
+    """At whose likeliest tokens `topk_logprobs_NK` is."""
+    others: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -182,6 +245,16 @@ def at_least_float32(x: Tensor) -> Tensor:
 def trained(tokens: Tokens) -> Tensor:
     """Which tokens can be trained on: those that the student or the teacher wrote."""
     return (tokens.authors_N == Author.STUDENT) | (tokens.authors_N == Author.TEACHER)
+
+
+def as_heard(tokens: Tokens, readers: Iterable[str]) -> Tokens:
+    """What a term of these readers sees: a response that one of them did not read is text that nobody trains on."""
+    reads = [x for name in readers if (x := tokens.of(name).peek("read_S")) is not None]
+    if not reads:
+        return tokens
+    read_S = torch.stack(reads).all(0)
+    authors_N = torch.where(read_S[tokens.sequences_N], tokens.authors_N, int(Author.ENVIRONMENT))
+    return tokens.with_(authors_N=authors_N, num_actions_S=torch.where(read_S, tokens.num_actions_S, 0))
 
 
 def around(sequences_N: Tensor, authors_N: Tensor) -> tuple[Tensor, Tensor]:

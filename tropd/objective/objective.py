@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from tropd.errors import ConfigError, EvidenceError, TrainingDiverged
-from tropd.objective.evidence import Needs, StudentView, Tokens, at_least_float32
+from tropd.objective.evidence import READER, Needs, StudentView, Tokens, at_least_float32
 from tropd.objective.plan import Counts, Plan, make_plan
-from tropd.objective.terms import Context, Reach, Term, support_width
+from tropd.objective.terms import Context, Reach, Term, joined, support_width
 from tropd.types import TermStats
 
 
@@ -55,17 +55,40 @@ class Objective:
         return max(term.reach for term in self.terms)
 
     @property
+    def readers(self) -> tuple[str, ...]:
+        """Everybody whose reading some term needs."""
+        return tuple(sorted({name for term in self.terms for name in term.readers}))
+
+    @property
+    def asks(self) -> dict[str, Needs]:
+        """What is read of each reader."""
+        return joined(*(term.asks for term in self.terms))
+
+    def needs_of(self, reader: str) -> Needs:
+        return self.asks.get(reader, Needs.NOTHING)
+
+    def columns_of(self, reader: str) -> tuple[str, ...]:
+        """What is read of one reader by name."""
+        named = set().union(*(piece.columns() for term in self.terms for piece in (term.where, term.loss)))
+        return tuple(sorted(column for who, column in named if who == reader))
+
+    @property
     def teacher_top_k(self) -> int:
         """How many of the teacher's likeliest tokens are read: by losses, rewards and selectors."""
-        return self._width("teacher", Needs.TOPK)
+        return self.top_k_of(READER)
+
+    def top_k_of(self, reader: str) -> int:
+        """How many of a reader's likeliest tokens are read."""
+        return self._width("teacher", Needs.TOPK, reader)
 
     @property
     def student_top_k(self) -> int:
         return self._width("student", Needs.STUDENT_TOPK)
 
-    def _width(self, whose: str, need: Needs) -> int:
-        width = max(support_width(piece, whose) for term in self.terms for piece in (term.where, term.loss))
-        if need in self.needs and width < 1:
+    def _width(self, whose: str, need: Needs, reader: str | None = None) -> int:
+        pieces = [(term, piece) for term in self.terms for piece in (term.where, term.loss)]
+        width = max(support_width(piece, whose, reader) for _, piece in pieces)
+        if need in (self.needs if reader is None else self.needs_of(reader)) and width < 1:
             names = ", ".join(repr(term.name) for term in self.terms if need in term.needs)
             raise ConfigError(
                 f"term {names} reads the {whose}'s likeliest tokens (Needs.{need.name}), but no part of it says how "

@@ -7,15 +7,15 @@ is a sum of independent rows, so micro-batches, ranks and tiles simply add.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from tropd.errors import EvidenceError
 from tropd.objective.checks import check_tokens
-from tropd.objective.evidence import Needs, Tokens, trained
+from tropd.objective.evidence import Needs, Tokens, as_heard, trained
 from tropd.objective.terms import Both, Context, Over, Reach, Selector, Term
 from tropd.types import Author
 
@@ -29,6 +29,11 @@ class Counts:
     teacher: int
     sequences: int
     """Sequences with at least one token that can be trained on."""
+    apart: Mapping[str, Counts] = field(default_factory=dict)
+    """By its name, what a term counts of whose readers one did not read everything."""
+
+    def of(self, term: Term) -> Counts:
+        return self.apart.get(term.name, self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,17 +54,23 @@ class Plan:
         )
 
 
-def count(tokens: Tokens, context: Context) -> Counts:
-    """Denominators that depend only on who wrote what."""
+def count(tokens: Tokens, context: Context, terms: Sequence[Term] = ()) -> Counts:
+    """Denominators that depend only on who wrote what and who read it."""
+    heard = {term.name: as_heard(tokens, term.readers) for term in terms}
+    apart = [name for name, seen in heard.items() if seen is not tokens]  # the same on every rank
+    counted = torch.stack([_counted(seen) for seen in (tokens, *(heard[name] for name in apart))])
+    whole, *parts = context.world.gather(counted[None]).sum(0).tolist()
+    return replace(_named(whole), apart={name: _named(part) for name, part in zip(apart, parts, strict=True)})
+
+
+def _counted(tokens: Tokens) -> Tensor:
     authors_N = tokens.authors_N
-    local = torch.stack(
-        [
-            (authors_N == Author.STUDENT).sum(),
-            (authors_N == Author.TEACHER).sum(),
-            (tokens.num_actions_S > 0).sum().to(authors_N.device),
-        ]
-    )
-    student, teacher, sequences = context.world.gather(local[None]).sum(0).tolist()
+    student, teacher = (authors_N == Author.STUDENT).sum(), (authors_N == Author.TEACHER).sum()
+    return torch.stack([student, teacher, (tokens.num_actions_S > 0).sum().to(authors_N.device)])
+
+
+def _named(counted: Sequence[int]) -> Counts:
+    student, teacher, sequences = counted
     return Counts(actions=student + teacher, student=student, teacher=teacher, sequences=sequences)
 
 
@@ -69,14 +80,15 @@ def make_plan(terms: Sequence[Term], tokens: Tokens, context: Context, counts: C
     `counts` lets rows be planned piece by piece when every term reaches no further than the token.
     """
     check_tokens(tokens)
-    counts = counts or count(tokens, context)
+    counts = counts or count(tokens, context, terms)
     weights: dict[str, Tensor] = {}
     rewards: dict[str, Tensor] = {}
     for term in terms:
         try:
-            weights[term.name] = _weigh(term, tokens, context, counts)
+            heard = as_heard(tokens, term.readers)
+            weights[term.name] = _weigh(term, heard, context, counts.of(term))
             if term.loss.reward is not None:
-                rewards[term.name] = _judge(term, tokens, context, weights[term.name])
+                rewards[term.name] = _judge(term, heard, context, weights[term.name])
         except EvidenceError as error:
             raise EvidenceError(f"term {term.name!r}: {error}") from error
     return Plan(weights=weights, rewards=rewards, counts=counts, progress=context.progress)
@@ -86,7 +98,11 @@ def live_rows(terms: Sequence[Term], tokens: Tokens, context: Context, plan: Pla
     """Rows that some term may weigh: what a forward pass must read.  Without a plan, as far as can be known before."""
     live_N = torch.zeros_like(tokens.authors_N, dtype=torch.bool)
     for term in terms:
-        live_N |= plan.weights[term.name] != 0 if plan is not None else _bound(term.where, tokens, context) > 0
+        if plan is not None:
+            live_N |= plan.weights[term.name] != 0
+        else:
+            heard = as_heard(tokens, term.readers)
+            live_N |= (_bound(term.where, heard, context) > 0) & trained(heard)
     return live_N & trained(tokens)
 
 

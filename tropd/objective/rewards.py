@@ -47,7 +47,8 @@ class chain(Reward):
 class LogRatio(Reward):
     """+ scale * (log pi_T - log pi_S) of the written token.  Gradient: that of KL(student || teacher).
 
-    `against` "behavior" subtracts the log-probability of whatever drew the token instead of the student's own.
+    `against` "behavior" subtracts the log-probability of whatever drew the token instead of the student's own, and the
+    name of a reader that of this reader.
 
     >>> tokens = some_tokens(student_logprobs_N=[-0.5, -2.0], teacher_logprobs_N=[-1.0, -1.0])
     >>> LogRatio()(torch.zeros(2), tokens, Context())
@@ -55,14 +56,21 @@ class LogRatio(Reward):
     """
 
     scale: Finite = 1.0
-    against: Literal["student", "behavior"] = "student"
+    against: str = "student"
     own_needs = Needs.SAMPLED
+
+    def own_asks(self, reader: str) -> dict[str, Needs]:
+        other = {} if self.against in ("student", "behavior") else {self.against: Needs.SAMPLED}
+        return {reader: Needs.SAMPLED, **other}
 
     def __call__(self, reward_N: Tensor, tokens: Tokens, context: Context) -> Tensor:
         if self.against == "student":
             return reward_N + self.scale * tokens.log_ratio_N
-        gap_N = at_least_float32(tokens.teacher_logprobs_N) - at_least_float32(tokens.behavior_logprobs_N)
-        return reward_N + self.scale * gap_N
+        if self.against == "behavior":
+            other_N = tokens.behavior_logprobs_N
+        else:
+            other_N = tokens.of(self.against).teacher_logprobs_N
+        return reward_N + self.scale * (at_least_float32(tokens.teacher_logprobs_N) - at_least_float32(other_N))
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,25 @@
 Selectors, measures and rewards are evaluated once per batch, in `plan`; the rest is computed row by row, so
 any cut into micro-batches, ranks or tiles gives the same gradient.  Each piece declares what evidence it reads
 (`needs`) and how far it looks (`reach`); both are collected from its parts.
+
+Evidence comes from readers, who say how likely the written tokens are.  A piece with `reader="peer"` sees that reader's
+evidence wherever it reads the teacher's, and so do its parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
+from functools import reduce, wraps
+from operator import or_
 from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
 from tropd.base.ranges import Finite, Ranged
 from tropd.errors import ConfigError
-from tropd.objective.evidence import Needs, StudentView, Tokens
+from tropd.objective.evidence import OF_TEACHER, READER, Evidence, Needs, StudentView, Tokens
 from tropd.objective.schedules import Schedule
 
 
@@ -64,11 +69,34 @@ class Context:
     world: World = Alone()
 
 
+def _as_of_reader(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The call with evidence as of the piece's own reader, so that no piece can read another's by mistake."""
+
+    @wraps(call)
+    def seen(self: Piece, *given: Any) -> Tensor:
+        if self.reader is None:
+            return call(self, *given)
+        return call(self, *(x.of(self.reader) if isinstance(x, Evidence) else x for x in given))
+
+    return seen
+
+
+@dataclass(frozen=True)
 class Piece(Ranged):
     """A part of an objective.  Subclasses are frozen dataclasses; parts of parts are found in their fields."""
 
+    reader: str | None = field(default=None, kw_only=True)
+    """Whose evidence it sees as the teacher's; None: that of the piece around it, in the end the teacher's."""
+
     own_needs: ClassVar[Needs] = Needs.NOTHING
+    own_columns: ClassVar[tuple[str, ...]] = ()
+    """Columns of its reader that it reads (`Tokens.column`)."""
     own_reach: ClassVar[Reach] = Reach.TOKEN
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__call__" in vars(cls):
+            cls.__call__ = _as_of_reader(cls.__call__)  # type: ignore[attr-defined]
 
     def parts(self) -> Iterator[Piece]:
         for f in fields(self):  # type: ignore[arg-type]
@@ -77,12 +105,25 @@ class Piece(Ranged):
                 if isinstance(part, Piece):
                     yield part
 
+    def own_asks(self, reader: str) -> Mapping[str, Needs]:
+        """What it reads itself, by reader; `reader` is its own.  Override it where it looks at several."""
+        return {reader: self.own_needs}
+
+    def asks(self, around: str = READER) -> dict[str, Needs]:
+        """What it and its parts read, by reader; `around` is the reader of the piece around it."""
+        reader = self.reader or around
+        return joined(self.own_asks(reader), *(part.asks(reader) for part in self.parts()))
+
+    def columns(self, around: str = READER) -> set[tuple[str, str]]:
+        """(reader, column) of everything that is read by name."""
+        reader = self.reader or around
+        own = {(reader, name) for name in self.own_columns}
+        return own.union(*(part.columns(reader) for part in self.parts()))
+
     @property
     def needs(self) -> Needs:
-        needs = self.own_needs
-        for part in self.parts():
-            needs |= part.needs
-        return needs
+        """What it reads of anybody."""
+        return reduce(or_, self.asks().values(), Needs.NOTHING)
 
     @property
     def reach(self) -> Reach:
@@ -100,6 +141,11 @@ class Piece(Ranged):
             else:
                 arguments.append(str(value) if isinstance(value, Piece) else f"{f.name}={value}")
         return f"{type(self).__name__}({', '.join(arguments)})" if arguments else type(self).__name__
+
+
+def joined(*asks: Mapping[str, Needs]) -> dict[str, Needs]:
+    """Needs by reader, all together."""
+    return {name: reduce(or_, (one.get(name, Needs.NOTHING) for one in asks)) for one in asks for name in one}
 
 
 class Measure(Piece):
@@ -233,6 +279,17 @@ class Term(Ranged):
         return self.where.needs | self.loss.needs
 
     @property
+    def asks(self) -> dict[str, Needs]:
+        """What is read of each reader."""
+        return joined(self.where.asks(), self.loss.asks())
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """Those whose reading it needs."""
+        columns = {reader for piece in (self.where, self.loss) for reader, _ in piece.columns()}
+        return tuple(sorted(columns | {name for name, needs in self.asks.items() if needs & OF_TEACHER}))
+
+    @property
     def reach(self) -> Reach:
         wide = Reach.BATCH if self.over == "members" else Reach.TOKEN
         return max(self.where.reach, self.loss.reach, wide)
@@ -241,7 +298,9 @@ class Term(Ranged):
         return self.weight(progress) if isinstance(self.weight, Schedule) else self.weight
 
 
-def support_width(piece: Any, kind: str) -> int:
-    """The largest top-k of one kind ("teacher" or "student") that a piece or its parts ask for."""
-    width = getattr(piece, f"{kind}_top_k", 0)
-    return max([width, *(support_width(part, kind) for part in piece.parts())])
+def support_width(piece: Piece, kind: str, reader: str | None = None, around: str = READER) -> int:
+    """The largest top-k of one kind ("teacher" or "student") that a piece or its parts ask for, of one reader or of
+    any."""
+    own = piece.reader or around
+    width = getattr(piece, f"{kind}_top_k", 0) if reader in (None, own) else 0
+    return max([width, *(support_width(part, kind, reader, own) for part in piece.parts())])

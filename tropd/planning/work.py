@@ -31,7 +31,8 @@ from tropd.doctor.subject import Subject
 from tropd.model.loading import choose_dtype
 from tropd.objective.evidence import OF_TEACHER
 from tropd.planning.devices import Device
-from tropd.training.step import PASS_NEEDS, recall_needed
+from tropd.training.scoring import PASS_NEEDS
+from tropd.training.step import recall_needed
 
 OPERATIONS = {"started": 50, "replayed": 5}
 """Operations of a layer in one pass: started one by one by Python (measured with tiny models on a CPU), or replayed by

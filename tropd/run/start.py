@@ -167,7 +167,8 @@ def _checkpoint_of(run: Run, directory: Path, step: int | None, world: Ranks) ->
 def _closing(parts: Parts) -> Iterator[None]:
     """Engines and teachers are closed, however the run ends and even where closing one fails; a teacher that was given
     stays its owner's."""
-    own = [part for part in (parts.engine, parts.teacher, parts.writer) if part not in (None, parts.given.teacher)]
+    held = (parts.engine, *dict.fromkeys(parts.readers.values()), parts.writer)
+    own = [part for part in held if part not in (None, parts.given.teacher)]
     with ExitStack() as stack:
         for part in own:
             stack.callback(part.close)

@@ -8,7 +8,7 @@ import sqlite3
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -89,7 +89,8 @@ class Cached(Teacher):
                 if row is not None:
                     held = load(row[0])
                     name = next(n for n in held if n.startswith("teacher:")).removeprefix("teacher:")
-                    scores[key] = TeacherScores(**{f: held[f] for f in _FIELDS if f in held}, teacher=name)
+                    kept: dict[str, Any] = {f: held[f] for f in _FIELDS if f in held}
+                    scores[key] = TeacherScores(**kept, teacher=name)
         except (sqlite3.Error, OSError, SafetensorError, ValueError, TypeError, StopIteration) as error:
             raise self._refuse("read", error) from error
         return scores

@@ -8,10 +8,9 @@ engage    a single object that scores for all of them; `writer_of` likewise for 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,24 +18,21 @@ import torch
 
 from tropd.base.names import find as find_name
 from tropd.base.names import made
-from tropd.config.models import TeacherConfig
+from tropd.config.models import GIVEN, ReaderConfig, TeacherConfig
 from tropd.config.run import Run
+from tropd.config.tables import to_dict
 from tropd.data.briefer import Briefer
-from tropd.data.stream import LazyPromptStream, PromptStream
 from tropd.distributed.ranks import Ranks
-from tropd.errors import ConfigError, DataError, EngineError, TeacherError, TropdError
+from tropd.errors import ConfigError, DataError, TropdError
 from tropd.model.loading import load_model, load_tokenizer
-from tropd.model.origins import Origin, name_of, origin_of, origin_of_objects
+from tropd.model.origins import Origin, origin_of, origin_of_objects
 from tropd.model.tiling import Tiling
-from tropd.objective.evidence import Needs
-from tropd.rollout.engine import Engine
-from tropd.rollout.transformers import TransformersEngine
-from tropd.teachers.local import LocalTeacher, base_as_teacher, same_vocabulary, shared_vocab_size, without_adapter
-from tropd.teachers.routed import Routed, RoutedWriter
-from tropd.teachers.served import ServedTeacher, meet_teacher, serve_writer, served_size
+from tropd.objective.evidence import READER, Needs
+from tropd.teachers.local import LocalTeacher, base_as_teacher, same_vocabulary, shared_vocab_size
+from tropd.teachers.routed import Routed
+from tropd.teachers.served import ServedTeacher, meet_teacher, served_size
 from tropd.teachers.teacher import Teacher
-from tropd.teachers.texts import CachedTexts
-from tropd.types import Completion, Prompt, Request
+from tropd.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,15 +57,23 @@ class TeacherParts:
     """A teacher of the user's own."""
     given: bool = False
     """Whether it is an object that no file names."""
+    reader: bool = False
+    """Whether it reads every response beside the prompts' teachers, and writes nothing."""
 
     @property
     def origin(self) -> str:
         """The name of its weights among the run's origins."""
+        if self.reader:
+            return f"readers.{self.name}"
         return f"teachers.{self.name}" if self.several else "teacher"
 
     def says(self, notes: Iterable[str]) -> list[str]:
         """Notes; with several teachers each note names its teacher."""
-        return [f"teacher {self.name!r}: {note}" if self.several else note for note in notes]
+        return [f"{self._said}: {note}" if self.several else note for note in notes]
+
+    @property
+    def _said(self) -> str:
+        return f"{'reader' if self.reader else 'teacher'} {self.name!r}"
 
     @contextmanager
     def named(self) -> Iterator[None]:
@@ -78,7 +82,7 @@ class TeacherParts:
             yield
         except TropdError as error:
             if self.several:
-                error.args = (f"teacher {self.name!r}: {error}", *error.args[1:])
+                error.args = (f"{self._said}: {error}", *error.args[1:])
             raise
 
 
@@ -88,44 +92,35 @@ class Engaged:
 
     teacher: Teacher
     """The teacher that scores for all of them."""
+    readers: Mapping[str, Teacher]
+    """Everybody who reads, by name; "teacher" is that teacher."""
     notes: tuple[str, ...]
-
-
-class TeacherEngine(Engine):
-    """The teacher as a writer, inside a context such as the adapter switched off."""
-
-    def __init__(self, engine: Engine, within: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
-        self.engine, self.within, self.context = engine, within, engine.context
-
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        try:
-            with self.within():
-                return self.engine.generate(requests)
-        except EngineError as error:
-            raise TeacherError(f"the teacher cannot write: {error}") from error
-
-    def close(self) -> None:
-        self.engine.close()
 
 
 def find(run: Run, tokenizer: PreTrainedTokenizerBase, given: Any = None) -> list[TeacherParts]:
     """Find the teachers.  `given`, a Teacher or a model with its tokenizer, is the only one if it is set."""
     several = bool(run.teachers)
     teachers = [TeacherParts(name=name, several=several, config=x) for name, x in run.all_teachers.items()]
+    teachers += [
+        TeacherParts(name=name, several=True, config=x, reader=True)
+        for name, x in run.all_readers.items()
+        if not shares_model(run, x)
+    ]
     for teacher in teachers:
         if teacher.config.is_student:
             continue
-        if run.teachers.get(teacher.name, run.teacher).path == "start" and "student" in run.given:
+        if teacher.config.path == run.student.path == GIVEN and (teacher.reader or given is None):
             raise ConfigError(
                 'teacher.path is "start", whose files are the student\'s, but the student was given in Python. Give a '
                 "copy of it as the teacher, or set student.path."
             )
         with teacher.named():
-            teacher.given = given is not None
-            if isinstance(given, Teacher):
-                teacher.own = given
-            elif given is not None:
-                teacher.model, teacher.tokenizer = given
+            of = None if teacher.reader else given
+            teacher.given = of is not None
+            if isinstance(of, Teacher):
+                teacher.own = of
+            elif of is not None:
+                teacher.model, teacher.tokenizer = of
             elif teacher.config.is_own:
                 teacher.own = make_teacher(teacher.config)
             else:
@@ -135,6 +130,14 @@ def find(run: Run, tokenizer: PreTrainedTokenizerBase, given: Any = None) -> lis
             if teacher.own is not None:
                 _check_own(teacher.own)
     return teachers
+
+
+def shares_model(run: Run, reader: ReaderConfig) -> bool:
+    """Whether it has the model of the run's teacher, however that is said."""
+    if reader.path == READER:
+        return True
+    own, theirs = ({**to_dict(x), "briefing": None} for x in (reader, run.all_teachers.get("default")))
+    return own == theirs and "teacher" not in run.given
 
 
 def make_teacher(config: TeacherConfig) -> Teacher:
@@ -178,36 +181,42 @@ def shared_size(teachers: Sequence[TeacherParts], student: Any, tokenizer: PreTr
 
 
 def engage(
+    run: Run,
     teachers: Sequence[TeacherParts],
     student: Any,
     vocab_size: int,
     tiling: Tiling,
     directory: Path,
     world: Ranks,
-    top_k: int,
 ) -> Engaged:
-    """`vocab_size` and `tiling` are shared by the forward passes of student and teachers; `top_k` is the method's."""
+    """`vocab_size` and `tiling` are shared by the forward passes of student and teachers."""
+    objective = run.method.objective
     ready: dict[str, Teacher] = {}
     notes: list[str] = []
     for teacher in teachers:
         if teacher.config.servers:
+            top_k = objective.top_k_of(teacher.name if teacher.reader else READER)
             with teacher.named():
                 teacher.served = meet_teacher(
                     teacher.config, top_k, vocab_size, teacher.tokenizer, directory, world, name=teacher.name
                 )
-            ready[teacher.name] = teacher.served.teacher
+            ready[teacher.origin] = teacher.served.teacher
             notes += teacher.says(teacher.served.notes)
         elif teacher.own is not None:
-            ready[teacher.name] = teacher.own
+            ready[teacher.origin] = teacher.own
         elif teacher.model is not None:
-            ready[teacher.name] = LocalTeacher(teacher.model, name=teacher.name, vocab_size=vocab_size, tiling=tiling)
+            ready[teacher.origin] = LocalTeacher(teacher.model, name=teacher.name, vocab_size=vocab_size, tiling=tiling)
         elif teacher.config.path == "student":
-            ready[teacher.name] = LocalTeacher(
+            ready[teacher.origin] = LocalTeacher(
                 student, name=teacher.name, vocab_size=vocab_size, tiling=tiling, within=nullcontext
             )
         else:
-            ready[teacher.name] = base_as_teacher(student, name=teacher.name, vocab_size=vocab_size, tiling=tiling)
-    return Engaged(teacher=Routed(ready) if teachers[0].several else ready["default"], notes=tuple(notes))
+            ready[teacher.origin] = base_as_teacher(student, name=teacher.name, vocab_size=vocab_size, tiling=tiling)
+    teaching = {x.name: ready[x.origin] for x in teachers if not x.reader}
+    teacher = Routed(teaching) if teachers[0].several else teaching["default"]
+    own = {x.name: ready[x.origin] for x in teachers if x.reader}
+    readers = {name: own.get(name, teacher) for name in run.all_readers}
+    return Engaged(teacher=teacher, readers={READER: teacher, **readers}, notes=tuple(notes))
 
 
 def briefer_of(
@@ -215,8 +224,10 @@ def briefer_of(
 ) -> Briefer:
     """Adds to prompts what those teachers read that are told more than the student; `tokenizer` is the student's."""
     singles = engaged.teachers
-    contexts = {x.name: singles[x.name].context if x.name in singles else engaged.context for x in teachers}
-    tokenizers = {x.name: x.tokenizer for x in teachers}
+    contexts = {
+        x.name: singles[x.name].context if x.name in singles else engaged.context for x in teachers if not x.reader
+    }
+    tokenizers = {x.name: x.tokenizer for x in teachers if not x.reader}
     return Briefer(run.all_teachers, run.data, tokenizer, tokenizers, contexts, run.rollout.max_new_tokens)
 
 
@@ -227,56 +238,6 @@ def origin_of_teacher(teacher: TeacherParts) -> Origin:
     if teacher.given:
         return origin_of_objects(teacher.model, teacher.tokenizer, weights=True)
     return origin_of(teacher.config, teacher.model) if teacher.served is None else {"server": teacher.served.identity}
-
-
-def writer_of(
-    run: Run,
-    teachers: Sequence[TeacherParts],
-    student: Any,
-    size: int,
-    prompts: tuple[PreTrainedTokenizerBase, PromptStream | LazyPromptStream],
-    origins: Mapping[str, Origin],
-    path: Path,
-) -> tuple[Engine | None, list[str]]:
-    """The engine that writes the teachers' texts, if the method needs any, and notes on it.  `path` keeps the texts."""
-    if not run.method.rollout.needs_teacher_text:
-        return None, []
-    writers: dict[str, Engine] = {}
-    notes: list[str] = []
-    for teacher in teachers:
-        if teacher.served is not None:
-            with teacher.named():
-                writer, remarks = serve_writer(teacher.config, teacher.served, *prompts, size, name=teacher.name)
-            notes += teacher.says(remarks)
-        elif teacher.own is not None:
-            with teacher.named():
-                writer = _own_writer(teacher.own, run)
-        else:
-            writer = _local_writer(teacher, run, student, size)
-        if teacher.config.text_cache:
-            writer = CachedTexts(writer, path, name_of(origins.get(teacher.origin) or origins["student"]))
-        writers[teacher.name] = writer
-    return (RoutedWriter(writers) if run.teachers else writers["default"]), notes
-
-
-def _own_writer(teacher: Teacher, run: Run) -> Engine:
-    """The teacher itself, if it is an engine too; it is not used if the data set brings all texts."""
-    if isinstance(teacher, Engine):
-        return TeacherEngine(teacher)
-    if run.data.response_column is None and run.data.last_assistant != "prefix":
-        raise ConfigError(
-            f"method {run.method.name!r} needs the teacher's texts, but a {type(teacher).__name__} writes none. Let it "
-            "inherit from tropd.rollout.engine.Engine as well, set data.response_column, or use another method."
-        )
-    return TeacherEngine(Engine())
-
-
-def _local_writer(teacher: TeacherParts, run: Run, student: Any, size: int) -> Engine:
-    """The teacher's own model, or the student as it is or with its adapter switched off."""
-    model, within = student if teacher.model is None else teacher.model, nullcontext
-    if teacher.config.path == "base" and teacher.model is None:
-        within = partial(without_adapter, student)
-    return TeacherEngine(TransformersEngine(model, vocab_size=size, max_batch=run.rollout.max_batch), within)
 
 
 def share_prompts(run: Run, prompts: Sequence[Prompt]) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -34,9 +34,10 @@ from tropd.rollout.transformers import TransformersEngine
 from tropd.teachers import loading
 from tropd.teachers.loading import TeacherParts
 from tropd.teachers.teacher import Teacher
+from tropd.teachers.writing import writer_of
 from tropd.training.given import NOTHING_GIVEN, Given
-from tropd.training.learner import ModelLearner
-from tropd.training.step import check_evidence
+from tropd.training.learner import ModelLearner, whole_of
+from tropd.training.scoring import check_evidence
 from tropd.types import Prompt
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class Parts:
     learner: ModelLearner
     engine: Engine
     teacher: Teacher
+    readers: Mapping[str, Teacher]
+    """Everybody who reads the responses, by name; "teacher" is the teacher."""
     writer: Engine | None
     stream: PromptStream | LazyPromptStream
     stop_ids: tuple[int, ...]
@@ -87,21 +90,21 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE, given: Given = N
     model = wrap_student(loaded, run.student, run.seed)
     size = loading.shared_size(teachers, model, tokenizer)
     tiling = Tiling(tokens_per_batch=run.tokens_per_micro_batch, tile_tokens=run.tile_tokens, tile_vocab=run.tile_vocab)
-    top_k = run.method.objective.teacher_top_k
-    engaged = loading.engage(teachers, model, size, tiling, directory, world, top_k)
-    engaged.teacher.prepare(tokenizer, size, device)
-    learner = _learner(run, model, size, tiling, engaged.teacher.forward, world)
-    check_evidence(run.method.objective, engaged.teacher, shown(run.method.name), grader is not None)
+    engaged = loading.engage(run, teachers, model, size, tiling, directory, world)
+    for reader in set(engaged.readers.values()):
+        reader.prepare(tokenizer, size, device)
+    learner = _learner(run, model, size, tiling, engaged.readers, world)
+    check_evidence(run.method.objective, engaged.readers, shown(run.method.name), grader is not None)
     engine = _engine(run, model, tokenizer, size, directory, world)
     with ExitStack() as opened:
         opened.callback(engine.close)
         briefer = loading.briefer_of(run, teachers, engaged.teacher, tokenizer)
-        shortest = _shortest(learner.forward, engine, engaged.teacher)
+        shortest = _shortest(learner.forward, engine, *engaged.readers.values())
         stream, notes = _open_stream(run, tokenizer, shortest, given.prompts, briefer)
         held_out, eval_notes = _held_out(run, tokenizer, _shortest(learner.forward, engine), given.held_out)
         origins = world.first(_origins(run, (loaded, tokenizer), teachers, held_out, given) if world.leads else {})
         texts = directory / world.own_name(loading.TEXTS)
-        writer, remarks = loading.writer_of(run, teachers, model, size, (tokenizer, stream), origins, texts)
+        writer, remarks = writer_of(run, teachers, model, size, (tokenizer, stream), origins, texts)
         opened.pop_all()  # nothing was refused
     return Parts(
         run=run,
@@ -110,6 +113,7 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE, given: Given = N
         learner=learner,
         engine=engine,
         teacher=engaged.teacher,
+        readers=engaged.readers,
         writer=writer,
         stream=stream,
         stop_ids=ends,
@@ -151,15 +155,16 @@ def _engine(run: Run, model: Any, tokenizer: Any, size: int, directory: Path, wo
 
 
 def _learner(
-    run: Run, model: Any, vocab_size: int, tiling: Tiling, teacher: Forward | None, world: Ranks
+    run: Run, model: Any, vocab_size: int, tiling: Tiling, readers: Mapping[str, Teacher], world: Ranks
 ) -> ModelLearner:
+    wholes = {name: whole_of(name, x.forward) for name, x in readers.items() if x.forward is not None}
     shards = _shards(run, model, world)
     total, add = run.steps * run.optimizer.num_updates, world.add_ if world.size > 1 else None
     if shards is not None:
         optimizer = Optimizer(shards.cut, run.optimizer, total)
     else:
         optimizer = Optimizer(model, run.optimizer, total, add)
-    return ModelLearner(model, optimizer, vocab_size=vocab_size, tiling=tiling, teacher=teacher, shards=shards)
+    return ModelLearner(model, optimizer, vocab_size=vocab_size, tiling=tiling, readers=wholes, shards=shards)
 
 
 def shards_student(run: Run, world: Ranks) -> bool:
@@ -170,7 +175,7 @@ def _shards(run: Run, model: Any, world: Ranks) -> Shards | None:
     """The sharded student, if there are several processes and no adapter, which would make sharding pointless."""
     if not shards_student(run, world):
         return None
-    if any(teacher.path == "student" for teacher in run.all_teachers.values()):
+    if any(x.path == "student" for x in (*run.all_teachers.values(), *run.all_readers.values())):
         raise ConfigError(
             'teacher.path is "student", but several processes share one student in parts, whose whole is gone while it '
             'is trained. Set parallel.student = "replicated", or teacher.path = "start".'

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tropd.errors import TeacherError
-from tropd.objective.evidence import Needs, Tokens, around
+from tropd.objective.evidence import READER, Needs, Tokens, around
 from tropd.types import Author, Rollout, TeacherScores, key_of
+
+AsRead = Mapping[str, Sequence[Rollout | None]]
+"""By reader, the rollouts as it reads them: perhaps with another prompt before the same responses, None where it reads
+nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,8 +26,8 @@ class ScoredBatch:
     tokens: Tokens
     measured: bool = False
     """The student was measured in a separate pass, so plans need not wait for the gradient pass."""
-    as_read: tuple[Rollout, ...] = ()
-    """The rollouts as the teacher reads them, where another prompt stands before the same responses."""
+    as_read: AsRead = field(default_factory=dict)
+    """The rollouts as they were read."""
 
     def rows_of(self, chosen: Sequence[int]) -> Tensor:
         """Row numbers of some rollouts, in the order given."""
@@ -38,7 +42,7 @@ class ScoredBatch:
             rollouts=tuple(self.rollouts[i] for i in chosen),
             tokens=self.tokens.rows(self.rows_of(chosen)),
             measured=self.measured,
-            as_read=tuple(self.as_read[i] for i in chosen) if self.as_read else (),
+            as_read={name: [texts[i] for i in chosen] for name, texts in self.as_read.items()},
         )
 
     def only(self, chosen: Sequence[int]) -> ScoredBatch:
@@ -47,9 +51,12 @@ class ScoredBatch:
         new_of = torch.zeros(len(self.rollouts), dtype=torch.int64, device=part.tokens.sequences_N.device)
         index = torch.tensor(list(chosen), dtype=torch.int64, device=new_of.device)
         new_of[index] = torch.arange(len(chosen), device=new_of.device)
-        fields = ("keys_S", "num_actions_S", "rewards_S", "groups_S")
+        fields = ("keys_S", "num_actions_S", "rewards_S", "groups_S", "read_S")
         held = {f: x[index.to(x.device)] for f in fields if (x := part.tokens.peek(f)) is not None}
         tokens = part.tokens.with_(sequences_N=new_of[part.tokens.sequences_N], **held)
+        for name, evidence in tokens.others.items():
+            if "read_S" in evidence:
+                tokens = tokens.told(name, read_S=evidence["read_S"][index.to(evidence["read_S"].device)])
         return replace(part, tokens=tokens)
 
 
@@ -114,20 +121,29 @@ _OF_SCORES = {
 
 
 def add_scores(
-    tokens: Tokens, rollouts: Sequence[Rollout], scores: Sequence[TeacherScores], asked: Needs = Needs.NOTHING
+    tokens: Tokens,
+    rollouts: Sequence[Rollout],
+    scores: Sequence[TeacherScores],
+    asked: Needs = Needs.NOTHING,
+    *,
+    reader: str = READER,
+    columns: Sequence[str] = (),
 ) -> Tokens:
-    """Join a teacher's scores to the tokens they describe; a row too many or too few is an error, never a shift.  What
+    """Join a reader's scores to the tokens they describe; a row too many or too few is an error, never a shift.  What
     was asked for has to be there."""
-    _check_scores(rollouts, scores, asked)
-    joined = {}
-    for field, (name, _) in _OF_SCORES.items():
+    check_scores(rollouts, scores, asked, columns)
+    joined: dict[str, Any] = {}
+    for evidence, (name, _) in _OF_SCORES.items():
         rows = [getattr(s, name) for s in scores]
         if rows and all(x is not None for x in rows):
-            joined[field] = torch.cat(rows).to(tokens.token_ids_N.device)
-    return tokens.with_(**joined)
+            joined[evidence] = torch.cat(rows).to(tokens.token_ids_N.device)
+    if columns:
+        device = tokens.token_ids_N.device
+        joined["columns"] = {name: torch.cat([s.columns[name] for s in scores]).to(device) for name in columns}
+    return tokens.told(reader, **joined)
 
 
-def _check_scores(rollouts: Sequence[Rollout], scores: Any, asked: Needs) -> None:
+def check_scores(rollouts: Sequence[Rollout], scores: Any, asked: Needs, columns: Sequence[str] = ()) -> None:
     """Teachers may be anybody's."""
     if not isinstance(scores, Sequence):
         raise TeacherError(f"the teacher returned a {type(scores).__name__}. Return a list of TeacherScores.")
@@ -136,6 +152,14 @@ def _check_scores(rollouts: Sequence[Rollout], scores: Any, asked: Needs) -> Non
     for rollout, score in zip(rollouts, scores, strict=True):
         if not isinstance(score, TeacherScores):
             raise TeacherError(f"the teacher returned a {type(score).__name__} for a rollout. Return a TeacherScores.")
+        for name in columns:
+            value = score.columns.get(name)
+            if not isinstance(value, Tensor) or len(value) != len(rollout.response_ids):
+                has = f"{tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                raise TeacherError(
+                    f"the method reads column {name!r} of teacher {score.teacher!r}, a row for each of "
+                    f"{len(rollout.response_ids)} response tokens, but the teacher gave {has}."
+                )
         for name, need in _OF_SCORES.values():
             value = getattr(score, name)
             if value is None and not (need in asked or name == "logprobs_T"):

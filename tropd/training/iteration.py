@@ -22,8 +22,9 @@ from tropd.training.assembly import Parts
 from tropd.training.batches import ScoredBatch, make_tokens
 from tropd.training.draw_probes import probes_of_student, probes_of_teacher
 from tropd.training.kept_batch import save_batch
+from tropd.training.scoring import score
 from tropd.training.source import Source, Written, lags, own_prompts
-from tropd.training.step import StepSums, recall_needed, score, train_step
+from tropd.training.step import StepSums, recall_needed, train_step
 from tropd.training.watched import Watched
 from tropd.types import Author, StepRecord, TermStats, key_of
 
@@ -66,7 +67,7 @@ def iterate(parts: Parts, source: Source, directory: Path, step: int, alarms: Al
         batch = score(
             rollouts,
             objective,
-            parts.teacher,
+            parts.readers,
             learner,
             seed=run.seed,
             recall=recall,
@@ -88,7 +89,7 @@ def iterate(parts: Parts, source: Source, directory: Path, step: int, alarms: Al
             tokens_per_micro_batch=run.tokens_per_micro_batch,
             num_updates=run.optimizer.num_updates,
             watch=watched,
-            teacher=parts.teacher,
+            teacher=parts.readers,
             places=[
                 n * run.rollout.num_rollouts + i for n in own_prompts(parts) for i in range(run.rollout.num_rollouts)
             ],

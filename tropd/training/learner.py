@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +14,7 @@ from tropd.model.forward import Forward, similar_lengths
 from tropd.model.one_pass import can_fuse, fused_loss, wanted
 from tropd.model.optimizer import Optimizer
 from tropd.model.tiling import Tiling
-from tropd.objective.evidence import Needs
+from tropd.objective.evidence import Needs, Tokens
 from tropd.objective.terms import World
 from tropd.teachers.teacher import Teacher
 from tropd.training.micro_batch import MicroBatch, Piece, Seen
@@ -24,8 +24,17 @@ if TYPE_CHECKING:
     from tropd.distributed.sharding import Shards
 
 
+Whole = Callable[[Tokens], Tensor]
+"""Some tokens -> a reader's whole distributions there [C, V], from the hidden states among its evidence."""
+
+
+def whole_of(name: str, forward: Forward) -> Whole:
+    """The whole distributions of one model."""
+    return lambda tokens: forward.full_logprobs(tokens.of(name).teacher_hidden_NH, tokens.token_ids_N)
+
+
 class ModelLearner:
-    """Implements `tropd.training.step.Learner`."""
+    """Implements `tropd.training.protocols.Learner`."""
 
     def __init__(
         self,
@@ -34,14 +43,13 @@ class ModelLearner:
         *,
         vocab_size: int,
         tiling: Tiling | None = None,
-        teacher: Forward | None = None,
+        readers: Mapping[str, Whole] | None = None,
         shards: Shards | None = None,
     ) -> None:
-        """`teacher` is the forward pass of a teacher in this process; its head makes the whole distributions.
+        """`readers` make whole distributions of readers in this process, by name.
 
         With `shards`, `model` is the whole model, which is measured; the sharded copy is trained.
         """
-        self.teacher = teacher
         self.model, self.optimizer = model, optimizer
         self.forward = Forward(model, vocab_size=vocab_size, tiling=tiling)
         self.shards = shards
@@ -51,22 +59,23 @@ class ModelLearner:
         exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
         drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
         self.margin: float | None = None if shards is not None or drops else 0.02 if exact else 0.25
-        self.expands = teacher is not None and can_tile(self.forward.head)
+        self.wholes = readers or {}
+        self.expands = set(self.wholes) if can_tile(self.forward.head) else set()
 
     def learn(self, batch: MicroBatch) -> Seen:
-        forward, tokens, needs = self.trained, batch.tokens, batch.objective.needs
+        forward, tokens, asks = self.trained, batch.tokens, batch.objective.asks
         forward.model.train()
         if self.shards is not None:
             self.shards.empty()
-        whole = Needs.FULL in needs
-        if not can_tile(forward.head) or (whole and tokens.peek("teacher_hidden_NH") is None):
-            loss, piece = batch.loss_of_all(forward.view(batch.part.rollouts, batch.part.tokens, needs))
+        whole = [name for name, needs in asks.items() if Needs.FULL in needs]
+        if not can_tile(forward.head) or any(name not in self.expands for name in whole):
+            loss, piece = batch.loss_of_all(forward.view(batch.part.rollouts, batch.part.tokens, asks))
             loss.backward()
             return batch.seen([piece])
         hidden_NH = forward.hidden(batch.part.rollouts)
         if batch.live is not None:  # nothing is projected that no term weighs
             hidden_NH = hidden_NH[batch.live]
-        ids_NM, view_of = wanted(tokens, needs)
+        ids_NM, view_of = wanted(tokens, asks)
         pieces: list[Piece] = []
 
         def keep(result: tuple[Tensor, Piece]) -> Tensor:
@@ -80,10 +89,9 @@ class ModelLearner:
             view = view_of(full_CV.gather(1, ids_NM[rows]))
             if not whole:
                 return keep(batch.loss(rows, view))
-            assert self.teacher is not None
-            teacher_CV = self.teacher.full_logprobs(tokens.teacher_hidden_NH[rows], tokens.token_ids_N[rows])
-            full = {"teacher_full_logprobs_NV": teacher_CV}
-            return keep(batch.loss(rows, view.with_(full_logprobs_NV=full_CV), **full))
+            part = tokens.rows(rows)
+            theirs = {name: self.wholes[name](part) for name in whole}
+            return keep(batch.loss(rows, view.with_(full_logprobs_NV=full_CV), theirs))
 
         if can_fuse(forward.head) and not whole:
             tiling = forward.tiling

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,10 +62,12 @@ class MicroBatch:
             live=live,
         )
 
-    def loss(self, rows: slice, view: StudentView, **evidence: Tensor) -> tuple[Tensor, Piece]:
-        """The loss of some live rows, and what is kept of them.  `evidence` is what exists for these rows only, such as
-        whole distributions."""
-        tokens = self.tokens.rows(rows).with_(**evidence)
+    def loss(self, rows: slice, view: StudentView, whole: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Piece]:
+        """The loss of some live rows, and what is kept of them.  `whole` are whole distributions, which exist for these
+        rows only, by reader."""
+        tokens = self.tokens.rows(rows)
+        for name, full_CV in (whole or {}).items():
+            tokens = tokens.told(name, teacher_full_logprobs_NV=full_CV)
         if self.plan is not None:
             plan = self.plan.rows(rows)
         else:

@@ -1,0 +1,93 @@
+"""The engines that write the teachers' texts, where a method begins with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tropd.config.run import Run
+from tropd.data.stream import LazyPromptStream, PromptStream
+from tropd.errors import ConfigError, EngineError, TeacherError
+from tropd.model.origins import Origin, name_of
+from tropd.rollout.engine import Engine
+from tropd.rollout.transformers import TransformersEngine
+from tropd.teachers.loading import TeacherParts
+from tropd.teachers.local import without_adapter
+from tropd.teachers.routed import RoutedWriter
+from tropd.teachers.served import serve_writer
+from tropd.teachers.teacher import Teacher
+from tropd.teachers.texts import CachedTexts
+from tropd.types import Completion, Request
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class TeacherEngine(Engine):
+    """The teacher as a writer, inside a context such as the adapter switched off."""
+
+    def __init__(self, engine: Engine, within: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+        self.engine, self.within, self.context = engine, within, engine.context
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        try:
+            with self.within():
+                return self.engine.generate(requests)
+        except EngineError as error:
+            raise TeacherError(f"the teacher cannot write: {error}") from error
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+def writer_of(
+    run: Run,
+    teachers: Sequence[TeacherParts],
+    student: Any,
+    size: int,
+    prompts: tuple[PreTrainedTokenizerBase, PromptStream | LazyPromptStream],
+    origins: Mapping[str, Origin],
+    path: Path,
+) -> tuple[Engine | None, list[str]]:
+    """The engine that writes the teachers' texts, if the method needs any, and notes on it.  `path` keeps the texts."""
+    if not run.method.rollout.needs_teacher_text:
+        return None, []
+    writers: dict[str, Engine] = {}
+    notes: list[str] = []
+    for teacher in (x for x in teachers if not x.reader):
+        if teacher.served is not None:
+            with teacher.named():
+                writer, remarks = serve_writer(teacher.config, teacher.served, *prompts, size, name=teacher.name)
+            notes += teacher.says(remarks)
+        elif teacher.own is not None:
+            with teacher.named():
+                writer = _own_writer(teacher.own, run)
+        else:
+            writer = _local_writer(teacher, run, student, size)
+        if teacher.config.text_cache:
+            writer = CachedTexts(writer, path, name_of(origins.get(teacher.origin) or origins["student"]))
+        writers[teacher.name] = writer
+    return (RoutedWriter(writers) if run.teachers else writers["default"]), notes
+
+
+def _own_writer(teacher: Teacher, run: Run) -> Engine:
+    """The teacher itself, if it is an engine too; it is not used if the data set brings all texts."""
+    if isinstance(teacher, Engine):
+        return TeacherEngine(teacher)
+    if run.data.response_column is None and run.data.last_assistant != "prefix":
+        raise ConfigError(
+            f"method {run.method.name!r} needs the teacher's texts, but a {type(teacher).__name__} writes none. Let it "
+            "inherit from tropd.rollout.engine.Engine as well, set data.response_column, or use another method."
+        )
+    return TeacherEngine(Engine())
+
+
+def _local_writer(teacher: TeacherParts, run: Run, student: Any, size: int) -> Engine:
+    """The teacher's own model, or the student as it is or with its adapter switched off."""
+    model, within = student if teacher.model is None else teacher.model, nullcontext
+    if teacher.config.path == "base" and teacher.model is None:
+        within = partial(without_adapter, student)
+    return TeacherEngine(TransformersEngine(model, vocab_size=size, max_batch=run.rollout.max_batch), within)

@@ -1,0 +1,217 @@
+"""What is known about rollouts before they are trained on: the student's evidence, and that of all who read them.
+
+A reader is a teacher and what it is told.  "teacher" reads what every piece reads unless it says otherwise; each reader
+is asked only for what some piece reads of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tropd.base.reading import nearest
+from tropd.errors import EvidenceError
+from tropd.monitoring.sample import sampled_rows
+from tropd.objective.evidence import OF_TEACHER, READER, Needs, Tokens
+from tropd.objective.objective import Objective
+from tropd.objective.terms import Context, Reach
+from tropd.teachers.teacher import ScoreRequest, Teacher, TopKRows
+from tropd.training.batches import AsRead, ScoredBatch, add_scores, check_scores, make_tokens
+from tropd.training.protocols import Learner
+from tropd.types import Author, Rollout, TeacherScores
+
+PASS_NEEDS = Needs.STUDENT_ENTROPY | Needs.STUDENT_TOPK | Needs.REVERSE_KL
+"""The student's evidence that must exist before the gradient pass."""
+
+
+def by_name(teacher: Teacher | Mapping[str, Teacher]) -> Mapping[str, Teacher]:
+    """Readers by name; a single teacher is the reader "teacher"."""
+    return {READER: teacher} if isinstance(teacher, Teacher) else teacher
+
+
+def check_evidence(objective: Objective, teacher: Teacher | Mapping[str, Teacher], name: str, grader: bool) -> None:
+    """Refuse before step 0 a method that would fail later for lack of evidence."""
+    readers = by_name(teacher)
+    for reader in objective.readers:
+        if reader not in readers:
+            raise EvidenceError(
+                f"method {name!r} reads what reader {reader!r} says{nearest(reader, readers)}, and the run has only "
+                f"{', '.join(readers)}. Add a section [readers.{reader}]."
+            )
+        lacking = objective.needs_of(reader) & OF_TEACHER & ~readers[reader].capabilities
+        if lacking:
+            terms = [t.name for t in objective.terms if t.asks.get(reader, Needs.NOTHING) & lacking]
+            whose = "" if reader == READER else f"reader {reader!r}: "
+            raise EvidenceError(
+                f"{whose}term {', '.join(map(repr, terms))} of method {name!r} needs {_names(lacking)} from "
+                f"{_offers(readers[reader], lacking)}. Use another method (`tropd methods`), or a teacher in this "
+                "process, which can answer everything."
+            )
+    if Needs.REWARD in objective.needs and not grader:
+        raise EvidenceError(f"method {name!r} reads a grader's reward: set `grader`.")
+
+
+def _offers(teacher: Teacher, lacking: Needs) -> str:
+    """What the teacher offers, or those of several teachers that offer too little."""
+    each = {name: single.capabilities for name, single in teacher.teachers.items()}
+    short = [f"{name!r} offers {_names(offered)}" for name, offered in each.items() if lacking & ~offered]
+    if len(each) < 2 or not short:
+        return f"the teacher, which offers {_names(teacher.capabilities)}"
+    return "every teacher, but " + " and ".join(short)
+
+
+def _names(needs: Needs) -> str:
+    return " and ".join(str(n.name) for n in needs) or "nothing"
+
+
+def score(
+    rollouts: Sequence[Rollout],
+    objective: Objective,
+    teacher: Teacher | Mapping[str, Teacher],
+    learner: Learner,
+    *,
+    seed: int,
+    recall: bool,
+    context: Context | None = None,
+    scores: Sequence[TeacherScores] | None = None,
+    as_read: AsRead | None = None,
+) -> ScoredBatch:
+    """Join everything known about the rollouts.  `recall`: plan from the student as it is now, not as it will be.
+
+    `teacher` is one, or every reader by its name.  `scores` are those of the reader "teacher", where it has been asked
+    already.  `as_read` are the rollouts as each reader reads them: with another prompt before the same responses, or
+    None where it does not read one; by default as prompts say (`Rollout.as_told`)."""
+    readers, context = by_name(teacher), context or Context()
+    tokens = make_tokens(rollouts, seed, learner.device, learner.vocab_size)
+    if context.world.size > 1:  # groups are numbered on each rank, and no group is on two
+        tokens = tokens.with_(groups_S=tokens.groups_S * context.world.size + context.world.rank)
+    student: dict[str, Tensor] = {}
+    if recall or objective.needs & PASS_NEEDS:
+        student = learner.measure(rollouts, objective.needs, objective.student_top_k)
+    tokens, read = tokens.with_(**student), dict(as_read or {})
+    for name in objective.readers:
+        texts = read[name] = tuple(read.get(name) or (rollout.as_told for rollout in rollouts))
+        margin = 0.0 if student else learner.margin
+        reading = _Reading(name, readers[name], rollouts, texts, objective)
+        tokens = reading.tell(tokens, learner, context, margin, scores if name == READER else None)
+    return ScoredBatch(rollouts=tuple(rollouts), tokens=tokens, measured=bool(student), as_read=read)
+
+
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """One reader and what it is asked."""
+
+    name: str
+    teacher: Teacher
+    rollouts: Sequence[Rollout]
+    texts: Sequence[Rollout | None]
+    objective: Objective
+
+    @property
+    def asked(self) -> list[int]:
+        """The rollouts that it reads; one at least, so that its answer has a shape and all ranks call together."""
+        return [i for i, text in enumerate(self.texts) if text is not None] or [0]
+
+    def tell(
+        self,
+        tokens: Tokens,
+        learner: Learner,
+        context: Context,
+        margin: float | None,
+        scores: Sequence[TeacherScores] | None,
+    ) -> Tokens:
+        """The tokens with what it says of them."""
+        needs = self.objective.needs_of(self.name)
+        if Needs.FULL in needs and Needs.HIDDEN in self.teacher.capabilities and self.name in learner.expands:
+            needs = (needs & ~Needs.FULL) | Needs.HIDDEN  # whole distributions are made by tiles, where they are read
+        if scores is None:
+            ids_NJ = tokens.peek("student_topk_ids_NJ")
+            ids_TJ = None if ids_NJ is None else ids_NJ.split([len(r.response_ids) for r in self.rollouts])
+            rows = top_k_rows(self.objective, tokens, context, margin, self.name)
+            scores = self.score(needs, student_topk_ids_TJ=ids_TJ, top_k_rows=rows)
+        columns = self.objective.columns_of(self.name)
+        tokens = add_scores(tokens, self.rollouts, scores, needs, reader=self.name, columns=columns)
+        if Needs.REVERSE_KL in needs:
+            tokens = tokens.told(self.name, reverse_kl_N=self._reverse_kl(learner))
+        read_S = torch.tensor([text is not None for text in self.texts])
+        if int(context.world.gather((~read_S).sum()[None]).sum()):  # the same on every rank
+            tokens = tokens.told(self.name, read_S=read_S.to(learner.device))
+        return tokens
+
+    def score(self, needs: Needs, **how: Any) -> Sequence[TeacherScores]:
+        """For every rollout; zeros stand for what it does not read."""
+        whole, asked = (
+            [own if text is None else text for own, text in zip(self.rollouts, self.texts, strict=True)],
+            self.asked,
+        )
+        request = ScoreRequest(whole, needs, top_k=self.objective.top_k_of(self.name), **how)
+        if len(asked) == len(whole):
+            return self.teacher.score(request)
+        request = request.take(asked)
+        scores = self.teacher.score(request)
+        check_scores(request.rollouts, scores, needs)
+        found = dict(zip(asked, scores, strict=True))
+        return [found[i] if i in found else scores[0].silent(len(r.response_ids)) for i, r in enumerate(self.rollouts)]
+
+    def _reverse_kl(self, learner: Learner) -> Tensor:
+        asked = self.asked
+        own, texts = [self.rollouts[i] for i in asked], [self.texts[i] or self.rollouts[i] for i in asked]
+        rows = learner.reverse_kl(own, self.teacher, texts).split([len(r.response_ids) for r in own])
+        found = dict(zip(asked, rows, strict=True))
+        lengths = [len(r.response_ids) for r in self.rollouts]
+        return torch.cat([found[i] if i in found else rows[0].new_zeros(n) for i, n in enumerate(lengths)])
+
+
+def with_every_top_k(part: ScoredBatch, objective: Objective, readers: Mapping[str, Teacher]) -> ScoredBatch:
+    """The same rollouts, where readers left out no top-k."""
+    tokens = part.tokens
+    for name in objective.readers:
+        if Needs.TOPK not in objective.needs_of(name):
+            continue
+        texts = part.as_read.get(name) or part.rollouts
+        needs = Needs.SAMPLED | Needs.TOPK
+        scores = _Reading(name, readers[name], part.rollouts, texts, objective).score(needs)
+        again = add_scores(tokens, part.rollouts, scores, needs, reader=name).of(name)
+        top_k = ("teacher_topk_ids_NK", "teacher_topk_logprobs_NK")
+        tokens = tokens.told(name, **{field: again.peek(field) for field in top_k})
+    return replace(part, tokens=tokens)
+
+
+def top_k_rows(
+    objective: Objective, tokens: Tokens, context: Context, margin: float | None, reader: str = READER
+) -> TopKRows | None:
+    """Which rows' top-k a term may read, decided while the teacher's tile is in memory; None if that cannot be known.
+
+    The student's log-probabilities are those of the rollouts, so a row counts if it would count anywhere within the
+    margin.  The margin is in log-odds: a sure token stays sure, whatever the rounding of its logits.  A random eighth
+    of the rows is added, so that probes of the support cover all tokens.
+    """
+    terms = [term for term in objective.terms if Needs.TOPK in term.asks.get(reader, Needs.NOTHING)]
+    simple = all(t.where.asks().keys() <= {reader, READER} and t.where.reach == Reach.TOKEN for t in terms)
+    simple &= all(needs in (Needs.NOTHING, Needs.SAMPLED) for t in terms for needs in t.where.asks().values())
+    simple &= not any(t.loss.reward is not None and Needs.TOPK in t.loss.reward.needs for t in terms)
+    if not terms or not simple or margin is None or tokens.peek("student_logprobs_N") is None:
+        return None
+
+    def decide(rows_C: Tensor, teacher_logprobs_C: Tensor) -> Tensor:
+        part = tokens.rows(rows_C.to(tokens.token_ids_N.device)).told(reader, teacher_logprobs_N=teacher_logprobs_C)
+        chosen_C = sampled_rows(part) & (part.authors_N == Author.STUDENT)
+        for nudge in {-margin, 0.0, margin}:
+            near = part.with_(student_logprobs_N=_nudged(part.student_logprobs_N, nudge))
+            for term in terms:
+                chosen_C |= term.where(near, context) > 0
+        return chosen_C
+
+    return decide
+
+
+def _nudged(logprobs_N: Tensor, nudge: float) -> Tensor:
+    """Log-probabilities after a change of the log-odds log p - log(1 - p)."""
+    if not nudge:
+        return logprobs_N
+    log_odds_N = logprobs_N - torch.log(-torch.expm1(logprobs_N))  # inf where p is 1, and stays it
+    return torch.nn.functional.logsigmoid(log_odds_N + nudge)
