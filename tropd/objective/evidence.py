@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Flag, auto
+from functools import reduce
+from operator import or_
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -56,6 +58,12 @@ OF_TEACHER = (
     | Needs.REVERSE_KL
 )
 """The part of Needs that only a teacher can answer."""
+
+
+def joined(*asks: Mapping[str, Needs]) -> dict[str, Needs]:
+    """Needs by reader, all together."""
+    return {name: reduce(or_, (one.get(name, Needs.NOTHING) for one in asks)) for one in asks for name in one}
+
 
 READER = "teacher"
 """The reader that everything reads unless it says otherwise."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from tropd.errors import ConfigError, EvidenceError, TrainingDiverged
-from tropd.objective.evidence import READER, Needs, StudentView, Tokens, at_least_float32
+from tropd.objective.evidence import READER, Needs, StudentView, Tokens, at_least_float32, joined
 from tropd.objective.plan import Counts, Plan, make_plan
-from tropd.objective.terms import Context, Reach, Term, joined, support_width
+from tropd.objective.terms import Context, Reach, Term, support_width
 from tropd.types import TermStats
 
 

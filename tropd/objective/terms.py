@@ -11,8 +11,7 @@ Selectors, measures and rewards are evaluated once per batch, in `plan`; the res
 any cut into micro-batches, ranks or tiles gives the same gradient.  Each piece declares what evidence it reads
 (`needs`) and how far it looks (`reach`); both are collected from its parts.
 
-Evidence comes from readers, who say how likely the written tokens are.  A piece with `reader="peer"` sees that reader's
-evidence wherever it reads the teacher's, and so do its parts.
+Evidence comes from readers.  A piece with `reader="peer"` sees the evidence of that one where it reads the teacher's.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from tropd.base.ranges import Finite, Ranged
 from tropd.errors import ConfigError
-from tropd.objective.evidence import OF_TEACHER, READER, Evidence, Needs, StudentView, Tokens
+from tropd.objective.evidence import OF_TEACHER, READER, Evidence, Needs, StudentView, Tokens, joined
 from tropd.objective.schedules import Schedule
 
 
@@ -141,11 +140,6 @@ class Piece(Ranged):
             else:
                 arguments.append(str(value) if isinstance(value, Piece) else f"{f.name}={value}")
         return f"{type(self).__name__}({', '.join(arguments)})" if arguments else type(self).__name__
-
-
-def joined(*asks: Mapping[str, Needs]) -> dict[str, Needs]:
-    """Needs by reader, all together."""
-    return {name: reduce(or_, (one.get(name, Needs.NOTHING) for one in asks)) for one in asks for name in one}
 
 
 class Measure(Piece):

@@ -18,7 +18,7 @@ import torch
 
 from tropd.base.names import find as find_name
 from tropd.base.names import made
-from tropd.config.models import GIVEN, ReaderConfig, TeacherConfig
+from tropd.config.models import ReaderConfig, TeacherConfig
 from tropd.config.run import Run
 from tropd.config.tables import to_dict
 from tropd.data.briefer import Briefer
@@ -109,7 +109,8 @@ def find(run: Run, tokenizer: PreTrainedTokenizerBase, given: Any = None) -> lis
     for teacher in teachers:
         if teacher.config.is_student:
             continue
-        if teacher.config.path == run.student.path == GIVEN and (teacher.reader or given is None):
+        configured = run.readers.get(teacher.name) if teacher.reader else run.teachers.get(teacher.name, run.teacher)
+        if configured and configured.path == "start" and "student" in run.given:
             raise ConfigError(
                 'teacher.path is "start", whose files are the student\'s, but the student was given in Python. Give a '
                 "copy of it as the teacher, or set student.path."
