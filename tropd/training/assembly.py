@@ -29,9 +29,11 @@ from tropd.model.optimizer import Optimizer
 from tropd.model.origins import Origin, origin_of, origin_of_objects, prompts_origin
 from tropd.model.tiling import Tiling
 from tropd.objective.losses import SampledForwardKL, SampledReverseKL
+from tropd.objective.memory import Memory
 from tropd.rollout.engine import Engine
 from tropd.rollout.transformers import TransformersEngine
 from tropd.teachers import loading
+from tropd.teachers.following import Follower
 from tropd.teachers.loading import TeacherParts
 from tropd.teachers.teacher import Teacher
 from tropd.teachers.writing import writer_of
@@ -70,6 +72,9 @@ class Parts:
     """Hashes of the files that the run reads but does not train, which no checkpoint holds."""
     world: Ranks = ALONE
     given: Given = NOTHING_GIVEN
+    followers: tuple[Follower, ...] = ()
+    """The moves of the teachers that follow the student."""
+    memory: Memory = dataclasses.field(default_factory=Memory)
 
     @property
     def vocab_size(self) -> int:
@@ -124,6 +129,7 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE, given: Given = N
         origins=origins,
         world=world,
         given=given,
+        followers=engaged.followers,
     )
 
 
