@@ -12,9 +12,10 @@ from torch import Tensor
 
 from tests import run_case
 from tests.kills import kill_at, recorded
-from tests.small_runs import write_run
+from tests.small_runs import values_of, write_run
 from tests.told import COLUMN, write_world
 from tropd.checkpoints import checkpoint as checkpoints
+from tropd.cli.main import main
 from tropd.config.run import Run
 from tropd.monitoring.display import Silent
 from tropd.run.start import train
@@ -56,10 +57,14 @@ def taught(directory: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def probes_of(directory: Path) -> list[dict[str, float]]:
+    return [json.loads(line)["probes"] for line in (directory / "records.jsonl").read_text().splitlines()[1:]]
+
+
 def tensors(directory: Path, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Student and teacher after so many steps, by the same names; the student in float32 where that is kept."""
     saved = checkpoints.load(checkpoints.place_of(directory, step))
-    teacher = {name.removeprefix("teacher.default."): x for name, x in saved.teachers.items()}
+    teacher = {name.removeprefix("teacher."): x for name, x in saved.teachers.items()}
     return {n: saved.optimizer.get(f"master.{n}", saved.weights[n]) for n in teacher}, teacher
 
 
@@ -90,9 +95,7 @@ def test_decay_1_is_the_frozen_teacher_bit_for_bit(student: str, world: Path, tm
 
 
 @pytest.mark.parametrize("student", STUDENTS)
-def test_an_average_is_that_of_the_students_of_the_steps_in_float32(
-    student: str, world: Path, tmp_path: Path
-) -> None:
+def test_an_average_is_that_of_the_students_of_the_steps_in_float32(student: str, world: Path, tmp_path: Path) -> None:
     rule = {"rule": "ema", "decay": 0.999, "every": 2}
     directory = trained(world, tmp_path / "run", {"follow": rule}, student=STUDENTS[student], steps=5)
     first = tensors(directory, 1)[1]
@@ -111,8 +114,7 @@ def test_between_two_copies_the_teacher_stands_still(world: Path, tmp_path: Path
     student, teacher = zip(*(tensors(directory, step) for step in range(1, 6)), strict=True)
     assert same(teacher[0], teacher[1]) and not same(student[0], student[1])
     assert same(teacher[2], student[2]) and same(teacher[3], student[2]) and same(teacher[4], student[2])
-    ages = [json.loads(line)["probes"]["follow/age"] for line in (directory / "records.jsonl").open() if "loss" in line]
-    assert ages == [0, 1, 2, 0, 1]
+    assert [p["follow/age"] for p in probes_of(directory)] == [0, 1, 2, 0, 1]
 
 
 KILLED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -136,3 +138,37 @@ def test_a_run_whose_teacher_follows_goes_on_after_a_kill_bit_for_bit(case: str,
     moved = [tensors(killed, step)[1] for step in (1, 2, 3, 5)]
     assert not same(moved[0], moved[3])
     assert "inside" not in case or (same(moved[0], moved[1]) and same(moved[2], tensors(killed, 3)[0]))
+
+
+def test_what_the_gate_remembers_is_recorded_and_shown(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = trained(world, tmp_path / "run", {"follow": GATED}, steps=4)
+    probes = probes_of(directory)
+    assert [p["follow/age"] for p in probes] == [0, 1, 2, 0]
+    assert [p["follow/steps"] for p in probes] == [0, 0, 3, 3], "the copy that the gate measures from"
+    assert all(p["follow/reward"] == 0.0 and p["follow/tail_at_copy"] > 0 for p in probes)
+    assert main(["inspect", str(directory), "--step", "1"]) == 0
+    assert "remembered after 2 steps: follow.teacher/steps = 0" in capsys.readouterr().out
+    assert main(["inspect", str(directory), "--step", "3"]) == 0
+    assert "remembered after 4 steps: follow.teacher/steps = 3" in capsys.readouterr().out
+
+
+def test_several_teachers_follow_each_by_its_own_rule(world: Path, tmp_path: Path) -> None:
+    column = {"path": str(world / "told.jsonl"), "teacher_column": "kind"}
+    told = {"path": "start", "briefing": COLUMN}
+    rules = {"even": {"rule": "ema", "decay": 0.5}, "odd": {"rule": "copy", "every": 2}}
+    teachers = {name: {**told, "follow": rule} for name, rule in rules.items()}
+    run = Run.from_dict(
+        values_of(world, "quick", output=str(tmp_path / "run"), student=LORA, teachers=teachers, data=column, steps=3)
+        | {"teacher": {}, "method": {"name": "opsd"}}
+    )
+    directory = train(run, display=Silent())
+    saved = [checkpoints.load(checkpoints.place_of(directory, step)) for step in (1, 2, 3)]
+    for name, weight in saved[1].weights.items():
+        before, even = (s.teachers[f"teachers.even.{name}"] for s in saved[:2])
+        assert torch.equal(even, before.lerp(weight, 0.5))
+        assert torch.equal(saved[1].teachers[f"teachers.odd.{name}"], weight)
+        assert torch.equal(saved[2].teachers[f"teachers.odd.{name}"], weight)
+    assert [p["follow/teachers.odd/age"] for p in probes_of(directory)] == [0, 1, 0]
+    assert [p["follow/teachers.even/age"] for p in probes_of(directory)] == [0, 0, 0]

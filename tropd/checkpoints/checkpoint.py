@@ -233,7 +233,8 @@ def _read_tensors(path: Path, files: set[str]) -> dict[str, dict[str, Tensor]]:
         from tropd.checkpoints import shard_files
 
         found = shard_files.read(path)
-        file_of = {"teacher": "teachers", **dict.fromkeys(("master", *KINDS), "optimizer")}
+        file_of = dict.fromkeys(("teacher", "teachers", "readers"), "teachers")
+        file_of |= dict.fromkeys(("master", *KINDS), "optimizer")
         kept: dict[str, dict[str, Tensor]] = {name: {} for name in _FILES}
         for name, x in found.items():
             kept[file_of.get(name.split(".")[0], "weights")][name] = x

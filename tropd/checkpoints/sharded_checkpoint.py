@@ -38,7 +38,7 @@ def save(
     final = place_of(directory, step)
     with atomic_folder(final) if world.leads else nullcontext(final.with_name(final.name + ".tmp")) as folder:
         world.wait()  # the folder is there
-        shard_files.write(folder, weights | shards.masters() | optimizer.state_tensors() | teachers)
+        shard_files.write(folder, weights | shards.masters() | optimizer.state_tensors() | dict(teachers))
         if world.leads:
             (folder / "run.toml").write_text(run)
             seal(folder, step, state)

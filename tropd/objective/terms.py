@@ -29,6 +29,7 @@ from torch import Tensor
 from tropd.base.ranges import Finite, Ranged
 from tropd.errors import ConfigError
 from tropd.objective.evidence import OF_TEACHER, READER, Evidence, Needs, StudentView, Tokens
+from tropd.objective.memory import Memory
 from tropd.objective.schedules import Schedule
 
 
@@ -63,10 +64,11 @@ class Alone:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Context:
-    """The training progress and the ranks for which a batch is planned."""
+    """The training progress and the ranks for which a batch is planned, and what the run remembers."""
 
     progress: float = 0.0
     world: World = Alone()
+    memory: Memory = field(default_factory=Memory, compare=False)
 
 
 def _as_of_reader(call: Callable[..., Tensor]) -> Callable[..., Tensor]:

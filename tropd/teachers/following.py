@@ -53,10 +53,23 @@ class Follower:
     """The weights of a teacher that follows the student, with its rule."""
 
     def __init__(self, name: str, rule: Follow, teacher: LocalTeacher, swapped: Swapped | None = None) -> None:
-        """`swapped`: the teacher is the student with these tensors in place of its own."""
+        """`name` is that of its section.  `swapped`: it is the student with these tensors in place of its own."""
         self.name, self.rule, self.teacher, self.swapped = name, rule, teacher, swapped
         self.averages: dict[str, Tensor] = {}
         """In float32, of tensors that the teacher reads in half precision; empty before the first move."""
+
+    def check(self, trained: Mapping[str, Tensor]) -> None:
+        """Refuse a student whose trained weights are not those of the teacher."""
+        weights = self._weights()
+        if not trained:
+            raise ConfigError(
+                f"{self.name} follows the student, but the student trains no weights. Leave {self.name}.follow out."
+            )
+        if odd := sorted(weights.keys() ^ trained.keys()):
+            raise ConfigError(
+                f"{self.name} follows the student, which trains {len(trained)} tensors where the teacher has "
+                f"{len(weights)}; they differ in {odd[0]!r}. Set {self.name}.path to a model, and leave its follow out."
+            )
 
     def after(self, step: int, trained: Mapping[str, Tensor], answers: Answers | None, memory: Memory) -> None:
         """What this step does to the teacher.  `trained` are the optimiser's parameters; all ranks call together."""
@@ -83,7 +96,7 @@ class Follower:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """`held` by names that are no other tensor's in a checkpoint."""
-        return {f"teacher.{self.name}.{name}": x for name, x in self.held().items()}
+        return {f"{self.name}.{name}": x for name, x in self.held().items()}
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -106,14 +119,7 @@ class Follower:
 
     @torch.no_grad()
     def _move(self, trained: Mapping[str, Tensor]) -> None:
-        held = self.held()
-        if held.keys() != trained.keys():
-            odd = sorted(held.keys() ^ trained.keys())
-            raise ConfigError(
-                f"teacher {self.name!r} follows the student, which trains {len(trained)} tensors where the teacher has "
-                f"{len(held)}; they differ in {odd[0]!r}. Set teacher.path to a model, without teacher.follow."
-            )
-        for name, x in held.items():
+        for name, x in self.held().items():
             student = _local(_laid_out(trained[name].detach(), x))
             # As a difference: a share of 0 changes no bit, and a share of 1 leaves none.
             _local(x).copy_(student) if self.rule.share == 1 else _local(x).lerp_(student.to(x.dtype), self.rule.share)
@@ -133,7 +139,7 @@ def follow(
     """Move what moves after this step; returns probes of the step."""
     probes: dict[str, float] = {}
     for follower in followers:
-        name = "follow" if follower.name == "default" else f"follow/{follower.name}"
+        name = "follow" if follower.name == "teacher" else f"follow/{follower.name}"
         probes[f"{name}/age"] = float(follower.age(step, memory))
         follower.after(step, trained, answers, memory)
         prefix = f"{follower.key}/"

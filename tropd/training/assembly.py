@@ -99,6 +99,8 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE, given: Given = N
     for reader in set(engaged.readers.values()):
         reader.prepare(tokenizer, size, device)
     learner = _learner(run, model, size, tiling, engaged.readers, world)
+    for follower in engaged.followers:
+        follower.check(learner.optimizer.masters)
     check_evidence(run.method.objective, engaged.readers, shown(run.method.name), grader is not None)
     engine = _engine(run, model, tokenizer, size, directory, world)
     with ExitStack() as opened:

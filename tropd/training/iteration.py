@@ -55,7 +55,7 @@ def iterate(parts: Parts, source: Source, directory: Path, step: int, alarms: Al
     """One step, from the prompts to the updated student."""
     run, world, learner, objective = parts.run, parts.world, parts.learner, parts.run.method.objective
     seconds: dict[str, float] = dict.fromkeys(("rollout", "score", "train", "sync", "record"), 0.0)
-    context = Context(progress=step / run.steps, world=world)
+    context = Context(progress=step / run.steps, world=world, memory=parts.memory)
 
     written = _write(parts, source, step, seconds)
     rollouts = written.rollouts
@@ -97,7 +97,7 @@ def iterate(parts: Parts, source: Source, directory: Path, step: int, alarms: Al
             ],
         )
         sums = _over_ranks(sums, world)
-        moved = follow(parts.followers, step, learner.optimizer.masters, _answers(parts, batch), parts.memory)
+        moved = follow(parts.followers, step, learner.optimizer.masters, _answers(parts, batch), context.memory)
     with clock(seconds, "record"), writing(directory):
         write_rollouts(
             directory / "rollouts",
