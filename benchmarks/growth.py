@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.models import qwen3
 from tropd.methods import TrOPD
 from tropd.model.tiling import Tiling
-from tropd.objective.terms import Context
+from tropd.objective.context import Context
 from tropd.teachers.local import LocalTeacher
 from tropd.training.learner import ModelLearner
 from tropd.training.scoring import score

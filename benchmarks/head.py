@@ -37,9 +37,9 @@ from tropd.methods import TrOPD
 from tropd.model.head import Head
 from tropd.model.one_pass import fused_loss, read_rows, wanted
 from tropd.model.products import add_product_
+from tropd.objective.context import Context
 from tropd.objective.evidence import Needs, Tokens
 from tropd.objective.plan import count
-from tropd.objective.terms import Context
 
 MODULES = {
     "trl": "trl.trainer.distillation_trainer",

@@ -11,8 +11,8 @@ import torch
 
 from tests.small_runs import run_of
 from tropd.methods.drafts import RolloutJob
+from tropd.objective.context import Context
 from tropd.objective.evidence import StudentView
-from tropd.objective.terms import Context
 from tropd.rollout.stage import roll_out
 from tropd.run.start import assemble
 from tropd.training.assembly import Parts

@@ -15,7 +15,7 @@ from tropd.model.forward import PROBE, Forward, lay_out, similar_lengths
 from tropd.model.optimizer import Optimizer
 from tropd.model.spans import NoSpans
 from tropd.model.tiling import Tiling
-from tropd.objective.terms import Context
+from tropd.objective.context import Context
 from tropd.teachers.local import LocalTeacher
 from tropd.training.learner import ModelLearner
 from tropd.training.scoring import score

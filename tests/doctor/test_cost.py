@@ -10,9 +10,10 @@ import torch
 
 from tests.small_runs import run_of, save_model, write_rows
 from tests.tiny import VOCAB
-from tropd.doctor.cost import need_of
+from tropd.doctor.cost import check_memory, gib, need_of
 from tropd.doctor.subject import Subject, read_subject
 from tropd.model.loading import load_model, wrap_student
+from tropd.training.assembly import load_parts
 
 TOKENS = 96
 
@@ -80,3 +81,20 @@ def test_the_teachers_texts_need_its_keys_and_values_and_servers_have_their_own(
     away = {"servers": ["http://127.0.0.1:1"]}
     assert need_of(subject_of(world, tmp_path, method={"name": "opd"}, rollout=away)).keys_and_values == 0
     assert need_of(subject_of(world, tmp_path, method={"name": "tropd"}, rollout=away)).keys_and_values > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rule", ["ema", "copy"])
+def test_a_teacher_that_follows_is_counted_as_it_is_held(world: Path, tmp_path: Path, dtype: str, rule: str) -> None:
+    for lora in ({}, {"lora": {"rank": 2}}):
+        student = {"path": str(world / "student"), "dtype": dtype, **lora}
+        teacher = {"path": "start", "follow": {"rule": rule}}
+        subject = subject_of(world, tmp_path, student=student, teacher=teacher, method={"name": "opd"})
+        parts = load_parts(subject.run, tmp_path)
+        (follower,) = parts.followers
+        weights = () if lora else follower.teacher.forward.model.parameters()
+        held = {x.data_ptr(): x.nbytes for x in (*weights, *follower.held().values())}
+        need = need_of(subject)
+        assert need.teacher == need.following == sum(held.values())
+        said = [str(check) for check in check_memory(subject) if "follows the student" in str(check)]
+        assert len(said) == 1 and gib(need.following) in said[0] and ("adapter" in said[0]) == bool(lora)

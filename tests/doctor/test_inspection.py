@@ -15,7 +15,7 @@ from tropd.errors import ConfigError
 from tropd.methods.drafts import RolloutJob
 from tropd.methods.policies import TeacherPrefix
 from tropd.monitoring.rollouts import write_rollouts
-from tropd.objective.terms import Context
+from tropd.objective.context import Context
 from tropd.rollout.stage import roll_out
 from tropd.run.start import assemble
 from tropd.training.assembly import Parts

@@ -14,10 +14,10 @@ from tests.one_step import judge, parts_of, step_of, write
 from tests.small_runs import TROPD, write_models
 from tests.tiny import tiny_model
 from tropd.methods import METHODS
+from tropd.objective.context import Context
 from tropd.objective.evidence import Needs
 from tropd.objective.losses import PolicyGradient
 from tropd.objective.support import NOTHING
-from tropd.objective.terms import Context
 from tropd.teachers.teacher import ScoreRequest
 from tropd.training.assembly import Parts
 from tropd.training.batches import ScoredBatch

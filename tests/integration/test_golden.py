@@ -10,7 +10,7 @@ import torch
 
 from tests.objective.cases import Case, describe
 from tropd.methods import METHODS
-from tropd.objective.terms import Context
+from tropd.objective.context import Context
 from tropd.types import Author
 
 

@@ -17,7 +17,7 @@ from tropd.methods import GKD, OPD, Method, SeqKD, TrOPD
 from tropd.methods.drafts import RolloutJob
 from tropd.model.optimizer import Optimizer
 from tropd.model.tiling import Tiling
-from tropd.objective.terms import Context
+from tropd.objective.context import Context
 from tropd.rollout.stage import roll_out
 from tropd.rollout.transformers import TransformersEngine
 from tropd.teachers.local import LocalTeacher

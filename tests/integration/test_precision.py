@@ -20,8 +20,8 @@ from tropd.model.dense import dense_loss
 from tropd.model.forward import Forward
 from tropd.model.one_pass import can_fuse, fused_loss
 from tropd.model.tiling import Tiling
+from tropd.objective.context import Context
 from tropd.objective.evidence import Needs
-from tropd.objective.terms import Context
 from tropd.rollout.stage import roll_out
 from tropd.run.start import assemble, resume, train
 from tropd.testbeds import embedded

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tropd.monitoring.probes import Sums, probe_batch, repeated_share
+from tropd.objective.context import Alone
 from tropd.objective.evidence import Tokens
-from tropd.objective.terms import Alone
 from tropd.types import Author, Finish, Prompt, Rollout, Sampling
 
 S, T = Author.STUDENT, Author.TEACHER

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from tropd.objective import Objective, StudentView, Term, TokenLoss, Tokens
 from tropd.objective.borrow import student_view, teacher_evidence
+from tropd.objective.context import Context
 from tropd.objective.evidence import Needs, around
 from tropd.objective.selectors import STUDENT, Everywhere
-from tropd.objective.terms import Context, Selector
+from tropd.objective.terms import Selector
 from tropd.types import Author, key_of
 
 F64 = torch.float64

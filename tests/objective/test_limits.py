@@ -25,9 +25,9 @@ from tropd.methods import (
     TrOPDPlusAOPD,
 )
 from tropd.objective import ForwardKL, JensenShannon, Objective, PolicyGradient, ReverseKL, Term
+from tropd.objective.context import Context
 from tropd.objective.rewards import Clip, LogRatio, ProximalTeacher, chain
 from tropd.objective.selectors import STUDENT, TrustRegion
-from tropd.objective.terms import Context
 from tropd.types import Author
 
 

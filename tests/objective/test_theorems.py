@@ -29,6 +29,7 @@ from tropd.objective import (
     SampledReverseKL,
     StateReward,
 )
+from tropd.objective.context import Context
 from tropd.objective.draws import uniform
 from tropd.objective.evidence import StudentView, Tokens
 from tropd.objective.rewards import (
@@ -41,7 +42,7 @@ from tropd.objective.rewards import (
     chain,
 )
 from tropd.objective.selectors import TrustRegion
-from tropd.objective.terms import Context, TokenLoss
+from tropd.objective.terms import TokenLoss
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -18,12 +18,13 @@ from tests.objective.test_invariance import VARIANTS
 from tropd.errors import EvidenceError, TrainingDiverged
 from tropd.methods import METHODS, TIP, ManyFaces
 from tropd.objective import ForwardKL, JensenShannon, ReverseKL, Tokens, distillation_loss
+from tropd.objective.context import Context
 from tropd.objective.measures import Measure, Normalised, ReverseKLAt
 from tropd.objective.rewards import DivergenceWeight, FutureSum
 from tropd.objective.selectors import PerplexityWeight, TopFraction
 from tropd.objective.support import expected_gap, log_mixture
 from tropd.objective.targets import GeometricBridge, Temperature
-from tropd.objective.terms import Context, Selector
+from tropd.objective.terms import Selector
 from tropd.types import Author
 
 ZERO = -torch.inf

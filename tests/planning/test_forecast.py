@@ -271,3 +271,16 @@ def test_an_unknown_cluster_is_refused_with_what_is_known(text):
 def test_this_machine_is_measured():
     device, number = read_cluster("here")
     assert number == 1 and device.operations > 1e6 and device.bandwidth > 1e6
+
+
+def test_a_teacher_that_follows_is_said_and_writes_every_text_anew(tmp_path, capsys):
+    folder = write_models(tmp_path)
+    teacher = {"path": "start", "follow": {"rule": "ema"}}
+    run = run_of(folder, steps=50, rollout={"max_new_tokens": 10}, teacher=teacher)
+    still = run_of(folder, steps=50, rollout={"max_new_tokens": 10}, teacher={"path": "start"})
+    moving, frozen = (make_forecast(x, SLOW_CPU) for x in (run, still))
+    assert moving.need.teacher == frozen.need.teacher and moving.texts.by_teacher > frozen.texts.by_teacher
+    (tmp_path / "run.toml").write_text(run.dump())
+    assert main(["plan", str(tmp_path / "run.toml"), "--cluster", "8xh100"]) == 0
+    said = capsys.readouterr().out
+    assert "the teacher (ema) follows the student: the model is held a second time, with an average in float32" in said

@@ -16,8 +16,8 @@ from tropd.config.stages import OptimizerConfig
 from tropd.errors import ConfigError, EvidenceError
 from tropd.methods import METHODS, TrOPD
 from tropd.model.optimizer import Optimizer
+from tropd.objective.context import Context
 from tropd.objective.evidence import OF_TEACHER, Needs
-from tropd.objective.terms import Context
 from tropd.servers.dialects import dialect_of
 from tropd.teachers.local import LocalTeacher
 from tropd.teachers.teacher import ScoreRequest, Teacher

@@ -4,8 +4,9 @@
         run.toml                the run itself
         weights.safetensors     trained parameters (and buffers)
         optimizer.safetensors   moments, float32 masters
+        teachers.safetensors    weights of teachers that follow the student, if there are any
         state.json              step, prompt cursor, alarms, size and hash of the files above, and its own hash
-        shard-*.safetensors     instead of the two others, where several processes hold a part each
+        shard-*.safetensors     instead of the others, where several processes hold a part each
 
 A checkpoint is written to step_000120.tmp, flushed to the disk and renamed, so a process killed at any moment leaves
 the previous ones as they were.  Everything is checked on loading.  No pickle.
@@ -34,6 +35,7 @@ from tropd.errors import CheckpointError, TrainingDiverged
 from tropd.model.optimizer import KINDS
 
 SCHEMA = 1
+_FILES = ("weights", "optimizer", "teachers")
 _HASHED = 1 << 25  # 32 MiB from each end: enough to notice a torn or swapped file, fast for any size
 
 
@@ -46,6 +48,8 @@ class Checkpoint:
     state: dict[str, Any]
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    teachers: dict[str, Tensor]
+    """Of teachers that follow the student."""
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -74,14 +78,22 @@ def load_trained(model: nn.Module, weights: Mapping[str, Tensor], source: Path) 
 
 
 def save(
-    directory: Path, step: int, *, weights: dict[str, Tensor], optimizer: dict[str, Tensor], run: str, state: dict
+    directory: Path,
+    step: int,
+    *,
+    weights: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    run: str,
+    state: dict,
+    teachers: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write checkpoints/step_N under the run's folder and return it.  Broken weights never replace what is there."""
     refuse_broken(directory, step, first_broken(weights))
     final = place_of(directory, step)
     with atomic_folder(final) as folder:
         (folder / "run.toml").write_text(run)
-        for name, tensors in (("weights", weights), ("optimizer", optimizer)):
+        files = {"weights": weights, "optimizer": optimizer} | ({"teachers": teachers} if teachers else {})
+        for name, tensors in files.items():
             save_file({k: x.detach().cpu().contiguous() for k, x in tensors.items()}, folder / f"{name}.safetensors")
         seal(folder, step, state)
     return final
@@ -211,23 +223,26 @@ def load(path: Path, *, tensors: bool = True) -> Checkpoint:
                 f"{file} is damaged: it has {size} bytes, {expected['bytes']} were written, or its content differs. "
                 f"{_others(path)}"
             )
-    weights, optimizer = _read_tensors(path, set(state["files"])) if tensors else ({}, {})
-    return Checkpoint(path=path, step=state["step"], state=state, weights=weights, optimizer=optimizer)
+    found = _read_tensors(path, set(state["files"])) if tensors else {name: {} for name in _FILES}
+    return Checkpoint(path=path, step=state["step"], state=state, **found)
 
 
-def _read_tensors(path: Path, files: set[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Whole weights and optimiser state, from one process or from shards."""
+def _read_tensors(path: Path, files: set[str]) -> dict[str, dict[str, Tensor]]:
+    """Whole tensors by what they are of, from one process or from shards."""
     if "weights.safetensors" not in files:
         from tropd.checkpoints import shard_files
 
         found = shard_files.read(path)
-        optimizer = {name: x for name, x in found.items() if name.split(".")[0] in ("master", *KINDS)}
-        return {name: x for name, x in found.items() if name not in optimizer}, optimizer
+        file_of: dict[str, str] = dict.fromkeys(("teacher", "teachers", "readers"), "teachers")
+        file_of |= dict.fromkeys(("master", *KINDS), "optimizer")
+        kept: dict[str, dict[str, Tensor]] = {name: {} for name in _FILES}
+        for name, x in found.items():
+            kept[file_of.get(name.split(".")[0], "weights")][name] = x
+        return kept
     try:
-        weights, optimizer = (load_file(path / f"{name}.safetensors") for name in ("weights", "optimizer"))
+        return {n: load_file(p) if (p := path / f"{n}.safetensors").name in files else {} for n in _FILES}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. {_others(path)}") from error
-    return weights, optimizer
 
 
 def _read_state(path: Path) -> dict[str, Any]:

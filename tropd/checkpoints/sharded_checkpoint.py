@@ -5,6 +5,7 @@ Names and types are those of `tropd.checkpoints.checkpoint`, so each module can 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -20,7 +21,15 @@ from tropd.model.optimizer import KINDS, Optimizer
 
 
 def save(
-    directory: Path, step: int, *, shards: Shards, optimizer: Optimizer, run: str, state: dict, world: Ranks
+    directory: Path,
+    step: int,
+    *,
+    shards: Shards,
+    optimizer: Optimizer,
+    teachers: Mapping[str, Tensor],
+    run: str,
+    state: dict,
+    world: Ranks,
 ) -> None:
     """Write checkpoints/step_N, all ranks together; broken weights never replace what is there."""
     weights = shards.weights()
@@ -29,18 +38,21 @@ def save(
     final = place_of(directory, step)
     with atomic_folder(final) if world.leads else nullcontext(final.with_name(final.name + ".tmp")) as folder:
         world.wait()  # the folder is there
-        shard_files.write(folder, weights | shards.masters() | optimizer.state_tensors())
+        shard_files.write(folder, weights | shards.masters() | optimizer.state_tensors() | dict(teachers))
         if world.leads:
             (folder / "run.toml").write_text(run)
             seal(folder, step, state)
     world.wait()  # it has its name
 
 
-def restore(path: Path, shards: Shards, optimizer: Optimizer, num_steps: int) -> None:
-    """Read a checkpoint of any number of processes, all ranks together, and fill the whole model again."""
+def restore(
+    path: Path, shards: Shards, optimizer: Optimizer, num_steps: int, teachers: Mapping[str, Tensor] | None = None
+) -> None:
+    """Read a checkpoint of any number of processes, all ranks together, and fill the whole model again; also these
+    tensors of teachers that follow the student."""
     known = shard_files.known(path)
     buffers = {name: b for name, b in shards.weights().items() if name in dict(shards.whole.named_buffers())}
-    targets: dict[str, Tensor] = dict(buffers)
+    targets: dict[str, Tensor] = {**buffers, **(teachers or {})}
     for name, parameter in shards.cut.named_parameters():
         targets[f"master.{name}" if f"master.{name}" in known else name] = parameter.detach()
     moments = _moments(optimizer) if any(name.split(".")[0] == "step" for name in known) else {}

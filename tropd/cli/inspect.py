@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"{asked.run} is no run's folder: it holds no run.toml.")
 
     from tropd.config.run import Run
-    from tropd.doctor.inspection import read_record, read_step
+    from tropd.doctor.inspection import read_record, read_step, remembered
 
     run, _ = without_code(Run.load(asked.run / "run.toml"), asked.trust_code)
     kept, record = read_step(asked.run, asked.step, run), read_record(asked.run, asked.step)
@@ -49,6 +49,7 @@ def main(argv: list[str]) -> int:
         *(f"note: {note}" for note in (record.notes if record else ())),
         *(f"alarm: {alarm}" for alarm in (record.alarms if record else ())),
         *(() if record else ("- records.jsonl holds no record of this step that can be read.",)),
+        *remembered(asked.run, asked.step),
         *(f"- {finding}" for finding in kept.findings),
     ]
     console.print(Text("\n".join(said)))

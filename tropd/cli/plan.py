@@ -140,9 +140,10 @@ def _sum_of(forecast: Forecast) -> str:
 
 def _remarks(forecast: Forecast) -> Iterator[str]:
     """What to do about it."""
-    from tropd.doctor.cost import CURE, gib
+    from tropd.doctor.cost import CURE, following_said, gib
 
     yield from forecast.cautions
+    yield from following_said(forecast.run, forecast.need)
     for name, size in forecast.served.items():
         if size > forecast.device.memory:
             yield (

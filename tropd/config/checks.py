@@ -64,6 +64,7 @@ def _paths(run: Settings) -> dict[str, str | None]:
 
 def _check_teacher(run: Settings) -> None:
     teacher = run.teacher
+    teacher.check_follow(run.student)
     if teacher.path in ("base", "start", "student") and teacher.servers:
         raise ConfigError(
             "teacher.servers names servers, but teacher.path does not say what they serve. Set it to the folder or "
@@ -146,10 +147,10 @@ def _check_readers(run: Settings) -> None:
                 run.read_by(name)
             except ConfigError as refusal:
                 raise ConfigError(f"reader {name!r}: {refusal}") from None
-        elif reader.servers or reader.knobs or reader.score_cache:
+        elif reader.servers or reader.knobs or reader.score_cache or reader.follows:
             raise ConfigError(
-                f'reader {name!r} has the path "teacher", the model of [teacher], so it has no servers and no knobs of '
-                "its own. Leave them out, or set its path."
+                f'reader {name!r} has the path "teacher", the model of [teacher], so it has no servers, no knobs and '
+                "no rule to follow the student of its own. Leave them out, or set its path."
             )
 
 

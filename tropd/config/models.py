@@ -14,6 +14,7 @@ from tropd.base.names import is_name, offered
 from tropd.base.ranges import Count, Positive, Range, Ranged, Seconds
 from tropd.base.reading import shortened
 from tropd.briefings.briefing import AsStudent, Briefing, read_briefing
+from tropd.config.follow import Follow, Frozen, read_follow
 from tropd.errors import ConfigError
 from tropd.objective.evidence import READER
 
@@ -138,6 +139,8 @@ class TeacherConfig(ModelConfig):
     """What a teacher of your own is made with."""
     briefing: Annotated[Briefing, PlainValidator(read_briefing), Fixed, Suppress] = AsStudent()
     """What it is told and the student is not, such as { kind = "column", column = "solution" }."""
+    follow: Annotated[Follow, PlainValidator(read_follow), Fixed, Suppress] = Frozen()
+    """How the student before training follows the student, such as { rule = "ema", decay = 0.999 }."""
     text_cache: bool = True
     """Keep the texts it writes on disk, in the run's folder."""
     score_cache: bool = False
@@ -149,6 +152,7 @@ class TeacherConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "briefing", read_briefing(self.briefing))
+        object.__setattr__(self, "follow", read_follow(self.follow))
 
     @property
     def is_model(self) -> bool:
@@ -159,6 +163,60 @@ class TeacherConfig(ModelConfig):
     def is_student(self) -> bool:
         """Whether its weights are those that are trained: it has none of its own."""
         return self.path in ("base", "student")
+
+    @property
+    def follows(self) -> bool:
+        """Whether it has weights of its own that move while the student is trained."""
+        return not isinstance(self.follow, Frozen)
+
+    @property
+    def moves(self) -> bool:
+        """Whether what it says of a text changes while the student is trained."""
+        return self.follows or self.path == "student"
+
+    def check_follow(self, student: StudentConfig) -> None:
+        """Refuse a teacher that cannot follow the student."""
+        if not self.follows:
+            return
+        said = f"teacher.follow asks for a teacher that moves by the rule {self.follow.rule!r}, but teacher.path"
+        if self.path == "student":
+            raise ConfigError(
+                f'{said} is "student", which is the student at every step already. Leave teacher.follow out, or set '
+                'teacher.path = "start".'
+            )
+        if self.path == "base":
+            raise ConfigError(
+                f'{said} is "base", the student without its adapter, which stays as it is. Set teacher.path = "start".'
+            )
+        if self.path != "start":
+            raise ConfigError(
+                f"{said} is {shortened(self.path)}, a teacher of its own, which stays as it is. Set teacher.path = "
+                '"start", or leave teacher.follow out.'
+            )
+        if self.servers:
+            raise ConfigError(
+                "teacher.follow asks for a teacher that moves with the student, but teacher.servers hold it, and they "
+                "are given no weights. Leave teacher.servers out: the teacher is then in this process."
+            )
+        if self.dtype not in ("auto", student.dtype):
+            raise ConfigError(
+                f"teacher.dtype is {self.dtype}, but a teacher that follows the student has the student's, "
+                f"{student.dtype}. Leave teacher.dtype out."
+            )
+
+    def lacks(self, student: StudentConfig, graded: bool) -> str:
+        """What a complete run has and this one does not; `graded`: it has a grader."""
+        if self.path == "base" and student.lora is None:
+            return (
+                'teacher.path is "base", the student without its adapter, but the student has no adapter: it would be '
+                "its own teacher and learn nothing. Set teacher.path, or a [student.lora] section."
+            )
+        if self.follow.reads_answers and not graded:
+            return (
+                f"teacher.follow has the rule {self.follow.rule!r}, which waits until the reward rises, but there is "
+                "no grader. Set `grader`, or choose the rule 'ema' or 'copy'."
+            )
+        return ""
 
     @property
     def is_own(self) -> bool:

@@ -91,13 +91,13 @@ class Settings(Ranged):
         keys = {"student": "student.path", "prompts": "data.path", "held_out": "evaluation.data.path"}
         if missing := [keys[part] for part, path in named.items() if path == GIVEN and part not in self.given]:
             raise ConfigError(f"{' and '.join(map(repr, missing))} is missing.")
+        graded = self.grader is not None or "grader" in self.given
         for name, teacher in self.all_teachers.items():
-            if teacher.path == "base" and self.student.lora is None and "teacher" not in self.given:
-                whose = f"teacher {name!r}: " if self.teachers else ""
-                raise ConfigError(
-                    f'{whose}teacher.path is "base", the student without its adapter, but the student has no adapter: '
-                    "it would be its own teacher and learn nothing. Set teacher.path, or a [student.lora] section."
-                )
+            if problem := teacher.lacks(self.student, graded) if "teacher" not in self.given else "":
+                raise ConfigError(f"teacher {name!r}: {problem}" if self.teachers else problem)
+        for name, reader in self.all_readers.items():
+            if problem := reader.lacks(self.student, graded):
+                raise ConfigError(f"reader {name!r}: {problem}")
 
     @property
     def all_teachers(self) -> dict[str, TeacherConfig]:
@@ -116,12 +116,16 @@ class Settings(Ranged):
     def all_readers(self) -> dict[str, ReaderConfig]:
         """Those beside "teacher": as they are set, or else as the method prescribes.  One whose path is "teacher" has
         the teacher's model, and only its own briefing."""
+        return {name: self._read_from(x) for name, x in self._readers.items()}
+
+    @property
+    def _readers(self) -> dict[str, ReaderConfig]:
         prescribed = {
             name: ReaderConfig(path=reader.model, briefing=reader.briefing)
             for name, reader in self.method.readers.items()
             if name != READER
         }
-        return {name: self._read_from(x) for name, x in {**prescribed, **self.readers}.items()}
+        return {**prescribed, **self.readers}
 
     def _read_from(self, teacher: AnyTeacher) -> AnyTeacher:
         """The teacher as it is loaded: the student before training is its base, or its files once more."""
@@ -130,6 +134,7 @@ class Settings(Ranged):
         if self.student.lora is not None:
             return replace(teacher, path="base")
         names = ("path", "gguf_file", "tokenizer", "revision", "trust_remote_code")
+        names += ("dtype",) if teacher.follows else ()
         return replace(teacher, **{name: getattr(self.student, name) for name in names})
 
     @property
@@ -146,7 +151,7 @@ class Settings(Ranged):
 
     def read_by(self, name: str) -> Self:
         """The run as it would be with one of its readers as its only teacher."""
-        values = {f.name: getattr(self.all_readers[name], f.name) for f in fields(TeacherConfig)}
+        values = {f.name: getattr(self._readers[name], f.name) for f in fields(TeacherConfig)}
         data = replace(self.data, teacher_column=None)
         return replace(self, teacher=TeacherConfig(**values), teachers={}, readers={}, data=data)
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tropd.distributed.ranks import Ranks
 from tropd.errors import ConfigError
@@ -115,6 +116,12 @@ class ShardedTeacher:
         self.begun = True
         return self.world.most(number) - number
 
+    def put_away(self) -> None:
+        """Free what stays gathered, so that the parameters are this rank's parts again; the next pass gathers anew."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """The whole teacher on every rank, so that ranks may call it different numbers of times to write texts."""
@@ -141,6 +148,16 @@ def check_torch() -> None:
             f"a sharded model was asked for, but FSDP2 of torch {torch.__version__} has no {missing[0]}: install torch "
             '2.13 or newer, or set parallel.student and parallel.teacher to "replicated".'
         )
+
+
+def laid_out(source: Any, like: Any) -> Tensor:
+    """A tensor, whole or in parts, as another one lies over the ranks; all ranks call together."""
+    if not isinstance(like, DTensor):
+        return source.full_tensor()
+    if isinstance(source, DTensor):
+        assert source.placements == like.placements, "student and teacher are cut alike"
+        return source
+    return distribute_tensor(source, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def mesh_of(model: nn.Module, world: Ranks) -> DeviceMesh:

@@ -18,6 +18,7 @@ import torch
 
 from tropd.checkpoints.run_folder import check_place
 from tropd.config.models import ModelConfig
+from tropd.config.run import Run
 from tropd.doctor.check import Check, error, ok, warning
 from tropd.doctor.subject import Subject
 from tropd.errors import ConfigError, TropdError
@@ -50,6 +51,8 @@ class Need:
     keys_and_values: int
     emptied: int = 0
     """Of the student, while it is trained in parts."""
+    following: int = 0
+    """Of the teacher, for those that follow the student."""
 
     @property
     def weights(self) -> int:
@@ -85,16 +88,35 @@ def need_of(subject: Subject, device: torch.device | None = None, processes: int
             name: side or subject.student for name, side in subject.teachers.items() if side is None or name in local
         }
         writers += [(side.config, widths.get(name, width)) for name, side in here.items()]
+    following = {
+        name: trained * 4 if run.student.lora else trained * (width + (4 if width < 4 and one.follow.averages else 0))
+        for name, one in run.all_teachers.items()
+        if one.follows
+    }
+    others = {name: one for name, one in local.items() if name not in following}
     return Need(
         student=sum(p.numel() for p in student.parameters()) * width,
-        teacher=sum(parameters_of(one) * widths[name] for name, one in local.items()),
+        teacher=sum(parameters_of(one) * widths[name] for name, one in others.items()) + sum(following.values()),
         gradients=trained * width,
         moments=trained * 8,
         masters=trained * 4 if width < 4 else 0,
         logits=_logits(subject, student, width),
         activations=_activations(subject, min(run.tokens_per_micro_batch, rollouts * longest), width),
         keys_and_values=max((batch * longest * cached(config, size) for config, size in writers), default=0),
+        following=sum(following.values()),
     )
+
+
+def following_said(run: Run, need: Need) -> list[str]:
+    """Sentences on the teachers that follow the student."""
+    rules = {name: one.follow for name, one in run.all_teachers.items() if one.follows}
+    if not rules:
+        return []
+    who = ", ".join(f"{name!r} ({rule.rule})" if run.teachers else f"({rule.rule})" for name, rule in rules.items())
+    what = "the adapter" if run.student.lora else "the model"
+    averaged = run.student.lora is None and any(rule.averages for rule in rules.values())
+    average = ", with an average in float32 where the model is in half precision" if averaged else ""
+    return [f"the teacher {who} follows the student: {what} is held a second time{average}, {gib(need.following)}."]
 
 
 def parameters_of(config: ModelConfig) -> int:
@@ -159,6 +181,8 @@ def check_memory(subject: Subject) -> Iterator[Check]:
         "activations": need.activations,
         "keys and values": need.keys_and_values,
     }
+    for sentence in following_said(subject.run, need):
+        yield ok("teacher", sentence)
     said = f"about {gib(need.peak)} at the peak ({', '.join(f'{k} {gib(v)}' for k, v in parts.items() if v)})"
     if free is None:
         yield ok("memory", f"{said}; how much {device} has free is not known")
@@ -186,7 +210,7 @@ def check_disk(subject: Subject) -> Iterator[Check]:
         return  # check_memory has said so
     there = next(path for path in [directory, *directory.absolute().parents] if path.exists())
     # what is trained has as many bytes as its gradients
-    each = need.gradients + need.moments + need.masters
+    each = need.gradients + need.moments + need.masters + need.following
     total = each * (run.checkpoint.keep + 2) + (need.gradients if run.student.lora else need.student)
     free = shutil.disk_usage(there).free
     said = f"checkpoints of {gib(each)} each, {gib(total)} in all; {gib(free)} free at {there.absolute()}"

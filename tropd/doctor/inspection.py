@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from tropd.base.reading import check_file, refusing
+from tropd.checkpoints import checkpoint as checkpoints
 from tropd.config.run import Run
 from tropd.errors import CheckpointError, ConfigError, EvidenceError, TrainingDiverged, require
 from tropd.methods import NamedMethod
 from tropd.monitoring.records import find_step
+from tropd.objective.context import Context
 from tropd.objective.evidence import StudentView, Tokens
+from tropd.objective.memory import Memory
 from tropd.objective.objective import Objective
-from tropd.objective.terms import Context
 from tropd.training.batches import ScoredBatch
 from tropd.training.kept_batch import load_batch
 from tropd.types import Author, StepRecord
@@ -102,6 +104,21 @@ def read_step(directory: Path, step: int, run: Run) -> Kept:
 def read_record(directory: Path, step: int) -> StepRecord | None:
     path = directory / "records.jsonl"
     return find_step(path, step) if path.exists() else None
+
+
+def remembered(directory: Path, step: int) -> list[str]:
+    """What the run remembered by the newest checkpoint up to this step's end, in lines."""
+    steps = [number for number in checkpoints.steps_kept(directory) if number <= step + 1]
+    if not steps:
+        return []
+    memory = Memory()
+    saved = checkpoints.load(checkpoints.place_of(directory, steps[-1]), tensors=False)
+    memory.load_state_dict(saved.state.get("memory", {}))
+    return [f"remembered after {steps[-1]} steps: {name} = {_in_short(x)}" for name, x in memory.items()]
+
+
+def _in_short(x: Tensor) -> str:
+    return f"{x.item():g}" if x.dim() == 0 else f"{tuple(x.shape)} from {x.min():g} to {x.max():g}"
 
 
 def _of_batch(source: Path, batch: ScoredBatch, run: Run, step: int) -> Kept:

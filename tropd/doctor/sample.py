@@ -21,8 +21,8 @@ from tropd.methods.drafts import RolloutJob
 from tropd.methods.policies import OnPolicy, RolloutPolicy
 from tropd.model.forward import similar_lengths
 from tropd.monitoring.probes import probe_batch
+from tropd.objective.context import Context
 from tropd.objective.evidence import Needs
-from tropd.objective.terms import Context
 from tropd.rollout.stage import roll_out
 from tropd.teachers.teacher import ScoreRequest, Teacher
 from tropd.training.batches import ScoredBatch, add_scores, make_tokens

@@ -21,7 +21,7 @@ from tropd.errors import ConfigError
 from tropd.laboratory.tabular import END, TabularLM, sequence_kl, total_variation
 from tropd.methods import OPD, FullFKL, Method, SeqKD, TrOPD
 from tropd.methods.drafts import RolloutJob
-from tropd.objective.terms import Context
+from tropd.objective.context import Context
 from tropd.rollout.stage import roll_out
 from tropd.training.scoring import score
 from tropd.training.step import recall_needed, train_step

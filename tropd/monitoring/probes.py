@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tropd.monitoring.sample import sampled_rows
+from tropd.objective.context import World
 from tropd.objective.evidence import Tokens, at_least_float32
-from tropd.objective.terms import World
 from tropd.types import Author, Finish, Rollout, Sampling
 
 MEANS = (

@@ -1,6 +1,7 @@
 """The algebra of on-policy distillation.  Imports torch and nothing else: use it inside any training loop."""
 
 from tropd.objective.borrow import distillation_loss
+from tropd.objective.context import Context, Reach
 from tropd.objective.evidence import Needs, StudentView, Tokens
 from tropd.objective.losses import (
     ForwardKL,
@@ -15,7 +16,7 @@ from tropd.objective.losses import (
 from tropd.objective.objective import LossOutput, Objective
 from tropd.objective.plan import Counts, Plan
 from tropd.objective.schedules import Schedule
-from tropd.objective.terms import Context, Reach, Reward, Selector, Term, TokenLoss
+from tropd.objective.terms import Reward, Selector, Term, TokenLoss
 
 __all__ = [
     "Context",

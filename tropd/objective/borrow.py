@@ -19,11 +19,11 @@ from torch import Tensor
 
 from tropd.errors import EvidenceError
 from tropd.objective.checks import check_ids, check_top_k
+from tropd.objective.context import Context, Reach
 from tropd.objective.evidence import ABSENT, Needs, StudentView, Tokens, around, at_least_float32, trained
 from tropd.objective.objective import LossOutput, Objective
 from tropd.objective.plan import Counts
 from tropd.objective.support import expected_gap
-from tropd.objective.terms import Context, Reach
 from tropd.types import Author, key_of
 
 

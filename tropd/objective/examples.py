@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tropd.objective.borrow import distillation_loss, positions_of
+from tropd.objective.context import Context
 from tropd.objective.evidence import StudentView, Tokens, around
 from tropd.objective.losses import (
     ForwardKL,
@@ -53,7 +54,7 @@ from tropd.objective.selectors import (
     Verified,
 )
 from tropd.objective.targets import GeometricBridge, Temperature
-from tropd.objective.terms import Context, Term
+from tropd.objective.terms import Term
 from tropd.types import Author, key_of
 
 __all__ = [

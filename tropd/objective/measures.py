@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from tropd.errors import EvidenceError
+from tropd.objective.context import Context, Reach
 from tropd.objective.evidence import Needs, Tokens, trained
-from tropd.objective.terms import Context, Measure, Reach
+from tropd.objective.terms import Measure
 from tropd.types import Author
 
 

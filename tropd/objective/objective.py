@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from tropd.errors import ConfigError, EvidenceError, TrainingDiverged
+from tropd.objective.context import Context, Reach
 from tropd.objective.evidence import READER, Needs, StudentView, Tokens, at_least_float32, joined
 from tropd.objective.plan import Counts, Plan, make_plan
-from tropd.objective.terms import Context, Reach, Term, support_width
+from tropd.objective.terms import Term, support_width
 from tropd.types import TermStats
 
 

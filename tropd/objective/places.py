@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from tropd.base.ranges import Whole
+from tropd.objective.context import Context, Reach
 from tropd.objective.evidence import Tokens, trained
 from tropd.objective.selectors import as_weight
-from tropd.objective.terms import Context, Reach, Selector
+from tropd.objective.terms import Selector
 from tropd.types import Author
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from tropd.errors import EvidenceError
 from tropd.objective.checks import check_tokens
+from tropd.objective.context import Context, Reach
 from tropd.objective.evidence import Needs, Tokens, as_heard, trained
-from tropd.objective.terms import Both, Context, Over, Reach, Selector, Term
+from tropd.objective.terms import Both, Over, Selector, Term
 from tropd.types import Author
 
 

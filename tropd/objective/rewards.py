@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from tropd.base.ranges import Finite, Positive, PositiveShare, Range, Share
+from tropd.objective.context import Context, Reach
 from tropd.objective.evidence import Needs, Tokens, at_least_float32
 from tropd.objective.measures import padded
-from tropd.objective.terms import Context, Reach, Reward, check_piece
+from tropd.objective.terms import Reward, check_piece
 from tropd.types import Author
 
 

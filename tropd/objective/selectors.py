@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from tropd.base.ranges import Finite, Positive, PositiveShare, Range, Share
+from tropd.objective.context import Context, Reach
 from tropd.objective.draws import uniform
 from tropd.objective.evidence import Needs, Tokens, at_least_float32
 from tropd.objective.measures import kth_highest, numbers_of
-from tropd.objective.terms import Context, Measure, Reach, Selector
+from tropd.objective.terms import Measure, Selector
 from tropd.types import Author
 
 

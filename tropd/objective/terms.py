@@ -18,54 +18,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from enum import IntEnum
 from functools import reduce, wraps
 from operator import or_
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from tropd.base.ranges import Finite, Ranged
 from tropd.errors import ConfigError
+from tropd.objective.context import Context, Reach
 from tropd.objective.evidence import OF_TEACHER, READER, Evidence, Needs, StudentView, Tokens, joined
 from tropd.objective.schedules import Schedule
-
-
-class Reach(IntEnum):
-    """How far a piece looks beyond the token itself.  Anything above TOKEN must be planned on the whole batch."""
-
-    TOKEN = 0
-    SEQUENCE = 1
-    GROUP = 2
-    BATCH = 3
-
-
-class World(Protocol):
-    """The ranks, as a plan sees them: the number of this one, how many there are, and a way to gather tensors."""
-
-    rank: int
-    size: int
-
-    def gather(self, x: Tensor) -> Tensor:
-        """The tensors of all ranks, concatenated along the first axis in rank order; lengths may differ."""
-        ...
-
-
-class Alone:
-    """One process."""
-
-    rank, size = 0, 1
-
-    def gather(self, x: Tensor) -> Tensor:
-        return x
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Context:
-    """The training progress and the ranks for which a batch is planned."""
-
-    progress: float = 0.0
-    world: World = Alone()
 
 
 def _as_of_reader(call: Callable[..., Tensor]) -> Callable[..., Tensor]:

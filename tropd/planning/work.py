@@ -119,7 +119,7 @@ def texts_of(run: Run, subject: Subject) -> Texts:
     rollouts, new = wanted.num_prompts * wanted.num_rollouts, wanted.max_new_tokens
     prompt = sum(len(p.token_ids) for p in prompts) / len(prompts)
     visits = wanted.num_prompts * run.steps
-    kept = run.teacher.text_cache and not run.data.streaming
+    kept = run.teacher.text_cache and not run.teacher.moves and not run.data.streaming
     fresh = sum(not p.response_ids for p in prompts) / len(prompts)
     fresh *= min(1.0, len(prompts) / visits) if kept else 1.0
     each = [policy.shares(step / run.steps, wanted.num_rollouts, new) for step in range(run.steps)]

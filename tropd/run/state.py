@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
+from torch import Tensor
 
 from tropd.checkpoints import checkpoint as checkpoints
 from tropd.model.origins import check_same
 from tropd.monitoring.alarms import Alarms
 from tropd.run.environment import changes, environment_of
+from tropd.teachers.following import whole
 from tropd.training.assembly import Parts
 from tropd.training.source import Source
 from tropd.types import StepRecord
@@ -50,6 +52,7 @@ def save(parts: Parts, directory: Path, state: State, alarms: Alarms, *, undone:
     last step failed before any weight changed, and will be repeated."""
     optimizer, shards, world = parts.learner.optimizer, parts.learner.shards, parts.world
     contents: dict[str, Any] = {"run": parts.run.dump(), "state": _facts(parts, state, alarms, undone)}
+    contents["teachers"] = _held(parts) if shards is not None else {k: whole(x) for k, x in _held(parts).items()}
     if shards is not None:
         from tropd.checkpoints import sharded_checkpoint
 
@@ -69,6 +72,7 @@ def _facts(parts: Parts, state: State, alarms: Alarms, undone: bool) -> dict[str
         "optimizer_steps": parts.learner.optimizer.num_steps,
         "stream": state.source.state_before() if undone else state.source.state_dict(),
         "alarms": alarms.state_dict(),
+        "memory": parts.memory.state_dict(),
         "origins": parts.origins,
         "best": state.best,
         "before": state.before,
@@ -76,6 +80,11 @@ def _facts(parts: Parts, state: State, alarms: Alarms, undone: bool) -> dict[str
         "owed": None if state.owed is None else asdict(state.owed),
         "environment": environment_of(parts),
     }
+
+
+def _held(parts: Parts) -> dict[str, Tensor]:
+    """The weights of the teachers that follow the student."""
+    return {name: x for follower in parts.followers for name, x in follower.state_tensors().items()}
 
 
 def restore(parts: Parts, state: State, alarms: Alarms, saved: checkpoints.Checkpoint) -> None:
@@ -86,12 +95,17 @@ def restore(parts: Parts, state: State, alarms: Alarms, saved: checkpoints.Check
     if shards is not None:
         from tropd.checkpoints import sharded_checkpoint
 
-        sharded_checkpoint.restore(saved.path, shards, optimizer, held["optimizer_steps"])
+        sharded_checkpoint.restore(saved.path, shards, optimizer, held["optimizer_steps"], _held(parts))
+        for follower in parts.followers:
+            follower.settle()
     else:
         checkpoints.load_trained(parts.model, saved.weights, saved.path)
         optimizer.load_state_tensors(saved.optimizer, held["optimizer_steps"])
+        for follower in parts.followers:
+            follower.load_state_tensors(saved.teachers)
     state.source.load_state_dict(held["stream"])
     alarms.load_state_dict(held["alarms"])
+    parts.memory.load_state_dict(held.get("memory", {}))
     parts.engine.sync(saved.step)
     state.step, state.best = saved.step, held["best"]
     state.before, state.latest = held["before"], held["latest"]

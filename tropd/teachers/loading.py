@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from tropd.model.loading import load_model, load_tokenizer
 from tropd.model.origins import Origin, origin_of, origin_of_objects
 from tropd.model.tiling import Tiling
 from tropd.objective.evidence import READER, Needs
+from tropd.teachers.following import Follower, Swapped
 from tropd.teachers.local import LocalTeacher, base_as_teacher, same_vocabulary, shared_vocab_size
 from tropd.teachers.routed import Routed
 from tropd.teachers.served import ServedTeacher, meet_teacher, served_size
@@ -55,6 +57,8 @@ class TeacherParts:
     served: ServedTeacher | None = None
     own: Teacher | None = None
     """A teacher of the user's own."""
+    swapped: Swapped | None = None
+    """Its adapter, if it follows an adapted student."""
     given: bool = False
     """Whether it is an object that no file names."""
     reader: bool = False
@@ -95,6 +99,8 @@ class Engaged:
     readers: Mapping[str, Teacher]
     """Everybody who reads, by name; "teacher" is that teacher."""
     notes: tuple[str, ...]
+    followers: tuple[Follower, ...] = ()
+    """Those that move with the student."""
 
 
 def find(run: Run, tokenizer: PreTrainedTokenizerBase, given: Any = None) -> list[TeacherParts]:
@@ -193,8 +199,9 @@ def engage(
     """`vocab_size` and `tiling` are shared by the forward passes of student and teachers."""
     objective = run.method.objective
     ready: dict[str, Teacher] = {}
-    notes: list[str] = []
+    notes, followers = list[str](), list[Follower]()
     for teacher in teachers:
+        local = partial(LocalTeacher, name=teacher.name, vocab_size=vocab_size, tiling=tiling)
         if teacher.config.servers:
             top_k = objective.top_k_of(teacher.name if teacher.reader else READER)
             with teacher.named():
@@ -206,18 +213,20 @@ def engage(
         elif teacher.own is not None:
             ready[teacher.origin] = teacher.own
         elif teacher.model is not None:
-            ready[teacher.origin] = LocalTeacher(teacher.model, name=teacher.name, vocab_size=vocab_size, tiling=tiling)
-        elif teacher.config.path == "student":
-            ready[teacher.origin] = LocalTeacher(
-                student, name=teacher.name, vocab_size=vocab_size, tiling=tiling, within=nullcontext
-            )
-        else:
+            ready[teacher.origin] = local(teacher.model)
+        elif teacher.config.path == "base" and not teacher.config.follows:
             ready[teacher.origin] = base_as_teacher(student, name=teacher.name, vocab_size=vocab_size, tiling=tiling)
+        else:
+            teacher.swapped = Swapped(student) if teacher.config.follows else None
+            ready[teacher.origin] = local(student, within=teacher.swapped or nullcontext)
+        if isinstance(single := ready[teacher.origin], LocalTeacher) and teacher.config.follows:
+            followers.append(Follower(teacher.origin, teacher.config.follow, single, teacher.swapped))
     teaching = {x.name: ready[x.origin] for x in teachers if not x.reader}
     teacher = Routed(teaching) if teachers[0].several else teaching["default"]
     own = {x.name: ready[x.origin] for x in teachers if x.reader}
     readers = {name: own.get(name, teacher) for name in run.all_readers}
-    return Engaged(teacher=teacher, readers={READER: teacher, **readers}, notes=tuple(notes))
+    everybody = {READER: teacher, **readers}
+    return Engaged(teacher=teacher, readers=everybody, notes=tuple(notes), followers=tuple(followers))
 
 
 def briefer_of(

@@ -67,7 +67,7 @@ def writer_of(
                 writer = _own_writer(teacher.own, run)
         else:
             writer = _local_writer(teacher, run, student, size)
-        if teacher.config.text_cache:
+        if teacher.config.text_cache and not teacher.config.moves:
             writer = CachedTexts(writer, path, name_of(origins.get(teacher.origin) or origins["student"]))
         writers[teacher.name] = writer
     return (RoutedWriter(writers) if run.teachers else writers["default"]), notes
@@ -89,5 +89,5 @@ def _local_writer(teacher: TeacherParts, run: Run, student: Any, size: int) -> E
     """The teacher's own model, or the student as it is or with its adapter switched off."""
     model, within = student if teacher.model is None else teacher.model, nullcontext
     if teacher.config.path == "base" and teacher.model is None:
-        within = partial(without_adapter, student)
+        within = teacher.swapped or partial(without_adapter, student)
     return TeacherEngine(TransformersEngine(model, vocab_size=size, max_batch=run.rollout.max_batch), within)

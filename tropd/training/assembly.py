@@ -29,9 +29,11 @@ from tropd.model.optimizer import Optimizer
 from tropd.model.origins import Origin, origin_of, origin_of_objects, prompts_origin
 from tropd.model.tiling import Tiling
 from tropd.objective.losses import SampledForwardKL, SampledReverseKL
+from tropd.objective.memory import Memory
 from tropd.rollout.engine import Engine
 from tropd.rollout.transformers import TransformersEngine
 from tropd.teachers import loading
+from tropd.teachers.following import Follower
 from tropd.teachers.loading import TeacherParts
 from tropd.teachers.teacher import Teacher
 from tropd.teachers.writing import writer_of
@@ -70,6 +72,9 @@ class Parts:
     """Hashes of the files that the run reads but does not train, which no checkpoint holds."""
     world: Ranks = ALONE
     given: Given = NOTHING_GIVEN
+    followers: tuple[Follower, ...] = ()
+    """The moves of the teachers that follow the student."""
+    memory: Memory = dataclasses.field(default_factory=Memory)
 
     @property
     def vocab_size(self) -> int:
@@ -94,6 +99,8 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE, given: Given = N
     for reader in set(engaged.readers.values()):
         reader.prepare(tokenizer, size, device)
     learner = _learner(run, model, size, tiling, engaged.readers, world)
+    for follower in engaged.followers:
+        follower.check(learner.optimizer.masters)
     check_evidence(run.method.objective, engaged.readers, shown(run.method.name), grader is not None)
     engine = _engine(run, model, tokenizer, size, directory, world)
     with ExitStack() as opened:
@@ -124,6 +131,7 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE, given: Given = N
         origins=origins,
         world=world,
         given=given,
+        followers=engaged.followers,
     )
 
 

@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 
 from tropd.checkpoints.checkpoint import writing
+from tropd.config.follow import Answers
 from tropd.data.graders import grade
 from tropd.distributed.ranks import Ranks
 from tropd.errors import EngineError, TeacherError, TrainingDiverged
 from tropd.monitoring.alarms import Alarm, Alarms
 from tropd.monitoring.rollouts import write_rollouts
-from tropd.objective.terms import Context
+from tropd.objective.context import Context
+from tropd.teachers.following import follow
 from tropd.training.assembly import Parts
 from tropd.training.batches import ScoredBatch, make_tokens
 from tropd.training.draw_probes import probes_of_student, probes_of_teacher
@@ -26,7 +28,7 @@ from tropd.training.scoring import score
 from tropd.training.source import Source, Written, lags, own_prompts
 from tropd.training.step import StepSums, recall_needed, train_step
 from tropd.training.watched import Watched
-from tropd.types import Author, StepRecord, TermStats, key_of
+from tropd.types import Author, Finish, StepRecord, TermStats, key_of
 
 
 @contextmanager
@@ -53,7 +55,7 @@ def iterate(parts: Parts, source: Source, directory: Path, step: int, alarms: Al
     """One step, from the prompts to the updated student."""
     run, world, learner, objective = parts.run, parts.world, parts.learner, parts.run.method.objective
     seconds: dict[str, float] = dict.fromkeys(("rollout", "score", "train", "sync", "record"), 0.0)
-    context = Context(progress=step / run.steps, world=world)
+    context = Context(progress=step / run.steps, world=world, memory=parts.memory)
 
     written = _write(parts, source, step, seconds)
     rollouts = written.rollouts
@@ -95,6 +97,7 @@ def iterate(parts: Parts, source: Source, directory: Path, step: int, alarms: Al
             ],
         )
         sums = _over_ranks(sums, world)
+        moved = follow(parts.followers, step, learner.optimizer.masters, _answers(parts, batch), context.memory)
     with clock(seconds, "record"), writing(directory):
         write_rollouts(
             directory / "rollouts",
@@ -111,7 +114,7 @@ def iterate(parts: Parts, source: Source, directory: Path, step: int, alarms: Al
         policy_version=step,
         loss=sums.loss,
         terms=sums.terms,
-        probes={**watched.probes(world), **drawn, **_probes_of_step(parts, sums, batch, behind)},
+        probes={**watched.probes(world), **drawn, **moved, **_probes_of_step(parts, sums, batch, behind)},
         gradient_norm=max(sums.gradient_norms),
         learning_rate=sums.learning_rate,
         tokens=_count_tokens(batch, world),
@@ -196,6 +199,15 @@ def _probes_of_step(parts: Parts, sums: StepSums, batch: ScoredBatch, behind: li
         rewards = [reward for part in parts.world.gather_json(own) for reward in part]
         probes["reward/mean"] = sum(rewards) / len(rewards)
     return probes
+
+
+def _answers(parts: Parts, batch: ScoredBatch) -> Answers | None:
+    """The answers of all ranks, if a teacher's moves depend on them."""
+    if not any(follower.rule.reads_answers for follower in parts.followers):
+        return None
+    own = [(r.reward or 0.0, len(r.response_ids), r.finish == Finish.LENGTH) for r in batch.rollouts]
+    rewards, lengths, cut = zip(*(row for part in parts.world.gather_json(own) for row in part), strict=True)
+    return Answers(rewards=rewards, lengths=lengths, cut=cut)
 
 
 def _count_tokens(batch: ScoredBatch, world: Ranks) -> dict[str, int]:

@@ -14,8 +14,8 @@ from tropd.model.forward import Forward, similar_lengths
 from tropd.model.one_pass import can_fuse, fused_loss, wanted
 from tropd.model.optimizer import Optimizer
 from tropd.model.tiling import Tiling
+from tropd.objective.context import World
 from tropd.objective.evidence import Needs, Tokens
-from tropd.objective.terms import World
 from tropd.teachers.teacher import Teacher
 from tropd.training.micro_batch import MicroBatch, Piece, Seen
 from tropd.types import Rollout

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from tropd.base.fast_paths import TAKEN, FastPath
+from tropd.objective.context import Context
 from tropd.objective.evidence import ABSENT, StudentView, Tokens
 from tropd.objective.objective import Objective
 from tropd.objective.plan import Counts, Plan, live_rows
-from tropd.objective.terms import Context
 from tropd.training.batches import ScoredBatch
 from tropd.types import TermStats
 

@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tropd.objective.context import World
 from tropd.objective.evidence import Needs
-from tropd.objective.terms import World
 from tropd.teachers.teacher import Teacher
 from tropd.training.micro_batch import MicroBatch, Seen
 from tropd.types import Rollout

@@ -16,9 +16,9 @@ from torch import Tensor
 from tropd.base.reading import nearest
 from tropd.errors import EvidenceError
 from tropd.monitoring.sample import sampled_rows
+from tropd.objective.context import Context, Reach
 from tropd.objective.evidence import OF_TEACHER, READER, Needs, Tokens
 from tropd.objective.objective import Objective
-from tropd.objective.terms import Context, Reach
 from tropd.teachers.teacher import ScoreRequest, Teacher, TopKRows
 from tropd.training.batches import AsRead, ScoredBatch, add_scores, check_scores, make_tokens
 from tropd.training.protocols import Learner

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 
 from tropd.errors import TopKLeftOut
 from tropd.model.forward import similar_lengths
+from tropd.objective.context import Context, Reach
 from tropd.objective.objective import Objective
 from tropd.objective.plan import Counts, Plan, count
-from tropd.objective.terms import Context, Reach
 from tropd.teachers.teacher import Teacher
 from tropd.training.batches import ScoredBatch
 from tropd.training.micro_batch import MicroBatch, Seen, add_terms

@@ -1,0 +1,24 @@
+"""What a run remembers from step to step: named tensors, small, and the same on all ranks.
+
+They change once per step, after the plan, never in a micro-batch.  Checkpoints hold them; `tropd inspect` shows them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Memory(dict[str, Tensor]):
+    """Tensors by name; a name begins with whose it is, such as `follow.default/reward`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As JSON has it, which keeps every number to the last bit."""
+        return {name: {"dtype": str(x.dtype).removeprefix("torch."), "values": x.tolist()} for name, x in self.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.clear()
+        for name, x in state.items():
+            self[name] = torch.tensor(x["values"], dtype=getattr(torch, x["dtype"]))
