@@ -3,6 +3,7 @@
 from tropd.objective.borrow import distillation_loss
 from tropd.objective.evidence import Needs, StudentView, Tokens
 from tropd.objective.losses import (
+    AtMost,
     ForwardKL,
     JensenShannon,
     NegativeLogLikelihood,
@@ -18,6 +19,7 @@ from tropd.objective.schedules import Schedule
 from tropd.objective.terms import Context, Reach, Reward, Selector, Term, TokenLoss
 
 __all__ = [
+    "AtMost",
     "Context",
     "Counts",
     "ForwardKL",

@@ -13,6 +13,7 @@ from torch import Tensor
 from tropd.objective.borrow import distillation_loss, positions_of
 from tropd.objective.evidence import StudentView, Tokens, around
 from tropd.objective.losses import (
+    AtMost,
     ForwardKL,
     JensenShannon,
     NegativeLogLikelihood,
@@ -24,7 +25,7 @@ from tropd.objective.losses import (
 )
 from tropd.objective.measures import EitherHigh, Normalised, ReverseKLAt, StudentEntropy
 from tropd.objective.objective import Objective
-from tropd.objective.places import FirstOf, LastPositions, PositionBelow, TokenIn
+from tropd.objective.places import FirstOf, LastPositions, PositionBelow, ShorterThan, Shortest, TokenIn
 from tropd.objective.rewards import (
     Clip,
     DivergenceWeight,
@@ -59,6 +60,7 @@ from tropd.types import Author, key_of
 __all__ = [
     "STUDENT",
     "TEACHER",
+    "AtMost",
     "Author",
     "Clip",
     "Context",
@@ -91,6 +93,8 @@ __all__ = [
     "SampledReverseKL",
     "Scale",
     "Schedule",
+    "ShorterThan",
+    "Shortest",
     "Standardise",
     "StateReward",
     "StudentEntropy",
