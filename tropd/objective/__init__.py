@@ -1,5 +1,6 @@
 """The algebra of on-policy distillation.  Imports torch and nothing else: use it inside any training loop."""
 
+from tropd.objective.agreement import Agreement, ContrastiveHinge
 from tropd.objective.borrow import distillation_loss
 from tropd.objective.evidence import Needs, StudentView, Tokens
 from tropd.objective.losses import (
@@ -19,8 +20,10 @@ from tropd.objective.schedules import Schedule
 from tropd.objective.terms import Context, Reach, Reward, Selector, Term, TokenLoss
 
 __all__ = [
+    "Agreement",
     "AtMost",
     "Context",
+    "ContrastiveHinge",
     "Counts",
     "ForwardKL",
     "JensenShannon",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tropd.objective.agreement import Agreement, ContrastiveHinge
 from tropd.objective.borrow import distillation_loss, positions_of
 from tropd.objective.evidence import StudentView, Tokens, around
 from tropd.objective.losses import (
@@ -60,10 +61,12 @@ from tropd.types import Author, key_of
 __all__ = [
     "STUDENT",
     "TEACHER",
+    "Agreement",
     "AtMost",
     "Author",
     "Clip",
     "Context",
+    "ContrastiveHinge",
     "DivergenceWeight",
     "EitherHigh",
     "Everywhere",

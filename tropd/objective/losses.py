@@ -235,6 +235,7 @@ class AtMost(TokenLoss):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_piece(self.loss, TokenLoss, "the loss that is clamped")
+        object.__setattr__(self, "reader", self.loss.reader or self.reader)  # whose the reward is, too
 
     @property
     def reward(self) -> Reward | None:  # type: ignore[override]
