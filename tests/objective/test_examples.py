@@ -11,7 +11,7 @@ import pytest
 
 import tropd.objective
 from tropd.objective import examples
-from tropd.objective.losses import DivergenceLoss
+from tropd.objective.divergence import DivergenceLoss
 from tropd.objective.targets import Target
 from tropd.objective.terms import Measure, Piece, Reward, Selector, TokenLoss
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tropd.methods import (
     METHODS,
     MOPD,
     OPD,
+    OPSD,
     REOPOLD,
     TIP,
     TOPD,
@@ -30,11 +32,48 @@ from tropd.methods import (
     TrOPD,
     TrOPDPlusAOPD,
 )
-from tropd.objective import Context, Reach
+from tropd.objective import (
+    AtMost,
+    Context,
+    ForwardKL,
+    JensenShannon,
+    Needs,
+    NegativeLogLikelihood,
+    Objective,
+    PolicyGradient,
+    Reach,
+    ReverseKL,
+    Selector,
+    Term,
+    TokenLoss,
+)
 from tropd.objective.borrow import distillation_loss
+from tropd.objective.places import LastPositions, Shortest
+from tropd.objective.rewards import GroupAdvantage
+from tropd.objective.selectors import STUDENT
+from tropd.objective.terms import Over
 from tropd.types import Author
 
 warnings.simplefilter("ignore")
+
+
+@dataclass(frozen=True)
+class Composed:
+    """Pieces that no method of the list uses."""
+
+    loss: TokenLoss
+    where: Selector = STUDENT
+    over: Over = "actions"
+
+    @property
+    def objective(self) -> Objective:
+        return Objective(Term("composed", self.where, self.loss, over=self.over))
+
+    @property
+    def needs(self) -> Needs:
+        return self.objective.needs
+
+
 SMALL = {"top_k": K}
 VARIANTS = {
     **{name: METHODS[name](**(SMALL if "top_k" in METHODS[name].__dataclass_fields__ else {})) for name in METHODS},
@@ -74,6 +113,16 @@ VARIANTS = {
     "minillm_long": MiniLLM(single_step=False),
     "topd_baseline": TOPD(normalise="baseline"),
     "topd_group": TOPD(credit="future_mean", normalise="group"),
+    "opsd_clipped": OPSD(beta=0.0, entry_clip=0.05),
+    "opsd_top_k": OPSD(teacher_top_k=K, entry_clip=0.02),
+    "forward_clipped": Composed(ForwardKL(entry_clip=0.05)),
+    "reverse_clipped": Composed(ReverseKL(entry_clip=0.05)),
+    "js_clipped": Composed(JensenShannon(entry_clip=0.02)),
+    "js_top_k_clipped": Composed(JensenShannon(support="teacher_top_k", top_k=K, outside="bucket", entry_clip=0.02)),
+    "fixed_set": Composed(ReverseKL(ids=(7, 0, 3))),
+    "at_most": Composed(AtMost(ReverseKL(), nats=1.0)),
+    "grpo": Composed(PolicyGradient(GroupAdvantage(divide=True), clip=0.2, clip_high=0.28), over="sequences"),
+    "anchor": Composed(NegativeLogLikelihood(), STUDENT & Shortest(0.5) & LastPositions(3), over="members"),
 }
 CONTEXT = Context(progress=0.3)
 

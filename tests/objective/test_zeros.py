@@ -100,7 +100,13 @@ def numerical(loss: ForwardKL | ReverseKL | JensenShannon, logits: Tensor, teach
 def borrowed(method, student: Tensor, teacher: Tensor, ids: Tensor, authors: Tensor):
     leaf = student.clone().requires_grad_()
     output = distillation_loss(
-        method, token_ids=ids, authors=authors, logits=leaf, teacher_logits=teacher, groups=torch.tensor([0, 0, 1])
+        method,
+        token_ids=ids,
+        authors=authors,
+        logits=leaf,
+        teacher_logits=teacher,
+        rewards=torch.tensor([1.0, 0.0, 1.0]),
+        groups=torch.tensor([0, 0, 1]),
     )
     return output, torch.autograd.grad(output.loss, leaf)[0]
 

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from tropd.base.ranges import Count, Range
 from tropd.methods.base import Method
-from tropd.objective.losses import DivergenceLoss, ForwardKL, JensenShannon, PolicyGradient, ReverseKL
+from tropd.objective.divergence import DivergenceLoss
+from tropd.objective.losses import ForwardKL, JensenShannon, PolicyGradient, ReverseKL
 from tropd.objective.objective import Objective
 from tropd.objective.rewards import LogRatio
 from tropd.objective.selectors import STUDENT, ProbabilityGapAbove

@@ -7,7 +7,8 @@ from typing import Literal
 
 from tropd.base.ranges import Count, PositiveShare, Whole
 from tropd.methods.base import Method, warn
-from tropd.objective.losses import DivergenceLoss, ForwardKL, ReverseKL
+from tropd.objective.divergence import DivergenceLoss
+from tropd.objective.losses import ForwardKL, ReverseKL
 from tropd.objective.objective import Objective
 from tropd.objective.places import FirstOf, TokenIn
 from tropd.objective.selectors import STUDENT

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tropd.base.ranges import Positive, PositiveShare, Share, Whole
 from tropd.methods.base import Method
@@ -32,6 +32,13 @@ class OPSD(Method):
     """Of the rollouts (code: 0.95). In (0, 1]."""
     top_k: Whole = 20
     """Of the rollouts; 0 keeps every token (code: 20). At least 0."""
+    entry_clip: Positive | None = None
+    """The most that one entry of the vocabulary adds to the divergence, in nats; an entry above it has no gradient, so
+    that words of style do not drown the others. The code's jsd_token_clip, 0.05 in its scripts and 1e-6 in a follow-up;
+    left out, nothing is clamped (paper). Above 0."""
+    teacher_top_k: Whole = 0
+    """Sum over this many of the teacher's likeliest tokens, both sides renormalised there; 0 sums over all (the code
+    offers 50). At least 0."""
 
     paper = "2601.18734"
     summary = "Jensen-Shannon over the whole vocabulary with the student itself, told the solution"
@@ -39,15 +46,17 @@ class OPSD(Method):
         'The teacher is a setting of the run: teacher.path = "start", the student before training, which the authors '
         'recommend, or "student", with briefing = { kind = "column", column = "solution" }. Told nothing, it teaches '
         "nothing.",
-        "The authors clamp the divergence of each entry of the vocabulary (jsd_token_clip); here nothing is clamped.",
-        "The authors also offer the teacher's top 50 (not here), and the sampled token's log-ratio as a reward: that "
-        "is 'opd' with the same teacher.",
+        "The paper clamps nothing and the released code does: entry_clip = 0.05 is the code's.",
+        "The authors also offer the sampled token's log-ratio as a reward: that is 'opd' with the same teacher.",
     )
 
     @property
     def objective(self) -> Objective:
-        ends: dict[float, TokenLoss] = {0.0: ForwardKL(), 1.0: ReverseKL()}
-        return Objective(Term("divergence", STUDENT, ends.get(self.beta) or JensenShannon(beta=self.beta)))
+        over: dict[str, Any] = {"entry_clip": self.entry_clip}
+        if self.teacher_top_k:
+            over |= {"support": "teacher_top_k", "top_k": self.teacher_top_k, "outside": "renormalise"}
+        ends: dict[float, TokenLoss] = {0.0: ForwardKL(**over), 1.0: ReverseKL(**over)}
+        return Objective(Term("divergence", STUDENT, ends.get(self.beta) or JensenShannon(beta=self.beta, **over)))
 
     @property
     def sampling(self) -> Sampling:

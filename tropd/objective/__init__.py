@@ -1,9 +1,11 @@
 """The algebra of on-policy distillation.  Imports torch and nothing else: use it inside any training loop."""
 
+from tropd.objective.agreement import Agreement, ContrastiveHinge
 from tropd.objective.borrow import distillation_loss
 from tropd.objective.context import Context, Reach
 from tropd.objective.evidence import Needs, StudentView, Tokens
 from tropd.objective.losses import (
+    AtMost,
     ForwardKL,
     JensenShannon,
     NegativeLogLikelihood,
@@ -19,7 +21,10 @@ from tropd.objective.schedules import Schedule
 from tropd.objective.terms import Reward, Selector, Term, TokenLoss
 
 __all__ = [
+    "Agreement",
+    "AtMost",
     "Context",
+    "ContrastiveHinge",
     "Counts",
     "ForwardKL",
     "JensenShannon",

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tropd.objective.agreement import Agreement, ContrastiveHinge
 from tropd.objective.borrow import distillation_loss, positions_of
 from tropd.objective.context import Context
 from tropd.objective.evidence import StudentView, Tokens, around
 from tropd.objective.losses import (
+    AtMost,
     ForwardKL,
     JensenShannon,
     NegativeLogLikelihood,
@@ -25,7 +27,7 @@ from tropd.objective.losses import (
 )
 from tropd.objective.measures import EitherHigh, Normalised, ReverseKLAt, StudentEntropy
 from tropd.objective.objective import Objective
-from tropd.objective.places import FirstOf, LastPositions, PositionBelow, TokenIn
+from tropd.objective.places import FirstOf, LastPositions, PositionBelow, ShorterThan, Shortest, TokenIn
 from tropd.objective.rewards import (
     Clip,
     DivergenceWeight,
@@ -60,9 +62,12 @@ from tropd.types import Author, key_of
 __all__ = [
     "STUDENT",
     "TEACHER",
+    "Agreement",
+    "AtMost",
     "Author",
     "Clip",
     "Context",
+    "ContrastiveHinge",
     "DivergenceWeight",
     "EitherHigh",
     "Everywhere",
@@ -92,6 +97,8 @@ __all__ = [
     "SampledReverseKL",
     "Scale",
     "Schedule",
+    "ShorterThan",
+    "Shortest",
     "Standardise",
     "StateReward",
     "StudentEntropy",

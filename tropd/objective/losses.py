@@ -16,12 +16,12 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from tropd.base.ranges import Count, Positive, Range
+from tropd.base.ranges import Positive, Range
 from tropd.errors import ConfigError, EvidenceError
+from tropd.objective.divergence import DivergenceLoss
 from tropd.objective.evidence import Needs, StudentView, Tokens
 from tropd.objective.rewards import LogRatio
-from tropd.objective.support import Outside, Support, add_bucket, expected_gap, log_mixture, on_support
-from tropd.objective.targets import Target
+from tropd.objective.support import log_mixture, weighed_gaps
 from tropd.objective.terms import Reward, TokenLoss, check_piece
 
 
@@ -30,7 +30,8 @@ class PolicyGradient(TokenLoss):
     """-a * rho with rho = pi_S(x) / mu(x), mu the policy that sampled x; rho = 1 on the first step after a rollout.
 
     Gradient: -a rho grad log pi_S(x).  With x ~ pi_S its expectation is that of the divergence the reward names.
-    `clip`  PPO: no gain from moving rho beyond 1 +- clip.   `cap`  truncated importance weight min(rho, cap).
+    `clip`  PPO: no gain from moving rho beyond 1 - clip or 1 + clip_high, which is 1 + clip by default.
+    `cap`   truncated importance weight min(rho, cap).
 
     >>> tokens = some_tokens(student_logprobs_N=[-1.0, -2.0], teacher_logprobs_N=[-0.5, -4.0])
     >>> logprobs_N = torch.tensor([-1.0, -2.0], requires_grad=True)
@@ -42,10 +43,13 @@ class PolicyGradient(TokenLoss):
     reward: Reward = field(default_factory=LogRatio)
     clip: Positive | None = None
     cap: Positive | None = None
+    clip_high: Positive | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_piece(self.reward, Reward, "the reward of a policy gradient")
+        if self.clip is None and self.clip_high is not None:
+            raise ConfigError("a policy gradient's `clip_high` is the upper end of a PPO `clip`: give both.")
         if self.clip is not None and self.cap is not None:
             raise ConfigError("a policy gradient takes a PPO `clip` or an importance `cap`, not both.")
 
@@ -57,7 +61,7 @@ class PolicyGradient(TokenLoss):
             step_N = (student.logprobs_N - student.logprobs_N.detach()).exp()
             return -reward_N * rho_N.detach().clamp(max=self.cap) * step_N
         if self.clip is not None:
-            clipped_N = rho_N.clamp(1.0 - self.clip, 1.0 + self.clip)
+            clipped_N = rho_N.clamp(1.0 - self.clip, 1.0 + (self.clip_high or self.clip))
             return torch.maximum(-reward_N * rho_N, -reward_N * clipped_N)
         return -reward_N * rho_N
 
@@ -109,61 +113,6 @@ class SampledForwardKL(TokenLoss):
 
 
 @dataclass(frozen=True)
-class DivergenceLoss(TokenLoss):
-    """What the divergences share: the tokens to sum over, and what happens to the probability of the others."""
-
-    support: Support = "full"
-    top_k: Count = 64
-    outside: Outside = "ignore"
-    target: Target | None = None
-    """A transformation of the teacher's distribution (full support only)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.outside == "renormalise" and self.support != "full" and self.top_k == 1:
-            raise ConfigError(
-                "renormalising over one token makes both probabilities 1 and the loss identically 0. "
-                "Use top_k >= 2, or outside='bucket' or 'generalised'."
-            )
-        if self.target is not None and self.support != "full":
-            raise ConfigError("a transformed target needs the teacher's whole distribution: use support='full'.")
-
-    @property
-    def own_needs(self) -> Needs:  # type: ignore[override]
-        top, own = Needs.TOPK, Needs.STUDENT_TOPK
-        return {
-            "full": Needs.FULL,
-            "teacher_top_k": top,
-            "student_top_k": own,
-            "union": top | own,
-            "intersection": top | own,
-        }[self.support]
-
-    @property
-    def teacher_top_k(self) -> int:
-        return self.top_k if self.own_needs & Needs.TOPK else 0
-
-    @property
-    def student_top_k(self) -> int:
-        return self.top_k if self.own_needs & Needs.STUDENT_TOPK else 0
-
-    def __call__(self, tokens: Tokens, student: StudentView, reward_N: Tensor | None) -> Tensor:
-        log_t, log_s = on_support(self.support, self.top_k, tokens, student)
-        if self.target is not None:
-            log_t = self.target(log_t, log_s.detach())
-        if self.outside == "renormalise":
-            log_t, log_s = log_t.log_softmax(-1), log_s.log_softmax(-1)
-        elif self.outside == "renormalise_teacher":
-            log_t = log_t.log_softmax(-1)
-        elif self.outside == "bucket":
-            log_t, log_s = add_bucket(log_t), add_bucket(log_s)
-        return self.between(log_t, log_s)
-
-    def between(self, log_t: Tensor, log_s: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
 class ForwardKL(DivergenceLoss):
     """sum_v T log(T / S): KL(teacher || student).  With `skew` a: against a T + (1 - a) S instead of S.
 
@@ -183,13 +132,10 @@ class ForwardKL(DivergenceLoss):
         if self.outside == "stop_gradient":
             raise ConfigError("outside='stop_gradient' corrects reverse KL; for forward KL use 'generalised'.")
 
-    def between(self, log_t: Tensor, log_s: Tensor) -> Tensor:
+    def entries(self, log_t: Tensor, log_s: Tensor) -> Tensor:
         t, s = log_t.exp(), log_s.exp()
-        log_q = log_s
-        if self.skew:
-            log_q = log_mixture(log_t, log_s, self.skew)
-        loss = expected_gap(t, log_t, log_q)
-        return loss + (s - t).sum(-1) if self.outside == "generalised" else loss
+        gaps = weighed_gaps(t, log_t, log_mixture(log_t, log_s, self.skew) if self.skew else log_s)
+        return gaps + (s - t) if self.outside == "generalised" else gaps
 
 
 @dataclass(frozen=True)
@@ -211,12 +157,12 @@ class ReverseKL(DivergenceLoss):
         if self.outside == "renormalise_teacher":
             raise ConfigError("outside='renormalise_teacher' belongs to forward KL; for reverse KL use 'renormalise'.")
 
-    def between(self, log_t: Tensor, log_s: Tensor) -> Tensor:
+    def entries(self, log_t: Tensor, log_s: Tensor) -> Tensor:
         t, s = log_t.exp(), log_s.exp()
         if self.outside == "stop_gradient":
-            return expected_gap(s, log_s.detach(), log_t)
-        loss = expected_gap(s, log_s, log_t)
-        return loss + (t - s).sum(-1) if self.outside == "generalised" else loss
+            return weighed_gaps(s, log_s.detach(), log_t)
+        gaps = weighed_gaps(s, log_s, log_t)
+        return gaps + (t - s) if self.outside == "generalised" else gaps
 
 
 @dataclass(frozen=True)
@@ -243,9 +189,9 @@ class JensenShannon(DivergenceLoss):
         if self.outside in ("stop_gradient", "renormalise_teacher", "generalised"):
             raise ConfigError(f"outside={self.outside!r} is not defined for Jensen-Shannon: use 'bucket'.")
 
-    def between(self, log_t: Tensor, log_s: Tensor) -> Tensor:
+    def entries(self, log_t: Tensor, log_s: Tensor) -> Tensor:
         log_m = log_mixture(log_t, log_s, self.beta)
-        forward, reverse = expected_gap(log_t.exp(), log_t, log_m), expected_gap(log_s.exp(), log_s, log_m)
+        forward, reverse = weighed_gaps(log_t.exp(), log_t, log_m), weighed_gaps(log_s.exp(), log_s, log_m)
         return self.beta * forward + (1.0 - self.beta) * reverse
 
 
@@ -269,3 +215,36 @@ class StateReward(TokenLoss):
     def __call__(self, tokens: Tokens, student: StudentView, reward_N: Tensor | None) -> Tensor:
         cost_N = self.divergence(tokens, student, None).detach()
         return cost_N * (student.logprobs_N - tokens.behavior_logprobs_N).exp()
+
+
+@dataclass(frozen=True)
+class AtMost(TokenLoss):
+    """Another loss, at most `nats` at each token; a token above has no gradient.
+
+    So clamping at a quantile of the batch has the gradient of leaving the tokens above it out.  For reverse KL that is
+    the selector `~TopFraction(ReverseKLAt(), 0.05)`, which takes the quantile over the whole batch.
+
+    >>> view = StudentView(logprobs_N=torch.tensor([-1.0, -4.0]))
+    >>> AtMost(NegativeLogLikelihood(), nats=2.0)(some_tokens(token_ids_N=[5, 6]), view, None)
+    tensor([1., 2.])
+    """
+
+    loss: TokenLoss
+    nats: Positive
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_piece(self.loss, TokenLoss, "the loss that is clamped")
+        object.__setattr__(self, "reader", self.loss.reader or self.reader)  # whose the reward is, too
+
+    @property
+    def reward(self) -> Reward | None:  # type: ignore[override]
+        return self.loss.reward
+
+    def __call__(self, tokens: Tokens, student: StudentView, reward_N: Tensor | None) -> Tensor:
+        loss_N = self.loss(tokens, student, reward_N)
+        if not bool((loss_N == torch.inf).any()):
+            return loss_N.clamp_max(self.nats)
+        rows = (loss_N != torch.inf).nonzero().flatten()  # the gradient of an infinite loss is NaN, even times 0
+        finite = self.loss(tokens.rows(rows), student.rows(rows), None if reward_N is None else reward_N[rows])
+        return torch.full_like(loss_N, self.nats).index_copy(0, rows, finite.clamp_max(self.nats))

@@ -117,6 +117,13 @@ def kth_highest(score_M: Tensor, group_M: Tensor, fraction: float) -> Tensor:
     return score_M[order][last]
 
 
+def quantile(x_M: Tensor, share: float) -> Tensor:
+    """The number that a share of the numbers lies below, interpolated; as many numbers as there are."""
+    place = share * (len(x_M) - 1)
+    low, high = x_M.sort().values[[math.floor(place), math.ceil(place)]]
+    return torch.lerp(low, high, place - math.floor(place))
+
+
 def padded(x_N: Tensor, tokens: Tokens) -> Tensor:
     """[S, T] with 0 where a sequence has no trained token: arithmetic along sequences, whatever the order of rows."""
     length = int(tokens.positions_N.max()) + 1 if len(tokens) else 0

@@ -1,4 +1,7 @@
-"""Selectors that look at which token was written and where it stands.  They read nothing of a model."""
+"""Selectors that look at which token was written, where it stands and how long its response is.
+
+They read nothing of a model.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tropd.base.ranges import Whole
+from tropd.base.ranges import Count, PositiveShare, Whole
 from tropd.objective.context import Context, Reach
 from tropd.objective.evidence import Tokens, trained
-from tropd.objective.selectors import as_weight
+from tropd.objective.measures import kth_highest
+from tropd.objective.selectors import Everywhere, as_weight
 from tropd.objective.terms import Selector
 from tropd.types import Author
 
@@ -82,3 +86,46 @@ class LastPositions(Selector):
 
     def __call__(self, tokens: Tokens, context: Context) -> Tensor:
         return as_weight((tokens.num_after_N < self.count) & trained(tokens), tokens.num_after_N)
+
+
+@dataclass(frozen=True)
+class ShorterThan(Selector):
+    """1 on the tokens of responses of fewer than `limit` tokens, counted among those that can be trained on.
+
+    >>> ShorterThan(2)(some_tokens(token_ids_N=[5, 6, 7], sequences_N=[0, 0, 1]), Context())
+    tensor([0., 0., 1.])
+    """
+
+    limit: Count
+
+    def __call__(self, tokens: Tokens, context: Context) -> Tensor:
+        return as_weight(tokens.num_actions_S[tokens.sequences_N] < self.limit, tokens.token_ids_N)
+
+
+@dataclass(frozen=True)
+class Shortest(Selector):
+    """1 on the tokens in `among` of the `fraction` of their group's responses, rounded up, that are shortest.
+
+    Responses without a token in `among` do not count; ties at the cut are kept.
+
+    >>> tokens = some_tokens(token_ids_N=[5, 6, 7], sequences_N=[0, 0, 1], groups_S=[0, 0])
+    >>> Shortest(0.5)(tokens, Context())
+    tensor([0., 0., 1.])
+    """
+
+    fraction: PositiveShare = 0.5
+    among: Selector = Everywhere()
+    own_reach = Reach.GROUP
+
+    def __call__(self, tokens: Tokens, context: Context) -> Tensor:
+        among_N = self.among(tokens, context)
+        member_S = torch.zeros_like(tokens.num_actions_S, dtype=torch.bool)
+        member_S[tokens.sequences_N[(among_N > 0) & trained(tokens)]] = True
+        everyone = context.world.gather(torch.stack([tokens.groups_S, tokens.num_actions_S], 1)[member_S])
+        if len(everyone) == 0:
+            return torch.zeros_like(among_N)
+        names, index = torch.unique(everyone[:, 0], return_inverse=True)
+        cut_G = -kth_highest(-everyone[:, 1], index, self.fraction)
+        slot_S = torch.searchsorted(names, tokens.groups_S).clamp(max=len(names) - 1)
+        short_S = member_S & (tokens.num_actions_S <= cut_G[slot_S])
+        return among_N * short_S[tokens.sequences_N]

@@ -138,7 +138,7 @@ def _denominator(over: Over, weight_N: Tensor, context: Context, counts: Counts)
 
 def _judge(term: Term, tokens: Tokens, context: Context, weight_N: Tensor) -> Tensor:
     assert term.loss.reward is not None
-    reward_N = term.loss.reward(torch.zeros_like(weight_N), tokens, context)
+    reward_N = term.loss.reward(torch.zeros_like(weight_N), tokens.of(term.loss.reader), context)
     bad_N = (weight_N != 0) & ~torch.isfinite(reward_N)
     if bool(bad_N.any()):
         raise EvidenceError(

@@ -257,14 +257,20 @@ class ReverseKLBaseline(Reward):
 
 @dataclass(frozen=True)
 class GroupAdvantage(Reward):
-    """+ weight * (the grader's reward - the mean reward of the group): GRPO's advantage without the division.
+    """+ weight * (the grader's reward - the mean reward of the group), each sequence counted once.
+
+    `divide`: by the standard deviation within the group (with n - 1, plus 1e-4), which is GRPO's advantage (arXiv
+    2402.03300).  A sequence without others in its group has advantage 0.
 
     >>> tokens = some_tokens(token_ids_N=[5, 6, 7], sequences_N=[0, 0, 1], rewards_S=[1.0, 0.0], groups_S=[0, 0])
     >>> GroupAdvantage()(torch.zeros(3), tokens, Context())
     tensor([ 0.5000,  0.5000, -0.5000])
+    >>> GroupAdvantage(divide=True)(torch.zeros(3), tokens, Context())
+    tensor([ 0.7070,  0.7070, -0.7070])
     """
 
     weight: Finite = 1.0
+    divide: bool = False
     own_needs = Needs.REWARD
     own_reach = Reach.GROUP
 
@@ -273,5 +279,10 @@ class GroupAdvantage(Reward):
         names, index = torch.unique(groups, return_inverse=True)
         count = torch.bincount(index, minlength=len(names)).to(rewards.dtype)
         mean = rewards.new_zeros(len(names)).index_add_(0, index, rewards) / count
-        advantage_S = tokens.rewards_S - mean[torch.searchsorted(names, tokens.groups_S)]
+        slot_S = torch.searchsorted(names, tokens.groups_S)
+        advantage_S = tokens.rewards_S - mean[slot_S]
+        if self.divide:
+            squares = rewards.new_zeros(len(names)).index_add_(0, index, (rewards - mean[index]) ** 2)
+            deviation = (squares / (count - 1.0).clamp_min(1.0)).sqrt()
+            advantage_S = advantage_S / (deviation + 1e-4)[slot_S]  # TRL's; rounding of equal rewards stays small
         return reward_N + self.weight * advantage_S[tokens.sequences_N].to(reward_N.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -20,11 +21,15 @@ NOTHING = -1e4
 """A log-probability whose exp is 0 in every dtype, finite so that no gradient turns into inf - inf."""
 
 
-def expected_gap(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """sum_v p (log p - log q) with 0 log 0 = 0, in value and in gradient."""
+def weighed_gaps(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """p (log p - log q) at each token with 0 log 0 = 0, in value and in gradient."""
     present = p > 0
-    gap = torch.where(present, log_p, 0.0) - torch.where(present, log_q, 0.0)
-    return (p * gap).sum(-1)
+    return p * (torch.where(present, log_p, 0.0) - torch.where(present, log_q, 0.0))
+
+
+def expected_gap(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """sum_v p (log p - log q)."""
+    return weighed_gaps(p, log_p, log_q).sum(-1)
 
 
 def log_mixture(log_t: Tensor, log_s: Tensor, share: float) -> Tensor:
@@ -52,6 +57,13 @@ def on_support(kind: Support, top_k: int, tokens: Tokens, student: StudentView) 
         return _drop(teacher_t, outside_NK), _drop(teacher_s, outside_NK)
     twice_NJ = same_NKJ.any(-2)
     return torch.cat([teacher_t, _drop(own_t, twice_NJ)], -1), torch.cat([teacher_s, _drop(own_s, twice_NJ)], -1)
+
+
+def at_ids(ids: Sequence[int], whole_NV: Tensor) -> Tensor:
+    """The columns of these tokens, in their order."""
+    if max(ids) >= whole_NV.shape[-1]:
+        raise EvidenceError(f"token {max(ids)} was asked for, but the vocabulary has {whole_NV.shape[-1]} tokens.")
+    return whole_NV[..., torch.tensor(ids, device=whole_NV.device)]
 
 
 def _drop(x: Tensor, where: Tensor) -> Tensor:
