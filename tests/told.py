@@ -9,6 +9,8 @@ import torch
 
 from tests.small_runs import run_of, save_model, write_models, write_rows
 from tropd.config.run import Run
+from tropd.data.graders import graded
+from tropd.objective.evidence import READER
 from tropd.training.assembly import Parts
 from tropd.training.scoring import score
 from tropd.training.source import Source
@@ -46,5 +48,9 @@ def by_hand(model: Any, ids: tuple[int, ...], response: tuple[int, ...], size: i
 
 def scored(parts: Parts) -> tuple[list[Rollout], Any]:
     rollouts = Source(parts).take(0).rollouts
-    batch = score(rollouts, parts.run.method.objective, parts.teacher, parts.learner, seed=0, recall=True)
+    if parts.grader is not None:
+        rollouts = graded(parts.grader, rollouts, parts.tokenizer)
+    as_read = parts.briefer.as_read(READER, rollouts)
+    objective, learner = parts.run.method.objective, parts.learner
+    batch = score(rollouts, objective, parts.teacher, learner, seed=0, recall=True, as_read={READER: as_read})
     return rollouts, batch

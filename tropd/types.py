@@ -56,8 +56,9 @@ class Prompt:
     """What the grader compares with."""
     teacher: str = "default"
     """Which of several teachers it is for."""
-    told_ids: tuple[int, ...] = ()
-    """What its teacher reads instead of `token_ids`, where the teacher is told more than the student."""
+    told: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """What readers read instead of `token_ids`, by their names, where that is known before anything is written; empty
+    where a reader cannot be told.  "teacher" is the one that `teacher` names."""
     response_ids: tuple[int, ...] = ()
     """A written answer from the dataset: an off-policy text for prefixes, GKD and SeqKD."""
     columns: Mapping[str, Any] = field(default_factory=dict)
@@ -134,6 +135,8 @@ class Rollout:
     policy_version: tuple[int, int] = (0, 0)
     finish: Finish = Finish.STOP
     reward: float | None = None
+    feedback: str | None = None
+    """The grader's words on the response."""
 
     @property
     def group(self) -> str:
@@ -144,18 +147,14 @@ class Rollout:
     def response_ids(self) -> tuple[int, ...]:
         return self.token_ids[len(self.prompt.token_ids) :]
 
-    @property
-    def as_told(self) -> Rollout:
-        """The same response behind the prompt that the teacher reads."""
-        told_ids, start = self.prompt.told_ids, len(self.prompt.token_ids)
-        if not told_ids:
-            return self
-        silent = (0.0,) * len(told_ids)
+    def behind(self, token_ids: tuple[int, ...]) -> Rollout:
+        """The same response behind another prompt."""
+        start, silent = len(self.prompt.token_ids), (0.0,) * len(token_ids)
         return replace(
             self,
-            prompt=replace(self.prompt, token_ids=told_ids, told_ids=()),
-            token_ids=told_ids + self.response_ids,
-            authors=(Author.CONTEXT,) * len(told_ids) + self.authors[start:],
+            prompt=replace(self.prompt, token_ids=token_ids, told={}),
+            token_ids=token_ids + self.response_ids,
+            authors=(Author.CONTEXT,) * len(token_ids) + self.authors[start:],
             behavior_logprobs=silent + self.behavior_logprobs[start:],
             model_logprobs=silent + self.model_logprobs[start:] if self.model_logprobs else (),
         )

@@ -13,7 +13,8 @@ import tropd
 from tests.small_runs import run_of, save_model, write_rows
 from tests.tiny import CHAT_TEMPLATE, byte_tokenizer, tiny_model
 from tests.told import COLUMN, told, write_world
-from tropd.briefings.briefing import Briefing, OwnBriefing, WithColumn, WithSystem
+from tropd.briefings.asked import Asked, Briefing
+from tropd.briefings.briefing import OwnBriefing, WithColumn, WithSystem
 from tropd.cli.main import main
 from tropd.config.run import Run
 from tropd.data import chat
@@ -34,8 +35,8 @@ class Twice(Briefing):
 
     times: int = 2
 
-    def messages(self, messages: tuple[Message, ...], row: Any) -> tuple[Message, ...]:
-        return tuple(replace(message, content=message.content * self.times) for message in messages)
+    def messages(self, asked: Asked) -> tuple[Message, ...]:
+        return tuple(replace(message, content=message.content * self.times) for message in asked.messages)
 
 
 def test_a_briefing_of_ones_own_is_found_by_its_name(world: Path, tmp_path: Path) -> None:
@@ -44,10 +45,10 @@ def test_a_briefing_of_ones_own_is_found_by_its_name(world: Path, tmp_path: Path
     parts = load_parts(run, tmp_path)
     prompt = parts.stream.next(1)[0][0]
     thrice = Message(role="user", content=prompt.messages[0].content * 3)
-    assert prompt.told_ids == chat.render((thrice,), parts.tokenizer)
+    assert prompt.told["teacher"] == chat.render((thrice,), parts.tokenizer)
     given = replace(run, teacher=replace(run.teacher, briefing=Twice(times=3)))
     assert given.teacher.briefing.knobs == {"times": 3}  # type: ignore[attr-defined]
-    assert load_parts(given, tmp_path).stream.next(1)[0][0].told_ids == prompt.told_ids
+    assert load_parts(given, tmp_path).stream.next(1)[0][0].told["teacher"] == prompt.told["teacher"]
 
 
 def test_a_teacher_that_opens_its_turn_otherwise_is_refused_with_both_ends(world: Path, tmp_path: Path) -> None:
@@ -82,7 +83,11 @@ def test_a_briefing_that_cannot_be_read_is_refused(world: Path, briefing: Any, s
     [
         ({**COLUMN, "column": "solutoin"}, {}, r"has none \(did you mean 'solution'\?\)"),
         ({**COLUMN, "column": "hint"}, {}, r"row 2: .* nothing in 'hint'"),
-        ({"kind": "column", "column": "long"}, {}, r"row 1: .* its prompt has \d+ tokens, and at most 244 leave room"),
+        (
+            {"kind": "column", "column": "long"},
+            {},
+            r"2 of 2 prompts .* no room .* of 12 .* the 256 .* with 447 tokens",
+        ),
         (COLUMN, {"apply_chat_template": False}, r"\{prompt\} has to be the end of briefing.template"),
         ({"kind": "system", "text": "x"}, {"apply_chat_template": False}, "without a chat template"),
     ],
@@ -105,17 +110,19 @@ def test_plain_text_is_told_in_front_of_the_prompt(world: Path, tmp_path: Path) 
     parts = load_parts(run, tmp_path)
     prompt = parts.stream.next(1)[0][0]
     said = f"{prompt.columns['solution']}. {parts.tokenizer.decode(list(prompt.token_ids))}"
-    assert parts.tokenizer.decode(list(prompt.told_ids)) == said
+    assert parts.tokenizer.decode(list(prompt.told["teacher"])) == said
 
 
 def test_a_system_text_joins_the_one_that_is_there() -> None:
     turns = (Message(role="system", content="a"), Message(role="user", content="b"))
-    assert WithSystem(text="c").messages(turns, {})[0].content == "a\n\nc"
-    assert WithSystem(text="c").messages(turns[1:], {})[0] == Message(role="system", content="c")
+    assert WithSystem(text="c").messages(Asked(messages=turns))[0].content == "a\n\nc"
+    assert WithSystem(text="c").messages(Asked(messages=turns[1:]))[0] == Message(role="system", content="c")
 
 
 def test_the_default_template_holds_the_prompt_and_the_column() -> None:
-    (told,) = WithColumn(column="x").messages((Message(role="user", content="1+1? {a}"),), {"x": "two: \\boxed{2}"})
+    (told,) = WithColumn(column="x").messages(
+        Asked(messages=(Message(role="user", content="1+1? {a}"),), row={"x": "two: \\boxed{2}"})
+    )
     assert told.content.startswith("1+1? {a}") and "\\boxed{2}" in told.content
 
 

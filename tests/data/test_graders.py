@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import byte_tokenizer
-from tropd.data.graders import GRADERS, Grader, Math, Numeric, check_answers, exact, grade, grade_texts, resolve_grader
+from tropd.data.graders import GRADERS, Grader, Math, Numeric, check_answers, exact, grade_texts, graded, resolve_grader
 from tropd.errors import DataError
 from tropd.types import Author, Prompt, Rollout
 
@@ -33,6 +33,10 @@ def rollout(prompt: str, response: str, answer: str | None = None, **columns: An
         authors=(Author.CONTEXT,) * len(before) + (Author.STUDENT,) * len(after),
         behavior_logprobs=(0.0,) * len(before + after),
     )
+
+
+def rewards(grader: Grader, rollouts: Sequence[Rollout]) -> list[float | None]:
+    return [each.reward for each in graded(grader, rollouts, byte_tokenizer())]
 
 
 def repeat_columns(prompts: Sequence[str], completions: Sequence[str], level: Sequence[int], **_: Any) -> list[float]:
@@ -209,7 +213,7 @@ def test_grade_reads_the_response_alone_and_without_special_tokens() -> None:
         return [0.25, True]
 
     rollouts = [rollout("<|user|>1+1", "2<|end|><|eos|>", "2", level=1), rollout("3+3", "6", None, kind="sum")]
-    assert grade(watch, rollouts, byte_tokenizer()) == [0.25, 1.0]
+    assert rewards(watch, rollouts) == [0.25, 1.0]
     assert seen == {
         "prompts": ["<|user|>1+1", "3+3"],
         "completions": ["2", "6"],
@@ -221,8 +225,8 @@ def test_grade_reads_the_response_alone_and_without_special_tokens() -> None:
 
 def test_grade_hands_columns_to_a_grader_of_somebody_elses() -> None:
     rollouts = [rollout("a", "b", level=3), rollout("c", "d", level=4)]
-    assert grade(resolve_grader("tests.data.test_graders:repeat_columns"), rollouts, byte_tokenizer()) == [3.0, 4.0]
-    assert grade(repeat_columns, [], byte_tokenizer()) == []
+    assert rewards(resolve_grader("tests.data.test_graders:repeat_columns"), rollouts) == [3.0, 4.0]
+    assert rewards(repeat_columns, []) == []
 
 
 @pytest.mark.parametrize(
@@ -241,12 +245,12 @@ def test_scores_that_are_no_numbers_are_refused_with_the_graders_name(result: An
         return result
 
     with pytest.raises(DataError, match=f"grader 'broken' .*{says}"):
-        grade(broken, [rollout("a", "b"), rollout("c", "d")], byte_tokenizer())
+        rewards(broken, [rollout("a", "b"), rollout("c", "d")])
 
 
 def test_an_error_inside_a_grader_says_whose_it_is() -> None:
     with pytest.raises(TypeError) as caught:
-        grade(repeat_columns, [rollout("a", "b")], byte_tokenizer())
+        rewards(repeat_columns, [rollout("a", "b")])
     assert caught.value.__notes__ == ["raised by grader 'repeat_columns'"]
 
 

@@ -16,6 +16,7 @@ from tropd.data import chat
 from tropd.doctor import examine
 from tropd.doctor.cost import need_of
 from tropd.doctor.subject import read_subject
+from tropd.objective.evidence import READER
 from tropd.training.assembly import load_parts
 from tropd.training.source import Source
 from tropd.types import Author, Message
@@ -37,7 +38,7 @@ def test_a_told_teacher_scores_the_response_behind_its_own_prompt(tmp_path: Path
         solution = rollout.prompt.columns["solution"]
         said = Message(role="user", content=f"{rollout.prompt.messages[0].content} ({solution})")
         ids = chat.render((said,), parts.tokenizer)
-        assert rollout.prompt.told_ids == ids != rollout.prompt.token_ids
+        assert rollout.prompt.told[READER] == ids != rollout.prompt.token_ids
         expected.append(by_hand(model, ids, rollout.response_ids, parts.vocab_size))
     torch.testing.assert_close(batch.tokens.teacher_logprobs_N, torch.cat(expected), **CLOSE)
     ratio_N = batch.tokens.log_ratio_N
@@ -61,7 +62,7 @@ def test_divergences_and_whole_distributions_are_those_of_what_the_teacher_reads
         return
     whole_NV = parts.teacher.forward.full_logprobs(batch.tokens.teacher_hidden_NH, batch.tokens.token_ids_N)
     ids_N1 = batch.tokens.token_ids_N[:, None]
-    own = [by_hand(parts.model, r.prompt.told_ids, r.response_ids, parts.vocab_size) for r in rollouts]
+    own = [by_hand(parts.model, r.prompt.told[READER], r.response_ids, parts.vocab_size) for r in rollouts]
     torch.testing.assert_close(whole_NV.gather(1, ids_N1)[:, 0], torch.cat(own), **CLOSE)
 
 
@@ -75,12 +76,14 @@ def test_rollouts_keep_the_students_prompt_and_prefixes_are_written_from_the_tea
     for rollout in rollouts:
         prompt = rollout.prompt
         assert rollout.token_ids[: len(prompt.token_ids)] == prompt.token_ids
-        assert rollout.as_told.response_ids == rollout.response_ids
-        assert len(rollout.as_told.authors) == len(rollout.as_told.token_ids)
+        (read,) = parts.briefer.as_read(READER, [rollout])
+        assert read is not None and read.prompt.token_ids == prompt.told[READER]
+        assert read.response_ids == rollout.response_ids
+        assert len(read.authors) == len(read.token_ids)
         num += rollout.authors.count(Author.TEACHER)
     assert num
     rollout = max(rollouts, key=lambda r: r.authors.count(Author.TEACHER))
-    own = by_hand(model, rollout.prompt.told_ids, rollout.response_ids, parts.vocab_size)
+    own = by_hand(model, rollout.prompt.told[READER], rollout.response_ids, parts.vocab_size)
     other = by_hand(model, rollout.prompt.token_ids, rollout.response_ids, parts.vocab_size)
     written = rollout.authors.count(Author.TEACHER)
     assert float(own[:written].mean()) > float(other[:written].mean()), "its texts are likelier where it wrote them"
@@ -109,7 +112,7 @@ def test_each_of_several_teachers_is_told_its_own(world: Path, tmp_path: Path) -
             ids = chat.render((Message(role="system", content="Be brief."), *prompt.messages), parts.tokenizer)
         else:
             ids = prompt.token_ids
-            assert not prompt.told_ids
+            assert not prompt.told
         model = parts.teacher.teachers[name].forward.model
         expected.append(by_hand(model, ids, rollout.response_ids, parts.vocab_size))
     torch.testing.assert_close(batch.tokens.teacher_logprobs_N, torch.cat(expected), **CLOSE)
@@ -159,7 +162,7 @@ def test_the_student_before_training_is_a_teacher(world: Path, tmp_path: Path) -
         assert ("teacher" in parts.origins) == (lora is None)
         rollouts, batch = scored(parts)
         fresh = tiny_model(seed=0, tied=True)
-        expected = [by_hand(fresh, r.prompt.told_ids, r.response_ids, parts.vocab_size) for r in rollouts]
+        expected = [by_hand(fresh, r.prompt.told[READER], r.response_ids, parts.vocab_size) for r in rollouts]
         torch.testing.assert_close(batch.tokens.teacher_logprobs_N, torch.cat(expected), **CLOSE)
 
 
@@ -191,7 +194,8 @@ def test_the_student_as_it_is_now_has_nothing_to_teach_until_it_is_told_more(
         rollouts, batch = scored(parts)
         assert bool(batch.tokens.log_ratio_N.any()) == (briefing is COLUMN)
         expected = [
-            by_hand(parts.model, r.as_told.prompt.token_ids, r.response_ids, parts.vocab_size) for r in rollouts
+            by_hand(parts.model, r.prompt.told.get(READER, r.prompt.token_ids), r.response_ids, parts.vocab_size)
+            for r in rollouts
         ]
         torch.testing.assert_close(batch.tokens.teacher_logprobs_N, torch.cat(expected), **CLOSE)
         assert parts.teacher.forward.model is parts.model and "teacher" not in parts.origins

@@ -1,4 +1,4 @@
-"""What a teacher is told and the student is not: plain data, `briefing` in the section of a teacher.
+"""What a reader is told and the student is not: plain data, `briefing` in the section of a teacher.
 
 student   the prompt                  -> response
 teacher   the prompt, and more        -> the same tokens of that response
@@ -11,43 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from string import Formatter
 from typing import Any, ClassVar, Literal
 
 from tropd.base.names import find, is_name, made, name_of, offered
 from tropd.base.reading import nearest
+from tropd.briefings.asked import PROMPT, Asked, Briefing, Messages, check_template, check_texts
+from tropd.briefings.demonstrations import WithDemonstrations
+from tropd.briefings.responses import WithFeedback, WithPeers
 from tropd.errors import ConfigError, DataError
 from tropd.types import Message
-
-Messages = tuple[Message, ...]
-PROMPT, VALUE = "prompt", "value"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Briefing:
-    """Inherit from it, as a frozen dataclass, and give `messages`."""
-
-    needs_template: ClassVar[bool] = True
-    """Whether it only makes sense where prompts are conversations."""
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Columns of the data set that every row must have."""
-        return ()
-
-    def messages(self, messages: Messages, row: Mapping[str, Any]) -> Messages:
-        """What the teacher reads instead of the student's messages; `row` is the whole row of the data set."""
-        raise NotImplementedError(f"{type(self).__name__} says nothing: a briefing defines `messages`.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AsStudent(Briefing):
-    """Nothing: the teacher reads what the student reads."""
+    """Nothing: the reader reads what the student reads."""
 
     kind: Literal["as_student"] = "as_student"
+    needs_template: ClassVar[bool] = False
 
-    def messages(self, messages: Messages, row: Mapping[str, Any]) -> Messages:
-        return messages
+    def messages(self, asked: Asked) -> Messages:
+        return asked.messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,37 +49,22 @@ class WithColumn(Briefing):
     needs_template: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_texts(self, "column", "template")
-        try:
-            named = [name for _, name, _, _ in Formatter().parse(self.template) if name is not None]
-        except ValueError as problem:
-            raise ConfigError(
-                f"briefing.template cannot be read: {problem}. A brace is written {{{{ or }}}}."
-            ) from None
-        if unknown := [name for name in named if name not in (PROMPT, VALUE)]:
-            raise ConfigError(
-                f"briefing.template has the field {{{unknown[0]}}}, but there are only {{prompt}} and {{value}}. Take "
-                "it out; a brace is written {{ or }}."
-            )
-        if missing := [name for name in (PROMPT, VALUE) if name not in named]:
-            raise ConfigError(
-                f"briefing.template has no {{{missing[0]}}}, so the teacher would not read it. Put it where it belongs."
-            )
+        check_texts(self, "column")
+        check_template(self, "template", (PROMPT, "value"))
 
     @property
     def columns(self) -> tuple[str, ...]:
         return (self.column,)
 
-    def messages(self, messages: Messages, row: Mapping[str, Any]) -> Messages:
-        value = row.get(self.column)
+    def messages(self, asked: Asked) -> Messages:
+        value = asked.row.get(self.column)
         if isinstance(value, int | float) and not isinstance(value, bool):
             value = str(value)
         if value is not None and not isinstance(value, str):
             raise DataError(f"'{self.column}' is a {type(value).__name__}, and the teacher is told a text")
         if value is None or not value.strip():
             raise DataError(f"nothing in '{self.column}'")
-        *before, last = messages
-        return (*before, Message(role=last.role, content=self.template.format(prompt=last.content, value=value)))
+        return asked.last_turn(self.template, value=value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +75,10 @@ class WithSystem(Briefing):
     text: str
 
     def __post_init__(self) -> None:
-        _check_texts(self, "text")
+        check_texts(self, "text")
 
-    def messages(self, messages: Messages, row: Mapping[str, Any]) -> Messages:
+    def messages(self, asked: Asked) -> Messages:
+        messages = asked.messages
         if messages[0].role != "system":
             return (Message(role="system", content=self.text), *messages)
         return (Message(role="system", content=f"{messages[0].content}\n\n{self.text}"), *messages[1:])
@@ -131,7 +100,14 @@ class OwnBriefing(Briefing):
         return briefing
 
 
-BRIEFINGS: dict[str, type[Briefing]] = {"as_student": AsStudent, "column": WithColumn, "system": WithSystem}
+BRIEFINGS: dict[str, type[Briefing]] = {
+    "as_student": AsStudent,
+    "column": WithColumn,
+    "system": WithSystem,
+    "feedback": WithFeedback,
+    "peers": WithPeers,
+    "demonstrations": WithDemonstrations,
+}
 
 
 def read_briefing(value: Any) -> Briefing:
@@ -165,11 +141,15 @@ def _named(briefing: Briefing) -> Briefing:
     return OwnBriefing(kind=name, knobs={f.name: getattr(briefing, f.name) for f in fields(briefing)})
 
 
-def _check_texts(briefing: Briefing, *names: str) -> None:
-    for name in names:
-        value = getattr(briefing, name)
-        if not isinstance(value, str) or not value.strip():
-            raise ConfigError(f"briefing.{name} is {value!r}, which is no text. Write it out.")
-
-
-__all__ = ["BRIEFINGS", "AsStudent", "Briefing", "OwnBriefing", "WithColumn", "WithSystem", "read_briefing"]
+__all__ = [
+    "BRIEFINGS",
+    "AsStudent",
+    "Briefing",
+    "OwnBriefing",
+    "WithColumn",
+    "WithDemonstrations",
+    "WithFeedback",
+    "WithPeers",
+    "WithSystem",
+    "read_briefing",
+]

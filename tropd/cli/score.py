@@ -1,8 +1,8 @@
 """tropd score RUN.toml ROLLOUTS.jsonl -o SCORED.jsonl: what student and teacher say of texts that are there already.
 
 A line of ROLLOUTS.jsonl is a `tropd.types.Rollout` as JSON, as in the rollouts.jsonl of a kept batch.  A line of the
-result names the rollout and gives both log-probabilities of each response token (null: probability 0), and its reward
-if there is a grader.
+result names the rollout and gives both log-probabilities of each response token (null: probability 0, or a response
+that the teacher does not read), and its reward if there is one.
 """
 
 from __future__ import annotations
@@ -41,31 +41,24 @@ def main(argv: list[str]) -> int:
     for note in notes:
         tell(note)
     rollouts = _read(asked.rollouts)
-    from tropd.briefings.briefing import AsStudent
-    from tropd.data.graders import grade
-    from tropd.objective.evidence import Needs
+    from tropd.data.graders import graded
+    from tropd.objective.evidence import READER, Needs
     from tropd.run.start import assemble
     from tropd.teachers.teacher import ScoreRequest
 
     with tempfile.TemporaryDirectory() as folder:
         parts = assemble(run, Path(folder))
-        told = [name for name, x in run.all_teachers.items() if not isinstance(x.briefing, AsStudent)]
-        if untold := [r.id for r in rollouts if r.prompt.teacher in told and not r.prompt.told_ids]:
-            raise DataError(
-                f"the teacher is told more than the student, but {len(untold)} of {len(rollouts)} rollouts, such as "
-                f"{untold[0]}, bring no prompt.told_ids. Take the rollouts of a batch that a run kept, or leave the "
-                "briefing out."
-            )
-        scores = parts.teacher.score(ScoreRequest([rollout.as_told for rollout in rollouts]))
+        rollouts = graded(parts.grader, rollouts, parts.tokenizer) if parts.grader else rollouts
+        as_read = parts.briefer.as_read(READER, rollouts)
+        scores = iter(parts.teacher.score(ScoreRequest([read for read in as_read if read is not None])))
         own = parts.learner.measure(rollouts, Needs.NOTHING, 0)["student_logprobs_N"]
-        rewards = grade(parts.grader, rollouts, parts.tokenizer) if parts.grader else None
+    lines: list[dict[str, Any]] = []
     student = own.split([len(r.response_ids) for r in rollouts])
-    lines: list[dict[str, Any]] = [
-        {"id": r.id, "student_logprobs": _finite(mine), "teacher_logprobs": _finite(score.logprobs_T)}
-        for r, mine, score in zip(rollouts, student, scores, strict=True)
-    ]
-    for line, reward in zip(lines, rewards or (), strict=False):
-        line["reward"] = reward
+    for rollout, read, mine in zip(rollouts, as_read, student, strict=True):
+        theirs = None if read is None else _finite(next(scores).logprobs_T)
+        lines.append({"id": rollout.id, "student_logprobs": _finite(mine), "teacher_logprobs": theirs})
+        if parts.grader:
+            lines[-1]["reward"] = rollout.reward
     temporary = asked.output.with_name(asked.output.name + ".tmp")
     try:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))

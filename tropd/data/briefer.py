@@ -1,71 +1,91 @@
-"""Prompts as their teachers read them, where a teacher is told more than the student.
+"""Rollouts as their readers read them, where a reader is told more than the student.
 
-The student's prompt and the response stay as they are.  What cannot be told is refused with the number of its row.
+The response stays as it is, token by token; another prompt stands before it.  What a briefing can say before the run is
+rendered when prompts are loaded, and what cannot be told is refused with the number of its row.  What it says of
+responses is rendered when they are scored.  A response that a reader cannot be told of, or cannot read whole, is not
+read by it: nothing is cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
 from typing import TYPE_CHECKING
 
 from tropd.base.reading import nearest
-from tropd.briefings.briefing import AsStudent, Briefing, OwnBriefing
-from tropd.config.models import TeacherConfig
-from tropd.config.stages import DataConfig
-from tropd.data import chat
-from tropd.data.rows import Row, Table
+from tropd.briefings.asked import Asked, Briefing, Example, Facts, Messages, Response
+from tropd.briefings.briefing import AsStudent, OwnBriefing
+from tropd.briefings.demonstrations import WithDemonstrations
+from tropd.config.run import Run
+from tropd.data.examples import Shelf
+from tropd.data.listener import Candidate, Listener
+from tropd.data.rows import Row, Table, open_table
 from tropd.errors import ConfigError, DataError
-from tropd.types import Message, Prompt
+from tropd.objective.evidence import READER
+from tropd.types import Message, Prompt, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_SHOWN = 60
-"""Characters of the end of a prompt."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Listener:
-    """A teacher that is told something."""
-
-    said: str
-    briefing: Briefing
-    tokenizer: PreTrainedTokenizerBase
-    room: int | None
-    """Tokens that its prompt may have."""
+log = logging.getLogger("tropd.data")
+_PEER = Response(text="...", reward=1.0, words="...")
+"""Stands for a response where none is written yet."""
 
 
 class Briefer:
-    """Adds to prompts what their teachers read."""
+    """What every reader of a run reads."""
 
     def __init__(
         self,
-        teachers: Mapping[str, TeacherConfig],
-        data: DataConfig,
+        run: Run,
         tokenizer: PreTrainedTokenizerBase,
-        tokenizers: Mapping[str, PreTrainedTokenizerBase | None],
-        contexts: Mapping[str, int | None],
-        max_new_tokens: int,
+        teachers: Mapping[str, Candidate],
+        readers: Mapping[str, Candidate] | None = None,
     ) -> None:
-        """By a teacher's name: its tokenizer (None where it is the student's) and how much it can read."""
-        self.data, self.tokenizer = data, tokenizer
-        self.listeners: dict[str, _Listener] = {}
-        for name, config in teachers.items():
-            briefing = config.briefing.imported() if isinstance(config.briefing, OwnBriefing) else config.briefing
+        """`tokenizer` is the student's; `teachers` are those that prompts choose among, `readers` all others."""
+        self.data, self.tokenizer, self.max_new_tokens = run.data, tokenizer, run.rollout.max_new_tokens
+        self._teachers = self._told(teachers, _teacher)
+        self._readers = self._told(readers or {}, _reader)
+        self._tried: set[str] = set()
+        self._said: set[tuple[str, str]] = set()
+        self._shelves: dict[tuple[str | None, str, str], Shelf] = {}
+
+    def _told(self, readers: Mapping[str, Candidate], said: Callable[[str], str]) -> dict[str, Listener]:
+        found: dict[str, Listener] = {}
+        for name, reader in readers.items():
+            briefing = imported(reader.config.briefing)
             if isinstance(briefing, AsStudent):
                 continue
-            own, context = tokenizers.get(name), contexts.get(name)
-            self.listeners[name] = _Listener(
-                said="the teacher" if name == "default" else f"teacher {name!r}",
+            own = reader.tokenizer
+            found[name] = Listener(
+                said=said(name),
                 briefing=briefing,
-                tokenizer=own if own is not None and own.chat_template else tokenizer,
-                room=None if context is None else context - max_new_tokens,
+                tokenizer=own if own is not None and own.chat_template else self.tokenizer,
+                student=self.tokenizer,
+                kwargs=self.data.chat_template_kwargs,
+                context=reader.context,
             )
+        return found
+
+    @property
+    def _everyone(self) -> tuple[Listener, ...]:
+        return (*self._teachers.values(), *self._readers.values())
+
+    @property
+    def compares(self) -> bool:
+        """Whether somebody is told of other responses to the same prompt."""
+        return any(Facts.GROUP in listener.briefing.needs for listener in self._everyone)
+
+    def needs(self, reader: str) -> Facts:
+        """What has to be known of responses before the reader can be told of them."""
+        told = self._teachers.values() if reader == READER else filter(None, [self._readers.get(reader)])
+        return reduce(Facts.__or__, (listener.briefing.needs for listener in told), Facts.NOTHING)
 
     def check(self, table: Table, uses_template: bool) -> None:
         """Refuse a data set that lacks a column, and text without turns for what needs them."""
-        for listener in self.listeners.values():
+        for listener in self._everyone:
             for column in listener.briefing.columns:
                 if column not in table.columns:
                     has = f"{nearest(column, table.columns)}; it has {', '.join(table.columns)}"
@@ -73,55 +93,175 @@ class Briefer:
                         f"{listener.said} is told what stands in column '{column}', but {table.source} has none"
                         f"{has}. Set briefing.column in the section of the teacher."
                     )
+            if isinstance(listener.briefing, WithDemonstrations):
+                self._fetch(listener, listener.briefing, table)
             if listener.briefing.needs_template and not uses_template:
                 raise ConfigError(
                     f"{listener.said} is told a turn of a conversation, but prompts are encoded without a chat "
                     "template. Use a tokenizer with one and data.apply_chat_template = true, or leave the briefing out."
                 )
 
-    def brief(self, prompt: Prompt, row: Row, text: str, number: int) -> Prompt:
-        """The prompt with what its teacher reads; `text` is that of a prompt without turns."""
-        listener = self.listeners.get(prompt.teacher)
-        if listener is None:
-            return prompt
-        try:
-            told_ids = self._render(listener, prompt, row, text)
-        except DataError as problem:
-            raise DataError(
-                f"row {number}: {listener.said} cannot be told more than the student: {problem}. Repair the row, or "
-                "change the briefing in the section of the teacher."
-            ) from None
-        return replace(prompt, told_ids=told_ids)
-
-    def _render(self, listener: _Listener, prompt: Prompt, row: Row, text: str) -> tuple[int, ...]:
-        messages = prompt.messages or (Message(role="user", content=text),)
-        told = tuple(listener.briefing.messages(messages, row))
-        if prompt.messages:
-            kwargs = self.data.chat_template_kwargs
-            ids = chat.render(told, listener.tokenizer, kwargs=kwargs)
-            openings = (
-                chat.opening(messages, self.tokenizer, kwargs=kwargs),
-                chat.opening(told, listener.tokenizer, kwargs=kwargs),
-            )
-            alike = openings[0] == openings[1]
-        else:
-            ids = chat.encode_plain(told[-1].content, listener.tokenizer)
-            alike = len(told) == 1 and told[0].content.endswith(text)
-        if not alike or ids[-1:] != prompt.token_ids[-1:]:
-            ends = [repr(str(self.tokenizer.decode(list(end)))[-_SHOWN:]) for end in (prompt.token_ids, ids)]
+    def _fetch(self, listener: Listener, briefing: WithDemonstrations, table: Table) -> None:
+        """The examples of a briefing, read once."""
+        if briefing.source is None and self.data.streaming:
             raise ConfigError(
-                f"{listener.said} would not begin its answer where the student does: the student's prompt ends with "
-                f"{ends[0]}, the teacher's with {ends[1]}. "
-                + (
-                    "Give both the same chat template, or set data.chat_template_kwargs so that both open the "
-                    "assistant's turn alike."
-                    if prompt.messages
-                    else "Without a chat template, {prompt} has to be the end of briefing.template."
-                )
+                f"{listener.said} is told examples from the data set of the run, but data.streaming reads it row by "
+                "row. Name a file in briefing.source."
             )
-        if listener.room is not None and len(ids) > listener.room:
+        key = (briefing.source, briefing.problem, briefing.solution)
+        if key not in self._shelves:
+            self._shelves[key] = Shelf(open_table(briefing.source) if briefing.source else table, *key[1:])
+
+    def _examples(self, briefing: Briefing, question: str) -> tuple[Example, ...]:
+        if not isinstance(briefing, WithDemonstrations):
+            return ()
+        return self._shelves[briefing.source, briefing.problem, briefing.solution].pick(question, briefing)
+
+    def brief(self, prompt: Prompt, row: Row, text: str, number: int) -> Prompt:
+        """The prompt with what its readers read, as far as that is known; `text` is that of a prompt without turns."""
+        mine = self._teachers.get(prompt.teacher)
+        listeners = {READER: mine, **self._readers} if mine else self._readers
+        asked = Asked(messages=prompt.messages or _turn(text), row=row, answer=prompt.answer)
+        told: dict[str, tuple[int, ...]] = {}
+        for name, listener in listeners.items():
+            try:
+                if listener.briefing.needs:
+                    self._try(listener, prompt, asked)
+                else:
+                    examples = self._examples(listener.briefing, asked.messages[-1].content)
+                    messages = listener.briefing.messages(replace(asked, examples=examples))
+                    told[name] = listener.render(prompt, asked.messages, messages) if messages else ()
+            except DataError as problem:
+                raise DataError(
+                    f"row {number}: {listener.said} cannot be told more than the student: {problem}. Repair the row, "
+                    "or change the briefing in the section of the teacher."
+                ) from None
+        return replace(prompt, told=told) if told else prompt
+
+    def as_read(self, reader: str, rollouts: Sequence[Rollout]) -> list[Rollout | None]:
+        """The rollouts as a reader reads them; None for one that it does not read.  `rollouts` are whole groups."""
+        groups: dict[tuple[str, str], list[Rollout]] = {}
+        for rollout in rollouts:
+            groups.setdefault(_group(rollout), []).append(rollout)
+        for group in groups.values():
+            group.sort(key=lambda rollout: (len(rollout.id), rollout.id))  # 9 before 10
+        return [self._as_read(reader, rollout, groups[_group(rollout)]) for rollout in rollouts]
+
+    def _as_read(self, reader: str, rollout: Rollout, group: Sequence[Rollout]) -> Rollout | None:
+        of_prompt = self._teachers.get(rollout.prompt.teacher)
+        listener = of_prompt if reader == READER else self._readers.get(reader)
+        if listener is None:
+            return rollout
+        prompt = rollout.prompt
+        if not listener.briefing.needs and reader not in prompt.told:
             raise DataError(
-                f"its prompt has {len(ids)} tokens, and at most {listener.room} leave room for the answer "
-                "(rollout.max_new_tokens) in what it can read"
+                f"{listener.said} is told more than the student, but rollout {rollout.id} brings no "
+                f"prompt.told[{reader!r}]. Take the rollouts of a batch that a run kept, or leave the briefing out."
             )
-        return ids
+        ids = self._after(listener, rollout, group) if listener.briefing.needs else prompt.told[reader]
+        if not ids:
+            return self._leave(listener, rollout, "there is nothing to tell of it")
+        if listener.context is not None and len(ids) + len(rollout.response_ids) > listener.context:
+            return self._leave(listener, rollout, f"with its briefing it is longer than {listener.context} tokens")
+        return rollout.behind(ids)
+
+    def _after(self, listener: Listener, rollout: Rollout, group: Sequence[Rollout]) -> tuple[int, ...]:
+        """What a reader reads before a response that is there already; empty where there is nothing to tell."""
+        place, prompt = group.index(rollout), rollout.prompt
+        asked = Asked(
+            messages=prompt.messages or _turn(self._text(prompt.token_ids)),
+            row=prompt.columns,
+            answer=prompt.answer,
+            response=self._response(rollout),
+            peers=tuple(self._response(other) for other in (*group[place + 1 :], *group[:place])),
+        )
+        messages = listener.briefing.messages(asked)
+        return listener.render(prompt, asked.messages, messages) if messages else ()
+
+    def _response(self, rollout: Rollout) -> Response:
+        return Response(text=self._text(rollout.response_ids), reward=rollout.reward, words=rollout.feedback)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def _leave(self, listener: Listener, rollout: Rollout, reason: str) -> None:
+        """Say so once for each reason; the step counts them."""
+        if (listener.said, reason) not in self._said:
+            self._said.add((listener.said, reason))
+            who, which = listener.said, rollout.id
+            log.warning("%s does not read response %s: %s. It teaches nothing of such responses.", who, which, reason)
+
+    def _try(self, listener: Listener, prompt: Prompt, asked: Asked) -> None:
+        """Once for each reader: whether what it will be told of responses opens the answer's turn as it should."""
+        if listener.said in self._tried:
+            return
+        self._tried.add(listener.said)
+        failed = replace(_PEER, reward=0.0)
+        messages = listener.briefing.messages(replace(asked, response=replace(_PEER, text=""), peers=(_PEER, failed)))
+        listener.render(prompt, asked.messages, messages or asked.messages)
+
+    def check_lengths(self, prompts: Sequence[Prompt], writes: bool = False) -> list[str]:
+        """Notes on prompts that leave a reader no room for the longest answer.  Refused if none leaves any, or if the
+        teacher `writes` from them."""
+        notes = []
+        for name, listener in {READER: None, **self._readers}.items():
+            of = self._teachers if listener is None else {name: listener}
+            for key, told in of.items():
+                mine = [p for p in prompts if name in p.told and (listener is not None or p.teacher == key)]
+                room = None if told.context is None else told.context - self.max_new_tokens
+                long = [p for p in mine if room is not None and len(p.told[name]) > room]
+                if not long:
+                    continue
+                said = (
+                    f"{len(long)} of {len(mine)} prompts are so long for {told.said} that no room for an answer of "
+                    f"{self.max_new_tokens} tokens is left in the {told.context} that it can read, such as prompt "
+                    f"'{long[0].id}' with {len(long[0].told[name])} tokens"
+                )
+                if len(long) == len(mine) or writes:
+                    raise DataError(f"{said}. Make the briefing shorter, or lower rollout.max_new_tokens.")
+                notes.append(f"{said}. It does not read answers that do not fit.")
+        return notes
+
+
+def imported(briefing: Briefing) -> Briefing:
+    """The briefing itself, where a run file names it."""
+    return briefing.imported() if isinstance(briefing, OwnBriefing) else briefing
+
+
+def check_briefings(run: Run, graded: bool) -> None:
+    """Refuse before anything is loaded what a briefing could never say in this run."""
+    teachers = {_teacher(name): x for name, x in run.all_teachers.items()}
+    readers = {_reader(name): x for name, x in run.all_readers.items()}
+    for said, config in (teachers | readers).items():
+        briefing = imported(config.briefing)
+        needs, kind = briefing.needs, getattr(briefing, "kind", type(briefing).__name__)
+        if needs & (Facts.REWARD | Facts.WORDS) and not graded:
+            what = "what the grader says" if Facts.WORDS in needs else "the rewards of responses"
+            raise ConfigError(f"{said} is told {what} (briefing {kind!r}), but there is no grader. Set `grader`.")
+        if Facts.GROUP in needs and run.rollout.num_rollouts < 2:
+            raise ConfigError(
+                f"{said} is told other responses to the same prompt (briefing {kind!r}), but rollout.num_rollouts is "
+                f"{run.rollout.num_rollouts}. Set it to 2 or more."
+            )
+        if needs and run.method.rollout.needs_teacher_text and said not in readers:
+            raise ConfigError(
+                f"{said} is told of responses (briefing {kind!r}), but method {run.method.name!r} lets the teacher "
+                "write before there are any. Use a method without texts of the teacher."
+            )
+
+
+def _teacher(name: str) -> str:
+    return "the teacher" if name == "default" else f"teacher {name!r}"
+
+
+def _reader(name: str) -> str:
+    return f"reader {name!r}"
+
+
+def _group(rollout: Rollout) -> tuple[str, str]:
+    """Rollouts of one prompt and visit."""
+    return rollout.group, rollout.id.rpartition("/")[0]
+
+
+def _turn(text: str) -> Messages:
+    return (Message(role="user", content=text),)

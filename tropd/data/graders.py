@@ -1,7 +1,8 @@
 """Graders: `(prompts, completions, **columns) -> list[float]`, one number per completion (TRL's reward signature).
 
 A completion is text or a list of messages; `answer` is the column to compare with.  Anything with this signature is a
-grader: name it "package.module:function" or "file.py:function".
+grader: name it "package.module:function" or "file.py:function".  Instead of a number it may give a `Grade`, which has
+words as well; those of tropd say whether an answer is right.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import isfinite
 from numbers import Real
@@ -33,8 +34,18 @@ if TYPE_CHECKING:
 _POSITIONAL = ("prompts", "completions")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Grade:
+    """What a grader finds: a number, and what it says of the completion, for readers that are told it."""
+
+    reward: float
+    words: str | None = None
+
+
 class Grader(Protocol):
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]: ...
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> Sequence[float | Grade]: ...
 
 
 def exact(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
@@ -159,16 +170,23 @@ def check_grader(grader: Any, name: str) -> Grader:
     return cast(Grader, grader)
 
 
-def grade(grader: Grader, rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase) -> list[float]:
-    """One finite number per rollout, from the text of its response (special tokens left out)."""
+def graded(grader: Grader, rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase) -> list[Rollout]:
+    """The rollouts with a reward, and perhaps words, from the text of each response (special tokens left out)."""
     completions = [str(tokenizer.decode(list(rollout.response_ids), skip_special_tokens=True)) for rollout in rollouts]
-    return grade_texts(grader, [rollout.prompt for rollout in rollouts], completions, tokenizer)
+    found = _grades(grader, [rollout.prompt for rollout in rollouts], completions, tokenizer)
+    return [replace(r, reward=each.reward, feedback=each.words) for r, each in zip(rollouts, found, strict=True)]
 
 
 def grade_texts(
     grader: Grader, prompts: Sequence[Prompt], completions: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> list[float]:
     """One finite number per completion.  The grader gets the prompt's columns, and its answer as `answer`."""
+    return [each.reward for each in _grades(grader, prompts, completions, tokenizer)]
+
+
+def _grades(
+    grader: Grader, prompts: Sequence[Prompt], completions: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> list[Grade]:
     if not prompts:
         return []
     names = dict.fromkeys(name for prompt in prompts for name in prompt.columns if name not in _POSITIONAL)
@@ -197,17 +215,30 @@ def check_answers(
         )
 
 
-def _check_scores(scores: Any, grader: Grader, prompts: Sequence[Prompt]) -> list[float]:
+def _check_scores(scores: Any, grader: Grader, prompts: Sequence[Prompt]) -> list[Grade]:
     name = _name(grader)
     scores = scores.tolist() if hasattr(scores, "tolist") else scores
     if not isinstance(scores, list | tuple):
         raise DataError(f"grader '{name}' returned a {type(scores).__name__}. Return a list of {len(prompts)} numbers.")
     if len(scores) != len(prompts):
         raise DataError(f"grader '{name}' returned {len(scores)} scores for {len(prompts)} completions.")
+    says = any(grader is own for own in GRADERS.values())
+    found = []
     for score, prompt in zip(scores, prompts, strict=True):
-        if not isinstance(score, Real) or not isfinite(score):
+        reward, words = (score.reward, score.words) if isinstance(score, Grade) else (score, None)
+        if not isinstance(reward, Real) or not isfinite(reward):
             raise DataError(f"grader '{name}' scored an answer to '{prompt.id}' {score!r}. Return finite numbers.")
-    return [float(score) for score in scores]
+        if not isinstance(words, str | None):
+            raise DataError(f"grader '{name}' said {words!r} of an answer to '{prompt.id}'. Say a text, or None.")
+        found.append(Grade(reward=float(reward), words=_verdict(float(reward)) if says else words))
+    return found
+
+
+def _verdict(reward: float) -> str:
+    """The words of a grader that gives only a number from 0 to 1."""
+    if 0 < reward < 1:
+        return f"The answer is partly right: {reward:.2g} of 1."
+    return "The answer is right." if reward >= 1 else "The answer is wrong."
 
 
 def _name(grader: Grader) -> str:

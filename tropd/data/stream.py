@@ -158,7 +158,7 @@ def name_of(prompt: Prompt) -> str:
     """A hash of all that a run reads of a prompt: an id may stay the same when its row changes."""
     read = (prompt.token_ids, prompt.answer, prompt.teacher, prompt.response_ids)
     columns = json.dumps(dict(prompt.columns), sort_keys=True, default=lambda value: type(value).__name__)
-    told = [repr(prompt.told_ids)] if prompt.told_ids else []
+    told = [repr(sorted(prompt.told.items()))] if prompt.told else []
     return _fingerprint([prompt.id, repr(read), columns, *told])
 
 

@@ -6,7 +6,6 @@ prefixes have faded; its result is discarded.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,18 +13,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tropd.data.graders import grade
+from tropd.data.graders import graded
 from tropd.data.stream import PromptStream
 from tropd.doctor.subject import STREAMED
+from tropd.errors import DataError
 from tropd.methods.drafts import RolloutJob
 from tropd.methods.policies import OnPolicy, RolloutPolicy
 from tropd.model.forward import similar_lengths
 from tropd.monitoring.probes import probe_batch
 from tropd.objective.context import Context
-from tropd.objective.evidence import Needs
+from tropd.objective.evidence import READER, Needs
 from tropd.rollout.stage import roll_out
 from tropd.teachers.teacher import ScoreRequest, Teacher
-from tropd.training.batches import ScoredBatch, add_scores, make_tokens
+from tropd.training.batches import add_scores, make_tokens
 from tropd.training.iteration import clock
 from tropd.training.scoring import score
 from tropd.training.step import StepSums, recall_needed, train_step
@@ -87,19 +87,19 @@ def draw_sample(parts: Parts, num_prompts: int, max_new_tokens: int) -> Sample:
     limit = min(max_new_tokens, parts.run.rollout.max_new_tokens)
     with clock(seconds, "rollout"):
         rollouts = _write(parts, prompts, OnPolicy(), limit)
+    if parts.grader is not None:
+        rollouts = graded(parts.grader, rollouts, parts.tokenizer)
+    rollouts, as_read = _read(parts, rollouts)
     diagnoses = {}
     for chosen, teacher in parts.teacher.parts(rollouts):
-        answers = [rollouts[i] for i in chosen]
-        diagnoses[answers[0].prompt.teacher] = _diagnose(parts, teacher, answers, limit)
+        answers, told = [rollouts[i] for i in chosen], [as_read[i] for i in chosen]
+        diagnoses[answers[0].prompt.teacher] = _diagnose(parts, teacher, answers, told, limit)
     method = parts.run.method
     step_rollouts = rollouts
     if method.rollout.needs_teacher_text:
         step_rollouts = _write(parts, prompts, method.rollout, limit)
-    if parts.grader is not None:
-        rewards = grade(parts.grader, step_rollouts, parts.tokenizer)
-        step_rollouts = [
-            dataclasses.replace(r, reward=reward) for r, reward in zip(step_rollouts, rewards, strict=True)
-        ]
+        if parts.grader is not None:
+            step_rollouts = graded(parts.grader, step_rollouts, parts.tokenizer)
     return Sample(
         rollouts=rollouts,
         limit=limit,
@@ -108,6 +108,18 @@ def draw_sample(parts: Parts, num_prompts: int, max_new_tokens: int) -> Sample:
         seconds=seconds,
         num_tokens=sum(len(r.token_ids) for r in step_rollouts),
     )
+
+
+def _read(parts: Parts, rollouts: list[Rollout]) -> tuple[list[Rollout], list[Rollout]]:
+    """The answers that the teacher reads, and how it reads them."""
+    as_read = parts.briefer.as_read(READER, rollouts)
+    pairs = [(rollout, read) for rollout, read in zip(rollouts, as_read, strict=True) if read is not None]
+    if not pairs:
+        raise DataError(
+            f"the teacher is told nothing of any of {len(rollouts)} answers, so it would teach nothing: its briefing "
+            "found nothing to say, or does not fit what it can read. Look at the grader's rewards and words."
+        )
+    return [rollout for rollout, _ in pairs], [read for _, read in pairs]
 
 
 def _prompts(parts: Parts, num_prompts: int) -> list[tuple[Prompt, int]]:
@@ -131,7 +143,7 @@ def _write(parts: Parts, prompts: Sequence[tuple[Prompt, int]], policy: RolloutP
     run = parts.run
     job = RolloutJob(
         prompts=prompts,
-        num_rollouts=1,
+        num_rollouts=2 if parts.briefer.compares else 1,
         max_new_tokens=limit,
         sampling=run.sampling,
         stop_ids=parts.stop_ids,
@@ -142,11 +154,10 @@ def _write(parts: Parts, prompts: Sequence[tuple[Prompt, int]], policy: RolloutP
     return roll_out(policy, job, parts.engine, parts.writer)
 
 
-def _diagnose(parts: Parts, teacher: Teacher, rollouts: list[Rollout], limit: int) -> Diagnosis:
+def _diagnose(parts: Parts, teacher: Teacher, rollouts: list[Rollout], as_read: list[Rollout], limit: int) -> Diagnosis:
     """The numbers of both models for these answers, as probes."""
     top_k = min(parts.run.method.objective.teacher_top_k or _TOP_K, parts.vocab_size)
-    as_told = [rollout.as_told for rollout in rollouts]
-    request = ScoreRequest(as_told, _EVIDENCE & teacher.capabilities, top_k=top_k)
+    request = ScoreRequest(as_read, _EVIDENCE & teacher.capabilities, top_k=top_k)
     tokens = make_tokens(rollouts, parts.run.seed, parts.learner.device, parts.vocab_size)
     tokens = add_scores(tokens, rollouts, teacher.score(request), request.needs)
     sampler_N = tokens.peek("student_logprobs_N")
@@ -169,7 +180,7 @@ def _diagnose(parts: Parts, teacher: Teacher, rollouts: list[Rollout], limit: in
         stop_ratios=ratio_N[ends_S].tolist(),
         other_ratio=other,
         sampler_gap=(float(gap_N.mean()), float(gap_N.max())),
-        repeat_gap=_repeat(teacher, as_told),
+        repeat_gap=_repeat(teacher, as_read),
     )
 
 
@@ -209,16 +220,17 @@ def _repeat(teacher: Teacher, rollouts: list[Rollout]) -> float:
 
 
 def _step(parts: Parts, rollouts: list[Rollout], seconds: dict[str, float]) -> StepSums:
-    run, objective = parts.run, parts.run.method.objective
+    run, objective, learner = parts.run, parts.run.method.objective, parts.learner
     with clock(seconds, "score"):
         recall = recall_needed(objective, run.optimizer.num_updates)
-        batch: ScoredBatch = score(rollouts, objective, parts.teacher, parts.learner, seed=run.seed, recall=recall)
+        as_read = {name: parts.briefer.as_read(name, rollouts) for name in objective.readers}
+        batch = score(rollouts, objective, parts.readers, learner, seed=run.seed, recall=recall, as_read=as_read)
     with clock(seconds, "train"):
         return train_step(
             batch,
             objective,
-            parts.learner,
+            learner,
             Context(progress=1.0),
             tokens_per_micro_batch=run.tokens_per_micro_batch,
-            teacher=parts.teacher,
+            teacher=parts.readers,
         )

@@ -12,8 +12,9 @@ from tropd.config.models import ModelConfig, TeacherConfig
 from tropd.config.run import Run
 from tropd.config.stages import DataConfig
 from tropd.data import chat
-from tropd.data.briefer import Briefer
+from tropd.data.briefer import Briefer, check_briefings
 from tropd.data.graders import Grader, resolve_grader
+from tropd.data.listener import Candidate
 from tropd.data.prompts import load_prompts
 from tropd.data.stream import LazyPromptStream, PromptStream
 from tropd.doctor.check import Check, error, ok, warning
@@ -204,9 +205,17 @@ def _read_side(config: ModelConfig, whose: str) -> Side:
 
 
 def _briefer(run: Run, student: Side, sides: Mapping[str, Side | None]) -> Briefer:
-    contexts = {name: (side or student).context for name, side in sides.items()}
-    tokenizers = {name: side and side.tokenizer for name, side in sides.items()}
-    return Briefer(run.all_teachers, run.data, student.tokenizer, tokenizers, contexts, run.rollout.max_new_tokens)
+    check_briefings(run, run.grader is not None)
+    told = {
+        name: Candidate(
+            config=config,
+            tokenizer=side.tokenizer if (side := sides[name]) else None,
+            context=(side or student).context,
+        )
+        for name, config in run.all_teachers.items()
+    }
+    readers = {name: Candidate(config=config, context=student.context) for name, config in run.all_readers.items()}
+    return Briefer(run, student.tokenizer, told, readers)
 
 
 def _read_prompts(
@@ -218,6 +227,8 @@ def _read_prompts(
     else:
         loaded = load_prompts(data, student.tokenizer, briefer=briefer)
         prompts, report = loaded.prompts, loaded.report
+        for note in briefer.check_lengths(prompts) if briefer else ():
+            checks.append(warning("briefing", note, "Make the briefing shorter."))
     example = str(student.tokenizer.decode(list(prompts[0].token_ids)))
     shown = f"{data.path}: {report}\nthe first prompt as the student reads it: {example[:300]!r}"
     if report.skipped or report.warnings:

@@ -137,12 +137,12 @@ def _rendered(side: Side, messages: tuple[Message, ...], subject: Subject) -> st
 
 def check_briefing(subject: Subject) -> Iterator[Check]:
     """A prompt as the student reads it, and as its teacher does."""
-    prompt = next((prompt for prompt in subject.prompts if prompt.told_ids), None)
+    prompt = next((prompt for prompt in subject.prompts if prompt.told), None)
     if prompt is not None:
         student, teacher = (
-            str(subject.student.tokenizer.decode(list(ids))) for ids in (prompt.token_ids, prompt.told_ids)
+            str(subject.student.tokenizer.decode(list(ids))) for ids in (prompt.token_ids, prompt.told["teacher"])
         )
-        lengths = sorted(len(prompt.told_ids) for prompt in subject.prompts)
+        lengths = sorted(len(prompt.told["teacher"]) for prompt in subject.prompts)
         yield ok(
             "briefing",
             f"the teacher is told more, in prompts of {lengths[0]} to {lengths[-1]} tokens; a prompt\n"

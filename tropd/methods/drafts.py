@@ -116,7 +116,7 @@ def teacher_texts(
         )
     requests = [
         Request(
-            token_ids=draft.prompt.told_ids or draft.prompt.token_ids,
+            token_ids=draft.prompt.told.get("teacher") or draft.prompt.token_ids,
             max_new_tokens=job.max_new_tokens,
             seed=key_of(job.seed, "teacher", draft.prompt.id, 0 if shared else draft.number),
             sampling=job.teacher_sampling,

@@ -23,6 +23,7 @@ from tropd.config.models import ReaderConfig, TeacherConfig
 from tropd.config.run import Run
 from tropd.config.tables import to_dict
 from tropd.data.briefer import Briefer
+from tropd.data.listener import Candidate
 from tropd.distributed.ranks import Ranks
 from tropd.errors import ConfigError, DataError, TropdError
 from tropd.model.loading import load_model, load_tokenizer
@@ -230,15 +231,21 @@ def engage(
 
 
 def briefer_of(
-    run: Run, teachers: Sequence[TeacherParts], engaged: Teacher, tokenizer: PreTrainedTokenizerBase
+    run: Run, teachers: Sequence[TeacherParts], engaged: Engaged, tokenizer: PreTrainedTokenizerBase
 ) -> Briefer:
-    """Adds to prompts what those teachers read that are told more than the student; `tokenizer` is the student's."""
-    singles = engaged.teachers
-    contexts = {
-        x.name: singles[x.name].context if x.name in singles else engaged.context for x in teachers if not x.reader
+    """What teachers and readers read; `tokenizer` is the student's."""
+    singles, own = engaged.teacher.teachers, {x.name: x.tokenizer for x in teachers if x.reader}
+    shared = None if run.teachers else teachers[0].tokenizer  # of readers that have the teacher's model
+    told = {
+        x.name: Candidate(config=x.config, tokenizer=x.tokenizer, context=singles.get(x.name, engaged.teacher).context)
+        for x in teachers
+        if not x.reader
     }
-    tokenizers = {x.name: x.tokenizer for x in teachers if not x.reader}
-    return Briefer(run.all_teachers, run.data, tokenizer, tokenizers, contexts, run.rollout.max_new_tokens)
+    readers = {
+        name: Candidate(config=x, tokenizer=own.get(name, shared), context=engaged.readers[name].context)
+        for name, x in run.all_readers.items()
+    }
+    return Briefer(run, tokenizer, told, readers)
 
 
 def origin_of_teacher(teacher: TeacherParts) -> Origin:

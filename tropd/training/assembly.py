@@ -15,7 +15,7 @@ import torch
 from tropd.base.names import shown
 from tropd.config.run import Run
 from tropd.config.stages import DataConfig
-from tropd.data.briefer import Briefer
+from tropd.data.briefer import Briefer, check_briefings
 from tropd.data.chat import stop_ids
 from tropd.data.graders import Grader, resolve_grader
 from tropd.data.prompts import load_prompts
@@ -64,6 +64,7 @@ class Parts:
     stream: PromptStream | LazyPromptStream
     stop_ids: tuple[int, ...]
     grader: Grader | None
+    briefer: Briefer
     held_out: tuple[Prompt, ...]
     eval_grader: Grader | None
     notes: tuple[str, ...]
@@ -86,6 +87,7 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE, given: Given = N
     device = choose_device(run.device)
     grader = given.grader or (resolve_grader(run.grader) if run.grader else None)
     eval_grader = resolve_grader(run.evaluation.grader) if run.evaluation.grader else grader
+    check_briefings(run, grader is not None)
     loaded, tokenizer = given.student or (None, load_tokenizer(run.student, "student"))
     teachers = loading.find(run, tokenizer, given.teacher)  # cheap to refuse before any weights are read
     loaded = load_model(run.student, "student", device) if loaded is None else loaded.to(device).eval()
@@ -105,7 +107,7 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE, given: Given = N
     engine = _engine(run, model, tokenizer, size, directory, world)
     with ExitStack() as opened:
         opened.callback(engine.close)
-        briefer = loading.briefer_of(run, teachers, engaged.teacher, tokenizer)
+        briefer = loading.briefer_of(run, teachers, engaged, tokenizer)
         shortest = _shortest(learner.forward, engine, *engaged.readers.values())
         stream, notes = _open_stream(run, tokenizer, shortest, given.prompts, briefer)
         held_out, eval_notes = _held_out(run, tokenizer, _shortest(learner.forward, engine), given.held_out)
@@ -125,6 +127,7 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE, given: Given = N
         stream=stream,
         stop_ids=ends,
         grader=grader,
+        briefer=briefer,
         held_out=held_out,
         eval_grader=eval_grader,
         notes=(*cautions, *engaged.notes, *_cautions(run, ends), *engine.notes, *notes, *remarks, *eval_notes),
@@ -242,6 +245,7 @@ def _open_stream(
     notes, number = [f"{data.path}: {loaded.report}"], loading.share_prompts(run, loaded.prompts)
     if run.teachers:
         notes.append("prompts for " + ", ".join(f"teacher {name!r}: {n}" for name, n in number.items()))
+    notes += briefer.check_lengths(loaded.prompts, run.method.rollout.needs_teacher_text)
     return PromptStream(loaded.prompts, run.seed), notes
 
 

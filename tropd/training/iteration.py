@@ -13,7 +13,7 @@ import torch
 
 from tropd.checkpoints.checkpoint import writing
 from tropd.config.follow import Answers
-from tropd.data.graders import grade
+from tropd.data.graders import graded
 from tropd.distributed.ranks import Ranks
 from tropd.errors import EngineError, TeacherError, TrainingDiverged
 from tropd.monitoring.alarms import Alarm, Alarms
@@ -75,6 +75,7 @@ def iterate(parts: Parts, source: Source, directory: Path, step: int, alarms: Al
             recall=recall,
             context=context,
             scores=written.scores,
+            as_read={name: parts.briefer.as_read(name, rollouts) for name in objective.readers},
         )
     with clock(seconds, "score"):
         drawn = probes_of_student(parts, batch.rollouts) | probes_of_teacher(parts, batch)
@@ -143,9 +144,7 @@ def _write(parts: Parts, source: Source, step: int, seconds: dict[str, float]) -
     if parts.grader is None:
         return written
     with clock(seconds, "rollout"):
-        rewards = grade(parts.grader, written.rollouts, parts.tokenizer)
-    graded = [dataclasses.replace(r, reward=x) for r, x in zip(written.rollouts, rewards, strict=True)]
-    return dataclasses.replace(written, rollouts=graded)
+        return dataclasses.replace(written, rollouts=graded(parts.grader, written.rollouts, parts.tokenizer))
 
 
 def hand_over(parts: Parts, source: Source, record: StepRecord) -> tuple[StepRecord, EngineError | None]:

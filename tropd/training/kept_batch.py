@@ -77,7 +77,7 @@ def _rollout(values: dict[str, Any]) -> Rollout:
                 **{
                     **prompt,
                     "token_ids": tuple(prompt["token_ids"]),
-                    "told_ids": tuple(prompt.get("told_ids", ())),
+                    "told": {name: tuple(ids) for name, ids in prompt["told"].items()},
                     "response_ids": tuple(prompt["response_ids"]),
                     "messages": tuple(Message(**m) for m in prompt["messages"]),
                 }

@@ -84,7 +84,7 @@ def score(
 
     `teacher` is one, or every reader by its name.  `scores` are those of the reader "teacher", where it has been asked
     already.  `as_read` are the rollouts as each reader reads them: with another prompt before the same responses, or
-    None where it does not read one; by default as prompts say (`Rollout.as_told`)."""
+    None where it does not read one; by default as they are."""
     readers, context = by_name(teacher), context or Context()
     tokens = make_tokens(rollouts, seed, learner.device, learner.vocab_size)
     if context.world.size > 1:  # groups are numbered on each rank, and no group is on two
@@ -94,7 +94,7 @@ def score(
         student = learner.measure(rollouts, objective.needs, objective.student_top_k)
     tokens, read = tokens.with_(**student), dict(as_read or {})
     for name in objective.readers:
-        texts = read[name] = tuple(read.get(name) or (rollout.as_told for rollout in rollouts))
+        texts = read[name] = tuple(read.get(name) or rollouts)
         margin = 0.0 if student else learner.margin
         reading = _Reading(name, readers[name], rollouts, texts, objective)
         tokens = reading.tell(tokens, learner, context, margin, scores if name == READER else None)

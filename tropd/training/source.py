@@ -24,7 +24,7 @@ from tropd.base.fast_paths import TAKEN, FastPath
 from tropd.data.stream import name_of
 from tropd.errors import CheckpointError, TeacherError
 from tropd.methods.drafts import RolloutJob, drafts_of
-from tropd.objective.evidence import OF_TEACHER
+from tropd.objective.evidence import OF_TEACHER, READER
 from tropd.rollout.stage import begin, carry_on, roll_out
 from tropd.teachers.teacher import ScoreRequest
 from tropd.training.assembly import Parts
@@ -120,11 +120,16 @@ class Source:
         """Rollouts and scores, all by servers, so that nothing in this process is touched while it trains."""
         parts, objective = self.parts, self.parts.run.method.objective
         rollouts = _aged(roll_out(parts.run.method.rollout, job, parts.engine, parts.writer))
-        if not objective.needs & OF_TEACHER:
+        needs = objective.needs_of(READER)
+        if not needs & OF_TEACHER:
+            return Written(rollouts=rollouts)
+        if parts.briefer.needs(READER):  # the teacher is told what a grader will say of them
+            return Written(rollouts=rollouts)
+        as_read = [read for read in parts.briefer.as_read(READER, rollouts) if read is not None]
+        if len(as_read) < len(rollouts):
             return Written(rollouts=rollouts)
         try:
-            as_told = [rollout.as_told for rollout in rollouts]
-            scores = parts.teacher.score(ScoreRequest(as_told, objective.needs, top_k=objective.teacher_top_k))
+            scores = parts.teacher.score(ScoreRequest(as_read, needs, top_k=objective.top_k_of(READER)))
         except TeacherError as error:
             log.warning("%s It is asked again when the step comes.", error)
             scores = None

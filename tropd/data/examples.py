@@ -1,0 +1,89 @@
+"""Solved examples for a problem: the nearest ones by their words (BM25, by the package bm25s), or random ones."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from tropd.base.reading import nearest
+from tropd.briefings.asked import Example
+from tropd.briefings.demonstrations import WithDemonstrations
+from tropd.data.chat import parse_messages
+from tropd.data.rows import Row, Table
+from tropd.errors import DataError, require
+from tropd.types import key_of
+
+_WORD = re.compile(r"[^\W\u3040-\u9fff]+|[\u3040-\u9fff]")
+"""Chinese and Japanese have no spaces between words: each character counts."""
+
+
+class Shelf:
+    """The problems of a data set that have a solution."""
+
+    def __init__(self, table: Table, problem: str, solution: str) -> None:
+        for column in (problem, solution):
+            if column not in table.columns:
+                has = f"{nearest(column, table.columns)}; it has {', '.join(table.columns)}"
+                raise DataError(
+                    f"a briefing shows examples from column '{column}', but {table.source} has none{has}. Set "
+                    "briefing.problem and briefing.solution."
+                )
+        rows = ((_text(row, problem), _text(row, solution)) for _, row in table.read())
+        self.examples = [Example(problem=asked, solution=told) for asked, told in rows if asked and told]
+        if not self.examples:
+            raise DataError(
+                f"no row of {table.source} has both '{problem}' and '{solution}', so no example can be shown."
+            )
+        self._places: dict[str, list[int]] = {}
+        for place, example in enumerate(self.examples):
+            self._places.setdefault(_same(example.problem), []).append(place)
+
+    def pick(self, question: str, briefing: WithDemonstrations) -> tuple[Example, ...]:
+        """The examples for a question, without the question itself."""
+        own = self._places.get(_same(question), [])
+        if briefing.pick == "random":
+            draws = random.Random(key_of(briefing.draw, "examples", question))
+            start, chosen = (
+                0,
+                draws.sample(range(len(self.examples)), min(len(self.examples), briefing.count + len(own))),
+            )
+        else:
+            start, chosen = briefing.draw * briefing.count, self._by_nearness(question)
+        others = [place for place in chosen if place not in own]
+        return tuple(self.examples[place] for place in others[start : start + briefing.count])
+
+    def _by_nearness(self, question: str) -> list[int]:
+        words = _words(question)
+        if not words:
+            return list(range(len(self.examples)))
+        return np.argsort(-self._index.get_scores(words), kind="stable").tolist()
+
+    @cached_property
+    def _index(self) -> Any:
+        require("bm25s", "retrieval", 'briefing.pick = "nearest"')
+        import bm25s  # pyright: ignore[reportMissingImports]
+
+        index = bm25s.BM25()
+        index.index([_words(example.problem) for example in self.examples], show_progress=False)
+        return index
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.casefold())
+
+
+def _same(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _text(row: Row, column: str) -> str:
+    """The text of a column, or of the last turn of a conversation in it; nothing where there is none."""
+    value = row.get(column)
+    if isinstance(value, list | tuple) and value and isinstance(value[-1], Mapping):
+        value = parse_messages(value)[-1].content
+    return str(value).strip() if isinstance(value, str | int | float) else ""
