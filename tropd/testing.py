@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tropd.data.graders import Grader
+from tropd.data.graders import Grade, Grader
 from tropd.errors import EvidenceError
 from tropd.objective.evidence import OF_TEACHER, Needs
 from tropd.objective.support import NOTHING
@@ -69,7 +69,8 @@ def check_grader(
 
     def grade(completions: Sequence[str], order: Sequence[int]) -> list[float]:
         given = {name: [column[n] for n in order] for name, column in {"answer": answers, **columns}.items()}
-        scores = grader([f"prompt {n}" for n in order], [completions[n] for n in order], **given)
+        found = grader([f"prompt {n}" for n in order], [completions[n] for n in order], **given)
+        scores = [score.reward if isinstance(score, Grade) else score for score in found]
         _promise(len(scores) == len(order), "each completion has one score")
         _promise(all(math.isfinite(score) for score in scores), "scores are finite numbers")
         return [float(score) for score in scores]
