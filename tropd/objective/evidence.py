@@ -119,11 +119,8 @@ class Evidence:
         """The same record as of another reader, whose evidence has the names that the teacher's has."""
         if reader is None or reader == self.reader:
             return self
-        if reader not in self.others:
-            there = ", ".join(sorted({self.reader, *self.others}))
-            raise EvidenceError(f"evidence of reader {reader!r} was read, but there is only that of {there}.")
         others = dict(self.others)
-        theirs = others.pop(reader)
+        theirs = others.pop(reader, {})
         others[self.reader] = {name: x for name in self.of_reader if (x := self.peek(name)) is not None}
         return self.with_(reader=reader, others=others, **{name: theirs.get(name) for name in self.of_reader})
 

@@ -33,10 +33,11 @@ class chain(Reward):
 
     links: tuple[Reward, ...]
 
-    def __init__(self, *links: Reward) -> None:
+    def __init__(self, *links: Reward, reader: str | None = None) -> None:
         for link in links:
             check_piece(link, Reward, "a link of a chain of rewards")
         object.__setattr__(self, "links", links)
+        object.__setattr__(self, "reader", reader)
 
     def __call__(self, reward_N: Tensor, tokens: Tokens, context: Context) -> Tensor:
         for link in self.links:
