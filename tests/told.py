@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from tests.small_runs import run_of, save_model, write_models, write_rows
 from tropd.config.run import Run
-from tropd.data.graders import graded
+from tropd.data.graders import Grade, graded
 from tropd.objective.evidence import READER
 from tropd.training.assembly import Parts
 from tropd.training.scoring import score
@@ -17,6 +18,17 @@ from tropd.training.source import Source
 from tropd.types import Rollout
 
 COLUMN = {"kind": "column", "column": "solution", "template": "{prompt} ({value})"}
+FEEDBACK = {"kind": "feedback", "template": "[{feedback}] {prompt}"}
+PEERS = {"kind": "peers", "template": "{peers}; {prompt}", "success": "right {response}", "failure": "wrong {response}"}
+SHOWN = {"kind": "demonstrations", "count": 2, "template": "{examples}; {prompt}", "example": "{problem}{solution}"}
+WORDS = f"{__file__}:parity"
+"""A grader that gives words."""
+
+
+def parity(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[Grade]:
+    """Half of all texts are right, whoever writes them."""
+    odd = [sum(text.encode()) % 2 for text in completions]
+    return [Grade(reward=float(x), words=f"{('even', 'odd')[x]}, {x} of 1") for x in odd]
 
 
 def write_world(folder: Path, family: str = "qwen3") -> Path:

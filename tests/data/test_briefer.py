@@ -12,7 +12,7 @@ import pytest
 import tropd
 from tests.small_runs import run_of, save_model, write_rows
 from tests.tiny import CHAT_TEMPLATE, byte_tokenizer, tiny_model
-from tests.told import COLUMN, told, write_world
+from tests.told import COLUMN, FEEDBACK, PEERS, WORDS, scored, told, write_world
 from tropd.briefings.asked import Asked, Briefing
 from tropd.briefings.briefing import OwnBriefing, WithColumn, WithSystem
 from tropd.cli.main import main
@@ -103,6 +103,57 @@ def test_what_cannot_be_told_is_refused_at_the_start(
     with pytest.raises((ConfigError, DataError), match=says):
         load_parts(run, tmp_path)
     assert any(check.level == "error" for check in examine(run, num_prompts=0))
+
+
+@pytest.mark.parametrize(
+    ("briefing", "changes", "says"),
+    [
+        (FEEDBACK, {"grader": None}, "what the grader says .briefing 'feedback'.*there is no grader"),
+        (PEERS, {"grader": None}, "the rewards of responses"),
+        (PEERS, {"rollout": {"num_rollouts": 1}}, "rollout.num_rollouts is 1. Set it to 2"),
+        (PEERS, {"method": {"name": "tropd", "top_k": 8}}, "lets the teacher write before there are any"),
+    ],
+)
+def test_what_a_run_never_knows_of_responses_cannot_be_told(
+    world: Path, tmp_path: Path, briefing: Any, changes: Any, says: str
+) -> None:
+    run = told(world, briefing, **{k: v for k, v in changes.items() if v})
+    run = run if changes.get("grader", run) else replace(run, grader=None)
+    with pytest.raises(ConfigError, match=says):
+        load_parts(run, tmp_path)
+    assert any(check.level == "error" for check in examine(run, num_prompts=0))
+
+
+def test_each_reader_is_told_its_own_and_the_briefer_answers_by_name(world: Path, tmp_path: Path) -> None:
+    readers = {"hinted": {"briefing": COLUMN}, "judge": {"briefing": FEEDBACK}, "plain": {}}
+    parts = load_parts(told(world, {"kind": "system", "text": "Hi."}, grader=WORDS, readers=readers), tmp_path)
+    rollouts, _ = scored(parts)
+    assert {tuple(sorted(r.prompt.told)) for r in rollouts} == {("hinted", "teacher")}
+
+    def turns(reader: str) -> list[str]:
+        reads = parts.briefer.as_read(reader, rollouts)
+        assert [r.response_ids for r in rollouts] == [read and read.response_ids for read in reads]
+        return [str(parts.tokenizer.decode(list(read.prompt.token_ids))) for read in reads if read]
+
+    asked = [r.prompt.messages[0].content for r in rollouts]
+    assert turns("teacher") == [f"<|system|>Hi.<|end|><|user|>{q}<|end|><|assistant|>" for q in asked]
+    assert turns("plain") == [f"<|user|>{q}<|end|><|assistant|>" for q in asked]
+    solutions = [r.prompt.columns["solution"] for r in rollouts]
+    assert turns("hinted") == [f"<|user|>{q} ({s})<|end|><|assistant|>" for q, s in zip(asked, solutions, strict=True)]
+    assert turns("judge") == [
+        f"<|user|>[{r.feedback}] {q}<|end|><|assistant|>" for q, r in zip(asked, rollouts, strict=True)
+    ]
+
+
+def test_what_readers_read_does_not_depend_on_the_order_of_the_rollouts(world: Path, tmp_path: Path) -> None:
+    parts = load_parts(told(world, PEERS, grader=WORDS, rollout={"num_rollouts": 12, "num_prompts": 2}), tmp_path)
+    rollouts, _ = scored(parts)
+    whole = dict(zip([r.id for r in rollouts], parts.briefer.as_read("teacher", rollouts), strict=True))
+    assert parts.briefer.as_read("teacher", rollouts[::-1]) == [whole[r.id] for r in rollouts[::-1]]
+    for group in {r.group for r in rollouts}:
+        own = [r for r in rollouts if r.group == group]
+        assert parts.briefer.as_read("teacher", own) == [whole[r.id] for r in own]
+    assert sum(read is not None for read in whole.values()) > 12
 
 
 def test_plain_text_is_told_in_front_of_the_prompt(world: Path, tmp_path: Path) -> None:

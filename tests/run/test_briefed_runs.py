@@ -11,7 +11,7 @@ import pytest
 from tests import run_case
 from tests.kills import kill_at, recorded
 from tests.small_runs import write_run
-from tests.told import COLUMN, write_world
+from tests.told import COLUMN, FEEDBACK, PEERS, SHOWN, WORDS, write_world
 
 CASES: dict[str, dict[str, Any]] = {
     "another model, prefixes": {"teacher": {"briefing": COLUMN}},
@@ -22,6 +22,14 @@ CASES: dict[str, dict[str, Any]] = {
         "teacher": {"path": "start", "briefing": COLUMN},
         "method": {"name": "opd"},
     },
+    "the grader's words": {"teacher": {"briefing": FEEDBACK}, "grader": WORDS, "method": {"name": "opd"}},
+    "peers": {
+        "teacher": {"path": "start", "briefing": PEERS},
+        "grader": WORDS,
+        "method": {"name": "opsd"},
+        "rollout": {"num_rollouts": 3, "save_every": 1},
+    },
+    "examples": {"teacher": {"briefing": {**SHOWN, "pick": "random"}}, "method": {"name": "opd"}},
 }
 
 
@@ -33,7 +41,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("case", "streaming"), [*((case, False) for case in CASES), ("the base", True)])
 def test_a_told_run_that_is_killed_goes_on_bit_for_bit(world: Path, tmp_path: Path, case: str, streaming: bool) -> None:
     data = {"path": str(world / "told.jsonl"), "streaming": streaming}
-    changes = {"steps": 4, "data": data, "rollout": {"save_every": 1}, "checkpoint": {"every": 1}, **CASES[case]}
+    each = {"steps": 4, "data": data, "rollout": {"save_every": 1}, "checkpoint": {"every": 1}}
+    changes = {**each, **CASES[case]}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     ended = run_case.train(write_run(world, whole, "quick", **changes), whole)
     assert ended.code == 0, ended.said
