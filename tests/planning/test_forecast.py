@@ -283,4 +283,4 @@ def test_a_teacher_that_follows_is_said_and_writes_every_text_anew(tmp_path, cap
     (tmp_path / "run.toml").write_text(run.dump())
     assert main(["plan", str(tmp_path / "run.toml"), "--cluster", "8xh100"]) == 0
     said = capsys.readouterr().out
-    assert "the teacher (ema) follows the student: the model is held a second time, with an average in float32" in said
+    assert "the teacher (ema): follows the student. Each holds the model a second time, with an average in" in said

@@ -114,7 +114,11 @@ def test_between_two_copies_the_teacher_stands_still(world: Path, tmp_path: Path
     student, teacher = zip(*(tensors(directory, step) for step in range(1, 6)), strict=True)
     assert same(teacher[0], teacher[1]) and not same(student[0], student[1])
     assert same(teacher[2], student[2]) and same(teacher[3], student[2]) and same(teacher[4], student[2])
-    assert [p["follow/age"] for p in probes_of(directory)] == [0, 1, 2, 0, 1]
+    probes = probes_of(directory)
+    assert [p["follow/age"] for p in probes] == [0, 1, 2, 0, 1]
+    assert [p["follow/kl"] for p in probes] == [-p["ratio/mean"] for p in probes]
+    assert [p.get("follow/shock") for p in probes[:3] + probes[4:]] == [None] * 4
+    assert probes[3]["follow/shock"] == probes[3]["follow/kl"] - probes[2]["follow/kl"] != 0, "the jump across the copy"
 
 
 KILLED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -172,3 +176,15 @@ def test_several_teachers_follow_each_by_its_own_rule(world: Path, tmp_path: Pat
         assert torch.equal(saved[2].teachers[f"teachers.odd.{name}"], weight)
     assert [p["follow/teachers.odd/age"] for p in probes_of(directory)] == [0, 1, 0]
     assert [p["follow/teachers.even/age"] for p in probes_of(directory)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("student", ["whole", "adapter"])
+def test_a_reader_follows_beside_a_teacher_that_stands_still(student: str, world: Path, tmp_path: Path) -> None:
+    readers = {"late": {"path": "start", "briefing": COLUMN, "follow": {"rule": "copy", "every": 2}}}
+    directory = trained(world, tmp_path / "run", {}, student=STUDENTS[student], readers=readers, steps=3)
+    saved = [checkpoints.load(checkpoints.place_of(directory, step)) for step in (1, 2, 3)]
+    assert saved[0].teachers.keys() == {f"readers.late.{name}" for name in saved[0].weights}
+    for name, weight in saved[1].weights.items():
+        late = [s.teachers[f"readers.late.{name}"] for s in saved]
+        assert torch.equal(late[1], weight) and torch.equal(late[2], weight)
+    assert [p["follow/readers.late/age"] for p in probes_of(directory)] == [0, 1, 0]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from tropd.checkpoints.run_folder import check_place
+from tropd.config.follow import Follow
 from tropd.config.models import ModelConfig
 from tropd.config.run import Run
 from tropd.doctor.check import Check, error, ok, warning
@@ -25,6 +26,7 @@ from tropd.errors import ConfigError, TropdError
 from tropd.model.head import causal_lm_of
 from tropd.model.loading import choose_device, choose_dtype, free_memory, wrap_student
 from tropd.objective.evidence import Needs
+from tropd.teachers.loading import shares_model
 
 CURE = (
     "Use a smaller teacher, a [student.lora] section, student.gradient_checkpointing = true, a smaller "
@@ -88,35 +90,41 @@ def need_of(subject: Subject, device: torch.device | None = None, processes: int
             name: side or subject.student for name, side in subject.teachers.items() if side is None or name in local
         }
         writers += [(side.config, widths.get(name, width)) for name, side in here.items()]
-    following = {
-        name: trained * 4 if run.student.lora else trained * (width + (4 if width < 4 and one.follow.averages else 0))
-        for name, one in run.all_teachers.items()
-        if one.follows
-    }
-    others = {name: one for name, one in local.items() if name not in following}
+    copies = trained * (4 if run.student.lora else width)
+    following = [
+        copies + (trained * 4 if width < 4 and rule.averages and not run.student.lora else 0)
+        for rule in rules_of(run).values()
+    ]
+    others = {name: one for name, one in local.items() if not one.follows}
     return Need(
         student=sum(p.numel() for p in student.parameters()) * width,
-        teacher=sum(parameters_of(one) * widths[name] for name, one in others.items()) + sum(following.values()),
+        teacher=sum(parameters_of(one) * widths[name] for name, one in others.items()) + sum(following),
         gradients=trained * width,
         moments=trained * 8,
         masters=trained * 4 if width < 4 else 0,
         logits=_logits(subject, student, width),
         activations=_activations(subject, min(run.tokens_per_micro_batch, rollouts * longest), width),
         keys_and_values=max((batch * longest * cached(config, size) for config, size in writers), default=0),
-        following=sum(following.values()),
+        following=sum(following),
     )
 
 
+def rules_of(run: Run) -> dict[str, Follow]:
+    """The rules of the teachers and readers that follow the student, by name."""
+    readers = {name: one for name, one in run.all_readers.items() if not shares_model(run, one)}
+    return {name: one.follow for name, one in [*run.all_teachers.items(), *readers.items()] if one.follows}
+
+
 def following_said(run: Run, need: Need) -> list[str]:
-    """Sentences on the teachers that follow the student."""
-    rules = {name: one.follow for name, one in run.all_teachers.items() if one.follows}
+    """A sentence on the teachers that follow the student, if there are any."""
+    rules = rules_of(run)
     if not rules:
         return []
-    who = ", ".join(f"{name!r} ({rule.rule})" if run.teachers else f"({rule.rule})" for name, rule in rules.items())
-    what = "the adapter" if run.student.lora else "the model"
+    who = ", ".join(f"{name} ({rule.rule})" for name, rule in rules.items()).replace("default (", "the teacher (")
     averaged = run.student.lora is None and any(rule.averages for rule in rules.values())
     average = ", with an average in float32 where the model is in half precision" if averaged else ""
-    return [f"the teacher {who} follows the student: {what} is held a second time{average}, {gib(need.following)}."]
+    what = "the adapter" if run.student.lora else "the model"
+    return [f"{who}: follows the student. Each holds {what} a second time{average}: {gib(need.following)} in all."]
 
 
 def parameters_of(config: ModelConfig) -> int:

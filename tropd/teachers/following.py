@@ -134,17 +134,31 @@ class Follower:
 
 
 def follow(
-    followers: Sequence[Follower], step: int, trained: Mapping[str, Tensor], answers: Answers | None, memory: Memory
+    followers: Sequence[Follower],
+    step: int,
+    trained: Mapping[str, Tensor],
+    answers: Answers | None,
+    probes: Mapping[str, float],
+    memory: Memory,
 ) -> dict[str, float]:
-    """Move what moves after this step; returns probes of the step."""
-    probes: dict[str, float] = {}
+    """Move what moves after this step, whose other probes are given; returns probes:
+
+    age    steps that the teacher has stood still when it reads this step
+    kl     KL(student || teacher) on the student's tokens, estimated by the mean of log pi_S - log pi_T
+    shock  by how much that has changed since the step before, where the teacher was copied in between
+    """
+    found: dict[str, float] = {}
     for follower in followers:
         name = "follow" if follower.name == "teacher" else f"follow/{follower.name}"
-        probes[f"{name}/age"] = float(follower.age(step, memory))
+        age, prefix = follower.age(step, memory), f"{follower.key}/"
+        found[f"{name}/age"] = float(age)
+        if (ratio := probes.get(f"{follower.name.replace('.', '/')}/ratio/mean".removeprefix("teacher/"))) is not None:
+            if age == 0 and follower.rule.share == 1 and f"{prefix}kl" in memory:
+                found[f"{name}/shock"] = -ratio - float(memory[f"{prefix}kl"])
+            memory[f"{prefix}kl"] = torch.tensor(-ratio, dtype=torch.float64)
         follower.after(step, trained, answers, memory)
-        prefix = f"{follower.key}/"
-        probes |= {f"{name}/{n.removeprefix(prefix)}": float(x) for n, x in memory.items() if n.startswith(prefix)}
-    return probes
+        found |= {f"{name}/{n.removeprefix(prefix)}": float(x) for n, x in memory.items() if n.startswith(prefix)}
+    return found
 
 
 def _laid_out(source: Tensor, like: Tensor) -> Tensor:

@@ -76,6 +76,7 @@ class Parts:
     followers: tuple[Follower, ...] = ()
     """The moves of the teachers that follow the student."""
     memory: Memory = dataclasses.field(default_factory=Memory)
+    """What the run remembers from step to step."""
 
     @property
     def vocab_size(self) -> int:

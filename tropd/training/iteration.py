@@ -98,7 +98,9 @@ def iterate(parts: Parts, source: Source, directory: Path, step: int, alarms: Al
             ],
         )
         sums = _over_ranks(sums, world)
-        moved = follow(parts.followers, step, learner.optimizer.masters, _answers(parts, batch), context.memory)
+        probes = watched.probes(world)
+        masters, answers = learner.optimizer.masters, _answers(parts, batch)
+        moved = follow(parts.followers, step, masters, answers, probes, parts.memory)
     with clock(seconds, "record"), writing(directory):
         write_rollouts(
             directory / "rollouts",
@@ -115,7 +117,7 @@ def iterate(parts: Parts, source: Source, directory: Path, step: int, alarms: Al
         policy_version=step,
         loss=sums.loss,
         terms=sums.terms,
-        probes={**watched.probes(world), **drawn, **moved, **_probes_of_step(parts, sums, batch, behind)},
+        probes={**probes, **drawn, **moved, **_probes_of_step(parts, sums, batch, behind)},
         gradient_norm=max(sums.gradient_norms),
         learning_rate=sums.learning_rate,
         tokens=_count_tokens(batch, world),
