@@ -80,7 +80,7 @@ TAKES: dict[str, set[P]] = {
     "lora": ALWAYS | TEXTS | HEAD | {P.SPANS},
     "updates": ALWAYS | TEXTS | HEAD | {P.SPANS},
     "streaming": ALWAYS | TEXTS | {P.SPANS, P.LEAN_HEAD, P.LEAN_READ, P.SEVERAL_TILES},
-    "bfloat16": ALWAYS | TEXTS | HEAD | {P.PEAKS},
+    "bfloat16": ALWAYS | TEXTS | HEAD | {P.PEAKS, P.ROUNDED_IN_PLACE},
     "dense": ALWAYS | {P.DENSE_HEAD, P.SEVERAL_TILES},
     "wide": ALWAYS | {P.PACKED_MATRICES, P.FUSED_HEAD, P.SOFTMAX_IN_PARTS, P.SUPPORTS_IN_PARTS, P.COLUMNS},
 }

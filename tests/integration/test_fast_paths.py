@@ -240,6 +240,7 @@ SMALLEST: dict[FastPath, tuple[str, int, int, Callable[..., Any]]] = {
     P.SEVERAL_TILES: ("tokens, in tiles of 512", 512, 513, read),
     P.SOFTMAX_IN_PARTS: ("tokens with 2^15 in the vocabulary", 8, 9, lambda n: lose(n, vocab=2**15)),
     P.SUPPORTS_IN_PARTS: ("tokens with a support, in one tile", 256, 257, lose),
+    P.ROUNDED_IN_PLACE: ("tokens in half precision", ANY, 1, lambda n: lose(n, dtype=torch.bfloat16)),
     P.COLUMNS: ("tokens in the vocabulary, for the likeliest one", 191, 192, lambda n: largest(torch.zeros(1, n), 1)),
     P.PEAKS: ("tokens in half precision", ANY, 1, lambda n: lose(n, dtype=torch.bfloat16)),
     P.KEPT_TEXTS: ("times that a text is asked for", 1, 2, ask_for_texts),

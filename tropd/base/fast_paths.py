@@ -50,6 +50,8 @@ class FastPath(StrEnum):
     """Some rows of a tile at a time, so that they stay in cache."""
     SUPPORTS_IN_PARTS = "supports in parts"
     """Gradients at whole supports, some rows at a time."""
+    ROUNDED_IN_PLACE = "rounded in place"
+    """A half-precision gradient in the memory of its float32 sum."""
     COLUMNS = "columns"
     """The likeliest tokens among those columns of the vocabulary that have the largest maxima."""
     PEAKS = "peaks"

@@ -29,7 +29,7 @@ from tropd.base.fast_paths import TAKEN, FastPath
 from tropd.model.head import Head, tiles
 from tropd.model.parts import GATHERED, TileLoss, wide_rows
 from tropd.model.peaks import Peaks, find_peaks, products_at
-from tropd.model.products import add_product_
+from tropd.model.products import WideSum, add_product_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,21 +74,23 @@ class Fused(torch.autograd.Function):
             hidden_CH = hidden_NH[rows]
             z_CV = logits_of(hidden_CH, weight_VH, bias_V, work.scale, buffer_CV)
             losses.append(_tile(rows, hidden_CH, z_CV, weight_VH, bias_V, work, sums))
-        ctx.save_for_backward(sums.hidden_NH, sums.weight_VH, sums.bias_V)
-        ctx.dtypes = hidden_NH.dtype, weight_VH.dtype
+        sums.save(ctx, hidden_NH.dtype, weight_VH.dtype)
         return torch.stack(losses).sum()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         (scale,) = upstream
+        once = float(scale) == 1.0
 
         def finish(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
             if gradient is None:
                 return None
-            return (gradient if float(scale) == 1.0 else gradient * scale).to(dtype)
+            return (gradient if once else gradient * scale).to(dtype)
 
         hidden_NH, weight_VH, bias_V = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
+        if once and ctx.weight is not None:
+            weight_VH = ctx.weight.rounded(weight_dtype)
         return finish(hidden_NH, hidden_dtype), finish(weight_VH, weight_dtype), finish(bias_V, weight_dtype), None
 
 
@@ -98,8 +100,14 @@ class Gradients:
     def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, wants: Sequence[bool]) -> None:
         dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
         self.hidden_NH = torch.empty_like(hidden_NH, dtype=dtype)
-        self.weight_VH = torch.empty_like(weight_VH, dtype=dtype) if wants[1] else None
+        self.weight = WideSum(weight_VH) if wants[1] else None
+        self.weight_VH = None if self.weight is None else self.weight.sum_AB
         self.bias_V = torch.zeros_like(bias_V, dtype=dtype) if wants[2] and bias_V is not None else None
+
+    def save(self, ctx: Any, hidden_dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+        """For the backward pass, which may run once: it writes over the weight's sum."""
+        ctx.save_for_backward(self.hidden_NH, self.weight_VH, self.bias_V)
+        ctx.weight, ctx.dtypes = self.weight, (hidden_dtype, weight_dtype)
 
 
 def _tile(

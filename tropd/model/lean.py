@@ -181,8 +181,7 @@ class _Lean(Fused):
         for rows in tiles(hidden_NH.shape[0], work.tile_tokens):
             visit = _Visit(hidden_NH[rows], weight_VH, bias_V, work.scale, work.tile_vocab, buffer)
             losses.append(_tile(rows, visit, work, sums))
-        ctx.save_for_backward(sums.hidden_NH, sums.weight_VH, sums.bias_V)
-        ctx.dtypes = hidden_NH.dtype, weight_VH.dtype
+        sums.save(ctx, hidden_NH.dtype, weight_VH.dtype)
         return torch.stack(losses).sum()
 
 
