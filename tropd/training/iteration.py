@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,11 +60,7 @@ def iterate(parts: Parts, source: Source, directory: Path, step: int, alarms: Al
     written = _write(parts, source, step, seconds)
     rollouts = written.rollouts
 
-    def unscored() -> ScoredBatch:
-        tokens = make_tokens(rollouts, run.seed, learner.device, learner.vocab_size)
-        return ScoredBatch(rollouts=tuple(rollouts), tokens=tokens)
-
-    with clock(seconds, "score"), _keeping(unscored, parts, directory, step):
+    with clock(seconds, "score"), _keeping(lambda: _unscored(parts, rollouts), parts, directory, step):
         recall = recall_needed(objective, run.optimizer.num_updates)
         batch = score(
             rollouts,
@@ -162,6 +158,11 @@ def hand_over(parts: Parts, source: Source, record: StepRecord) -> tuple[StepRec
         except EngineError as error:
             failure = error
     return dataclasses.replace(record, seconds=seconds), failure
+
+
+def _unscored(parts: Parts, rollouts: Sequence[Rollout]) -> ScoredBatch:
+    tokens = make_tokens(rollouts, parts.run.seed, parts.learner.device, parts.learner.vocab_size)
+    return ScoredBatch(rollouts=tuple(rollouts), tokens=tokens)
 
 
 @contextmanager
