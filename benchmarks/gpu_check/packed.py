@@ -11,7 +11,8 @@ from benchmarks.gpu_check.sizes import Sizes, make_model, seconds
 from benchmarks.gpu_check.table import Table
 from tropd.config.stages import OptimizerConfig
 from tropd.methods import TrOPD
-from tropd.model.forward import PROBE, Forward, lay_out, similar_lengths
+from tropd.model.forward import PROBE, Forward, similar_lengths
+from tropd.model.layout import lay_out
 from tropd.model.optimizer import Optimizer
 from tropd.model.spans import NoSpans
 from tropd.model.tiling import Tiling
@@ -95,14 +96,14 @@ def _padding(model: Any, s: Sizes, table: Table) -> None:
 
     def rectangle() -> None:
         sequences = [r.token_ids for r in rollouts]
-        backward(forward._hidden(lay_out(sequences, [len(r.prompt.token_ids) for r in rollouts], "padded")))
+        backward(forward._layers(lay_out(sequences, [len(r.prompt.token_ids) for r in rollouts], "padded"))[-1])
 
     def grouped() -> None:
         for group in similar_lengths(lengths, s.packed_tokens):
             backward(forward.hidden([rollouts[i] for i in group]))
 
     def spans() -> None:
-        backward(forward._hidden(lay_out([r.token_ids for r in rollouts], [1] * len(rollouts), "packed"), lengths))
+        backward(forward._layers(lay_out([r.token_ids for r in rollouts], [1] * len(rollouts), "packed"), lengths)[-1])
 
     found: dict[str, float] = {}
     for name, side in (("one rectangle", rectangle), ("similar lengths", grouped), ("spans", spans)):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tests.model.cases import LENGTHS, assert_same_gradients, gradients, plain, rollouts_of, tokens_of, written
 from tests.tiny import VOCAB, tiny_model
 from tropd.errors import ConfigError, DataError, EvidenceError, TrainingDiverged, VocabularyError
-from tropd.model.forward import Forward, lay_out
+from tropd.model.forward import Forward
+from tropd.model.layout import lay_out
 from tropd.model.tiling import Tiling
 from tropd.objective.evidence import Needs
 from tropd.types import Author

@@ -77,7 +77,7 @@ class Shards:
         self.cut.train()
         inside: Any = self.cut
         token = torch.zeros((1, 1), dtype=torch.int64, device=next(self.cut.parameters()).device)
-        (hidden_BTH,) = getattr(inside, _METHOD)(input_ids=token, use_cache=False)
+        hidden_BTH = getattr(inside, _METHOD)(input_ids=token, use_cache=False)[0]
         head = inside.get_output_embeddings()
         nothing = hidden_BTH[:0].sum() + sum(p[:0].sum() for p in head.parameters())
         nothing.backward()
@@ -168,7 +168,7 @@ def _through(model: nn.Module, plain: Forward) -> Forward:
     """A forward pass whose hidden states come from the cut model, and whose head reads that model's weight."""
     inside = causal_lm_of(model)
     other = copy.copy(plain)
-    other.model, other.backbone, other.states = model, inside.get_decoder(), getattr(inside, _METHOD)
+    other.model, other.backbone, other.run_backbone = model, inside.get_decoder(), getattr(inside, _METHOD)
     other.head = replace(plain.head, module=inside.get_output_embeddings())
     return other
 
@@ -199,9 +199,10 @@ def _cut(model: Any, mesh: DeviceMesh, policy: MixedPrecisionPolicy, sources: di
     register_fsdp_forward_method(model, _METHOD)
 
 
-def _states(model: Any, **inputs: Any) -> tuple[Tensor]:
+def _states(model: Any, **inputs: Any) -> tuple[Any, ...]:
     """The model without its head, as a method of the root: FSDP gathers only when the root is called."""
-    return (model.get_decoder()(**inputs)[0],)
+    output = model.get_decoder()(**inputs)
+    return output[0], getattr(output, "hidden_states", None)
 
 
 def _copy_weights(module: nn.Module, prefix: str, sources: dict[str, nn.Parameter]) -> None:

@@ -48,6 +48,8 @@ EVIDENCE: dict[Needs, tuple[str, str]] = {
         "KL(student || teacher) over the whole vocabulary at each token",
         "no server: the teacher must be in this process",
     ),
+    Needs.HIDDEN: ("the teacher's hidden states", "no server: the teacher must be one model in this process"),
+    Needs.STUDENT_HIDDEN: ("the student's hidden states", "nothing: the student's own pass gives them"),
     Needs.STUDENT_ENTROPY: ("the student's entropy at each token", "nothing: the student's own pass gives it"),
     Needs.REWARD: ("a grader's number for each sequence", "nothing: `data.grader` gives it"),
 }

@@ -9,61 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from tropd.errors import ConfigError, DataError, TrainingDiverged, VocabularyError
+from tropd.errors import ConfigError, TrainingDiverged, VocabularyError
 from tropd.model.head import Head, at_rest, causal_lm_of, differ, tiles
 from tropd.model.hf import recomputes
+from tropd.model.layout import Arrangement, Layout, check_rollouts, lay_out
 from tropd.model.one_pass import TopRows, can_fuse, read_rows, wanted
 from tropd.model.spans import attends_by_span, spans, worth_it
 from tropd.model.tiling import Tiling
 from tropd.objective.evidence import Needs, StudentView, Tokens, at_least_float32
+from tropd.objective.hidden import STATES, Layers, layer_numbers
 from tropd.objective.support import expected_gap
 from tropd.types import Rollout
 
-Arrangement = Literal["padded", "packed"]
 PROBE = (5, 8)
 """Lengths of the two sequences that test whether packing works."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Layout:
-    """Sequences as one rectangle, and the place in it that predicts each response token."""
-
-    input_ids_BT: Tensor
-    position_ids_BT: Tensor | None
-    """None: 0, 1, ... in each row, the default of a model."""
-    predicted_at_N: Tensor
-    """Index into the flattened rectangle, one per response token: the token's place minus one."""
-
-
-def lay_out(
-    sequences: Sequence[Sequence[int]], num_prompts: Sequence[int], arrangement: Arrangement = "padded", pad_id: int = 0
-) -> Layout:
-    """Padded: one row each, filled on the right, where causal attention cannot see it.  Packed: one row, positions
-    restart with each sequence, which tells attention where the sequences end."""
-    width = max(map(len, sequences)) if arrangement == "padded" else sum(map(len, sequences))
-    num_rows = len(sequences) if arrangement == "padded" else 1
-    input_ids = torch.full((num_rows * width,), pad_id, dtype=torch.long)
-    position_ids = torch.zeros_like(input_ids)
-    predicted_at, start = [torch.zeros(0, dtype=torch.long)], 0
-    for sequence, num_prompt in zip(sequences, num_prompts, strict=True):
-        end = start + len(sequence)
-        input_ids[start:end] = torch.tensor(sequence, dtype=torch.long)
-        position_ids[start:end] = torch.arange(end - start)
-        predicted_at.append(torch.arange(start + num_prompt, end) - 1)
-        start += width if arrangement == "padded" else end - start
-    return Layout(
-        input_ids_BT=input_ids.view(num_rows, width),
-        position_ids_BT=position_ids.view(num_rows, width) if arrangement == "packed" else None,
-        predicted_at_N=torch.cat(predicted_at),
-    )
 
 
 def similar_lengths(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
@@ -94,6 +61,8 @@ class Measured:
     full_logprobs_NV: Tensor | None = None
     hidden_NH: Tensor | None = None
     """The states that predict the tokens."""
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """States of several layers, by name."""
 
 
 class Forward:
@@ -118,7 +87,7 @@ class Forward:
         with self._at_rest():
             self.head = Head.of(model, vocab_size)
             self.backbone: nn.Module = causal_lm_of(model).get_decoder()
-            self.states: Callable[..., Any] = self.backbone
+            self.run_backbone: Callable[..., Any] = self.backbone
             if layout == "packed" and not self._packs():
                 raise ConfigError(
                     f"layout = 'packed' was asked for, but in {type(model).__name__} packed sequences change each "
@@ -126,6 +95,7 @@ class Forward:
                 )
             self.by_span = layout == "best" and attends_by_span(self.backbone, lambda: self._packs(PROBE))
         config = causal_lm_of(model).config.get_text_config()
+        self.num_layers: int = config.num_hidden_layers
         self.context: int | None = getattr(config, "max_position_embeddings", None)
 
     @property
@@ -134,25 +104,42 @@ class Forward:
 
     def hidden(self, rollouts: Sequence[Rollout]) -> Tensor:
         """[N, H]: for each response token, by any author, the state that predicts it."""
-        self._check_rollouts(rollouts)
+        return self.layers(rollouts)[-1]
+
+    def states(self, rollouts: Sequence[Rollout], columns: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """`hidden`, and the states after several layers [N, L, H] by the names of `tropd.objective.hidden`."""
+        every = self.layers(rollouts, deep=bool(columns))
+        chosen = {name: layer_numbers(cast(Layers, name.removeprefix(STATES)), len(every)) for name in columns}
+        return every[-1], {name: torch.stack([every[i] for i in numbers], 1) for name, numbers in chosen.items()}
+
+    def layers(self, rollouts: Sequence[Rollout], deep: bool = False) -> list[Tensor]:
+        """[N, H] after each layer, or after the last alone, where the norm that the head reads is included."""
+        check_rollouts(rollouts, self.head.weight_VH.shape[0], self.context, type(self.model).__name__)
         if not rollouts:
-            return self.head.weight_VH.new_zeros((0, self.head.weight_VH.shape[-1]))
+            nothing = self.head.weight_VH.new_zeros((0, self.head.weight_VH.shape[-1]))
+            return [nothing] * (self.num_layers if deep else 1)
         sequences, num_prompts = [r.token_ids for r in rollouts], [len(r.prompt.token_ids) for r in rollouts]
         lengths = [len(sequence) for sequence in sequences]
         if self.by_span and not recomputes(self.backbone) and worth_it(lengths):
-            return self._hidden(lay_out(sequences, num_prompts, "packed"), lengths)
-        return self._hidden(lay_out(sequences, num_prompts, self.layout))
+            return self._layers(lay_out(sequences, num_prompts, "packed"), lengths, deep)
+        return self._layers(lay_out(sequences, num_prompts, self.layout), deep=deep)
 
-    def view(self, rollouts: Sequence[Rollout], tokens: Tokens, needs: Needs | Mapping[str, Needs]) -> StudentView:
+    def view(
+        self,
+        rollouts: Sequence[Rollout],
+        tokens: Tokens,
+        needs: Needs | Mapping[str, Needs],
+        columns: Sequence[str] = (),
+    ) -> StudentView:
         """The student's view of these tokens, with gradient, in the current mode of the model (dropout).  `needs` are
-        those of the teacher, or of each reader by its name."""
-        hidden_NH = self.hidden(rollouts)
+        those of the teacher, or of each reader by its name; `columns` name states of several layers."""
+        hidden_NH, states = self.states(rollouts, columns)
         ids_N = self._response_ids(rollouts)
         assert torch.equal(tokens.token_ids_N.to(ids_N.device), ids_N), "tokens are not the responses of these rollouts"
         ids_NM, view_of = wanted(tokens, needs)
         full = Needs.FULL in (needs if isinstance(needs, Needs) else reduce(or_, needs.values()))
         read = self.head.read(hidden_NH, self._wanted([ids_NM.to(ids_N.device)]), self.tiling.tile_tokens, full=full)
-        return view_of(read["at"]).with_(full_logprobs_NV=read.get("full"))
+        return view_of(read["at"]).with_(full_logprobs_NV=read.get("full"), hidden_NH=hidden_NH, columns=states)
 
     @torch.no_grad()
     def measure(
@@ -163,14 +150,16 @@ class Forward:
         top_k: int = 0,
         at_ids_NJ: Tensor | None = None,
         top_rows: TopRows | None = None,
+        columns: Sequence[str] = (),
     ) -> Measured:
         """What the model computes for these tokens, without gradient or dropout: entropy and the whole distribution if
         `needs` has them, the `top_k` likeliest tokens (at most the vocabulary), and given tokens."""
-        columns = [self._response_ids(rollouts).unsqueeze(1), *([] if at_ids_NJ is None else [at_ids_NJ])]
+        wanted_ids = [self._response_ids(rollouts).unsqueeze(1), *([] if at_ids_NJ is None else [at_ids_NJ])]
         top_k, tile_tokens = min(top_k, self.vocab_size), self.tiling.tile_tokens
         entropy, full = bool(needs & (Needs.TEACHER_ENTROPY | Needs.STUDENT_ENTROPY)), Needs.FULL in needs
         with self._at_rest():
-            hidden_NH, ids_NM = self.hidden(rollouts), self._wanted(columns)
+            hidden_NH, states = self.states(rollouts, columns)
+            ids_NM = self._wanted(wanted_ids)
             if full or not can_fuse(self.head):
                 read = self.head.read(hidden_NH, ids_NM, tile_tokens, full=full, top_k=top_k, entropy=entropy)
             else:
@@ -198,6 +187,7 @@ class Forward:
             at_logprobs_NJ=None if at_ids_NJ is None else read["at"][:, 1:],
             full_logprobs_NV=read.get("full"),
             hidden_NH=hidden_NH if Needs.HIDDEN in needs else None,
+            columns=states,
         )
 
     @torch.no_grad()
@@ -230,15 +220,19 @@ class Forward:
             found.append(expected_gap(student_NV.exp(), student_NV, teacher_NV.to(student_NV.device)))
         return torch.cat(found)
 
-    def _hidden(self, layout: Layout, lengths: Sequence[int] | None = None) -> Tensor:
+    def _layers(self, layout: Layout, lengths: Sequence[int] | None = None, deep: bool = False) -> list[Tensor]:
         """`lengths`: attend within spans of these lengths."""
         device = self.head.weight_VH.device
         inputs: dict[str, Any] = {"input_ids": layout.input_ids_BT.to(device), "use_cache": False}
         if layout.position_ids_BT is not None:
             inputs["position_ids"] = layout.position_ids_BT.to(device)
+        if deep:
+            inputs["output_hidden_states"] = True
         with nullcontext() if lengths is None else spans(self.backbone, lengths):
-            hidden_BTH = self.states(**inputs)[0]
-        return hidden_BTH.flatten(0, 1)[layout.predicted_at_N.to(hidden_BTH.device)]
+            output = self.run_backbone(**inputs)
+        inner = _inner(output, self.num_layers) if deep else ()
+        index_N = layout.predicted_at_N.to(output[0].device)
+        return [states_BTH.flatten(0, 1)[index_N] for states_BTH in (*inner, output[0])]
 
     def _response_ids(self, rollouts: Sequence[Rollout]) -> Tensor:
         ids = [token for rollout in rollouts for token in rollout.response_ids]
@@ -254,36 +248,26 @@ class Forward:
             )
         return ids_NM
 
-    def _check_rollouts(self, rollouts: Sequence[Rollout]) -> None:
-        """Refuse rollouts for which a forward pass would raise an index error or compute nonsense."""
-        num_rows = self.head.weight_VH.shape[0]
-        for rollout in rollouts:
-            if self.context is not None and len(rollout.token_ids) > self.context:
-                raise DataError(
-                    f"rollout {rollout.id} has {len(rollout.token_ids)} tokens ({len(rollout.prompt.token_ids)} of "
-                    f"prompt), but {type(self.model).__name__} reads at most {self.context}. Shorten prompts or "
-                    "max_new_tokens."
-                )
-            if rollout.response_ids and not rollout.prompt.token_ids:
-                raise DataError(
-                    f"rollout {rollout.id} has no prompt, so nothing predicts its first token. Begin it "
-                    "with a beginning-of-text token."
-                )
-            if odd := [token for token in rollout.token_ids if not 0 <= token < num_rows]:
-                raise DataError(
-                    f"rollout {rollout.id} holds token id {odd[0]}, but "
-                    f"{type(self.model).__name__} knows {num_rows}. Was it written with another tokenizer?"
-                )
-
     @torch.no_grad()
     def _packs(self, lengths: Sequence[int] | None = None) -> bool:
         """Whether packed sequences are independent: not in recurrent models or in some attention kernels."""
         ids = [i % self.vocab_size for i in range(sum(PROBE))]
         sequences, num_prompts = [ids[: PROBE[0]], ids[PROBE[0] :]], [1, 1]
-        packed = self._hidden(lay_out(sequences, num_prompts, "packed"), lengths)
-        return not differ(packed, self._hidden(lay_out(sequences, num_prompts)))
+        packed = self._layers(lay_out(sequences, num_prompts, "packed"), lengths)[0]
+        return not differ(packed, self._layers(lay_out(sequences, num_prompts))[0])
 
     @contextmanager
     def _at_rest(self) -> Iterator[None]:
         with at_rest(self.model), self.within():
             yield
+
+
+def _inner(output: Any, num_layers: int) -> Sequence[Tensor]:
+    """What the layers but the last give, out of embeddings, layers and the norm after them."""
+    every = getattr(output, "hidden_states", None) or output[1]
+    if len(every) != num_layers + 1:
+        raise ConfigError(
+            f"states of several layers were asked for, but the model gives {len(every)} for {num_layers} layers. Match "
+            "the last layer only (layers = 'last')."
+        )
+    return every[1:-1]

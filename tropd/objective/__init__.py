@@ -4,6 +4,7 @@ from tropd.objective.agreement import Agreement, ContrastiveHinge
 from tropd.objective.borrow import distillation_loss
 from tropd.objective.context import Context, Reach
 from tropd.objective.evidence import Needs, StudentView, Tokens
+from tropd.objective.hidden import HiddenMatch
 from tropd.objective.losses import (
     AtMost,
     ForwardKL,
@@ -27,6 +28,7 @@ __all__ = [
     "ContrastiveHinge",
     "Counts",
     "ForwardKL",
+    "HiddenMatch",
     "JensenShannon",
     "LossOutput",
     "Needs",

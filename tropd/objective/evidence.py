@@ -44,6 +44,8 @@ class Needs(Flag):
     STUDENT_ENTROPY = auto()
     REVERSE_KL = auto()
     """KL(student || teacher) over the whole vocabulary at each token, as a number without gradient."""
+    STUDENT_HIDDEN = auto()
+    """The student's hidden states, with gradient.  Terms that read them are computed for all tokens at once."""
     REWARD = auto()
     """A grader's number for each sequence."""
 
@@ -84,6 +86,7 @@ _SOURCE = {
     "teacher_entropy_N": Needs.TEACHER_ENTROPY,
     "student_entropy_N": Needs.STUDENT_ENTROPY,
     "reverse_kl_N": Needs.REVERSE_KL,
+    "hidden_NH": Needs.STUDENT_HIDDEN,
     "rewards_S": Needs.REWARD,
 }
 
@@ -123,6 +126,16 @@ class Evidence:
         theirs = others.pop(reader, {})
         others[self.reader] = {name: x for name in self.of_reader if (x := self.peek(name)) is not None}
         return self.with_(reader=reader, others=others, **{name: theirs.get(name) for name in self.of_reader})
+
+    def column(self, name: str) -> Tensor:
+        """What there is under this name, a row per token."""
+        columns = cast("Mapping[str, Tensor]", self.peek("columns")) or {}
+        if name not in columns:
+            raise EvidenceError(
+                f"column {name!r} of reader {self.reader!r} was read, but it was not supplied; the piece that reads it "
+                "must name it in `own_columns`, and the teacher in `columns`."
+            )
+        return columns[name]
 
     def told(self, by: str, **evidence: Any) -> Self:
         """A copy with some evidence of a reader."""
@@ -200,16 +213,6 @@ class Tokens(Evidence):
     def __len__(self) -> int:
         return self.token_ids_N.shape[0]
 
-    def column(self, name: str) -> Tensor:
-        """What the reader says under this name, a row per token."""
-        columns = cast("Mapping[str, Tensor]", self.peek("columns")) or {}
-        if name not in columns:
-            raise EvidenceError(
-                f"column {name!r} of reader {self.reader!r} was read, but it was not supplied; the piece that reads it "
-                "must name it in `own_columns`, and the teacher in `columns`."
-            )
-        return columns[name]
-
     @property
     def dtype(self) -> torch.dtype:
         """In which weights and rewards are computed: that of the log-probabilities, float32 at least."""
@@ -237,6 +240,10 @@ class StudentView(Evidence):
     student_topk_logprobs_NJ: Tensor = ABSENT
     """At Tokens.student_topk_ids_NJ."""
     full_logprobs_NV: Tensor = ABSENT
+    hidden_NH: Tensor = ABSENT
+    """The states that the head reads."""
+    columns: Mapping[str, Tensor] = cast("Mapping[str, Tensor]", None)
+    """States of several layers [N, L, H], by name (`tropd.objective.hidden`)."""
     reader: str = READER
     """At whose likeliest tokens `topk_logprobs_NK` is."""
     others: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -14,6 +14,7 @@ from tropd.objective.agreement import Agreement, ContrastiveHinge
 from tropd.objective.borrow import distillation_loss, positions_of
 from tropd.objective.context import Context
 from tropd.objective.evidence import StudentView, Tokens, around
+from tropd.objective.hidden import HiddenMatch
 from tropd.objective.losses import (
     AtMost,
     ForwardKL,
@@ -77,6 +78,7 @@ __all__ = [
     "FutureSum",
     "GeometricBridge",
     "GroupAdvantage",
+    "HiddenMatch",
     "JensenShannon",
     "LastPositions",
     "LogRatio",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,8 +101,11 @@ class Objective:
     def plan(self, tokens: Tokens, context: Context | None = None, counts: Counts | None = None) -> Plan:
         return make_plan(self.terms, tokens, context or Context(), counts)
 
-    def __call__(self, tokens: Tokens, student: StudentView, plan: Plan) -> LossOutput:
-        """The loss of these rows.  A row that no term weighs is never computed, so it cannot spoil a gradient."""
+    def __call__(
+        self, tokens: Tokens, student: StudentView, plan: Plan, terms: Sequence[Term] | None = None
+    ) -> LossOutput:
+        """The loss of these rows, of all terms or some.  A row that no term weighs is never computed, so it cannot
+        spoil a gradient."""
         logprobs_N = at_least_float32(student.logprobs_N)
         if len(tokens) == 0:
             anchor = logprobs_N.sum()
@@ -109,7 +113,7 @@ class Objective:
             anchor = torch.nan_to_num(logprobs_N[:1].sum(), nan=0.0, posinf=0.0, neginf=0.0)
         loss, parts = 0.0 * anchor, {}
         student = student.with_(logprobs_N=logprobs_N)
-        for term in self.terms:
+        for term in self.terms if terms is None else terms:
             weight_N = plan.weights[term.name]
             rows = weight_N.nonzero().flatten()
             if len(rows) == 0:

@@ -18,6 +18,7 @@ from tropd.model.head import causal_lm_of
 from tropd.model.one_pass import TopRows
 from tropd.model.tiling import Tiling
 from tropd.objective.evidence import OF_TEACHER, Needs
+from tropd.objective.hidden import STATES
 from tropd.teachers.teacher import ScoreRequest, Teacher, TopKRows
 from tropd.types import Rollout, TeacherScores
 
@@ -74,6 +75,7 @@ class LocalTeacher(Teacher):
                     top_k=part.top_k if Needs.TOPK in part.needs else 0,
                     at_ids_NJ=None if ids_TJ is None else cat(list(ids_TJ)),
                     top_rows=_by_tile(part),
+                    columns=[name for name in part.columns if name.startswith(STATES)],
                 )
             except TrainingDiverged as error:
                 raise TeacherError(f"teacher {self.name}: {error}") from error
@@ -172,6 +174,7 @@ def _split(measured: Measured, rollouts: Sequence[Rollout], name: str) -> Iterat
             full_logprobs_TV=_rows(measured.full_logprobs_NV, rows),
             hidden_TH=_rows(measured.hidden_NH, rows),
             teacher=name,
+            columns={name: x[rows] for name, x in measured.columns.items()},
         )
 
 

@@ -44,6 +44,9 @@ class ScoreRequest:
     top_k_rows: TopKRows | None = None
     """A teacher may leave out the top-k of rows that this does not want, with NOTHING as their log-probabilities."""
 
+    columns: Sequence[str] = ()
+    """What else the objective reads by name (`TeacherScores.columns`), such as hidden states of several layers."""
+
     def check(self, teacher: Teacher) -> None:
         """Refuse evidence that the teacher does not offer, and incomplete requests: the first line of every `score`."""
         if beyond := self.needs & OF_TEACHER & ~teacher.capabilities:

@@ -16,6 +16,7 @@ from tropd.model.optimizer import Optimizer
 from tropd.model.tiling import Tiling
 from tropd.objective.context import World
 from tropd.objective.evidence import Needs, Tokens
+from tropd.objective.hidden import reads_states, states_read
 from tropd.teachers.teacher import Teacher
 from tropd.training.micro_batch import MicroBatch, Piece, Seen
 from tropd.types import Rollout
@@ -68,13 +69,14 @@ class ModelLearner:
         if self.shards is not None:
             self.shards.empty()
         whole = [name for name, needs in asks.items() if Needs.FULL in needs]
+        columns = states_read(batch.objective)
         if not can_tile(forward.head) or any(name not in self.expands for name in whole):
-            loss, piece = batch.loss_of_all(forward.view(batch.part.rollouts, batch.part.tokens, asks))
+            loss, piece = batch.loss_of_all(forward.view(batch.part.rollouts, batch.part.tokens, asks, columns))
             loss.backward()
             return batch.seen([piece])
-        hidden_NH = forward.hidden(batch.part.rollouts)
+        hidden_NH, states = forward.states(batch.part.rollouts, columns)
         if batch.live is not None:  # nothing is projected that no term weighs
-            hidden_NH = hidden_NH[batch.live]
+            hidden_NH, states = hidden_NH[batch.live], {name: x[batch.live] for name, x in states.items()}
         ids_NM, view_of = wanted(tokens, asks)
         pieces: list[Piece] = []
 
@@ -93,14 +95,21 @@ class ModelLearner:
             theirs = {name: self.wholes[name](part) for name in whole}
             return keep(batch.loss(rows, view.with_(full_logprobs_NV=full_CV), theirs))
 
-        if can_fuse(forward.head) and not whole:
-            tiling = forward.tiling
-            fused_loss(
-                forward.head, hidden_NH, ids_NM, loss_of_columns, tiling.tile_tokens, tiling.tile_vocab
-            ).backward()
+        tiling, head = forward.tiling, forward.head
+        if all(map(reads_states, batch.objective.terms)):  # the head learns nothing, but ranks sum its gradient
+            with torch.no_grad():
+                at_NM = head.read(hidden_NH, ids_NM, tiling.tile_tokens)["at"]
+            loss = loss_of_columns(slice(None), at_NM) + sum(p[:0].sum() for p in head.module.parameters())
+        elif can_fuse(head) and not whole:
+            loss = fused_loss(head, hidden_NH, ids_NM, loss_of_columns, tiling.tile_tokens, tiling.tile_vocab)
         else:
-            dense_loss(forward.head, hidden_NH, ids_NM[:, 0], loss_of_whole, forward.tiling.tile_tokens).backward()
-        return batch.seen(pieces)
+            loss = dense_loss(head, hidden_NH, ids_NM[:, 0], loss_of_whole, tiling.tile_tokens)
+        seen = batch.seen(pieces)
+        if Needs.STUDENT_HIDDEN in batch.objective.needs:
+            more, seen = batch.add_states(seen, hidden_NH, states)
+            loss = loss + more
+        loss.backward()
+        return seen
 
     def measure(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int) -> dict[str, Tensor]:
         wanted = top_k if Needs.STUDENT_TOPK in needs else 0

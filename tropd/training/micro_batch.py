@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from tropd.base.fast_paths import TAKEN, FastPath
 from tropd.objective.context import Context
 from tropd.objective.evidence import ABSENT, StudentView, Tokens
+from tropd.objective.hidden import reads_states
 from tropd.objective.objective import Objective
 from tropd.objective.plan import Counts, Plan, live_rows
 from tropd.training.batches import ScoredBatch
@@ -74,7 +75,9 @@ class MicroBatch:
             if not self.part.measured:
                 tokens = tokens.with_(student_logprobs_N=view.logprobs_N.detach())
             plan = self.objective.plan(tokens, self.context, self.counts)
-        output = self.objective(tokens, view, plan)
+        apart = view.peek("hidden_NH") is None  # what reads hidden states is left to `add_states`
+        terms = [term for term in self.objective.terms if not (apart and reads_states(term))]
+        output = self.objective(tokens, view, plan, terms)
         top_k = view.peek("topk_logprobs_NK")
         kept = StudentView(
             logprobs_N=view.logprobs_N.detach(), topk_logprobs_NK=ABSENT if top_k is None else top_k.detach()
@@ -86,6 +89,17 @@ class MicroBatch:
     def loss_of_all(self, view: StudentView) -> tuple[Tensor, Piece]:
         """The loss, from a view of every response token of the rollouts, live or not."""
         return self.loss(slice(None), view if self.live is None else view.rows(self.live))
+
+    def add_states(self, seen: Seen, hidden_NH: Tensor, columns: Mapping[str, Tensor]) -> tuple[Tensor, Seen]:
+        """The loss of the terms that read the student's hidden states, over all live rows at once, and what was seen
+        with it.  The planned weights are those of the pieces."""
+        terms = [term for term in self.objective.terms if reads_states(term)]
+        view = seen.view.with_(hidden_NH=hidden_NH, columns=columns)
+        output = self.objective(seen.tokens, view, seen.plan, terms)
+        loss = output.loss + 0.0 * hidden_NH[:1].sum()  # connected to the graph, whatever is weighed
+        return loss, replace(
+            seen, loss=seen.loss + float(output.loss.detach()), terms=add_terms(seen.terms, output.terms)
+        )
 
     def seen(self, pieces: Sequence[Piece]) -> Seen:
         """Join the pieces, in order, to the whole micro-batch."""

@@ -148,7 +148,8 @@ class _Reading:
             [own if text is None else text for own, text in zip(self.rollouts, self.texts, strict=True)],
             self.asked,
         )
-        request = ScoreRequest(whole, needs, top_k=self.objective.top_k_of(self.name), **how)
+        how |= {"top_k": self.objective.top_k_of(self.name), "columns": self.objective.columns_of(self.name)}
+        request = ScoreRequest(whole, needs, **how)
         if len(asked) == len(whole):
             return self.teacher.score(request)
         request = request.take(asked)
