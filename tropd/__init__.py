@@ -8,7 +8,9 @@ These names are stable:
     train, resume, evaluate    what is done with it
     TrOPD, OPD, ...            every method; METHODS lists them by name
     Method, Teacher, Briefing, Callback      what methods, teachers, briefings and callbacks of your own inherit from
-    WithColumn, WithSystem     what a teacher is told and the student is not
+    WithColumn, WithSystem, WithFeedback, WithPeers, WithDemonstrations
+                               what a reader is told and the student is not
+    Grade                      what a grader gives that also has words
     Objective, Term            what a method is made of; `tropd.objective` has the pieces
     distillation_loss          a method's loss for a training loop of your own
     TropdError                 every refusal
@@ -25,6 +27,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tropd.briefings.briefing import Briefing as Briefing
     from tropd.briefings.briefing import WithColumn as WithColumn
+    from tropd.briefings.briefing import WithDemonstrations as WithDemonstrations
+    from tropd.briefings.briefing import WithFeedback as WithFeedback
+    from tropd.briefings.briefing import WithPeers as WithPeers
     from tropd.briefings.briefing import WithSystem as WithSystem
     from tropd.config.alarms import AlarmConfig as AlarmConfig
     from tropd.config.models import LoraConfig as LoraConfig
@@ -39,6 +44,7 @@ if TYPE_CHECKING:
     from tropd.config.stages import ParallelConfig as ParallelConfig
     from tropd.config.stages import RolloutConfig as RolloutConfig
     from tropd.config.stages import RunEvalConfig as RunEvalConfig
+    from tropd.data.graders import Grade as Grade
     from tropd.errors import TropdError as TropdError
     from tropd.evaluation.models import evaluate as evaluate
     from tropd.methods import *  # noqa: F403  # every method
@@ -62,10 +68,13 @@ _IN = {
         *("CheckpointConfig", "DataConfig", "OptimizerConfig", "ParallelConfig", "RolloutConfig"),
         *("EvalConfig", "RunEvalConfig"),
     ),
+    "data.graders": ("Grade",),
     "errors": ("TropdError",),
     "evaluation.models": ("evaluate",),
     "methods": ("METHODS", "Method"),
-    "briefings.briefing": ("Briefing", "WithColumn", "WithSystem"),
+    "briefings.briefing": (
+        *("Briefing", "WithColumn", "WithDemonstrations", "WithFeedback", "WithPeers", "WithSystem"),
+    ),
     "monitoring.callbacks": ("Callback",),
     "objective": ("Objective", "Term", "distillation_loss"),
     "run.start": ("resume", "train"),

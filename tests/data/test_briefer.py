@@ -14,7 +14,7 @@ from tests.small_runs import run_of, save_model, write_rows
 from tests.tiny import CHAT_TEMPLATE, byte_tokenizer, tiny_model
 from tests.told import COLUMN, FEEDBACK, PEERS, WORDS, scored, told, write_world
 from tropd.briefings.asked import Asked, Briefing
-from tropd.briefings.briefing import OwnBriefing, WithColumn, WithSystem
+from tropd.briefings.briefing import AsStudent, OwnBriefing, WithColumn, WithPeers, WithSystem
 from tropd.cli.main import main
 from tropd.config.run import Run
 from tropd.data import chat
@@ -154,6 +154,36 @@ def test_what_readers_read_does_not_depend_on_the_order_of_the_rollouts(world: P
         own = [r for r in rollouts if r.group == group]
         assert parts.briefer.as_read("teacher", own) == [whole[r.id] for r in own]
     assert sum(read is not None for read in whole.values()) > 12
+
+
+def test_flags_set_a_briefing_and_another_kind_begins_anew(world: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(told(world, readers={"judge": {}}, grader=WORDS).dump())
+
+    def read(*flags: str) -> Run:
+        return Run.load(path, flags)
+
+    hinted = read("--teacher.briefing.column", "hint").teacher.briefing
+    assert hinted == WithColumn(column="hint", template=COLUMN["template"])
+    system = read("--teacher.briefing.text", "Be brief.", "--teacher.briefing.kind=system")
+    assert system.teacher.briefing == WithSystem(text="Be brief.")
+    assert read("--teacher.briefing", "as_student").teacher.briefing == AsStudent()
+    peers = read("--readers.judge.briefing.kind", "peers", "--readers.judge.briefing.failures", "0")
+    assert peers.readers["judge"].briefing == WithPeers(failures=0) and peers.teacher == read().teacher
+    with pytest.raises(ConfigError, match="needs text"):
+        read("--teacher.briefing.kind", "system")
+
+
+def test_the_doctor_shows_what_is_told_of_responses_and_whom(world: Path, tmp_path: Path) -> None:
+    run = told(world, FEEDBACK, grader=WORDS, readers={"peers": {"briefing": PEERS}, "hinted": {"briefing": COLUMN}})
+    shown = [str(check) for check in examine(run, num_prompts=0) if check.name == "briefing"]
+    assert len(shown) == 3 and all("<|user|>0+0=<|end|>" in each for each in shown)
+    assert "the teacher is told of responses, once they are graded" in shown[0]
+    assert "<|user|>[...] 0+0=<|end|>" in shown[0] and "right ...; 0+0=<|end|>" in shown[1]
+    assert "reader 'hinted' is told more" in shown[2] and "0+0= (0 after 0)<|end|>" in shown[2]
+    for briefing in (FEEDBACK, PEERS):
+        checks = examine(told(world, briefing, grader=WORDS), num_prompts=3, max_new_tokens=12)
+        assert not [str(check) for check in checks if check.level == "error"]
 
 
 def test_plain_text_is_told_in_front_of_the_prompt(world: Path, tmp_path: Path) -> None:

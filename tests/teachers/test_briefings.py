@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 from tests.servers.mini import MiniServer
 from tests.small_runs import run_of
 from tests.tiny import tiny_model
-from tests.told import COLUMN, by_hand, scored, told, write_world
+from tests.told import COLUMN, FEEDBACK, WORDS, by_hand, scored, told, write_world
 from tropd.data import chat
 from tropd.doctor import examine
 from tropd.doctor.cost import need_of
 from tropd.doctor.subject import read_subject
+from tropd.monitoring.records import read_records
 from tropd.objective.evidence import READER
+from tropd.run.start import train
 from tropd.training.assembly import load_parts
 from tropd.training.source import Source
 from tropd.types import Author, Message
@@ -137,6 +140,24 @@ def test_a_told_teacher_on_a_server_says_the_same_and_its_kept_scores_are_of_its
             gap_N = (local.tokens.teacher_logprobs_N - far.tokens.teacher_logprobs_N).abs()
             assert (float(gap_N.max()) < 1e-3) == agrees
         assert asked[0] and asked[1] and not asked[2]
+
+
+def test_a_teacher_on_a_server_that_is_told_of_grades_is_asked_after_them(world: Path, tmp_path: Path) -> None:
+    with MiniServer(world / "student") as writer, MiniServer(world / "copy") as server:
+        for briefing in (COLUMN, FEEDBACK):
+            served = {"servers": [writer.url], "staleness": 1}
+            section = {"servers": [server.url]}
+            run = told(world, briefing, grader=WORDS, teacher_section=section, rollout=served, steps=3)
+            parts = load_parts(run, tmp_path)
+            source = Source(parts)
+            source.take(0)
+            source.begin(1)
+            assert (source.take(1).scores is None) == (briefing is FEEDBACK)
+            parts.engine.close()
+            parts.teacher.close()
+        directory = train(replace(run, output=str(tmp_path / "run")))
+    records = read_records(directory / "records.jsonl").steps
+    assert len(records) == 3 and all(record.loss for record in records)
 
 
 def test_the_doctor_shows_both_prompts(world: Path) -> None:

@@ -98,3 +98,22 @@ def with_knobs(knobs: Mapping[str, Any], flags: Mapping[str, Any], table: str) -
                 raise ConfigError(f"--{flag} sets a part of {step}, which is no table.")
         inner[last] = value
     return changed
+
+
+def with_briefings(values: Mapping[str, Any], flags: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The values of a run file as flags such as `--teacher.briefing.kind system` change them, and the other flags.
+
+    Another kind begins with its own defaults: the file's knobs belong to the file's kind.
+    """
+    asked, rest = take(flags, r"(teacher|(teachers|readers)\..+)\.briefing(\.[^.]+)?")
+    changed = copy.deepcopy(dict(values))
+    for flag, value in sorted(asked.items(), key=lambda pair: not pair[0].endswith((".kind", ".briefing"))):
+        whose, _, knob = flag.rpartition(".briefing")
+        table = changed
+        for step in whose.split(".", 1):
+            table = table.setdefault(step, {})
+        knob = knob.removeprefix(".").replace("-", "_") or "kind"
+        before = table.get("briefing", {})
+        kept = {"kind": before} if isinstance(before, str) else before
+        table["briefing"] = {"kind": value} if knob == "kind" and value != kept.get("kind") else {**kept, knob: value}
+    return changed, rest

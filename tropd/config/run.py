@@ -22,7 +22,7 @@ from tropd.base.reading import check_path, read_toml
 from tropd.briefings.briefing import OwnBriefing
 from tropd.config.alarms import AlarmConfig
 from tropd.config.checks import check
-from tropd.config.flags import method_flag, read_flags, take, with_knobs
+from tropd.config.flags import method_flag, read_flags, take, with_briefings, with_knobs
 from tropd.config.methods import imported, located_method, read_method
 from tropd.config.models import ReaderConfig, StudentConfig, TeacherConfig
 from tropd.config.settings import AnyTeacher, Part, Settings
@@ -88,7 +88,8 @@ class Run(Settings):
         if (path / "run.toml").is_file():
             raise ConfigError(f"{path} is the folder of a run. Give its file: {path / 'run.toml'}.")
         name, flags = method_flag(flags)
-        values = with_sections(cls, read_toml(path), flags)
+        values, flags = with_briefings(read_toml(path), flags)
+        values = with_sections(cls, values, flags)
         # Several teachers and the column that chooses among them make sense only together.
         column, flags = take(flags, r"data\.teacher[-_]column")
         for value in column.values():

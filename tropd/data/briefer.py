@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("tropd.data")
+Group = dict[str, Response]
+"""The responses to one prompt by the ids of their rollouts, in order."""
 _PEER = Response(text="...", reward=1.0, words="...")
 """Stands for a response where none is written yet."""
 
@@ -119,14 +121,14 @@ class Briefer:
 
     def brief(self, prompt: Prompt, row: Row, text: str, number: int) -> Prompt:
         """The prompt with what its readers read, as far as that is known; `text` is that of a prompt without turns."""
-        mine = self._teachers.get(prompt.teacher)
-        listeners = {READER: mine, **self._readers} if mine else self._readers
         asked = Asked(messages=prompt.messages or _turn(text), row=row, answer=prompt.answer)
         told: dict[str, tuple[int, ...]] = {}
-        for name, listener in listeners.items():
+        for name, listener in self._of(prompt).items():
             try:
                 if listener.briefing.needs:
-                    self._try(listener, prompt, asked)
+                    if listener.said not in self._tried:  # whether it will open the answer's turn as it should
+                        self._try(listener, prompt, asked)
+                    self._tried.add(listener.said)
                 else:
                     examples = self._examples(listener.briefing, asked.messages[-1].content)
                     messages = listener.briefing.messages(replace(asked, examples=examples))
@@ -140,14 +142,13 @@ class Briefer:
 
     def as_read(self, reader: str, rollouts: Sequence[Rollout]) -> list[Rollout | None]:
         """The rollouts as a reader reads them; None for one that it does not read.  `rollouts` are whole groups."""
-        groups: dict[tuple[str, str], list[Rollout]] = {}
-        for rollout in rollouts:
-            groups.setdefault(_group(rollout), []).append(rollout)
-        for group in groups.values():
-            group.sort(key=lambda rollout: (len(rollout.id), rollout.id))  # 9 before 10
-        return [self._as_read(reader, rollout, groups[_group(rollout)]) for rollout in rollouts]
+        groups: dict[tuple[str, str], Group] = {}
+        if self.needs(reader):
+            for rollout in sorted(rollouts, key=lambda one: (len(one.id), one.id)):  # 9 before 10
+                groups.setdefault(_group(rollout), {})[rollout.id] = self._response(rollout)
+        return [self._as_read(reader, rollout, groups.get(_group(rollout), {})) for rollout in rollouts]
 
-    def _as_read(self, reader: str, rollout: Rollout, group: Sequence[Rollout]) -> Rollout | None:
+    def _as_read(self, reader: str, rollout: Rollout, group: Group) -> Rollout | None:
         of_prompt = self._teachers.get(rollout.prompt.teacher)
         listener = of_prompt if reader == READER else self._readers.get(reader)
         if listener is None:
@@ -165,18 +166,17 @@ class Briefer:
             return self._leave(listener, rollout, f"with its briefing it is longer than {listener.context} tokens")
         return rollout.behind(ids)
 
-    def _after(self, listener: Listener, rollout: Rollout, group: Sequence[Rollout]) -> tuple[int, ...]:
+    def _after(self, listener: Listener, rollout: Rollout, group: Group) -> tuple[int, ...]:
         """What a reader reads before a response that is there already; empty where there is nothing to tell."""
-        place, prompt = group.index(rollout), rollout.prompt
-        asked = Asked(
-            messages=prompt.messages or _turn(self._text(prompt.token_ids)),
-            row=prompt.columns,
-            answer=prompt.answer,
-            response=self._response(rollout),
-            peers=tuple(self._response(other) for other in (*group[place + 1 :], *group[:place])),
-        )
+        place, every, prompt = list(group).index(rollout.id), tuple(group.values()), rollout.prompt
+        peers = (*every[place + 1 :], *every[:place])
+        asked = replace(self._asked(prompt), response=every[place], peers=peers)
         messages = listener.briefing.messages(asked)
         return listener.render(prompt, asked.messages, messages) if messages else ()
+
+    def _asked(self, prompt: Prompt) -> Asked:
+        messages = prompt.messages or _turn(self._text(prompt.token_ids))
+        return Asked(messages=messages, row=prompt.columns, answer=prompt.answer)
 
     def _response(self, rollout: Rollout) -> Response:
         return Response(text=self._text(rollout.response_ids), reward=rollout.reward, words=rollout.feedback)
@@ -191,14 +191,26 @@ class Briefer:
             who, which = listener.said, rollout.id
             log.warning("%s does not read response %s: %s. It teaches nothing of such responses.", who, which, reason)
 
-    def _try(self, listener: Listener, prompt: Prompt, asked: Asked) -> None:
-        """Once for each reader: whether what it will be told of responses opens the answer's turn as it should."""
-        if listener.said in self._tried:
-            return
-        self._tried.add(listener.said)
+    def _of(self, prompt: Prompt) -> dict[str, Listener]:
+        """Who is told something of a prompt, by the names of readers."""
+        mine = self._teachers.get(prompt.teacher)
+        return {READER: mine, **self._readers} if mine else self._readers
+
+    def preview(self, prompt: Prompt) -> list[tuple[str, str, tuple[int, ...], bool]]:
+        """By reader: who reads what instead of a prompt, and whether that speaks of responses; "..." stands for one."""
+        asked = self._asked(prompt)
+        found = []
+        for name, listener in self._of(prompt).items():
+            later = bool(listener.briefing.needs)
+            ids = self._try(listener, prompt, asked) if later else prompt.told[name]
+            found.append((name, listener.said, ids, later))
+        return found
+
+    def _try(self, listener: Listener, prompt: Prompt, asked: Asked) -> tuple[int, ...]:
+        """What a reader might be told of responses."""
         failed = replace(_PEER, reward=0.0)
         messages = listener.briefing.messages(replace(asked, response=replace(_PEER, text=""), peers=(_PEER, failed)))
-        listener.render(prompt, asked.messages, messages or asked.messages)
+        return listener.render(prompt, asked.messages, messages or asked.messages)
 
     def check_lengths(self, prompts: Sequence[Prompt], writes: bool = False) -> list[str]:
         """Notes on prompts that leave a reader no room for the longest answer.  Refused if none leaves any, or if the

@@ -82,14 +82,15 @@ def need_of(subject: Subject, device: torch.device | None = None, processes: int
     local = {name: one for name, one in run.all_teachers.items() if one.is_model and not one.servers}
     widths = {name: choose_dtype(one.dtype, device).itemsize for name, one in local.items()}
     longest = max((len(prompt.token_ids) for prompt in subject.prompts), default=0) + run.rollout.max_new_tokens
+    told = max((len(ids) for p in subject.prompts for ids in p.told.values()), default=0) + run.rollout.max_new_tokens
     rollouts = -(-run.rollout.num_prompts * run.rollout.num_rollouts // processes)
     batch = min(run.rollout.max_batch, rollouts)
-    writers = [] if run.rollout.servers else [(subject.student.config, width)]
+    writers = [] if run.rollout.servers else [(subject.student.config, width, longest)]
     if run.method.rollout.needs_teacher_text:  # None is the base, which is as large as the student
         here = {
             name: side or subject.student for name, side in subject.teachers.items() if side is None or name in local
         }
-        writers += [(side.config, widths.get(name, width)) for name, side in here.items()]
+        writers += [(side.config, widths.get(name, width), max(longest, told)) for name, side in here.items()]
     copies = trained * (4 if run.student.lora else width)
     following = [
         copies + (trained * 4 if width < 4 and rule.averages and not run.student.lora else 0)
@@ -104,7 +105,7 @@ def need_of(subject: Subject, device: torch.device | None = None, processes: int
         masters=trained * 4 if width < 4 else 0,
         logits=_logits(subject, student, width),
         activations=_activations(subject, min(run.tokens_per_micro_batch, rollouts * longest), width),
-        keys_and_values=max((batch * longest * cached(config, size) for config, size in writers), default=0),
+        keys_and_values=max((batch * length * cached(config, size) for config, size, length in writers), default=0),
         following=sum(following),
     )
 

@@ -71,6 +71,7 @@ class Subject:
     held_out: tuple[Prompt, ...] = ()
     grader: Grader | None = None
     eval_grader: Grader | None = None
+    briefer: Briefer | None = None
 
     @property
     def teacher(self) -> Side | None:
@@ -113,6 +114,7 @@ def subject_of(parts: Parts) -> Subject:
         held_out=parts.held_out,
         grader=parts.grader,
         eval_grader=parts.eval_grader,
+        briefer=parts.briefer,
     )
 
 
@@ -170,6 +172,7 @@ def read_subject(run: Run) -> tuple[Subject | None, list[Check]]:
         held_out=held_out or (),
         grader=grader,
         eval_grader=eval_grader,
+        briefer=briefer,
     ), checks
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tropd.data import chat
@@ -136,17 +136,23 @@ def _rendered(side: Side, messages: tuple[Message, ...], subject: Subject) -> st
 
 
 def check_briefing(subject: Subject) -> Iterator[Check]:
-    """A prompt as the student reads it, and as its teacher does."""
-    prompt = next((prompt for prompt in subject.prompts if prompt.told), None)
-    if prompt is not None:
-        student, teacher = (
-            str(subject.student.tokenizer.decode(list(ids))) for ids in (prompt.token_ids, prompt.told["teacher"])
-        )
-        lengths = sorted(len(prompt.told["teacher"]) for prompt in subject.prompts)
+    """A prompt as the student reads it, and as others do who are told more."""
+    if subject.briefer is None or not subject.prompts:
+        return
+
+    def shown(ids: Sequence[int]) -> str:
+        return repr(str(subject.student.tokenizer.decode(list(ids))))
+
+    prompt = subject.prompts[0]
+    for name, who, ids, of_responses in subject.briefer.preview(prompt):
+        if of_responses:
+            how = "of responses, once they are graded; a prompt with ... in their place"
+        else:
+            lengths = sorted(len(one.told[name]) for one in subject.prompts)
+            how = f"more, in prompts of {lengths[0]} to {lengths[-1]} tokens; a prompt"
         yield ok(
             "briefing",
-            f"the teacher is told more, in prompts of {lengths[0]} to {lengths[-1]} tokens; a prompt\n"
-            f"as the student reads it: {student!r}\nas the teacher reads it: {teacher!r}",
+            f"{who} is told {how}\nas the student reads it: {shown(prompt.token_ids)}\nas {who} reads it: {shown(ids)}",
         )
 
 

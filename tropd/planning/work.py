@@ -29,7 +29,7 @@ from tropd.config.run import Run
 from tropd.doctor.cost import Need, cached
 from tropd.doctor.subject import Subject
 from tropd.model.loading import choose_dtype
-from tropd.objective.evidence import OF_TEACHER
+from tropd.objective.evidence import OF_TEACHER, READER
 from tropd.planning.devices import Device
 from tropd.training.scoring import PASS_NEEDS
 from tropd.training.step import recall_needed
@@ -50,6 +50,8 @@ class Texts:
     rollouts: int
     prompt: float
     """Tokens of a prompt."""
+    told: float
+    """Tokens of what the teacher reads instead, as far as that is known before the run."""
     new: int
     """Tokens of an answer."""
     prefix: float
@@ -63,6 +65,11 @@ class Texts:
     def read(self) -> float:
         """Tokens that are scored and trained on, or their context."""
         return (self.prompt + self.new) * self.rollouts
+
+    @property
+    def told_read(self) -> float:
+        """Tokens that the teacher scores, or their context."""
+        return (self.told + self.new) * self.rollouts
 
     @property
     def answered(self) -> float:
@@ -117,7 +124,7 @@ class Phase:
 def texts_of(run: Run, subject: Subject) -> Texts:
     policy, wanted, prompts = run.method.rollout, run.rollout, subject.prompts
     rollouts, new = wanted.num_prompts * wanted.num_rollouts, wanted.max_new_tokens
-    prompt = sum(len(p.token_ids) for p in prompts) / len(prompts)
+    prompt = fmean(len(p.token_ids) for p in prompts)
     visits = wanted.num_prompts * run.steps
     kept = run.teacher.text_cache and not run.teacher.moves and not run.data.streaming
     fresh = sum(not p.response_ids for p in prompts) / len(prompts)
@@ -129,6 +136,7 @@ def texts_of(run: Run, subject: Subject) -> Texts:
     return Texts(
         rollouts=rollouts,
         prompt=prompt,
+        told=fmean(len(p.told.get(READER) or p.token_ids) for p in prompts),
         new=new,
         prefix=given / by_student if by_student else 0.0,
         by_student=rollouts * by_student,
@@ -168,14 +176,14 @@ def phases_of(run: Run, texts: Texts, student: Size, teacher: Size, need: Need, 
     theirs = at_once(run, texts, run.teacher.server if run.teacher.servers else None)
     objective = run.method.objective
     phases = {
-        "prefix": _writing(teacher, texts.by_teacher, texts.prompt, texts.new, theirs, _how(run.teacher.servers)),
+        "prefix": _writing(teacher, texts.by_teacher, texts.told, texts.new, theirs, _how(run.teacher.servers)),
         "write": _writing(student, texts.by_student, texts.prompt + texts.prefix, new, own, _how(run.rollout.servers)),
-        "score": _scoring(run, teacher, texts),
-        "measure": _scoring(run, student, texts),
+        "score": _scoring(run, teacher, texts, texts.told_read),
+        "measure": _scoring(run, student, texts, texts.read),
         "train": _training(run, texts, student, need, trainers),
     }
     if run.parallel.teacher == "sharded" and trainers > 1:
-        received = need.teacher * (1 - 1 / trainers) * ceil(texts.read / trainers / run.tokens_per_micro_batch)
+        received = need.teacher * (1 - 1 / trainers) * ceil(texts.told_read / trainers / run.tokens_per_micro_batch)
         phases["score"] = replace(phases["score"], received=received)
     asked = {
         "prefix": texts.by_teacher > 0,
@@ -190,20 +198,19 @@ def _how(servers: tuple[str, ...]) -> str:
     return "replayed" if servers else "started"
 
 
-def _passes(run: Run, texts: Texts) -> Callable[[int], float]:
-    """Micro-batches on each device."""
-    return lambda number: float(ceil(texts.read / number / run.tokens_per_micro_batch))
+def _scoring(run: Run, model: Size, texts: Texts, read: float) -> Phase:
+    operations = 2 * (model.layers * read + model.head * texts.answered)
 
+    def passes(number: int) -> float:
+        """Micro-batches on each device."""
+        return float(ceil(read / number / run.tokens_per_micro_batch))
 
-def _scoring(run: Run, model: Size, texts: Texts) -> Phase:
-    operations = 2 * (model.layers * texts.read + model.head * texts.answered)
-    passes = _passes(run, texts)
     return Phase(
         kind="score",
         operations=operations,
         traffic=lambda number: model.bytes,
         starts=lambda number: passes(number) * model.starts(),
-        tokens=texts.read,
+        tokens=read,
     )
 
 
