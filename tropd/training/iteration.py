@@ -28,7 +28,7 @@ from tropd.training.scoring import score
 from tropd.training.source import Source, Written, lags, own_prompts
 from tropd.training.step import StepSums, recall_needed, train_step
 from tropd.training.watched import Watched
-from tropd.types import Author, Finish, StepRecord, TermStats, key_of
+from tropd.types import Author, Finish, Rollout, StepRecord, TermStats, key_of
 
 
 @contextmanager
