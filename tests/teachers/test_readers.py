@@ -13,6 +13,7 @@ from tropd.config.run import Run
 from tropd.errors import ConfigError, DataError, EvidenceError
 from tropd.monitoring.alarms import Alarms
 from tropd.objective.context import Context
+from tropd.objective.evidence import Needs
 from tropd.training.assembly import Parts, load_parts
 from tropd.training.batches import ScoredBatch
 from tropd.training.iteration import iterate
@@ -191,3 +192,58 @@ def test_the_readers_are_in_the_file_of_the_run_and_in_its_fingerprint(world: Pa
     assert again.readers == run.readers and again.fingerprint() == run.fingerprint()
     other = council(world, READERS | {"elder": {"path": "student"}})
     assert other.fingerprint() != run.fingerprint()
+
+
+OVERLAP = '''
+from dataclasses import dataclass
+
+from tropd import Method, Objective, Term
+from tropd.objective.evidence import Needs
+from tropd.objective.losses import ForwardKL
+from tropd.objective.selectors import STUDENT
+from tropd.objective.terms import Selector
+
+
+@dataclass(frozen=True)
+class Overlap(Selector):
+    """The student's mass on the reader's likeliest tokens, and on its own, when the batch is planned."""
+
+    own_needs = Needs.TOPK | Needs.STUDENT_TOPK | Needs.STUDENT_AT_TOPK
+    teacher_top_k = student_top_k = 5
+
+    def __call__(self, tokens, context):
+        return tokens.student_at_topk_NK.exp().sum(-1) * tokens.student_topk_logprobs_NJ.exp().sum(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlapping(Method):
+    @property
+    def objective(self):
+        guide = ForwardKL(support="teacher_top_k", top_k=5)
+        return Objective(
+            Term("guide", STUDENT & Overlap(), guide), Term("elder", STUDENT & Overlap(reader="elder"), guide)
+        )
+'''
+
+
+def test_selectors_see_the_student_at_the_readers_likeliest_tokens(world: Path, tmp_path: Path) -> None:
+    """The planned weights are those of the whole distributions, reader by reader, in micro-batches of any size."""
+    (world / "overlapping.py").write_text(OVERLAP)
+    parts = load_parts(council(world, method={"name": "overlapping.py:Overlapping"}), tmp_path)
+    batch, objective = judged(parts), parts.run.method.objective
+    plan = objective.plan(batch.tokens)
+    whole = parts.learner.forward.measure(batch.rollouts, Needs.FULL).full_logprobs_NV
+    own_N = whole.topk(5).values.exp().sum(-1)
+    for term, name in (("guide", "teacher"), ("elder", "elder")):
+        there_N = whole.gather(1, batch.tokens.of(name).teacher_topk_ids_NK).exp().sum(-1)
+        torch.testing.assert_close(plan.weights[term] * plan.counts.actions, there_N * own_N, rtol=1e-4, atol=1e-5)
+    weights: dict[str, dict[str, torch.Tensor]] = {"guide": {}, "elder": {}}
+
+    def watch(seen: Any) -> None:
+        for term, by_rollout in seen.weights().items():
+            weights[term].update(by_rollout)
+
+    readers = parts.readers
+    train_step(batch, objective, parts.learner, Context(), tokens_per_micro_batch=40, watch=watch, teacher=readers)
+    for term, by_rollout in weights.items():
+        torch.testing.assert_close(torch.cat([by_rollout[r.id] for r in batch.rollouts]), plan.weights[term])

@@ -137,7 +137,9 @@ class TabularLM(Engine, Teacher):
         return view_of(full.gather(-1, ids_NM)).with_(full_logprobs_NV=full)
 
     @torch.no_grad()
-    def measure(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int) -> dict[str, Tensor]:
+    def measure(
+        self, rollouts: Sequence[Rollout], needs: Needs, top_k: int = 0, at_ids_NM: Tensor | None = None
+    ) -> dict[str, Tensor]:
         full = self.full_logprobs(rollouts)
         ids_N = torch.tensor([i for r in rollouts for i in r.response_ids], dtype=torch.int64)
         found = {
@@ -145,7 +147,10 @@ class TabularLM(Engine, Teacher):
             "student_entropy_N": torch.special.entr(full.exp()).sum(-1),
         }
         if Needs.STUDENT_TOPK in needs:
-            found["student_topk_ids_NJ"] = full.topk(min(top_k, self.start), -1).indices
+            top = full.topk(min(top_k, self.start), -1)
+            found |= {"student_topk_ids_NJ": top.indices, "student_topk_logprobs_NJ": top.values}
+        if at_ids_NM is not None:
+            found["at_NM"] = full.gather(-1, at_ids_NM)
         return found
 
     @torch.no_grad()

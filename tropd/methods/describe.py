@@ -49,6 +49,10 @@ EVIDENCE: dict[Needs, tuple[str, str]] = {
         "no server: the teacher must be in this process",
     ),
     Needs.HIDDEN: ("the teacher's hidden states", "no server: the teacher must be one model in this process"),
+    Needs.STUDENT_AT_TOPK: (
+        "the student's log-probabilities at the teacher's likeliest tokens, before the gradient pass",
+        "nothing: one more pass of the student gives them",
+    ),
     Needs.STUDENT_HIDDEN: ("the student's hidden states", "nothing: the student's own pass gives them"),
     Needs.STUDENT_ENTROPY: ("the student's entropy at each token", "nothing: the student's own pass gives it"),
     Needs.REWARD: ("a grader's number for each sequence", "nothing: `data.grader` gives it"),

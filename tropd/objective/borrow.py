@@ -272,9 +272,11 @@ def student_view(
     evidence["student_entropy_N"] = torch.special.entr(fixed.exp()).sum(-1)
     if full_t is not None:
         evidence["reverse_kl_N"] = expected_gap(fixed.exp(), fixed, full_t)
+    if Needs.STUDENT_AT_TOPK in needs and isinstance(ids_NK := evidence.get("teacher_topk_ids_NK"), Tensor):
+        evidence["student_at_topk_NK"] = fixed.gather(-1, ids_NK)
     if Needs.STUDENT_TOPK in needs and full_t is not None:
-        ids_NJ = fixed.topk(min(top_k, fixed.shape[-1]), -1).indices
-        evidence["student_topk_ids_NJ"] = ids_NJ
+        own, ids_NJ = fixed.topk(min(top_k, fixed.shape[-1]), -1)
+        evidence |= {"student_topk_ids_NJ": ids_NJ, "student_topk_logprobs_NJ": own}
         evidence["teacher_at_student_topk_NJ"] = full_t.gather(-1, ids_NJ)
         view = view.with_(student_topk_logprobs_NJ=full_s.gather(-1, ids_NJ))
     ids_NK = evidence.get("teacher_topk_ids_NK")

@@ -35,7 +35,10 @@ class Needs(Flag):
     TOPK = auto()
     """The teacher's k likeliest tokens with their log-probabilities, and the student's log-probabilities there."""
     STUDENT_TOPK = auto()
-    """The student's k likeliest tokens, and the teacher's log-probabilities there."""
+    """The student's k likeliest tokens with their log-probabilities, and the teacher's log-probabilities there."""
+    STUDENT_AT_TOPK = auto()
+    """The student's log-probabilities at the teacher's k likeliest tokens when the batch is planned, for selectors: one
+    more pass of the student."""
     FULL = auto()
     """Both whole next-token distributions.  Nothing else builds [tokens, vocabulary]."""
     HIDDEN = auto()
@@ -80,6 +83,7 @@ _SOURCE = {
     "student_topk_ids_NJ": Needs.STUDENT_TOPK,
     "teacher_at_student_topk_NJ": Needs.STUDENT_TOPK,
     "student_topk_logprobs_NJ": Needs.STUDENT_TOPK,
+    "student_at_topk_NK": Needs.STUDENT_AT_TOPK,
     "teacher_full_logprobs_NV": Needs.FULL,
     "full_logprobs_NV": Needs.FULL,
     "teacher_hidden_NH": Needs.HIDDEN,
@@ -165,6 +169,7 @@ class Tokens(Evidence):
     of_reader: ClassVar[tuple[str, ...]] = (
         *("teacher_logprobs_N", "teacher_topk_ids_NK", "teacher_topk_logprobs_NK", "teacher_at_student_topk_NJ"),
         *("teacher_full_logprobs_NV", "teacher_hidden_NH", "teacher_entropy_N", "reverse_kl_N", "read_S", "columns"),
+        "student_at_topk_NK",
     )
 
     token_ids_N: Tensor
@@ -190,7 +195,11 @@ class Tokens(Evidence):
     teacher_topk_logprobs_NK: Tensor = ABSENT
     """In the teacher's order, likeliest first."""
     student_topk_ids_NJ: Tensor = ABSENT
+    student_topk_logprobs_NJ: Tensor = ABSENT
+    """As of planning; with gradient they are in the view."""
     teacher_at_student_topk_NJ: Tensor = ABSENT
+    student_at_topk_NK: Tensor = ABSENT
+    """The student's log-probabilities at `teacher_topk_ids_NK`, as of planning."""
     teacher_full_logprobs_NV: Tensor = ABSENT
     teacher_hidden_NH: Tensor = ABSENT
     teacher_entropy_N: Tensor = ABSENT

@@ -111,16 +111,23 @@ class ModelLearner:
         loss.backward()
         return seen
 
-    def measure(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int) -> dict[str, Tensor]:
+    def measure(
+        self, rollouts: Sequence[Rollout], needs: Needs, top_k: int = 0, at_ids_NM: Tensor | None = None
+    ) -> dict[str, Tensor]:
         wanted = top_k if Needs.STUDENT_TOPK in needs else 0
         needs &= Needs.STUDENT_ENTROPY
+        rows = torch.arange(sum(len(r.response_ids) for r in rollouts)).split([len(r.response_ids) for r in rollouts])
+        rows_of = {rollout.id: own for rollout, own in zip(rollouts, rows, strict=True)}
 
         def ask(part: list[Rollout]) -> dict[str, Tensor]:
-            measured = self.forward.measure(part, needs, top_k=wanted)
+            at_ids_CM = None if at_ids_NM is None else at_ids_NM[torch.cat([rows_of[r.id] for r in part])]
+            measured = self.forward.measure(part, needs, top_k=wanted, at_ids_NJ=at_ids_CM)
             fields = {
                 "student_logprobs_N": measured.logprobs_N,
                 "student_entropy_N": measured.entropy_N,
                 "student_topk_ids_NJ": measured.topk_ids_NK if wanted else None,
+                "student_topk_logprobs_NJ": measured.topk_logprobs_NK if wanted else None,
+                "at_NM": measured.at_logprobs_NJ,
             }
             return {name: x for name, x in fields.items() if x is not None}
 

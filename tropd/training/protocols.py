@@ -34,8 +34,11 @@ class Learner(Protocol):
         """Add the gradient of the micro-batch's loss, taken in as many pieces as the learner likes."""
         ...
 
-    def measure(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int) -> dict[str, Tensor]:
-        """Its log-probabilities and the like, without gradient, as fields of Tokens for the plan."""
+    def measure(
+        self, rollouts: Sequence[Rollout], needs: Needs, top_k: int = 0, at_ids_NM: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Its log-probabilities and the like, without gradient, as fields of Tokens for the plan; as "at_NM" those at
+        the given ids."""
         ...
 
     def reverse_kl(self, rollouts: Sequence[Rollout], teacher: Teacher, as_read: Sequence[Rollout]) -> Tensor:

@@ -92,13 +92,26 @@ def score(
     student: dict[str, Tensor] = {}
     if recall or objective.needs & PASS_NEEDS:
         student = learner.measure(rollouts, objective.needs, objective.student_top_k)
-    tokens, read = tokens.with_(**student), dict(as_read or {})
+    tokens, read, measured = tokens.with_(**student), dict(as_read or {}), bool(student)
     for name in objective.readers:
         texts = read[name] = tuple(read.get(name) or rollouts)
         margin = 0.0 if student else learner.margin
         reading = _Reading(name, readers[name], rollouts, texts, objective)
         tokens = reading.tell(tokens, learner, context, margin, scores if name == READER else None)
-    return ScoredBatch(rollouts=tuple(rollouts), tokens=tokens, measured=bool(student), as_read=read)
+    if Needs.STUDENT_AT_TOPK in objective.needs:
+        tokens, measured = _at_top_k(rollouts, objective, learner, tokens), True
+    return ScoredBatch(rollouts=tuple(rollouts), tokens=tokens, measured=measured, as_read=read)
+
+
+def _at_top_k(rollouts: Sequence[Rollout], objective: Objective, learner: Learner, tokens: Tokens) -> Tokens:
+    """The tokens with the student's log-probabilities at the readers' likeliest tokens."""
+    names = [name for name, needs in objective.asks.items() if Needs.STUDENT_AT_TOPK in needs]
+    ids = [tokens.of(name).teacher_topk_ids_NK for name in names]
+    found = learner.measure(rollouts, Needs.NOTHING, at_ids_NM=torch.cat(ids, dim=1))
+    tokens = tokens.with_(student_logprobs_N=found["student_logprobs_N"])
+    for name, at_NK in zip(names, found["at_NM"].split([x.shape[1] for x in ids], dim=1), strict=True):
+        tokens = tokens.told(name, student_at_topk_NK=at_NK)
+    return tokens
 
 
 @dataclass(frozen=True, eq=False)
