@@ -96,7 +96,7 @@ def run(teacher: dict[str, Any], **changes: Any) -> Run:
         ({"path": "student"}, '"student", which is the student at every step already. Leave teacher.follow out'),
         ({"path": "base"}, 'without its adapter, which stays as it is. Set teacher.path = "start"'),
         ({"path": "Qwen/Qwen3-8B"}, 'a teacher of its own, which stays as it is. Set teacher.path = "start"'),
-        ({"servers": ("http://127.0.0.1:1",)}, "teacher.servers hold it, and they are given no weights"),
+        ({"servers": ("http://127.0.0.1:1",), "score_cache": True}, "and then it says something else. Leave teacher."),
         ({"dtype": "float16"}, "teacher.dtype is float16, but a teacher that follows the student has the student's"),
     ],
 )

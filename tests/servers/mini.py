@@ -94,7 +94,8 @@ class MiniServer:
                 return {}
             if path == "/v1/models":
                 card = {"id": self.name, "root": str(self.folder), "max_model_len": self.max_model_len}
-                return {"object": "list", "data": [card]}
+                adapters = [{"id": name, "root": name, "parent": self.name} for name in self.adapters]
+                return {"object": "list", "data": [card, *adapters]}
             if body is None:
                 raise Refusal(404, "Not Found")
             if path == "/collective_rpc":

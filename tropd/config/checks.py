@@ -65,7 +65,7 @@ def _paths(run: Settings) -> dict[str, str | None]:
 def _check_teacher(run: Settings) -> None:
     teacher = run.teacher
     teacher.check_follow(run.student)
-    if teacher.path in ("base", "start", "student") and teacher.servers:
+    if teacher.path in ("base", "start", "student") and teacher.servers and not teacher.follows:
         raise ConfigError(
             "teacher.servers names servers, but teacher.path does not say what they serve. Set it to the folder or "
             "hub id of that model: its tokenizer is compared, its weights are not read."

@@ -193,10 +193,10 @@ class TeacherConfig(ModelConfig):
                 f"{said} is {shortened(self.path)}, a teacher of its own, which stays as it is. Set teacher.path = "
                 '"start", or leave teacher.follow out.'
             )
-        if self.servers:
+        if self.score_cache:
             raise ConfigError(
-                "teacher.follow asks for a teacher that moves with the student, but teacher.servers hold it, and they "
-                "are given no weights. Leave teacher.servers out: the teacher is then in this process."
+                "teacher.score_cache keeps what servers say of a text, but teacher.follow has the teacher move, and "
+                "then it says something else. Leave teacher.score_cache out."
             )
         if self.dtype not in ("auto", student.dtype):
             raise ConfigError(

@@ -120,7 +120,7 @@ def subject_of(parts: Parts) -> Subject:
 
 def _side_of(parts: Parts, name: str) -> Side | None:
     teacher, config, given = parts.teacher.teachers[name], parts.run.all_teachers[name], parts.given.teacher
-    if config.servers:
+    if config.servers and config.is_model:
         return _read_side(config, "teacher")
     tokenizer = given[1] if isinstance(given, tuple) else None
     if teacher.forward is None or not (config.is_model or tokenizer):

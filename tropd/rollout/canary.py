@@ -60,8 +60,11 @@ def expect(model: Any, ids: Sequence[int], vocab_size: int) -> Expected:
     return Expected(canary=Canary(ids=tuple(ids), logprobs=tuple(own_T.tolist())), after_V=logprobs_TV[-1].cpu())
 
 
-def compare(url: str, expected: Expected, found: Found, nats: float) -> None:
-    """Refuse a server that computes with other weights than the trainer, with both numbers."""
+def compare(
+    url: str, expected: Expected, found: Found, nats: float, whose: str = "student", knob: str = "rollout.sync_nats"
+) -> None:
+    """Refuse a server that computes with other weights than the trainer, with both numbers; `knob` is the setting that
+    holds `nats`."""
     gaps = expected.canary.gaps(found.logprobs)
     mean = sum(gaps) / len(gaps)
     (token,), (there,) = found.written.token_ids, found.written.behavior_logprobs
@@ -69,11 +72,11 @@ def compare(url: str, expected: Expected, found: Found, nats: float) -> None:
     if mean <= nats and abs(here - there) <= _SINGLE * nats:
         return
     raise EngineOutOfSync(
-        f"{url} does not compute with the student's weights. A known text of {len(gaps) + 1} tokens has the "
+        f"{url} does not compute with the {whose}'s weights. A known text of {len(gaps) + 1} tokens has the "
         f"log-probabilities\n  trainer {shown(expected.canary.logprobs)}\n  server  {shown(found.logprobs)}\n"
         f"{mean:.3g} nats apart on average, {max(gaps):.3g} at most; the token written after it {here:.4f} here and "
         f"{there:.4f} there "
-        f"(rollout.sync_nats = {nats:g}). "
+        f"({knob} = {nats:g}). "
     )
 
 

@@ -56,9 +56,12 @@ class Delivery:
         wary: bool = False,
         version: int = 0,
         export: Callable[[Any, Any, Path], Path] | None = None,
+        whose: tuple[str, str] = ("student", "rollout.sync_nats"),
     ) -> None:
         """`pools` has one server each, which serves the student, or its base, under `name`.  `kept`: the folder stays
-        when this is closed.  `wary`: servers show how they draw at every update, not only at the first."""
+        when this is closed.  `wary`: servers show how they draw at every update, not only at the first.  `whose`:
+        whose weights errors speak of, and the setting that holds `sync_nats`."""
+        self.whose, self.knob = whose
         self.pools, self.name, self.text = pools, name, text
         self.model, self.tokenizer, self.folder, self.kept = model, tokenizer, folder, kept
         self.vocab_size, self.version = vocab_size, version
@@ -206,7 +209,7 @@ class Delivery:
         for url, pool in self.pools.items():
             found = score_canary(pool, self.text, self.student)
             try:
-                canary.compare(url, expected, found, self.sync_nats)
+                canary.compare(url, expected, found, self.sync_nats, self.whose, self.knob)
             except EngineOutOfSync as error:
                 raise EngineOutOfSync(f"{error}{self._advice()}") from error
             self._found[url] = found
@@ -227,8 +230,8 @@ class Delivery:
                 f"{self.folder}{removed}."
             )
         return (
-            f"Is its --dtype the student's? The weights that it was given are in {self.folder}{removed}: start it with "
-            "--model on that folder, or raise rollout.sync_nats if its precision is lower."
+            f"Is its --dtype the {self.whose}'s? The weights that it was given are in {self.folder}{removed}: start it "
+            f"with --model on that folder, or raise {self.knob} if its precision is lower."
         )
 
 

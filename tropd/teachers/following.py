@@ -14,7 +14,7 @@ writes.  Without one, the teacher is a model of its own, sharded or whole, whate
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -57,6 +57,12 @@ class Follower:
         self.name, self.rule, self.teacher, self.swapped = name, rule, teacher, swapped
         self.averages: dict[str, Tensor] = {}
         """In float32, of tensors that the teacher reads in half precision; empty before the first move."""
+        self.moves = 0
+        """How often its weights have changed in this process."""
+
+    def reading(self) -> AbstractContextManager[None]:
+        """Inside the block the model has the teacher's weights."""
+        return nullcontext() if self.swapped is None else self.swapped()
 
     def check(self, trained: Mapping[str, Tensor]) -> None:
         """Refuse a student whose trained weights are not those of the teacher."""
@@ -113,6 +119,7 @@ class Follower:
     @torch.no_grad()
     def settle(self) -> None:
         """Read with the averages as they are now."""
+        self.moves += 1
         weights = self._weights()
         for name, average in self.averages.items():
             _local(weights[name]).copy_(_local(average))

@@ -32,6 +32,7 @@ from tropd.model.tiling import Tiling
 from tropd.objective.evidence import READER, Needs
 from tropd.teachers.following import Follower, Swapped
 from tropd.teachers.local import LocalTeacher, base_as_teacher, same_vocabulary, shared_vocab_size
+from tropd.teachers.moved import MovedTeacher
 from tropd.teachers.routed import Routed
 from tropd.teachers.served import ServedTeacher, meet_teacher, served_size
 from tropd.teachers.teacher import Teacher
@@ -172,7 +173,7 @@ def load(teachers: Sequence[TeacherParts], device: torch.device) -> None:
     for teacher in teachers:
         if teacher.given and teacher.model is not None:
             teacher.model = teacher.model.to(device).eval()
-        elif not teacher.config.is_student and not teacher.config.servers and teacher.own is None:
+        elif teacher.config.is_model and (teacher.config.follows or not teacher.config.servers) and not teacher.own:
             with teacher.named():
                 teacher.model = load_model(teacher.config, "teacher", device)
 
@@ -183,7 +184,7 @@ def shared_size(teachers: Sequence[TeacherParts], student: Any, tokenizer: PreTr
     for teacher in teachers:
         if teacher.model is not None:
             sizes.append(shared_vocab_size(student, tokenizer, teacher.model, teacher.tokenizer))
-        elif teacher.config.servers:
+        elif teacher.config.servers and not teacher.config.follows:
             sizes.append(served_size(teacher.config, teacher.tokenizer))
     return min(sizes)
 
@@ -203,8 +204,8 @@ def engage(
     notes, followers = list[str](), list[Follower]()
     for teacher in teachers:
         local = partial(LocalTeacher, name=teacher.name, vocab_size=vocab_size, tiling=tiling)
-        if teacher.config.servers:
-            top_k = objective.top_k_of(teacher.name if teacher.reader else READER)
+        top_k = objective.top_k_of(teacher.name if teacher.reader else READER)
+        if teacher.config.servers and not teacher.config.follows:
             with teacher.named():
                 teacher.served = meet_teacher(
                     teacher.config, top_k, vocab_size, teacher.tokenizer, directory, world, name=teacher.name
@@ -222,6 +223,8 @@ def engage(
             ready[teacher.origin] = local(student, within=teacher.swapped or nullcontext)
         if isinstance(single := ready[teacher.origin], LocalTeacher) and teacher.config.follows:
             followers.append(Follower(teacher.origin, teacher.config.follow, single, teacher.swapped))
+            if teacher.config.servers:
+                ready[teacher.origin] = MovedTeacher(teacher.config, followers[-1], top_k, directory, world)
     teaching = {x.name: ready[x.origin] for x in teachers if not x.reader}
     teacher = Routed(teaching) if teachers[0].several else teaching["default"]
     own = {x.name: ready[x.origin] for x in teachers if x.reader}

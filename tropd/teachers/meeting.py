@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -48,9 +48,11 @@ def card_of(urls: Sequence[str], settings: ServerConfig) -> Card:
 
 def _card(url: str, settings: ServerConfig) -> Card:
     cards = _ask(url, settings, cards_job(url))
-    chosen = [card for card in cards if settings.model in (None, card.id)]
+    own = [card for card in cards if not card.id.startswith("tropd-")]  # the others are adapters that a run gave it
+    chosen = own if settings.model is None else [card for card in cards if card.id == settings.model]
     if len(chosen) == 1:
-        return chosen[0]
+        lengths = [card.max_model_len for card in (*chosen, *own) if card.max_model_len is not None]
+        return replace(chosen[0], max_model_len=next(iter(lengths), None))  # an adapter's is its base's
     there = ", ".join(card.id for card in cards)
     if settings.model is None:
         raise TeacherRefused(f"{url} serves several models: {there}. Name one in server.model.")
