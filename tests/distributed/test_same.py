@@ -29,6 +29,8 @@ CASES: dict[str, dict[str, Any]] = {
     "groups": {"method": {"name": "topd"}},
     "batch coin": {"method": {"name": "gkd"}},
     "untied": {"student": {"path": "untied"}, "method": {"name": "opd"}},
+    "hidden states": {"method": {"name": "tests.matched:Matched"}},
+    "hidden states alone": {"method": {"name": "tests.matched:Matched", "reward": False, "layers": "last"}},
     "several teachers": {
         "teacher": {"path": "base"},
         "teachers": {"even": {"path": "teacher"}, "odd": {"path": "untied"}},

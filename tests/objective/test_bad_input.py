@@ -48,6 +48,7 @@ _VIEW = {
     "topk_logprobs_NK": Needs.TOPK,
     "student_topk_logprobs_NJ": Needs.STUDENT_TOPK,
     "full_logprobs_NV": Needs.FULL,
+    "hidden_NH": Needs.STUDENT_HIDDEN,
 }
 
 
@@ -240,4 +241,9 @@ def test_all_needs_are_known_to_this_file():
     of_itself = {"behavior_logprobs_N", "student_logprobs_N", "groups_S", "vocab_size", "num_before_N", "num_after_N"}
     of_itself |= {"columns", "read_S"}
     assert set(_FIELDS) == {f.name for f in dataclasses.fields(Tokens) if f.default is None} - of_itself
-    assert set(_VIEW) == {f.name for f in dataclasses.fields(StudentView)} - {"logprobs_N", "reader", "others"}
+    assert set(_VIEW) == {f.name for f in dataclasses.fields(StudentView)} - {
+        "logprobs_N",
+        "columns",
+        "reader",
+        "others",
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from tropd.objective.measures import ReverseKLAt
 from tropd.objective.places import Shortest
 from tropd.objective.rewards import GroupAdvantage
 from tropd.objective.selectors import STUDENT, TopFraction, Verified
+from tropd.objective.support import ids_in
 from tropd.types import Author
 
 CLIP = 0.05
@@ -136,6 +138,17 @@ def test_a_fixed_set_is_checked_where_it_is_made_and_against_the_vocabulary() ->
         ReverseKL(ids=(1,), outside="renormalise")
     with pytest.raises(EvidenceError, match=f"token {V} .* the vocabulary has {V}"):
         ReverseKL(ids=(1, V))(case.tokens, case.view(), None)
+
+
+def test_the_ids_of_a_fixed_set_are_read_from_a_file(tmp_path: Path) -> None:
+    (path := tmp_path / "ids.txt").write_text("7 0\n3\n")
+    assert ids_in(path) == IDS
+    for text in ("7 x", "", "7.5"):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="whole numbers"):
+            ids_in(path)
+    with pytest.raises(ConfigError, match="No such file"):
+        ids_in(tmp_path / "none")
 
 
 def test_group_advantages_with_a_clip_are_grpo_by_hand() -> None:

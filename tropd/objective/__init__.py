@@ -2,6 +2,7 @@
 
 from tropd.objective.agreement import Agreement, ContrastiveHinge
 from tropd.objective.borrow import distillation_loss
+from tropd.objective.bridge import Bridge
 from tropd.objective.context import Context, Reach
 from tropd.objective.evidence import Needs, StudentView, Tokens
 from tropd.objective.hidden import HiddenMatch
@@ -24,6 +25,7 @@ from tropd.objective.terms import Reward, Selector, Term, TokenLoss
 __all__ = [
     "Agreement",
     "AtMost",
+    "Bridge",
     "Context",
     "ContrastiveHinge",
     "Counts",

@@ -132,14 +132,18 @@ class Evidence:
         return self.with_(reader=reader, others=others, **{name: theirs.get(name) for name in self.of_reader})
 
     def column(self, name: str) -> Tensor:
-        """What there is under this name, a row per token."""
+        """What there is under this name, a row per token, brought to the device of the tokens."""
         columns = cast("Mapping[str, Tensor]", self.peek("columns")) or {}
         if name not in columns:
             raise EvidenceError(
                 f"column {name!r} of reader {self.reader!r} was read, but it was not supplied; the piece that reads it "
                 "must name it in `own_columns`, and the teacher in `columns`."
             )
-        return columns[name]
+        return columns[name].to(self._first_N.device)
+
+    @property
+    def _first_N(self) -> Tensor:
+        return getattr(self, fields(cast(Any, self))[0].name)
 
     def told(self, by: str, **evidence: Any) -> Self:
         """A copy with some evidence of a reader."""
@@ -157,8 +161,10 @@ class Evidence:
 def _rows(evidence: Mapping[str, Any], index: Tensor | slice) -> dict[str, Any]:
     """Some rows of what has a row per token; nothing else changes."""
     rows = {name: x[index] for name, x in evidence.items() if x is not None and "_N" in name}
-    if columns := evidence.get("columns"):
-        rows["columns"] = {name: x[index] for name, x in columns.items()}
+    if columns := evidence.get("columns"):  # which may lie in the host's memory
+        rows["columns"] = {
+            name: x[index.to(x.device) if isinstance(index, Tensor) else index] for name, x in columns.items()
+        }
     return {**{name: x for name, x in evidence.items() if name.endswith("_S") and x is not None}, **rows}
 
 

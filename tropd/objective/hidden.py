@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tropd.errors import ConfigError, EvidenceError
+from tropd.objective.bridge import Bridge
 from tropd.objective.evidence import Needs, StudentView, Tokens, at_least_float32
 from tropd.objective.objective import Objective
 from tropd.objective.terms import Term, TokenLoss
@@ -54,8 +55,8 @@ class HiddenMatch(TokenLoss):
 
     The squared norm of the paper is H times that.  Between models of different depth m(l) is the layer at the same
     share of the depth.  `normalise`: the states are divided by their norms first, as released code once did; the loss
-    is then at most 4 / H, so it needs a weight of 100 to 1000.  The reader must be one model in this process, as wide
-    as the student.
+    is then at most 4 / H, so it needs a weight of 100 to 1000.  `bridge`: a file of a `Bridge`, through which models of
+    different width are compared; H is its rank then.  The reader must be one model in this process.
 
     >>> tokens = some_tokens(teacher_logprobs_N=[-1.0], teacher_hidden_NH=[[1.0, 2.0]])
     >>> view = StudentView(logprobs_N=torch.tensor([-1.0]), hidden_NH=torch.tensor([[1.0, 4.0]]))
@@ -65,6 +66,7 @@ class HiddenMatch(TokenLoss):
 
     layers: Layers = "last"
     normalise: bool = False
+    bridge: str | None = None
     own_needs = Needs.HIDDEN | Needs.STUDENT_HIDDEN
 
     @property
@@ -77,13 +79,15 @@ class HiddenMatch(TokenLoss):
         else:
             (name,) = self.own_columns
             student_NLH, teacher_NLH = student.column(name), tokens.column(name)
+        teacher_NLH = teacher_NLH[:, layer_map(student_NLH.shape[1], teacher_NLH.shape[1])]
+        student_NLH, teacher_NLH = at_least_float32(student_NLH), at_least_float32(teacher_NLH)
+        if self.bridge is not None:
+            student_NLH, teacher_NLH = Bridge.load(self.bridge).cross(student_NLH, teacher_NLH)
         if student_NLH.shape[-1] != teacher_NLH.shape[-1]:
             raise EvidenceError(
                 f"hidden states of {student_NLH.shape[-1]} and {teacher_NLH.shape[-1]} numbers were to be compared. "
-                "Use a teacher as wide as the student, or a loss of probabilities."
+                "Use a teacher as wide as the student, a `bridge`, or a loss of probabilities."
             )
-        teacher_NLH = teacher_NLH[:, layer_map(student_NLH.shape[1], teacher_NLH.shape[1])]
-        student_NLH, teacher_NLH = at_least_float32(student_NLH), at_least_float32(teacher_NLH)
         if self.normalise:
             student_NLH, teacher_NLH = (torch.nn.functional.normalize(x, dim=-1) for x in (student_NLH, teacher_NLH))
         return ((student_NLH - teacher_NLH) ** 2).mean((-2, -1))

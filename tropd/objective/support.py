@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from tropd.errors import EvidenceError, TopKLeftOut
+from tropd.errors import ConfigError, EvidenceError, TopKLeftOut
 from tropd.objective.evidence import StudentView, Tokens, at_least_float32
 
 Support = Literal["full", "teacher_top_k", "student_top_k", "union", "intersection"]
@@ -57,6 +58,19 @@ def on_support(kind: Support, top_k: int, tokens: Tokens, student: StudentView) 
         return _drop(teacher_t, outside_NK), _drop(teacher_s, outside_NK)
     twice_NJ = same_NKJ.any(-2)
     return torch.cat([teacher_t, _drop(own_t, twice_NJ)], -1), torch.cat([teacher_s, _drop(own_s, twice_NJ)], -1)
+
+
+def ids_in(path: Path | str) -> tuple[int, ...]:
+    """The token ids of a text file, in its order, with spaces or lines between them; for a method's knob."""
+    try:
+        ids = tuple(int(word) for word in Path(path).read_text().split())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"token ids were to be read from {path}: {error}. Write whole numbers, one a line."
+        ) from error
+    if not ids:
+        raise ConfigError(f"token ids were to be read from {path}, which holds none. Write whole numbers, one a line.")
+    return ids
 
 
 def at_ids(ids: Sequence[int], whole_NV: Tensor) -> Tensor:

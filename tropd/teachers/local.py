@@ -174,7 +174,7 @@ def _split(measured: Measured, rollouts: Sequence[Rollout], name: str) -> Iterat
             full_logprobs_TV=_rows(measured.full_logprobs_NV, rows),
             hidden_TH=_rows(measured.hidden_NH, rows),
             teacher=name,
-            columns={name: x[rows] for name, x in measured.columns.items()},
+            columns={name: x[rows].cpu() for name, x in measured.columns.items()},  # too much for the device
         )
 
 

@@ -138,8 +138,7 @@ def add_scores(
         if rows and all(x is not None for x in rows):
             joined[evidence] = torch.cat(rows).to(tokens.token_ids_N.device)
     if columns:
-        device = tokens.token_ids_N.device
-        joined["columns"] = {name: torch.cat([s.columns[name] for s in scores]).to(device) for name in columns}
+        joined["columns"] = {name: torch.cat([s.columns[name] for s in scores]) for name in columns}
     return tokens.told(reader, **joined)
 
 
