@@ -48,13 +48,13 @@ class Briefer:
     ) -> None:
         """`tokenizer` is the student's; `teachers` are those that prompts choose among, `readers` all others."""
         self.data, self.tokenizer, self.max_new_tokens = run.data, tokenizer, run.rollout.max_new_tokens
-        self._teachers = self._told(teachers, _teacher)
-        self._readers = self._told(readers or {}, _reader)
+        self._teachers = self._told(teachers, _teacher, teaches=True)
+        self._readers = self._told(readers or {}, _reader, teaches=False)
         self._tried: set[str] = set()
         self._said: set[tuple[str, str]] = set()
         self._shelves: dict[tuple[str | None, str, str], Shelf] = {}
 
-    def _told(self, readers: Mapping[str, Candidate], said: Callable[[str], str]) -> dict[str, Listener]:
+    def _told(self, readers: Mapping[str, Candidate], said: Callable[[str], str], teaches: bool) -> dict[str, Listener]:
         found: dict[str, Listener] = {}
         for name, reader in readers.items():
             briefing = imported(reader.config.briefing)
@@ -64,6 +64,7 @@ class Briefer:
             found[name] = Listener(
                 said=said(name),
                 briefing=briefing,
+                teaches=teaches,
                 tokenizer=own if own is not None and own.chat_template else self.tokenizer,
                 student=self.tokenizer,
                 kwargs=self.data.chat_template_kwargs,
@@ -74,6 +75,11 @@ class Briefer:
     @property
     def _everyone(self) -> tuple[Listener, ...]:
         return (*self._teachers.values(), *self._readers.values())
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """The readers that are told something."""
+        return (*([READER] if self._teachers else []), *self._readers)
 
     @property
     def compares(self) -> bool:
@@ -216,22 +222,20 @@ class Briefer:
         """Notes on prompts that leave a reader no room for the longest answer.  Refused if none leaves any, or if the
         teacher `writes` from them."""
         notes = []
-        for name, listener in {READER: None, **self._readers}.items():
-            of = self._teachers if listener is None else {name: listener}
-            for key, told in of.items():
-                mine = [p for p in prompts if name in p.told and (listener is not None or p.teacher == key)]
-                room = None if told.context is None else told.context - self.max_new_tokens
-                long = [p for p in mine if room is not None and len(p.told[name]) > room]
-                if not long:
-                    continue
-                said = (
-                    f"{len(long)} of {len(mine)} prompts are so long for {told.said} that no room for an answer of "
-                    f"{self.max_new_tokens} tokens is left in the {told.context} that it can read, such as prompt "
-                    f"'{long[0].id}' with {len(long[0].told[name])} tokens"
-                )
-                if len(long) == len(mine) or writes:
-                    raise DataError(f"{said}. Make the briefing shorter, or lower rollout.max_new_tokens.")
-                notes.append(f"{said}. It does not read answers that do not fit.")
+        for one in self._everyone:
+            named = [(prompt, name) for prompt in prompts for name, x in self._of(prompt).items() if x is one]
+            mine = [(prompt, len(prompt.told[name])) for prompt, name in named if name in prompt.told]
+            long = [x for x in mine if one.context is not None and x[1] > one.context - self.max_new_tokens]
+            if not long:
+                continue
+            said = (
+                f"{len(long)} of {len(mine)} prompts are so long for {one.said} that no room for an answer of "
+                f"{self.max_new_tokens} tokens is left in the {one.context} that it can read, such as prompt "
+                f"'{long[0][0].id}' with {long[0][1]} tokens"
+            )
+            if len(long) == len(mine) or (writes and one.teaches):
+                raise DataError(f"{said}. Make the briefing shorter, or lower rollout.max_new_tokens.")
+            notes.append(f"{said}. It does not read answers that do not fit.")
         return notes
 
 
