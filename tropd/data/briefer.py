@@ -15,13 +15,13 @@ from functools import reduce
 from typing import TYPE_CHECKING
 
 from tropd.base.reading import nearest
-from tropd.briefings.asked import Asked, Briefing, Example, Facts, Messages, Response
+from tropd.briefings.asked import Asked, Briefing, Facts, Messages, Response
 from tropd.briefings.briefing import AsStudent, OwnBriefing
 from tropd.briefings.demonstrations import WithDemonstrations
 from tropd.config.run import Run
-from tropd.data.examples import Shelf
+from tropd.data.examples import Shelves
 from tropd.data.listener import Candidate, Listener
-from tropd.data.rows import Row, Table, open_table
+from tropd.data.rows import Row, Table
 from tropd.errors import ConfigError, DataError
 from tropd.objective.evidence import READER
 from tropd.types import Message, Prompt, Rollout
@@ -52,7 +52,7 @@ class Briefer:
         self._readers = self._told(readers or {}, _reader, teaches=False)
         self._tried: set[str] = set()
         self._said: set[tuple[str, str]] = set()
-        self._shelves: dict[tuple[str | None, str, str], Shelf] = {}
+        self._shelves = Shelves()
 
     def _told(self, readers: Mapping[str, Candidate], said: Callable[[str], str], teaches: bool) -> dict[str, Listener]:
         found: dict[str, Listener] = {}
@@ -102,28 +102,17 @@ class Briefer:
                         f"{has}. Set briefing.column in the section of the teacher."
                     )
             if isinstance(listener.briefing, WithDemonstrations):
-                self._fetch(listener, listener.briefing, table)
+                if listener.briefing.source is None and self.data.streaming:
+                    raise ConfigError(
+                        f"{listener.said} is told examples from the data set of the run, but data.streaming reads it "
+                        "row by row. Name a file in briefing.source."
+                    )
+                self._shelves.fetch(listener.briefing, table)
             if listener.briefing.needs_template and not uses_template:
                 raise ConfigError(
                     f"{listener.said} is told a turn of a conversation, but prompts are encoded without a chat "
                     "template. Use a tokenizer with one and data.apply_chat_template = true, or leave the briefing out."
                 )
-
-    def _fetch(self, listener: Listener, briefing: WithDemonstrations, table: Table) -> None:
-        """The examples of a briefing, read once."""
-        if briefing.source is None and self.data.streaming:
-            raise ConfigError(
-                f"{listener.said} is told examples from the data set of the run, but data.streaming reads it row by "
-                "row. Name a file in briefing.source."
-            )
-        key = (briefing.source, briefing.problem, briefing.solution)
-        if key not in self._shelves:
-            self._shelves[key] = Shelf(open_table(briefing.source) if briefing.source else table, *key[1:])
-
-    def _examples(self, briefing: Briefing, question: str) -> tuple[Example, ...]:
-        if not isinstance(briefing, WithDemonstrations):
-            return ()
-        return self._shelves[briefing.source, briefing.problem, briefing.solution].pick(question, briefing)
 
     def brief(self, prompt: Prompt, row: Row, text: str, number: int) -> Prompt:
         """The prompt with what its readers read, as far as that is known; `text` is that of a prompt without turns."""
@@ -136,7 +125,7 @@ class Briefer:
                         self._try(listener, prompt, asked)
                     self._tried.add(listener.said)
                 else:
-                    examples = self._examples(listener.briefing, asked.messages[-1].content)
+                    examples = self._shelves.pick(listener.briefing, asked.messages[-1].content)
                     messages = listener.briefing.messages(replace(asked, examples=examples))
                     told[name] = listener.render(prompt, asked.messages, messages) if messages else ()
             except DataError as problem:
