@@ -252,3 +252,18 @@ def test_code_of_a_briefing_waits_for_leave(world: Path, tmp_path: Path, capsys:
     assert "teacher.briefing" in said and "--trust-code" in said
     main(["doctor", str(path), "--sample-prompts", "0", "--trust-code"])
     assert "as the teacher reads it" in capsys.readouterr().out
+    path.write_text(told(world, readers={"judge": {"briefing": {"kind": f"{__file__}:Twice"}}}).dump())
+    assert main(["doctor", str(path), "--sample-prompts", "0"]) == 2
+    printed = capsys.readouterr()
+    assert "readers.judge.briefing" in " ".join((printed.out + printed.err).replace("│", " ").split())
+
+
+def test_a_grader_whose_words_are_told_waits_for_leave(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(told(world, FEEDBACK, grader=WORDS).dump())
+    assert main(["doctor", str(path), "--sample-prompts", "0"]) == 2
+    printed = capsys.readouterr()
+    said = " ".join((printed.out + printed.err).replace("│", " ").split())
+    assert "grader" in said and "--trust-code" in said and "there is no grader" not in said

@@ -10,7 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import byte_tokenizer
-from tropd.data.graders import GRADERS, Grader, Math, Numeric, check_answers, exact, grade_texts, graded, resolve_grader
+from tropd.data.graders import (
+    GRADERS,
+    Grade,
+    Grader,
+    Math,
+    Numeric,
+    check_answers,
+    exact,
+    grade_texts,
+    graded,
+    resolve_grader,
+)
 from tropd.errors import DataError
 from tropd.types import Author, Prompt, Rollout
 
@@ -270,3 +281,20 @@ def zero(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> 
 def test_texts_are_graded_like_rollouts() -> None:
     prompt = Prompt(id="a", token_ids=(1,), answer="4")
     assert grade_texts(numeric, [prompt, prompt], ["it is 4", "it is 5"], byte_tokenizer()) == [1.0, 0.0]
+
+
+def says(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float | Grade]:
+    """Some graders give words, for some answers."""
+    return [Grade(reward=0.5, words=f"{text} is close") if text else 0 for text in completions]
+
+
+def test_a_grader_may_give_words_and_those_of_tropd_say_whether_an_answer_is_right() -> None:
+    found = graded(says, [rollout("a", "b"), rollout("a", "")], byte_tokenizer())
+    assert [(r.reward, r.feedback) for r in found] == [(0.5, "b is close"), (0.0, None)]
+    assert grade_texts(says, [found[0].prompt], ["c"], byte_tokenizer()) == [0.5]
+    pairs = [rollout("1+1", "2", "2"), rollout("1+1", "3", "2")]
+    words = [r.feedback for r in graded(exact, pairs, byte_tokenizer())]
+    assert words == ["The answer is right.", "The answer is wrong."] and "2" not in "".join(map(str, words))
+    partly = Grade(reward=1.0, words=7)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="said 7 of an answer to 'a'. Say a text"):
+        rewards(lambda prompts, completions, **_: [partly], [rollout("a", "b")])

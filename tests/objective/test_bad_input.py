@@ -237,7 +237,7 @@ def test_batch_wide_methods_cannot_be_planned_one_micro_batch_at_a_time():
 
 def test_all_needs_are_known_to_this_file():
     declared = set(_FIELDS.values()) | set(_VIEW.values())
-    assert {need for need in ALL} - {Needs.STUDENT_HIDDEN} == declared
+    assert {need for need in ALL} == declared
     of_itself = {"behavior_logprobs_N", "student_logprobs_N", "groups_S", "vocab_size", "num_before_N", "num_after_N"}
     of_itself |= {"columns", "read_S"}
     assert set(_FIELDS) == {f.name for f in dataclasses.fields(Tokens) if f.default is None} - of_itself

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from tests import run_case
 from tests.kills import kill_at, recorded
 from tests.small_runs import write_run
 from tests.told import COLUMN, FEEDBACK, PEERS, SHOWN, WORDS, write_world
+from tropd.monitoring.records import read_records
 
 CASES: dict[str, dict[str, Any]] = {
     "another model, prefixes": {"teacher": {"briefing": COLUMN}},
@@ -48,5 +48,5 @@ def test_a_told_run_that_is_killed_goes_on_bit_for_bit(world: Path, tmp_path: Pa
     assert ended.code == 0, ended.said
     kill_at(write_run(world, killed, "quick", **changes), killed, [(recorded(2), 0.0)])
     assert run_case.trace(killed) == run_case.trace(whole)
-    losses = [json.loads(line).get("loss") for line in (whole / "records.jsonl").read_text().splitlines()]
-    assert any(losses)
+    steps = read_records(whole / "records.jsonl").steps
+    assert any(record.loss for record in steps) and all(0 <= record.probes["unread/teacher"] < 1 for record in steps)

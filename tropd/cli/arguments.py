@@ -56,9 +56,9 @@ def without_code(run: Run, trusted: bool) -> tuple[Run, list[str]]:
     from tropd.config.models import TeacherConfig
     from tropd.methods import NamedMethod
 
-    models = {"student": run.student, "teacher": run.teacher} | {
-        f"teachers.{name}": x for name, x in run.teachers.items()
-    }
+    models = {"student": run.student, "teacher": run.teacher}
+    models |= {f"teachers.{name}": x for name, x in run.teachers.items()}
+    models |= {f"readers.{name}": x for name, x in run.readers.items()}
     own = {"grader": run.grader, "evaluation.grader": run.evaluation.grader}
     own |= {"method.name": run.method.name if isinstance(run.method, NamedMethod) else None}
     own |= {f"{whose}.path": model.path for whose, model in models.items() if whose != "student"}
@@ -80,6 +80,7 @@ def without_code(run: Run, trusted: bool) -> tuple[Run, list[str]]:
         "student": replace(run.student, trust_remote_code=False),
         "teacher": replace(run.teacher, trust_remote_code=False),
         "teachers": {name: replace(x, trust_remote_code=False) for name, x in run.teachers.items()},
+        "readers": {name: replace(x, trust_remote_code=False) for name, x in run.readers.items()},
         "grader": None if "grader" in own else run.grader,
         "evaluation": replace(run.evaluation, grader=None) if "evaluation.grader" in own else run.evaluation,
     }
@@ -94,7 +95,10 @@ def with_its_code(run: Run, trusted: bool) -> tuple[Run, list[str]]:
             "examined here. `tropd report`, `watch` and `inspect` read what it left."
         )
     seen, notes = without_code(run, trusted)
-    if needed := [note for note in notes if re.match(r"method\.name|teachers?\.([^ ]+\.)?(path|briefing)", note)]:
+    needed = r"method\.name|(teachers?|readers)\.([^ ]+\.)?(path|briefing)"
+    if any(x.briefing.needs for x in (*run.all_teachers.values(), *run.all_readers.values())):
+        needed += "|grader "  # its words and rewards are told
+    if needed := [note for note in notes if re.match(needed, note)]:
         raise ConfigError(" ".join(needed))
     return seen, notes
 

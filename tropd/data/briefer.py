@@ -15,13 +15,13 @@ from functools import reduce
 from typing import TYPE_CHECKING
 
 from tropd.base.reading import nearest
-from tropd.briefings.asked import Asked, Briefing, Example, Facts, Messages, Response
+from tropd.briefings.asked import Asked, Briefing, Facts, Messages, Response
 from tropd.briefings.briefing import AsStudent, OwnBriefing
 from tropd.briefings.demonstrations import WithDemonstrations
 from tropd.config.run import Run
-from tropd.data.examples import Shelf
+from tropd.data.examples import Shelves
 from tropd.data.listener import Candidate, Listener
-from tropd.data.rows import Row, Table, open_table
+from tropd.data.rows import Row, Table
 from tropd.errors import ConfigError, DataError
 from tropd.objective.evidence import READER
 from tropd.types import Message, Prompt, Rollout
@@ -48,13 +48,13 @@ class Briefer:
     ) -> None:
         """`tokenizer` is the student's; `teachers` are those that prompts choose among, `readers` all others."""
         self.data, self.tokenizer, self.max_new_tokens = run.data, tokenizer, run.rollout.max_new_tokens
-        self._teachers = self._told(teachers, _teacher)
-        self._readers = self._told(readers or {}, _reader)
+        self._teachers = self._told(teachers, _teacher, teaches=True)
+        self._readers = self._told(readers or {}, _reader, teaches=False)
         self._tried: set[str] = set()
         self._said: set[tuple[str, str]] = set()
-        self._shelves: dict[tuple[str | None, str, str], Shelf] = {}
+        self._shelves = Shelves()
 
-    def _told(self, readers: Mapping[str, Candidate], said: Callable[[str], str]) -> dict[str, Listener]:
+    def _told(self, readers: Mapping[str, Candidate], said: Callable[[str], str], teaches: bool) -> dict[str, Listener]:
         found: dict[str, Listener] = {}
         for name, reader in readers.items():
             briefing = imported(reader.config.briefing)
@@ -64,6 +64,7 @@ class Briefer:
             found[name] = Listener(
                 said=said(name),
                 briefing=briefing,
+                teaches=teaches,
                 tokenizer=own if own is not None and own.chat_template else self.tokenizer,
                 student=self.tokenizer,
                 kwargs=self.data.chat_template_kwargs,
@@ -74,6 +75,11 @@ class Briefer:
     @property
     def _everyone(self) -> tuple[Listener, ...]:
         return (*self._teachers.values(), *self._readers.values())
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """The readers that are told something."""
+        return (*([READER] if self._teachers else []), *self._readers)
 
     @property
     def compares(self) -> bool:
@@ -96,28 +102,17 @@ class Briefer:
                         f"{has}. Set briefing.column in the section of the teacher."
                     )
             if isinstance(listener.briefing, WithDemonstrations):
-                self._fetch(listener, listener.briefing, table)
+                if listener.briefing.source is None and self.data.streaming:
+                    raise ConfigError(
+                        f"{listener.said} is told examples from the data set of the run, but data.streaming reads it "
+                        "row by row. Name a file in briefing.source."
+                    )
+                self._shelves.fetch(listener.briefing, table)
             if listener.briefing.needs_template and not uses_template:
                 raise ConfigError(
                     f"{listener.said} is told a turn of a conversation, but prompts are encoded without a chat "
                     "template. Use a tokenizer with one and data.apply_chat_template = true, or leave the briefing out."
                 )
-
-    def _fetch(self, listener: Listener, briefing: WithDemonstrations, table: Table) -> None:
-        """The examples of a briefing, read once."""
-        if briefing.source is None and self.data.streaming:
-            raise ConfigError(
-                f"{listener.said} is told examples from the data set of the run, but data.streaming reads it row by "
-                "row. Name a file in briefing.source."
-            )
-        key = (briefing.source, briefing.problem, briefing.solution)
-        if key not in self._shelves:
-            self._shelves[key] = Shelf(open_table(briefing.source) if briefing.source else table, *key[1:])
-
-    def _examples(self, briefing: Briefing, question: str) -> tuple[Example, ...]:
-        if not isinstance(briefing, WithDemonstrations):
-            return ()
-        return self._shelves[briefing.source, briefing.problem, briefing.solution].pick(question, briefing)
 
     def brief(self, prompt: Prompt, row: Row, text: str, number: int) -> Prompt:
         """The prompt with what its readers read, as far as that is known; `text` is that of a prompt without turns."""
@@ -130,7 +125,7 @@ class Briefer:
                         self._try(listener, prompt, asked)
                     self._tried.add(listener.said)
                 else:
-                    examples = self._examples(listener.briefing, asked.messages[-1].content)
+                    examples = self._shelves.pick(listener.briefing, asked.messages[-1].content)
                     messages = listener.briefing.messages(replace(asked, examples=examples))
                     told[name] = listener.render(prompt, asked.messages, messages) if messages else ()
             except DataError as problem:
@@ -216,22 +211,20 @@ class Briefer:
         """Notes on prompts that leave a reader no room for the longest answer.  Refused if none leaves any, or if the
         teacher `writes` from them."""
         notes = []
-        for name, listener in {READER: None, **self._readers}.items():
-            of = self._teachers if listener is None else {name: listener}
-            for key, told in of.items():
-                mine = [p for p in prompts if name in p.told and (listener is not None or p.teacher == key)]
-                room = None if told.context is None else told.context - self.max_new_tokens
-                long = [p for p in mine if room is not None and len(p.told[name]) > room]
-                if not long:
-                    continue
-                said = (
-                    f"{len(long)} of {len(mine)} prompts are so long for {told.said} that no room for an answer of "
-                    f"{self.max_new_tokens} tokens is left in the {told.context} that it can read, such as prompt "
-                    f"'{long[0].id}' with {len(long[0].told[name])} tokens"
-                )
-                if len(long) == len(mine) or writes:
-                    raise DataError(f"{said}. Make the briefing shorter, or lower rollout.max_new_tokens.")
-                notes.append(f"{said}. It does not read answers that do not fit.")
+        for one in self._everyone:
+            named = [(prompt, name) for prompt in prompts for name, x in self._of(prompt).items() if x is one]
+            mine = [(prompt, len(prompt.told[name])) for prompt, name in named if name in prompt.told]
+            long = [x for x in mine if one.context is not None and x[1] > one.context - self.max_new_tokens]
+            if not long:
+                continue
+            said = (
+                f"{len(long)} of {len(mine)} prompts are so long for {one.said} that no room for an answer of "
+                f"{self.max_new_tokens} tokens is left in the {one.context} that it can read, such as prompt "
+                f"'{long[0][0].id}' with {long[0][1]} tokens"
+            )
+            if len(long) == len(mine) or (writes and one.teaches):
+                raise DataError(f"{said}. Make the briefing shorter, or lower rollout.max_new_tokens.")
+            notes.append(f"{said}. It does not read answers that do not fit.")
         return notes
 
 

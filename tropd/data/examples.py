@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from tropd.base.reading import nearest
-from tropd.briefings.asked import Example
+from tropd.briefings.asked import Briefing, Example
 from tropd.briefings.demonstrations import WithDemonstrations
 from tropd.data.chat import parse_messages
-from tropd.data.rows import Row, Table
+from tropd.data.rows import Row, Table, open_table
 from tropd.errors import DataError, require
 from tropd.types import key_of
 
@@ -71,6 +71,25 @@ class Shelf:
         index = bm25s.BM25()
         index.index([_words(example.problem) for example in self.examples], show_progress=False)
         return index
+
+
+class Shelves:
+    """The examples of every briefing that shows some, each data set read once."""
+
+    def __init__(self) -> None:
+        self._shelves: dict[tuple[str | None, str, str], Shelf] = {}
+
+    def fetch(self, briefing: WithDemonstrations, table: Table) -> None:
+        """Read what a briefing shows; `table` is the data set of the run."""
+        key = (briefing.source, briefing.problem, briefing.solution)
+        if key not in self._shelves:
+            self._shelves[key] = Shelf(open_table(briefing.source) if briefing.source else table, *key[1:])
+
+    def pick(self, briefing: Briefing, question: str) -> tuple[Example, ...]:
+        """The examples that a briefing shows beside a question; none if it shows none."""
+        if not isinstance(briefing, WithDemonstrations):
+            return ()
+        return self._shelves[briefing.source, briefing.problem, briefing.solution].pick(question, briefing)
 
 
 def _words(text: str) -> list[str]:

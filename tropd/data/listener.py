@@ -36,6 +36,8 @@ class Listener:
 
     said: str
     briefing: Briefing
+    teaches: bool
+    """Whether it is the teacher of prompts, which may have to write as well."""
     tokenizer: PreTrainedTokenizerBase
     """Whose chat template writes its prompts."""
     student: PreTrainedTokenizerBase

@@ -190,7 +190,7 @@ def _over_ranks(sums: StepSums, world: Ranks) -> StepSums:
 
 
 def _probes_of_step(parts: Parts, sums: StepSums, batch: ScoredBatch, behind: list[int]) -> dict[str, float]:
-    """Probes of the whole step: clipping, the age of the rollouts, their rewards."""
+    """Probes of the whole step: clipping, the age of the rollouts, their rewards, who did not read them."""
     limit = parts.run.optimizer.max_gradient_norm
     probes = {"gradient/clipped": sum(norm > limit for norm in sums.gradient_norms) / len(sums.gradient_norms)}
     if parts.run.rollout.staleness:
@@ -200,6 +200,10 @@ def _probes_of_step(parts: Parts, sums: StepSums, batch: ScoredBatch, behind: li
         own = [rollout.reward or 0.0 for rollout in batch.rollouts]
         rewards = [reward for part in parts.world.gather_json(own) for reward in part]
         probes["reward/mean"] = sum(rewards) / len(rewards)
+    for name in (name for name in parts.briefer.told if name in parts.run.method.objective.readers):
+        own = [float(read is None) for read in batch.as_read[name]]
+        unread = [each for part in parts.world.gather_json(own) for each in part]
+        probes[f"unread/{name}"] = sum(unread) / len(unread)
     return probes
 
 
