@@ -27,9 +27,8 @@ from tropd.objective import (
     Tokens,
 )
 from tropd.objective.measures import ReverseKLAt
-from tropd.objective.places import Shortest
 from tropd.objective.rewards import GroupAdvantage
-from tropd.objective.selectors import STUDENT, TopFraction, Verified
+from tropd.objective.selectors import STUDENT, TopFraction
 from tropd.objective.support import ids_in
 from tropd.types import Author
 
@@ -224,31 +223,6 @@ def test_clamping_at_a_quantile_of_the_batch_is_leaving_out_the_tokens_above_it(
     below = float(ranked[math.ceil(0.2 * len(ranked))])  # the largest that stays
     clamped = Objective(Term("t", STUDENT, AtMost(ReverseKL(), nats=below + 1e-9)))
     close(case.gradient(left_out), case.gradient(clamped), 1e-14)
-
-
-def test_the_shortest_verified_answers_of_each_group_are_found_by_counting() -> None:
-    lengths = (5, 2, 7, 3, 6, 4)
-    case = make_case(lengths=lengths)
-    tokens = case.tokens.with_(
-        authors_N=torch.full_like(case.tokens.authors_N, int(Author.STUDENT)),
-        num_actions_S=torch.tensor(lengths),
-        rewards_S=torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0]),
-        groups_S=torch.tensor([4, 4, 4, 4, 9, 9]),
-    )
-    chosen_S = Shortest(0.5, among=Verified())(tokens, Context())[torch.tensor(lengths).cumsum(0) - 1]
-    assert chosen_S.tolist() == [1, 0, 0, 1, 0, 1]  # 5 and 3 of (5, 7, 3); 4 alone
-
-
-def test_answers_of_the_same_length_are_taken_together() -> None:
-    case = make_case(lengths=(3, 3, 4))
-    tokens = case.tokens.with_(num_actions_S=torch.tensor([3, 3, 4]), groups_S=torch.zeros(3, dtype=torch.int64))
-    assert Shortest(0.1)(tokens, Context()).tolist() == [1.0] * 6 + [0.0] * 4
-
-
-def test_a_group_without_a_verified_answer_has_no_shortest_one() -> None:
-    case = make_case(lengths=(3, 2))
-    tokens = case.tokens.with_(rewards_S=torch.zeros(2), groups_S=torch.zeros(2, dtype=torch.int64))
-    assert not bool(Shortest(among=Verified())(tokens, Context()).any())
 
 
 def with_bucket(p: Tensor, q: Tensor, ids: list[int]) -> tuple[list[float], list[float]]:

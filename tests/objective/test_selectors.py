@@ -12,9 +12,9 @@ from tests.objective.cases import F64, close, make_case
 from tropd.errors import ConfigError
 from tropd.objective import Context, NegativeLogLikelihood, Objective, PolicyGradient, Term
 from tropd.objective.evidence import Needs, Tokens, around
-from tropd.objective.places import FirstOf, LastPositions, PositionBelow
+from tropd.objective.places import FirstOf, LastPositions, PositionBelow, Shortest
 from tropd.objective.rewards import LogRatio, chain
-from tropd.objective.selectors import STUDENT, Everywhere, PerplexityWeight, TopFraction
+from tropd.objective.selectors import STUDENT, Everywhere, PerplexityWeight, TopFraction, Verified
 from tropd.objective.terms import Measure, Reward, Selector
 from tropd.training.batches import make_tokens
 from tropd.types import Author, Prompt, Rollout
@@ -197,3 +197,28 @@ def test_likeliest_tokens_without_a_number_are_refused_by_name():
     objective = Objective(Term("careless", STUDENT & Careless(), NegativeLogLikelihood()))
     with pytest.raises(ConfigError, match=r"'careless'.*Needs\.TOPK.*teacher_top_k = 16"):
         _ = objective.teacher_top_k
+
+
+def test_the_shortest_verified_answers_of_each_group_are_found_by_counting() -> None:
+    lengths = (5, 2, 7, 3, 6, 4)
+    case = make_case(lengths=lengths)
+    tokens = case.tokens.with_(
+        authors_N=torch.full_like(case.tokens.authors_N, int(Author.STUDENT)),
+        num_actions_S=torch.tensor(lengths),
+        rewards_S=torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0]),
+        groups_S=torch.tensor([4, 4, 4, 4, 9, 9]),
+    )
+    chosen_S = Shortest(0.5, among=Verified())(tokens, Context())[torch.tensor(lengths).cumsum(0) - 1]
+    assert chosen_S.tolist() == [1, 0, 0, 1, 0, 1]  # 5 and 3 of (5, 7, 3); 4 alone
+
+
+def test_answers_of_the_same_length_are_taken_together() -> None:
+    case = make_case(lengths=(3, 3, 4))
+    tokens = case.tokens.with_(num_actions_S=torch.tensor([3, 3, 4]), groups_S=torch.zeros(3, dtype=torch.int64))
+    assert Shortest(0.1)(tokens, Context()).tolist() == [1.0] * 6 + [0.0] * 4
+
+
+def test_a_group_without_a_verified_answer_has_no_shortest_one() -> None:
+    case = make_case(lengths=(3, 2))
+    tokens = case.tokens.with_(rewards_S=torch.zeros(2), groups_S=torch.zeros(2, dtype=torch.int64))
+    assert not bool(Shortest(among=Verified())(tokens, Context()).any())
