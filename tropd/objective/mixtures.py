@@ -51,6 +51,9 @@ class Mean(Mixture):
     def readers(self) -> tuple[str, ...]:
         return self.of
 
+    def __str__(self) -> str:
+        return f"the mean of {', '.join(self.of)}"
+
     def __call__(self, logprobs: Mapping[str, Tensor]) -> Tensor:
         if len(self.of) == 1:
             return logprobs[self.of[0]]
@@ -88,6 +91,9 @@ class Steered(Mixture):
     @property
     def readers(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((self.base, *self.plus, *self.minus)))
+
+    def __str__(self) -> str:
+        return f"{self.base}, steered by {self.strength:g} from {', '.join(self.minus)} to {', '.join(self.plus)}"
 
     def __call__(self, logprobs: Mapping[str, Tensor]) -> Tensor:
         base = logprobs[self.base]
