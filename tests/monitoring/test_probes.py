@@ -228,3 +228,42 @@ def _packed(sums: Sums) -> torch.Tensor:
     catch = Catch()
     sums.gather(catch)
     return catch.seen
+
+
+def test_what_is_filled_in_for_responses_that_the_teacher_did_not_read_enters_no_probe() -> None:
+    g = torch.Generator().manual_seed(2)
+    authors, sequences = [S] * 9, [0, 0, 0, 1, 1, 1, 1, 2, 2]
+
+    def evidence(filled: float) -> dict[str, torch.Tensor]:
+        g.manual_seed(2)
+        said = torch.randn(9, 6, generator=g).log_softmax(-1)
+        own = torch.randn(9, 6, generator=g).log_softmax(-1)
+        said[3:7] = filled
+        top = said.topk(3)
+        return {
+            "teacher_logprobs_N": said[:, 0],
+            "teacher_topk_ids_NK": top.indices,
+            "teacher_topk_logprobs_NK": top.values,
+            "teacher_at_student_topk_NJ": said[:, :2],
+            "student_topk_ids_NJ": own.topk(2).indices,
+            "teacher_entropy_N": -said[:, 1],
+            "student_entropy_N": -own[:, 1],
+            "student_logprobs_N": own[:, 2],
+            "behavior_logprobs_N": own[:, 3],
+        }
+
+    read_S = torch.tensor([True, False, True])
+    at_teacher = torch.randn(9, 3, generator=g).log_softmax(-1)
+    whole = [
+        probes_of(make_tokens(authors, sequences, read_S=read_S, **evidence(x)), topk_logprobs_NK=at_teacher)
+        for x in (0.0, -77.0)
+    ]
+    kept = torch.tensor([0, 1, 2, 7, 8])
+    parts = make_tokens(authors, sequences, **evidence(0.0)).rows(kept)
+    alone = probes_of(parts, topk_logprobs_NK=at_teacher[kept])
+    everybody = {"entropy/student", "mismatch/behavior", "mismatch/behavior_max"}
+    assert whole[0] == whole[1] and whole[0].keys() == alone.keys() and len(alone) > 20
+    assert {n: x for n, x in whole[0].items() if n not in everybody} == {
+        n: x for n, x in alone.items() if n not in everybody
+    }
+    assert whole[0]["entropy/student"] != alone["entropy/student"], "the student is probed on all of its own tokens"

@@ -7,6 +7,7 @@ from urllib.parse import quote
 
 from tropd.base.reading import check_path, printable
 from tropd.briefings.briefing import AsStudent
+from tropd.config.mixtures import check_mixtures
 from tropd.config.models import ModelConfig, base_url
 from tropd.config.settings import Settings
 from tropd.errors import ConfigError
@@ -47,6 +48,7 @@ def check(run: Settings) -> None:
         _check_teachers(run)
     else:
         _check_teacher(run)
+    check_mixtures(run)
     _check_readers(run)
 
 
@@ -142,6 +144,8 @@ def _check_readers(run: Settings) -> None:
     for name, reader in run.readers.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise ConfigError(f"reader {name[:40]!r} has no name of letters, digits and _. Give it one.")
+        if reader.made_of is not None:
+            continue
         if reader.path != READER:
             try:
                 run.read_by(name)

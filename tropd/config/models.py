@@ -14,9 +14,11 @@ from tropd.base.names import is_name, offered
 from tropd.base.ranges import Count, Positive, Range, Ranged, Seconds
 from tropd.base.reading import shortened
 from tropd.briefings.briefing import AsStudent, Briefing, read_briefing
+from tropd.briefings.reader import Direction
 from tropd.config.follow import Follow, Frozen, read_follow
 from tropd.errors import ConfigError
 from tropd.objective.evidence import READER
+from tropd.objective.mixtures import Mixture, Steered, mixture_of
 
 GIVEN = "(given in Python)"
 """Stands in a run file for an object that no file can hold."""
@@ -141,6 +143,8 @@ class TeacherConfig(ModelConfig):
     """What it is told and the student is not, such as { kind = "column", column = "solution" }."""
     follow: Annotated[Follow, PlainValidator(read_follow), Fixed, Suppress] = Frozen()
     """How the student before training follows the student, such as { rule = "ema", decay = 0.999 }."""
+    direction: Annotated[Direction | None, Fixed, Suppress] = None
+    """What is added to one of its layers while it reads, such as { file = "refusal.npy", layer = 12 }."""
     text_cache: bool = True
     """Keep the texts it writes on disk, in the run's folder."""
     score_cache: bool = False
@@ -232,3 +236,12 @@ class ReaderConfig(TeacherConfig):
 
     path: str = READER
     """As for a teacher, or "teacher": the model of [teacher], told something else."""
+    mean: Annotated[tuple[str, ...] | None, Fixed, Suppress] = None
+    """It has no model but is the mean of these readers."""
+    steered: Annotated[Steered | None, Fixed, Suppress] = None
+    """It has no model but is one reader steered by others: { base = "teacher", plus = [...], minus = [...] }."""
+
+    @property
+    def made_of(self) -> Mixture | None:
+        """How it is made of other readers; None if it has a model."""
+        return mixture_of(self.mean, self.steered)

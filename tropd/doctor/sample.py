@@ -27,7 +27,7 @@ from tropd.rollout.stage import roll_out
 from tropd.teachers.teacher import ScoreRequest, Teacher
 from tropd.training.batches import add_scores, make_tokens
 from tropd.training.iteration import clock
-from tropd.training.scoring import score
+from tropd.training.scoring import asked_of, score
 from tropd.training.step import StepSums, recall_needed, train_step
 from tropd.types import Finish, Prompt, Rollout
 
@@ -223,7 +223,8 @@ def _step(parts: Parts, rollouts: list[Rollout], seconds: dict[str, float]) -> S
     run, objective, learner = parts.run, parts.run.method.objective, parts.learner
     with clock(seconds, "score"):
         recall = recall_needed(objective, run.optimizer.num_updates)
-        as_read = {name: parts.briefer.as_read(name, rollouts) for name in objective.readers}
+        asked = asked_of(objective, parts.readers)
+        as_read = {name: parts.briefer.as_read(name, rollouts) for name in asked}
         batch = score(rollouts, objective, parts.readers, learner, seed=run.seed, recall=recall, as_read=as_read)
     with clock(seconds, "train"):
         return train_step(

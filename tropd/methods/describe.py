@@ -11,9 +11,10 @@ from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from tropd.briefings.reader import model_text, told_text
 from tropd.errors import ConfigError
 from tropd.methods import Method, find_method
-from tropd.objective.evidence import OF_TEACHER, Needs
+from tropd.objective.evidence import OF_TEACHER, READER, Needs
 from tropd.objective.losses import NegativeLogLikelihood
 from tropd.objective.schedules import Schedule
 from tropd.objective.terms import Over, Term
@@ -77,6 +78,14 @@ class Evidence:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReaderRow:
+    name: str
+    model: str
+    told: str
+    asked: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Knob:
     name: str
     default: str
@@ -98,6 +107,8 @@ class Description:
     rollout: str
     evidence: tuple[Evidence, ...]
     teacher: str
+    readers: tuple[ReaderRow, ...]
+    """Empty where only "teacher" reads, and the method says nothing of it."""
     knobs: tuple[Knob, ...]
     readings: tuple[str, ...]
     at_teacher: str
@@ -122,6 +133,7 @@ def describe(name: str) -> Description:
         rollout=_rollout_text(method),
         evidence=tuple(Evidence(name=str(n.name), what=EVIDENCE[n][0], server=EVIDENCE[n][1]) for n in method.needs),
         teacher=_teacher_text(method),
+        readers=tuple(_readers(method)),
         knobs=tuple(_knobs(cls)),
         readings=cls.readings,
         at_teacher=_at_teacher_text(method),
@@ -164,6 +176,34 @@ def _teacher_text(method: Method) -> str:
     return "A teacher in this process, or a server that can do what is named above." + texts
 
 
+def _readers(method: Method) -> Iterator[ReaderRow]:
+    """Everybody who reads, with what a run file may change."""
+    objective, prescribed = method.objective, method.readers
+    names = list(dict.fromkeys([*objective.readers, *prescribed]))
+    if not {*names} - {READER} and not prescribed:
+        return
+    parts = {part for reader in prescribed.values() if reader.made_of for part in reader.made_of.readers}
+    for name in names:
+        section, reader = "[teacher]" if name == READER else f"[readers.{name}]", prescribed.get(name)
+        asked = asked_text(objective.needs_of(name) | (Needs.HIDDEN if name in parts else Needs.NOTHING))
+        if reader is None:
+            yield ReaderRow(name=name, model=f"as {section} says", told=f"as {section} says", asked=asked)
+            continue
+        told = "" if reader.made_of else told_text(reader.briefing)
+        yield ReaderRow(
+            name=name, model=model_text(reader.model, reader.direction, reader.made_of), told=told, asked=asked
+        )
+
+
+def asked_text(needs: Needs) -> str:
+    """What a reader is asked for, in a few words."""
+    return ", ".join(_short(str(need.name)) for need in needs & OF_TEACHER) or "nothing"
+
+
+def _short(evidence: str) -> str:
+    return evidence.lower().replace("_", " ").replace("topk", "top-k")
+
+
 def _at_teacher_text(method: Method) -> str:
     if not method.zero_at_teacher:
         return "a signal that does not vanish."
@@ -175,7 +215,7 @@ def _at_teacher_text(method: Method) -> str:
 
 def needs_text(description: Description) -> str:
     """The evidence in a few words, for tables."""
-    short = [e.name.lower().replace("_", " ").replace("topk", "top-k") for e in description.evidence]
+    short = [_short(e.name) for e in description.evidence]
     if description.texts:
         short.append("texts")
     return ", ".join(short)

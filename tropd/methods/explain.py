@@ -23,8 +23,10 @@ from tropd.methods.describe import Description, describe, needs_text
 
 TERMS = ("term", "where", "loss", "weight", "divided by")
 EVIDENCE = ("evidence", "what it is", "which server can give it")
+READERS = ("reader", "whose distributions", "told", "asked for")
 KNOBS = ("knob", "default", "choices", "meaning and source")
 METHODS_COLUMNS = ("method", "paper", "needs", "what it does")
+OVERRIDE = "A run's [teacher] and [readers.NAME] come first."
 AT_TEACHER = "From its terms, a student that equals its teacher gets"
 
 Rows = list[tuple[str, ...]]
@@ -39,6 +41,7 @@ def explain(name: str) -> RenderableType:
         *_section("Terms", _table(TERMS, _rows(d.terms))),
         *_section("Rollouts", d.rollout),
         *_section("Evidence", _table(EVIDENCE, _rows(d.evidence)) if d.evidence else None, d.teacher),
+        *(_section("Readers", _table(READERS, _rows(d.readers)), OVERRIDE) if d.readers else ()),
         *_section("Knobs", _table(KNOBS, _rows(d.knobs)) if d.knobs else "None."),
     ]
     if d.readings:
@@ -131,6 +134,8 @@ def _chapter(d: Description) -> str:
     if d.evidence:
         lines += [_markdown_table(EVIDENCE, _rows(d.evidence))]
     lines += [d.teacher, ""]
+    if d.readers:
+        lines += [_markdown_table(READERS, _rows(d.readers)), OVERRIDE, ""]
     if d.knobs:
         coded = [(_code(name), _code(default), *rest) for name, default, *rest in _rows(d.knobs)]
         lines += [_markdown_table(KNOBS, coded)]

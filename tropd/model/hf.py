@@ -119,6 +119,13 @@ def block_names(model: nn.Module) -> set[str]:
     return set(getattr(model, "_no_split_modules", None) or ())
 
 
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The layers of a causal language model in order; empty if this release keeps them in no list."""
+    blocks, decoder = block_names(model), model.get_decoder()
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    return next((list(x) for x in lists if all(type(layer).__name__ in blocks for layer in x)), [])
+
+
 _IMPLEMENTATION = "_attn_implementation_internal"
 PLAIN_ATTENTION = "sdpa"
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tropd.monitoring.sample import sampled_rows
 from tropd.objective.context import World
-from tropd.objective.evidence import Tokens, at_least_float32
+from tropd.objective.evidence import Tokens, as_heard, at_least_float32
 from tropd.types import Author, Finish, Rollout, Sampling
 
 MEANS = (
@@ -146,7 +146,8 @@ def probe_batch(
     sampling: Sampling = NEUTRAL,
     stale: bool = False,
 ) -> Sums:
-    """The probes of these rows and these whole rollouts, which need not belong together.
+    """The probes of these rows and these whole rollouts, which need not belong together.  What is said of the teacher
+    leaves out responses that it did not read.
 
     `topk_logprobs_NK` is the student at `tokens.teacher_topk_ids_NK`; `sampling` is how the rollouts were drawn;
     `sampled` says that the top-k is there for a sample of the tokens (`tropd.monitoring.sample`) and those of need.
@@ -165,9 +166,10 @@ def probe_batch(
     """
     sums = _Collector(bins)
     student_N = tokens.authors_N == Author.STUDENT
-    _probe_ratio(sums, tokens, student_N)
-    _probe_support(sums, tokens, student_N & sampled_rows(tokens) if sampled else student_N, topk_logprobs_NK)
-    _probe_entropy(sums, tokens, student_N)
+    heard_N = as_heard(tokens, [tokens.reader]).authors_N == Author.STUDENT
+    _probe_ratio(sums, tokens, heard_N)
+    _probe_support(sums, tokens, heard_N & sampled_rows(tokens) if sampled else heard_N, topk_logprobs_NK)
+    _probe_entropy(sums, tokens, student_N, heard_N)
     if not sampling.truncates and sampling.temperature == 1.0:
         behavior_N = _pick(tokens.peek("behavior_logprobs_N"), student_N)
         student_logprobs_N = _pick(tokens.peek("student_logprobs_N"), student_N)
@@ -252,15 +254,15 @@ def _overlap(teacher_ids_NK: Tensor, own_ids_NJ: Tensor) -> Tensor:
     return (ids[:, 1:] == ids[:, :-1]).sum(-1).cpu().double() / max(k, 1)
 
 
-def _probe_entropy(sums: _Collector, tokens: Tokens, student_N: Tensor) -> None:
-    teacher_N = _pick(tokens.peek("teacher_entropy_N"), student_N)
+def _probe_entropy(sums: _Collector, tokens: Tokens, student_N: Tensor, heard_N: Tensor) -> None:
+    teacher_N = _pick(tokens.peek("teacher_entropy_N"), heard_N)
     own_N = _pick(tokens.peek("student_entropy_N"), student_N)
     if teacher_N is not None:
         sums.add("entropy/teacher", teacher_N)
     if own_N is not None:
         sums.add("entropy/student", own_N)
     if teacher_N is not None and own_N is not None:
-        sums.add("entropy/gap", (own_N - teacher_N).abs())
+        sums.add("entropy/gap", (own_N[heard_N[student_N].cpu()] - teacher_N).abs())
 
 
 def _probe_rollouts(sums: _Collector, rollouts: Sequence[Rollout]) -> None:

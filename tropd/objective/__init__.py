@@ -17,6 +17,7 @@ from tropd.objective.losses import (
     SampledReverseKL,
     StateReward,
 )
+from tropd.objective.mixtures import Mean, Steered
 from tropd.objective.objective import LossOutput, Objective
 from tropd.objective.plan import Counts, Plan
 from tropd.objective.schedules import Schedule
@@ -33,6 +34,7 @@ __all__ = [
     "HiddenMatch",
     "JensenShannon",
     "LossOutput",
+    "Mean",
     "Needs",
     "NegativeLogLikelihood",
     "Objective",
@@ -46,6 +48,7 @@ __all__ = [
     "Schedule",
     "Selector",
     "StateReward",
+    "Steered",
     "StudentView",
     "Term",
     "TokenLoss",

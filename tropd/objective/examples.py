@@ -27,6 +27,7 @@ from tropd.objective.losses import (
     StateReward,
 )
 from tropd.objective.measures import EitherHigh, Normalised, ReverseKLAt, StudentEntropy
+from tropd.objective.mixtures import Mean, Steered
 from tropd.objective.objective import Objective
 from tropd.objective.places import FirstOf, LastPositions, PositionBelow, ShorterThan, Shortest, TokenIn
 from tropd.objective.rewards import (
@@ -83,6 +84,7 @@ __all__ = [
     "LastPositions",
     "LogRatio",
     "LogRatioAbove",
+    "Mean",
     "NegativeLogLikelihood",
     "Normalised",
     "Objective",
@@ -103,6 +105,7 @@ __all__ = [
     "Shortest",
     "Standardise",
     "StateReward",
+    "Steered",
     "StudentEntropy",
     "StudentView",
     "TeacherEntropyAbove",

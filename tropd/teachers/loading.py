@@ -30,6 +30,8 @@ from tropd.model.loading import load_model, load_tokenizer
 from tropd.model.origins import Origin, origin_of, origin_of_objects
 from tropd.model.tiling import Tiling
 from tropd.objective.evidence import READER, Needs
+from tropd.teachers.combined import Combined
+from tropd.teachers.directions import added
 from tropd.teachers.following import Follower, Swapped
 from tropd.teachers.local import LocalTeacher, base_as_teacher, same_vocabulary, shared_vocab_size
 from tropd.teachers.moved import MovedTeacher
@@ -112,7 +114,7 @@ def find(run: Run, tokenizer: PreTrainedTokenizerBase, given: Any = None) -> lis
     teachers += [
         TeacherParts(name=name, several=True, config=x, reader=True)
         for name, x in run.all_readers.items()
-        if not shares_model(run, x)
+        if x.made_of is None and not shares_model(run, x)
     ]
     for teacher in teachers:
         if teacher.config.is_student:
@@ -145,8 +147,10 @@ def shares_model(run: Run, reader: ReaderConfig) -> bool:
     """Whether it has the model of the run's teacher, however that is said."""
     if reader.path == READER:
         return True
-    own, theirs = ({**to_dict(x), "briefing": None} for x in (reader, run.all_teachers.get("default")))
-    return own == theirs and "teacher" not in run.given
+    if "teacher" in run.given or not (teacher := run.all_teachers.get("default")) or teacher.direction:
+        return False
+    own, theirs = ({**to_dict(x), "briefing": None, "direction": None} for x in (reader, teacher))
+    return own == theirs
 
 
 def make_teacher(config: TeacherConfig) -> Teacher:
@@ -221,16 +225,36 @@ def engage(
         else:
             teacher.swapped = Swapped(student) if teacher.config.follows else None
             ready[teacher.origin] = local(student, within=teacher.swapped or nullcontext)
+        with teacher.named():
+            ready[teacher.origin] = with_direction(ready[teacher.origin], teacher.config, teacher.name)
         if isinstance(single := ready[teacher.origin], LocalTeacher) and teacher.config.follows:
             followers.append(Follower(teacher.origin, teacher.config.follow, single, teacher.swapped))
             if teacher.config.servers:
                 ready[teacher.origin] = MovedTeacher(teacher.config, followers[-1], top_k, directory, world)
     teaching = {x.name: ready[x.origin] for x in teachers if not x.reader}
     teacher = Routed(teaching) if teachers[0].several else teaching["default"]
-    own = {x.name: ready[x.origin] for x in teachers if x.reader}
-    readers = {name: own.get(name, teacher) for name in run.all_readers}
-    everybody = {READER: teacher, **readers}
+    readers = {READER: teacher, **{x.name: ready[x.origin] for x in teachers if x.reader}}
+    for name, config in run.all_readers.items():
+        if name not in readers and config.made_of is None:
+            readers[name] = with_direction(teacher, config, name)
+    made = {name: mixture for name, x in run.all_readers.items() if (mixture := x.made_of)}
+    while ready_now := [name for name in made if set(made[name].readers) <= readers.keys()]:  # no circles: it ends
+        for name in ready_now:
+            readers[name] = Combined(name, made.pop(name), readers, tiling.tile_tokens)
+    everybody = {name: readers[name] for name in (READER, *run.all_readers)}
     return Engaged(teacher=teacher, readers=everybody, notes=tuple(notes), followers=tuple(followers))
+
+
+def with_direction(teacher: Teacher, config: TeacherConfig, name: str) -> Teacher:
+    """The teacher as it reads with the direction of its configuration, if that has one."""
+    if config.direction is None:
+        return teacher
+    if not isinstance(teacher, LocalTeacher):
+        raise ConfigError(
+            f"{name!r} has a direction, which is added to a layer of a model in this process, but its model is a "
+            f"{type(teacher).__name__}. Set its path to a model."
+        )
+    return teacher.steered(added(config.direction, teacher.forward.model, name))
 
 
 def briefer_of(
@@ -247,6 +271,7 @@ def briefer_of(
     readers = {
         name: Candidate(config=x, tokenizer=own.get(name, shared), context=engaged.readers[name].context)
         for name, x in run.all_readers.items()
+        if x.made_of is None
     }
     return Briefer(run, tokenizer, told, readers)
 

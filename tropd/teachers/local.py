@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, arange, cat, float32, float64, nn
@@ -81,6 +82,19 @@ class LocalTeacher(Teacher):
                 raise TeacherError(f"teacher {self.name}: {error}") from error
             scores.update(zip(batch, _split(measured, part.rollouts, self.name), strict=True))
         return [scores[index] for index in range(len(request.rollouts))]
+
+    def steered(self, by: Callable[[], AbstractContextManager[Any]]) -> LocalTeacher:
+        """The same weights, read inside one more context, such as a direction added to a layer."""
+        teacher, forward = copy(self), copy(self.forward)
+        teacher.forward, within = forward, forward.within
+
+        @contextmanager
+        def both() -> Iterator[None]:
+            with within(), by():
+                yield
+
+        forward.within = both
+        return teacher
 
     def shard(self, world: Ranks) -> bool:
         if not self.owns_model:

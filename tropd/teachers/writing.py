@@ -87,6 +87,11 @@ def _own_writer(teacher: Teacher, run: Run) -> Engine:
 
 def _local_writer(teacher: TeacherParts, run: Run, student: Any, size: int) -> Engine:
     """The teacher's own model, or the student as it is or with its adapter switched off."""
+    if teacher.config.direction is not None:
+        raise ConfigError(
+            f"teacher {teacher.name!r} has a direction, with which it reads and cannot write, but method "
+            f"{run.method.name!r} needs its texts. Give the direction to a reader [readers.NAME]."
+        )
     model, within = student if teacher.model is None else teacher.model, nullcontext
     if teacher.config.path == "base" and teacher.model is None:
         within = teacher.swapped or partial(without_adapter, student)

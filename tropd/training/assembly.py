@@ -33,12 +33,14 @@ from tropd.objective.memory import Memory
 from tropd.rollout.engine import Engine
 from tropd.rollout.transformers import TransformersEngine
 from tropd.teachers import loading
+from tropd.teachers.combined import wholes_of
+from tropd.teachers.directions import origins_of
 from tropd.teachers.following import Follower
 from tropd.teachers.loading import TeacherParts
 from tropd.teachers.teacher import Teacher
 from tropd.teachers.writing import writer_of
 from tropd.training.given import NOTHING_GIVEN, Given
-from tropd.training.learner import ModelLearner, whole_of
+from tropd.training.learner import ModelLearner
 from tropd.training.scoring import check_evidence
 from tropd.types import Prompt
 
@@ -149,6 +151,7 @@ def _origins(
     else:
         origins = {"student": origin_of(run.student, student[0] if frozen else None)}
     origins |= {t.origin: loading.origin_of_teacher(t) for t in teachers if not t.config.is_student}
+    origins |= origins_of(run)
     return origins | ({"held-out prompts": prompts_origin(map(name_of, held_out))} if held_out else {})
 
 
@@ -169,13 +172,13 @@ def _engine(run: Run, model: Any, tokenizer: Any, size: int, directory: Path, wo
 def _learner(
     run: Run, model: Any, vocab_size: int, tiling: Tiling, readers: Mapping[str, Teacher], world: Ranks
 ) -> ModelLearner:
-    wholes = {name: whole_of(name, x.forward) for name, x in readers.items() if x.forward is not None}
     shards = _shards(run, model, world)
     total, add = run.steps * run.optimizer.num_updates, world.add_ if world.size > 1 else None
     if shards is not None:
         optimizer = Optimizer(shards.cut, run.optimizer, total)
     else:
         optimizer = Optimizer(model, run.optimizer, total, add)
+    wholes = wholes_of(readers)
     return ModelLearner(model, optimizer, vocab_size=vocab_size, tiling=tiling, readers=wholes, shards=shards)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from tropd.objective.evidence import as_heard
 from tropd.rollout import draws
 from tropd.rollout.draw_check import MOST_TOKENS, alike
 from tropd.rollout.draw_check import read as read_draws
@@ -42,7 +43,7 @@ def probes_of_teacher(parts: Parts, batch: ScoredBatch) -> dict[str, float]:
     if tokens.peek("teacher_topk_logprobs_NK") is not None:
         chosen = _first_texts([r for r in batch.rollouts if r.prompt.teacher in drawn and not r.prompt.response_ids])
         rows_N = batch.rows_of([n for n, r in enumerate(batch.rollouts) if r.id in chosen])
-        rows_N = rows_N[(tokens.authors_N == Author.TEACHER)[rows_N]][:MOST_TOKENS]
+        rows_N = rows_N[(as_heard(tokens, [tokens.reader]).authors_N == Author.TEACHER)[rows_N]][:MOST_TOKENS]
         rows_N = rows_N[~torch.isin(tokens.token_ids_N[rows_N], torch.tensor(parts.stop_ids).to(rows_N))]
         fields = ("token_ids_N", "teacher_logprobs_N", "teacher_topk_ids_NK", "teacher_topk_logprobs_NK")
         evidence = draws.evidence_of_rows(*(getattr(tokens, name)[rows_N] for name in fields), never=parts.stop_ids)

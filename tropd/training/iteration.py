@@ -24,7 +24,7 @@ from tropd.training.assembly import Parts
 from tropd.training.batches import ScoredBatch, make_tokens
 from tropd.training.draw_probes import probes_of_student, probes_of_teacher
 from tropd.training.kept_batch import save_batch
-from tropd.training.scoring import score
+from tropd.training.scoring import asked_of, score
 from tropd.training.source import Source, Written, lags, own_prompts
 from tropd.training.step import StepSums, recall_needed, train_step
 from tropd.training.watched import Watched
@@ -71,7 +71,7 @@ def iterate(parts: Parts, source: Source, directory: Path, step: int, alarms: Al
             recall=recall,
             context=context,
             scores=written.scores,
-            as_read={name: parts.briefer.as_read(name, rollouts) for name in objective.readers},
+            as_read={name: parts.briefer.as_read(name, rollouts) for name in asked_of(objective, parts.readers)},
         )
     with clock(seconds, "score"):
         drawn = probes_of_student(parts, batch.rollouts) | probes_of_teacher(parts, batch)

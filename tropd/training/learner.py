@@ -15,23 +15,15 @@ from tropd.model.one_pass import can_fuse, fused_loss, wanted
 from tropd.model.optimizer import Optimizer
 from tropd.model.tiling import Tiling
 from tropd.objective.context import World
-from tropd.objective.evidence import Needs, Tokens
+from tropd.objective.evidence import Needs
 from tropd.objective.hidden import reads_states, states_read
+from tropd.teachers.combined import Whole
 from tropd.teachers.teacher import Teacher
 from tropd.training.micro_batch import MicroBatch, Piece, Seen
 from tropd.types import Rollout
 
 if TYPE_CHECKING:
     from tropd.distributed.sharding import Shards
-
-
-Whole = Callable[[Tokens], Tensor]
-"""Some tokens -> a reader's whole distributions there [C, V], from the hidden states among its evidence."""
-
-
-def whole_of(name: str, forward: Forward) -> Whole:
-    """The whole distributions of one model."""
-    return lambda tokens: forward.full_logprobs(tokens.of(name).teacher_hidden_NH, tokens.token_ids_N)
 
 
 class ModelLearner:

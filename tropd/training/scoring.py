@@ -19,6 +19,7 @@ from tropd.monitoring.sample import sampled_rows
 from tropd.objective.context import Context, Reach
 from tropd.objective.evidence import OF_TEACHER, READER, Needs, Tokens
 from tropd.objective.objective import Objective
+from tropd.teachers.combined import Combined
 from tropd.teachers.teacher import ScoreRequest, Teacher, TopKRows
 from tropd.training.batches import AsRead, ScoredBatch, add_scores, check_scores, make_tokens
 from tropd.training.protocols import Learner
@@ -68,6 +69,21 @@ def _names(needs: Needs) -> str:
     return " and ".join(str(n.name) for n in needs) or "nothing"
 
 
+def asked_of(objective: Objective, readers: Mapping[str, Teacher]) -> tuple[str, ...]:
+    """Everybody who is asked something: those whom pieces read, each after those that it is made of."""
+    asked: dict[str, None] = {}
+
+    def ask(name: str) -> None:
+        reader = readers[name]
+        for part in reader.mixture.readers if isinstance(reader, Combined) else ():
+            ask(part)
+        asked[name] = None
+
+    for name in objective.readers:
+        ask(name)
+    return tuple(asked)
+
+
 def score(
     rollouts: Sequence[Rollout],
     objective: Objective,
@@ -93,10 +109,15 @@ def score(
     if recall or objective.needs & PASS_NEEDS:
         student = learner.measure(rollouts, objective.needs, objective.student_top_k)
     tokens, read, measured = tokens.with_(**student), dict(as_read or {}), bool(student)
-    for name in objective.readers:
+    asked = asked_of(objective, readers)
+    parts = {part for x in map(readers.get, asked) if isinstance(x, Combined) for part in x.mixture.readers}
+    for name in asked:
+        if isinstance(reader := readers[name], Combined):  # it reads what all its parts read
+            each = zip(rollouts, *(read[part] for part in reader.mixture.readers), strict=True)
+            read[name] = tuple(None if None in texts else own for own, *texts in each)
         texts = read[name] = tuple(read.get(name) or rollouts)
         margin = 0.0 if student else learner.margin
-        reading = _Reading(name, readers[name], rollouts, texts, objective)
+        reading = _Reading(name, reader, rollouts, texts, objective, name in parts)
         tokens = reading.tell(tokens, learner, context, margin, scores if name == READER else None)
     if Needs.STUDENT_AT_TOPK in objective.needs:
         tokens, measured = _at_top_k(rollouts, objective, learner, tokens), True
@@ -123,6 +144,13 @@ class _Reading:
     rollouts: Sequence[Rollout]
     texts: Sequence[Rollout | None]
     objective: Objective
+    is_part: bool = False
+    """Whether another reader is made of it, which takes its hidden states."""
+
+    @property
+    def needs(self) -> Needs:
+        part = self.is_part and not isinstance(self.teacher, Combined)
+        return self.objective.needs_of(self.name) | (Needs.HIDDEN if part else Needs.NOTHING)
 
     @property
     def asked(self) -> list[int]:
@@ -138,10 +166,16 @@ class _Reading:
         scores: Sequence[TeacherScores] | None,
     ) -> Tokens:
         """The tokens with what it says of them."""
-        needs = self.objective.needs_of(self.name)
-        if Needs.FULL in needs and Needs.HIDDEN in self.teacher.capabilities and self.name in learner.expands:
-            needs = (needs & ~Needs.FULL) | Needs.HIDDEN  # whole distributions are made by tiles, where they are read
-        if scores is None:
+        needs, combined = self.needs, isinstance(self.teacher, Combined)
+        given = combined or Needs.HIDDEN in self.teacher.capabilities
+        if Needs.FULL in needs and given and self.name in learner.expands:
+            # whole distributions are made by tiles, where they are read
+            needs = (needs & ~Needs.FULL) | (Needs.NOTHING if combined else Needs.HIDDEN)
+        if isinstance(self.teacher, Combined):
+            top_k = self.objective.top_k_of(self.name)
+            tokens = tokens.told(self.name, **self.teacher.evidence(tokens, needs, top_k))
+            return self._heard(tokens, learner, context)
+        if scores is None or self.is_part:
             ids_NJ = tokens.peek("student_topk_ids_NJ")
             ids_TJ = None if ids_NJ is None else ids_NJ.split([len(r.response_ids) for r in self.rollouts])
             rows = top_k_rows(self.objective, tokens, context, margin, self.name)
@@ -150,6 +184,10 @@ class _Reading:
         tokens = add_scores(tokens, self.rollouts, scores, needs, reader=self.name, columns=columns)
         if Needs.REVERSE_KL in needs:
             tokens = tokens.told(self.name, reverse_kl_N=self._reverse_kl(learner))
+        return self._heard(tokens, learner, context)
+
+    def _heard(self, tokens: Tokens, learner: Learner, context: Context) -> Tokens:
+        """The tokens with which responses it read."""
         read_S = torch.tensor([text is not None for text in self.texts])
         if int(context.world.gather((~read_S).sum()[None]).sum()):  # the same on every rank
             tokens = tokens.told(self.name, read_S=read_S.to(learner.device))
@@ -184,7 +222,7 @@ def with_every_top_k(part: ScoredBatch, objective: Objective, readers: Mapping[s
     """The same rollouts, where readers left out no top-k."""
     tokens = part.tokens
     for name in objective.readers:
-        if Needs.TOPK not in objective.needs_of(name):
+        if Needs.TOPK not in objective.needs_of(name) or isinstance(readers[name], Combined):
             continue
         texts = part.as_read.get(name) or part.rollouts
         needs = Needs.SAMPLED | Needs.TOPK

@@ -15,6 +15,9 @@ from tropd.training.batches import ScoredBatch
 from tropd.training.micro_batch import Seen
 from tropd.types import Author, Sampling
 
+_UNKNOWN = {"teacher_logprobs_N": torch.nan, "teacher_topk_logprobs_NK": NOTHING}
+"""What `write_rollouts` takes for evidence that is not there."""
+
 
 class Watched:
     """Gets each micro-batch of a step; then gives the probes of the whole step and the numbers of each token."""
@@ -45,7 +48,17 @@ class Watched:
         """The probes of all ranks; every rank must call this."""
         each = [probes_of(name, sums.gather(world).result()) for name, sums in self.sums_of.items()]
         whole = self.sums.gather(world).result()
-        return {name: value for part in (whole, *each) for name, value in part.items()}
+        return {name: value for part in (whole, *each, self._unread(world)) for name, value in part.items()}
+
+    def _unread(self, world: Ranks) -> dict[str, float]:
+        """readers/NAME/unread: the share of responses that a reader did not read, where it left out any."""
+        tokens = self.batch.tokens
+        read = {name: tokens.of(name).peek("read_S") for name in sorted({tokens.reader, *tokens.others})}
+        told = world.gather_json({name: [int((~x).sum()), len(x)] for name, x in read.items() if x is not None})
+        return {
+            f"readers/{name}/unread": sum(part[name][0] for part in told) / sum(part[name][1] for part in told)
+            for name in told[0]
+        }
 
     def evidence(self) -> dict[str, Any]:
         """The numbers of each token of the batch, as arguments of `write_rollouts`."""
@@ -56,8 +69,13 @@ class Watched:
             unseen_N = student_N.isnan() & (tokens.authors_N == Author.STUDENT)
             student_N = torch.where(unseen_N, sampled_N.to(student_N), student_N)
         weights = {term: torch.cat([by[r.id] for r in rollouts]) for term, by in self.weights.items()}
-        teacher = ("teacher_logprobs_N", "teacher_topk_ids_NK", "teacher_topk_logprobs_NK")
-        return {"student_logprobs_N": student_N, "weights": weights, **{name: tokens.peek(name) for name in teacher}}
+        teacher = {name: tokens.peek(name) for name in ("teacher_topk_ids_NK", *_UNKNOWN)}
+        if (read_S := tokens.peek("read_S")) is not None:  # what is filled in there is nobody's opinion
+            unread_N = ~read_S[tokens.sequences_N]
+            for name, unknown in _UNKNOWN.items():
+                if (x := teacher[name]) is not None:
+                    teacher[name] = x.masked_fill(unread_N if x.dim() == 1 else unread_N[:, None], unknown)
+        return {"student_logprobs_N": student_N, "weights": weights, **teacher}
 
 
 def _rows_for(teacher: str, seen: Seen) -> Tensor:
