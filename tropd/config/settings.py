@@ -110,7 +110,7 @@ class Settings(Ranged):
         prescribed = self.method.readers.get(READER)
         if prescribed is None or self.teacher != TeacherConfig() or "teacher" in self.given:
             return self.teacher
-        return TeacherConfig(path=prescribed.model, briefing=prescribed.briefing)
+        return TeacherConfig(path=prescribed.model, briefing=prescribed.briefing, follow=prescribed.follow)
 
     @property
     def all_readers(self) -> dict[str, ReaderConfig]:
@@ -121,7 +121,7 @@ class Settings(Ranged):
     @property
     def _readers(self) -> dict[str, ReaderConfig]:
         prescribed = {
-            name: ReaderConfig(path=reader.model, briefing=reader.briefing)
+            name: ReaderConfig(path=reader.model, briefing=reader.briefing, follow=reader.follow)
             for name, reader in self.method.readers.items()
             if name != READER
         }

@@ -8,6 +8,7 @@ from tropd.objective.hidden import HiddenMatch
 from tropd.objective.losses import (
     AtMost,
     ForwardKL,
+    ImportanceWeighted,
     JensenShannon,
     NegativeLogLikelihood,
     PolicyGradient,
@@ -29,6 +30,7 @@ __all__ = [
     "Counts",
     "ForwardKL",
     "HiddenMatch",
+    "ImportanceWeighted",
     "JensenShannon",
     "LossOutput",
     "Needs",
