@@ -10,6 +10,7 @@ from tyro.conf import Fixed, Suppress
 
 from tropd.base.names import shown
 from tropd.base.ranges import Count, Ranged, Whole
+from tropd.briefings.reader import Reader
 from tropd.config.alarms import AlarmConfig
 from tropd.config.methods import MethodTable, as_table, named, read_method
 from tropd.config.models import GIVEN, ReaderConfig, StudentConfig, TeacherConfig
@@ -110,7 +111,7 @@ class Settings(Ranged):
         prescribed = self.method.readers.get(READER)
         if prescribed is None or self.teacher != TeacherConfig() or "teacher" in self.given:
             return self.teacher
-        return TeacherConfig(path=prescribed.model, briefing=prescribed.briefing, direction=prescribed.direction)
+        return TeacherConfig(**_shared(prescribed))
 
     @property
     def all_readers(self) -> dict[str, ReaderConfig]:
@@ -121,13 +122,7 @@ class Settings(Ranged):
     @property
     def _readers(self) -> dict[str, ReaderConfig]:
         prescribed = {
-            name: ReaderConfig(
-                path=reader.model,
-                briefing=reader.briefing,
-                direction=reader.direction,
-                mean=reader.mean,
-                steered=reader.steered,
-            )
+            name: ReaderConfig(**_shared(reader), mean=reader.mean, steered=reader.steered)
             for name, reader in self.method.readers.items()
             if name != READER
         }
@@ -165,6 +160,16 @@ class Settings(Ranged):
     def sampling(self) -> Sampling:
         """How rollouts are drawn: asked for, else prescribed by the method, else from the student itself."""
         return self.rollout.sampling or self.method.sampling or Sampling()
+
+
+def _shared(reader: Reader) -> dict[str, Any]:
+    """What a method prescribes, as fields of a section."""
+    return {
+        "path": reader.model,
+        "briefing": reader.briefing,
+        "follow": reader.follow,
+        "direction": reader.direction,
+    }
 
 
 _SECTIONS: dict[str, type] = {
