@@ -57,7 +57,7 @@ def without_code(run: Run, trusted: bool) -> tuple[Run, list[str]]:
     from tropd.methods import NamedMethod
 
     models = {"student": run.student, "teacher": run.teacher} | {
-        f"teachers.{name}": x for name, x in run.teachers.items()
+        f"{several}.{name}": x for several in ("teachers", "readers") for name, x in getattr(run, several).items()
     }
     own = {"grader": run.grader, "evaluation.grader": run.evaluation.grader}
     own |= {"method.name": run.method.name if isinstance(run.method, NamedMethod) else None}
@@ -70,6 +70,7 @@ def without_code(run: Run, trusted: bool) -> tuple[Run, list[str]]:
     own = {
         name: x for name, x in own.items() if x and (is_name(x) or name == "method.name" or name.endswith(".briefing"))
     }
+    own |= run.own_parts
     notes = [
         f"{whose}.trust_remote_code is set, but code of {model.path} is not run here. Read it, then add {TRUST}."
         for whose, model in models.items()
@@ -80,22 +81,29 @@ def without_code(run: Run, trusted: bool) -> tuple[Run, list[str]]:
         "student": replace(run.student, trust_remote_code=False),
         "teacher": replace(run.teacher, trust_remote_code=False),
         "teachers": {name: replace(x, trust_remote_code=False) for name, x in run.teachers.items()},
+        "readers": {name: replace(x, trust_remote_code=False) for name, x in run.readers.items()},
+        "rollout": replace(run.rollout, engine=None),
+        "probes": tuple(probe for probe in run.probes if probe.name not in own.values()),
         "grader": None if "grader" in own else run.grader,
         "evaluation": replace(run.evaluation, grader=None) if "evaluation.grader" in own else run.evaluation,
     }
     return replace(run, **changes), notes
 
 
-def with_its_code(run: Run, trusted: bool) -> tuple[Run, list[str]]:
-    """The same for commands that can say nothing of a run without its method and its teachers."""
+def with_its_code(run: Run, trusted: bool, *, writes: bool = False) -> tuple[Run, list[str]]:
+    """The same for commands that can say nothing of a run without its method and its teachers, nor, where the command
+    `writes` rollouts, without its engine."""
     if run.given:
         raise ConfigError(
             f"the run was given its {' and '.join(run.given)} in Python, which no file holds, so it cannot be "
             "examined here. `tropd report`, `watch` and `inspect` read what it left."
         )
     seen, notes = without_code(run, trusted)
-    if needed := [note for note in notes if re.match(r"method\.name|teachers?\.([^ ]+\.)?(path|briefing)", note)]:
-        raise ConfigError(" ".join(needed))
+    needed = (
+        r"method\.name|rollout\.policy|(teachers?|readers)\.([^ ]+\.)?(path|briefing)" + r"|rollout\.engine" * writes
+    )
+    if lacking := [note for note in notes if re.match(needed, note)]:
+        raise ConfigError(" ".join(lacking))
     return seen, notes
 
 

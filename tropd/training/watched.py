@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tropd.distributed.ranks import Ranks
+from tropd.monitoring.probe import Probe, Sight
 from tropd.monitoring.probes import Sums, probe_batch
+from tropd.monitoring.probing import Probing
 from tropd.monitoring.teachers import probes_of
 from tropd.objective.support import NOTHING
 from tropd.training.batches import ScoredBatch
@@ -19,8 +22,19 @@ from tropd.types import Author, Sampling
 class Watched:
     """Gets each micro-batch of a step; then gives the probes of the whole step and the numbers of each token."""
 
-    def __init__(self, batch: ScoredBatch, sampling: Sampling, *, teachers: tuple[str, ...] = (), stale: bool = False):
-        """`teachers` are those of several that the batch has rollouts for; `stale`: an older student wrote it."""
+    def __init__(
+        self,
+        batch: ScoredBatch,
+        sampling: Sampling,
+        *,
+        step: int = 0,
+        probes: Sequence[Probe] = (),
+        teachers: tuple[str, ...] = (),
+        stale: bool = False,
+    ) -> None:
+        """`probes` are asked beside tropd's own; `teachers` are those of several that the batch has rollouts for;
+        `stale`: an older student wrote it."""
+        self.step, self.others = step, Probing(probes, step)
         self.batch, self.sums, self.stale, self.sampling = batch, Sums.nothing(), stale, sampling
         top_NK = batch.tokens.peek("teacher_topk_logprobs_NK")
         self.sampled = top_NK is not None and bool((top_NK[:, :1] <= NOTHING).any())
@@ -37,6 +51,8 @@ class Watched:
             top_k = None if at_teacher is None else at_teacher[rows_N]
             theirs = [rollout for rollout in rollouts if rollout.prompt.teacher == name]
             self.sums_of[name] += probe_batch(seen.tokens.rows(rows_N), theirs, topk_logprobs_NK=top_k, **settings)
+        sight = Sight(step=self.step, rollouts=rollouts, tokens=seen.tokens, view=seen.view, plan=seen.plan)
+        self.others.look(sight)
         for term, by_rollout in seen.weights().items():
             self.weights.setdefault(term, {}).update(by_rollout)
         self.student.update(seen.student_logprobs())
@@ -45,7 +61,7 @@ class Watched:
         """The probes of all ranks; every rank must call this."""
         each = [probes_of(name, sums.gather(world).result()) for name, sums in self.sums_of.items()]
         whole = self.sums.gather(world).result()
-        return {name: value for part in (whole, *each) for name, value in part.items()}
+        return {name: value for part in (self.others.result(world), whole, *each) for name, value in part.items()}
 
     def evidence(self) -> dict[str, Any]:
         """The numbers of each token of the batch, as arguments of `write_rollouts`."""
