@@ -39,7 +39,7 @@ def write(parts: Parts, progress: float = 0.3, seed: int = 5) -> list[Rollout]:
         seed=seed,
         progress=progress,
     )
-    return roll_out(run.method.rollout, job, parts.engine, parts.writer)
+    return roll_out(run.policy, job, parts.engine, parts.writer)
 
 
 def judge(parts: Parts, rollouts: list[Rollout]) -> ScoredBatch:

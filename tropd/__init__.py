@@ -7,7 +7,8 @@ These names are stable:
     EvalConfig, RunEvalConfig, CheckpointConfig, AlarmConfig, ParallelConfig      its sections
     train, resume, evaluate    what is done with it
     TrOPD, OPD, ...            every method; METHODS lists them by name
-    Method, Teacher, Briefing, Callback      what methods, teachers, briefings and callbacks of your own inherit from
+    Method, Teacher, Briefing, Engine, RolloutPolicy, Probe, Callback
+                               what parts of your own inherit from
     WithColumn, WithSystem, WithFeedback, WithPeers, WithDemonstrations
                                what a reader is told and the student is not
     Grade                      what a grader gives that also has words
@@ -50,10 +51,13 @@ if TYPE_CHECKING:
     from tropd.methods import *  # noqa: F403  # every method
     from tropd.methods import METHODS as METHODS
     from tropd.methods import Method as Method
+    from tropd.methods.policies import RolloutPolicy as RolloutPolicy
     from tropd.monitoring.callbacks import Callback as Callback
+    from tropd.monitoring.probe import Probe as Probe
     from tropd.objective import Objective as Objective
     from tropd.objective import Term as Term
     from tropd.objective import distillation_loss as distillation_loss
+    from tropd.rollout.engine import Engine as Engine
     from tropd.run.start import resume as resume
     from tropd.run.start import train as train
     from tropd.teachers.teacher import Teacher as Teacher
@@ -75,8 +79,11 @@ _IN = {
     "briefings.briefing": (
         *("Briefing", "WithColumn", "WithDemonstrations", "WithFeedback", "WithPeers", "WithSystem"),
     ),
+    "methods.policies": ("RolloutPolicy",),
     "monitoring.callbacks": ("Callback",),
+    "monitoring.probe": ("Probe",),
     "objective": ("Objective", "Term", "distillation_loss"),
+    "rollout.engine": ("Engine",),
     "run.start": ("resume", "train"),
     "teachers.teacher": ("Teacher",),
     "types": ("Sampling",),

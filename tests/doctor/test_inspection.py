@@ -37,7 +37,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
 @pytest.fixture(scope="module")
 def batch(parts: Parts) -> ScoredBatch:
     """Rollouts half written by the teacher, scored as in a step."""
-    policy = parts.run.method.rollout
+    policy = parts.run.policy
     assert isinstance(policy, TeacherPrefix)
     job = RolloutJob(
         prompts=parts.stream.next(2),

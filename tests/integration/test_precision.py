@@ -120,7 +120,7 @@ def scored(parts: Parts) -> Any:
         seed=3,
         progress=0.9,
     )
-    rollouts = roll_out(run.method.rollout, job, parts.engine, parts.writer)
+    rollouts = roll_out(run.policy, job, parts.engine, parts.writer)
     recall = recall_needed(run.method.objective, 1)
     return score(rollouts, run.method.objective, parts.teacher, parts.learner, seed=0, recall=recall)
 

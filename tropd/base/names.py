@@ -3,6 +3,7 @@
 located(name, folders)   the same name, so that it is found again from anywhere: a file of yours by its whole path
 find(name, what)         the object behind it
 name_of(object)          the name by which another process finds it, if there is one
+Own(name, knobs)         one as a run file has it; `make` makes the object, and no code runs before
 
 The folder of the run file and the current folder are searched before installed packages.  sys.path stays as it is.
 """
@@ -16,15 +17,18 @@ import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Self, TypeVar
 
 from tropd.base.reading import first_line, nearest, shortened
 from tropd.errors import ConfigError, TropdError
+
+T = TypeVar("T")
 
 _NAME = re.compile(r"(?P<place>.+\.py|[^\W\d]\w*(?:\.[^\W\d]\w*)*):(?P<attribute>[^\W\d]\w*(?:\.[^\W\d]\w*)*)")
 _READ: set[str] = set()
@@ -59,9 +63,9 @@ def located(name: str, folders: Sequence[Path] = ()) -> str:
 
 
 def find(name: str, what: str, error: type[TropdError] = ConfigError) -> Any:
-    """The object behind a name, or what an installed package offers by it.  `what` is method, teacher or grader."""
+    """The object behind a name, or what an installed package offers by it.  `what` is method, teacher, policy, ..."""
     said = f"{what} '{shortened(name)}'"
-    if not is_name(name) and name in (others := offered(f"{what}s")):
+    if not is_name(name) and name in (others := offered(several(what))):
         name = others[name].value
     if not is_name(name):
         raise error(f"{said} is no name. Give one of your own as 'package.module:name' or 'file.py:name'.")
@@ -101,7 +105,7 @@ def made(value: Any, knobs: Mapping[str, Any], said: str, error: type[TropdError
     except TropdError:
         raise
     except Exception as problem:
-        raise error(f"{said} cannot be made of {dict(knobs)}: {_reason(problem)}.") from problem
+        raise error(f"{said} cannot be made of {dict(knobs)}: {reason(problem)}.") from problem
 
 
 def name_of(value: Any) -> str | None:
@@ -131,8 +135,54 @@ def source_of(name: str) -> Path | None:
 
 
 def offered(kind: str) -> dict[str, EntryPoint]:
-    """What installed packages offer: the entry points of the group tropd.methods, tropd.teachers or tropd.graders."""
+    """What installed packages offer: the entry points of the group tropd.methods, tropd.teachers and so on."""
     return {point.name: point for point in entry_points(group=f"tropd.{kind}")}
+
+
+def several(what: str) -> str:
+    return f"{what.removesuffix('y')}ies" if what.endswith("y") else f"{what}s"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own:
+    """A part as a run file has it: the name of a class, and its knobs."""
+
+    name: str
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, value: Any, what: str, where: str, known: Iterable[str] = ()) -> Self:
+        """From a name, or a table with a name and knobs.  `known` are the names of tropd's own.  Imports nothing."""
+        table = {"name": value} if isinstance(value, str) else value
+        if not isinstance(table, Mapping) or not isinstance(name := table.get("name"), str):
+            raise ConfigError(
+                f"{where} is {shortened(repr(value))}, neither a name nor a table with a name and knobs, such as "
+                "{ name = 'file.py:Class' }."
+            )
+        there = [*known, *offered(several(what))]
+        if name not in there and not is_name(name):
+            have = f"there are {', '.join(there)}, and your own" if there else "give your own"
+            raise ConfigError(
+                f"there is no {what} '{shortened(name)}'{nearest(name, there)}; {have} as 'package.module:Class' or "
+                "'file.py:Class'."
+            )
+        return cls(name=name, knobs={knob: x for knob, x in table.items() if knob != "name"})
+
+    def located(self, folders: Sequence[Path]) -> Self:
+        return replace(self, name=located(self.name, folders))
+
+    def make(self, kind: type[T], what: str) -> T:
+        """The object, of this kind: this runs the code that the name stands for."""
+        said = f"{what} '{shown(self.name)}'"
+        value = made(find(self.name, what), self.knobs, said)
+        if not isinstance(value, kind):
+            raise ConfigError(f"{said} is a {type(value).__name__}. Give a class that inherits from {as_base(kind)}.")
+        return value
+
+
+def as_base(kind: type) -> str:
+    """A base class by the name that users import."""
+    return f"tropd.{kind.__name__}"
 
 
 def _is_installed(file: Path) -> bool:
@@ -216,10 +266,10 @@ def _refusing(said: str, place: str, error: type[TropdError]) -> Iterator[None]:
     except TropdError:
         raise
     except (Exception, SystemExit) as problem:
-        raise error(f"{said}: {place} cannot be imported ({_reason(problem)}).") from problem
+        raise error(f"{said}: {place} cannot be imported ({reason(problem)}).") from problem
 
 
-def _reason(problem: BaseException) -> str:
+def reason(problem: BaseException) -> str:
     """What was raised, and in which line of whose file."""
     line = first_line(problem)
     ours = ("<frozen", __file__, importlib.__file__)

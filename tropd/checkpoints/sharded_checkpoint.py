@@ -17,7 +17,7 @@ from tropd.checkpoints.checkpoint import atomic_folder, first_broken, place_of, 
 from tropd.distributed.ranks import Ranks
 from tropd.distributed.sharding import Shards
 from tropd.errors import CheckpointError
-from tropd.model.optimizer import KINDS, Optimizer
+from tropd.model.optimizer import KINDS, Optimizer, local
 
 
 def save(
@@ -33,7 +33,7 @@ def save(
 ) -> None:
     """Write checkpoints/step_N, all ranks together; broken weights never replace what is there."""
     weights = shards.weights()
-    broken = world.gather_json(first_broken({name: _local(x) for name, x in weights.items()}))
+    broken = world.gather_json(first_broken({name: local(x) for name, x in weights.items()}))
     refuse_broken(directory, step, next((name for name in broken if name), None))
     final = place_of(directory, step)
     with atomic_folder(final) if world.leads else nullcontext(final.with_name(final.name + ".tmp")) as folder:
@@ -80,8 +80,3 @@ def _moments(optimizer: Optimizer) -> dict[str, Tensor]:
         moments[f"{KINDS[0]}.{name}"] = torch.tensor(0.0)
         moments |= {f"{kind}.{name}": torch.zeros_like(optimizer.masters[name]).detach() for kind in KINDS[1:]}
     return moments
-
-
-def _local(x: Tensor) -> Tensor:
-    to_local = getattr(x, "to_local", None)
-    return x if to_local is None else to_local()

@@ -70,6 +70,7 @@ def without_code(run: Run, trusted: bool) -> tuple[Run, list[str]]:
     own = {
         name: x for name, x in own.items() if x and (is_name(x) or name == "method.name" or name.endswith(".briefing"))
     }
+    own |= run.own_parts
     notes = [
         f"{whose}.trust_remote_code is set, but code of {model.path} is not run here. Read it, then add {TRUST}."
         for whose, model in models.items()
@@ -81,25 +82,29 @@ def without_code(run: Run, trusted: bool) -> tuple[Run, list[str]]:
         "teacher": replace(run.teacher, trust_remote_code=False),
         "teachers": {name: replace(x, trust_remote_code=False) for name, x in run.teachers.items()},
         "readers": {name: replace(x, trust_remote_code=False) for name, x in run.readers.items()},
+        "rollout": replace(run.rollout, engine=None),
+        "probes": tuple(probe for probe in run.probes if probe.name not in own.values()),
         "grader": None if "grader" in own else run.grader,
         "evaluation": replace(run.evaluation, grader=None) if "evaluation.grader" in own else run.evaluation,
     }
     return replace(run, **changes), notes
 
 
-def with_its_code(run: Run, trusted: bool) -> tuple[Run, list[str]]:
-    """The same for commands that can say nothing of a run without its method and its teachers."""
+def with_its_code(run: Run, trusted: bool, *, writes: bool = False) -> tuple[Run, list[str]]:
+    """The same for commands that can say nothing of a run without its method and its teachers, nor, where the command
+    `writes` rollouts, without its engine."""
     if run.given:
         raise ConfigError(
             f"the run was given its {' and '.join(run.given)} in Python, which no file holds, so it cannot be "
             "examined here. `tropd report`, `watch` and `inspect` read what it left."
         )
     seen, notes = without_code(run, trusted)
-    needed = r"method\.name|(teachers?|readers)\.([^ ]+\.)?(path|briefing)"
+    needed = r"method\.name|rollout\.policy|(teachers?|readers)\.([^ ]+\.)?(path|briefing)"
+    needed += r"|rollout\.engine" * writes
     if any(x.briefing.needs for x in (*run.all_teachers.values(), *run.all_readers.values())):
         needed += "|grader "  # its words and rewards are told
-    if needed := [note for note in notes if re.match(needed, note)]:
-        raise ConfigError(" ".join(needed))
+    if lacking := [note for note in notes if re.match(needed, note)]:
+        raise ConfigError(" ".join(lacking))
     return seen, notes
 
 

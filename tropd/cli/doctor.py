@@ -64,7 +64,7 @@ def _examine(argv: Sequence[str], num_prompts: int, max_new_tokens: int, trusted
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always", MethodWarning)
         try:
-            run, notes = with_its_code(read_run(list(argv), "tropd doctor"), trusted)
+            run, notes = with_its_code(read_run(list(argv), "tropd doctor"), trusted, writes=True)
         except ConfigError as refusal:
             return [error("configuration", str(refusal))]
     said = dict.fromkeys(str(w.message) for w in heard if issubclass(w.category, MethodWarning))

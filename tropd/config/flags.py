@@ -100,20 +100,40 @@ def with_knobs(knobs: Mapping[str, Any], flags: Mapping[str, Any], table: str) -
     return changed
 
 
-def with_briefings(values: Mapping[str, Any], flags: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The values of a run file as flags such as `--teacher.briefing.kind system` change them, and the other flags.
+_TABLE = r"(?:(?:teacher|(?:teachers|readers)\..+)\.briefing|rollout\.(?:engine|policy))"
+"""Of what a flag can name; its knobs are known only to the code behind the name."""
+
+
+def with_named(values: Mapping[str, Any], flags: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The values of a run file as flags such as `--teacher.briefing.kind system` and `--rollout.policy mixture` change
+    them, and the other flags.
 
     Another kind begins with its own defaults: the file's knobs belong to the file's kind.
     """
-    asked, rest = take(flags, r"(teacher|(teachers|readers)\..+)\.briefing(\.[^.]+)?")
+    asked, rest = take(flags, rf"{_TABLE}(\..+)?")
     changed = copy.deepcopy(dict(values))
-    for flag, value in sorted(asked.items(), key=lambda pair: not pair[0].endswith((".kind", ".briefing"))):
-        whose, _, knob = flag.rpartition(".briefing")
+    for flag, value in sorted(asked.items(), key=lambda pair: bool(_knob_of(pair[0])[1])):
+        place, knob = _knob_of(flag)
+        whose, _, name = place.rpartition(".")
         table = changed
         for step in whose.split(".", 1):
             table = table.setdefault(step, {})
-        knob = knob.removeprefix(".").replace("-", "_") or "kind"
-        before = table.get("briefing", {})
-        kept = {"kind": before} if isinstance(before, str) else before
-        table["briefing"] = {"kind": value} if knob == "kind" and value != kept.get("kind") else {**kept, knob: value}
+        before, key = table.get(name, {}), _key_of(place)
+        kept = {key: before} if isinstance(before, str) else before
+        if knob:
+            table[name] = with_knobs(kept, {f"{place}.{knob}": value}, place)
+        elif value != kept.get(key):
+            table[name] = {key: value}
     return changed, rest
+
+
+def _knob_of(flag: str) -> tuple[str, str]:
+    """The table that a flag is about, and the knob; none where the flag names what the table is for."""
+    found = re.match(_TABLE, flag)
+    assert found
+    place, knob = found[0], flag[found.end() + 1 :]
+    return place, "" if knob == _key_of(place) else knob
+
+
+def _key_of(place: str) -> str:
+    return "kind" if place.endswith(".briefing") else "name"

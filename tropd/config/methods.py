@@ -39,7 +39,7 @@ def read_method(method: Method, source: str, where: str = "method") -> Method:
         return method
     cls = METHODS.get(method.name)
     if cls is not None:
-        return read(cls, {"name": method.name, **_on_defaults(cls, method.knobs)}, source, where)
+        return read(cls, {"name": method.name, **on_defaults(cls, method.knobs)}, source, where)
     if not method.name.endswith(GIVEN):
         try:
             check_name(method.name)
@@ -55,7 +55,7 @@ def imported(method: Method, where: str = "method") -> Method:
     if method.name.endswith(GIVEN):
         raise ConfigError(f"method {method.name} is in no file: give it again, train(run, method=...).")
     cls = find_method(method.name)
-    made = read(cls, _on_defaults(cls, method.knobs), f"method {shown(method.name)}", where)
+    made = read(cls, on_defaults(cls, method.knobs), f"method {shown(method.name)}", where)
     return _called(made, method.name)
 
 
@@ -79,7 +79,7 @@ def named(method: Method) -> Method:
     if method.name in offered("methods") or (is_name(method.name) and method.name.endswith(type(method).__qualname__)):
         return method
     name = name_of(type(method))
-    plain = name is not None and _is_plain(to_dict(method))
+    plain = name is not None and is_plain(to_dict(method))
     return _called(method, name if name and plain else f"{type(method).__name__} {GIVEN}")
 
 
@@ -89,15 +89,15 @@ def _called(method: Method, name: str) -> Method:
     return method
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     """Whether TOML can hold it."""
     if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(x) for key, x in value.items())
-    return all(map(_is_plain, value)) if isinstance(value, list) else isinstance(value, str | int | float)
+        return all(isinstance(key, str) and is_plain(x) for key, x in value.items())
+    return all(map(is_plain, value)) if isinstance(value, list) else isinstance(value, str | int | float)
 
 
-def _on_defaults(cls: type[Method], knobs: Mapping[str, Any]) -> dict[str, Any]:
-    """Knobs with the method's own defaults under each table: `prefix.start = 0.5` keeps TrOPD's cosine."""
+def on_defaults(cls: type, knobs: Mapping[str, Any]) -> dict[str, Any]:
+    """Knobs with the class's own defaults under each table: `prefix.start = 0.5` keeps TrOPD's cosine."""
     if not any(isinstance(x, dict) for x in knobs.values()):
         return dict(knobs)
     return _merged(cls(), knobs)

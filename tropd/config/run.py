@@ -22,9 +22,10 @@ from tropd.base.reading import check_path, read_toml
 from tropd.briefings.briefing import OwnBriefing
 from tropd.config.alarms import AlarmConfig
 from tropd.config.checks import check
-from tropd.config.flags import method_flag, read_flags, take, with_briefings, with_knobs
+from tropd.config.flags import method_flag, read_flags, take, with_knobs, with_named
 from tropd.config.methods import imported, located_method, read_method
 from tropd.config.models import ReaderConfig, StudentConfig, TeacherConfig
+from tropd.config.policies import imported_policy
 from tropd.config.settings import AnyTeacher, Part, Settings
 from tropd.config.stages import (
     CheckpointConfig,
@@ -88,7 +89,7 @@ class Run(Settings):
         if (path / "run.toml").is_file():
             raise ConfigError(f"{path} is the folder of a run. Give its file: {path / 'run.toml'}.")
         name, flags = method_flag(flags)
-        values, flags = with_briefings(read_toml(path), flags)
+        values, flags = with_named(read_toml(path), flags)
         values = with_sections(cls, values, flags)
         # Several teachers and the column that chooses among them make sense only together.
         column, flags = take(flags, r"data\.teacher[-_]column")
@@ -149,7 +150,7 @@ class Run(Settings):
         """Twelve characters that differ when anything that shapes the result does: not where servers are, how long they
         are waited for, what is kept and what is watched."""
         values = to_dict(self)
-        for name in ("output", "trackers", "parallel", "checkpoint", "alarms"):
+        for name in ("output", "trackers", "parallel", "checkpoint", "alarms", "probes"):
             values.pop(name, None)
         for name in ("weights_folder", "servers_sleep"):
             values["rollout"].pop(name, None)
@@ -168,6 +169,8 @@ class Run(Settings):
         return replace(
             self,
             method=located_method(self.method, folders),
+            rollout=_with_parts(self.rollout, folders),
+            probes=tuple(probe.located(folders) for probe in self.probes),
             grader=find(self.grader),
             evaluation=replace(self.evaluation, grader=find(self.evaluation.grader)),
             teacher=_located(self.teacher, folders),
@@ -176,9 +179,15 @@ class Run(Settings):
         )
 
     def imported(self) -> Run:
-        """The run with its method, where that is code of your own: this runs that code."""
+        """The run with its method and its policy, where these are code of your own: this runs that code."""
         run = self.located()
-        return replace(run, method=imported(run.method))
+        rollout = replace(run.rollout, policy=imported_policy(run.rollout.policy))
+        return replace(run, method=imported(run.method), rollout=rollout)
+
+
+def _with_parts(rollout: RolloutConfig, folders: Sequence[Path]) -> RolloutConfig:
+    parts = {"engine": rollout.engine, "policy": rollout.policy}
+    return replace(rollout, **{name: part and part.located(folders) for name, part in parts.items()})
 
 
 def _located(teacher: AnyTeacher, folders: Sequence[Path]) -> AnyTeacher:

@@ -6,14 +6,16 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
+from pydantic import PlainValidator
 from tyro.conf import Fixed, Suppress
 
-from tropd.base.names import shown
+from tropd.base.names import Own, shown
 from tropd.base.ranges import Count, Ranged, Whole
 from tropd.briefings.reader import Reader
 from tropd.config.alarms import AlarmConfig
 from tropd.config.methods import MethodTable, as_table, named, read_method
 from tropd.config.models import GIVEN, ReaderConfig, StudentConfig, TeacherConfig
+from tropd.config.probes import PROBES, read_probes
 from tropd.config.stages import (
     CheckpointConfig,
     DataConfig,
@@ -24,6 +26,7 @@ from tropd.config.stages import (
 )
 from tropd.errors import ConfigError
 from tropd.methods import Method, TrOPD
+from tropd.methods.policies import POLICIES, RolloutPolicy
 from tropd.objective.evidence import READER
 from tropd.types import Sampling
 
@@ -52,6 +55,9 @@ class Settings(Ranged):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     alarms: AlarmConfig = field(default_factory=AlarmConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    probes: Annotated[tuple[Own, ...], PlainValidator(read_probes), Fixed, Suppress] = ()
+    """What else is watched: geometry, or your own as "package.module:Class" or "file.py:Class"; with its knobs, and
+    `every` for every n-th step."""
     grader: str | None = None
     """Judges training rollouts: exact, numeric, multiple_choice, math, chain, gym, or your own as "package.module:name"
     or "file.py:name"."""
@@ -80,6 +86,7 @@ class Settings(Ranged):
             if isinstance(several := getattr(self, name), dict):
                 object.__setattr__(self, name, {of: _section(cls, value) for of, value in several.items()})
         object.__setattr__(self, "output", str(self.output) if isinstance(self.output, Path) else self.output)
+        object.__setattr__(self, "probes", read_probes(self.probes))
         _check_kinds(self)
         method = read_method(as_table(self.method), "method") if isinstance(self.method, str) else named(self.method)
         object.__setattr__(self, "method", method)
@@ -155,6 +162,18 @@ class Settings(Ranged):
         values = {f.name: getattr(self._readers[name], f.name) for f in fields(TeacherConfig)}
         data = replace(self.data, teacher_column=None)
         return replace(self, teacher=TeacherConfig(**values), teachers={}, readers={}, data=data)
+
+    @property
+    def own_parts(self) -> dict[str, str]:
+        """Names of code of the user's own that writes or watches, by their keys."""
+        found = {"rollout.engine": self.rollout.engine, "rollout.policy": self.rollout.policy}
+        found |= {f"probes.{shown(probe.name)}": probe for probe in self.probes}
+        return {key: x.name for key, x in found.items() if x is not None and x.name not in (*POLICIES, *PROBES)}
+
+    @property
+    def policy(self) -> RolloutPolicy:
+        """Who writes which token: asked for, else prescribed by the method."""
+        return self.method.rollout if self.rollout.policy is None else self.rollout.policy.policy
 
     @property
     def sampling(self) -> Sampling:

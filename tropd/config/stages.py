@@ -5,8 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from pydantic import PlainValidator
+from tyro.conf import Fixed, Suppress
+
+from tropd.base.names import Own, shown
 from tropd.base.ranges import Count, Finite, LearningRate, NotNegative, Positive, Range, Ranged, Whole
 from tropd.config.models import GIVEN, ServerConfig
+from tropd.config.policies import NamedPolicy, read_policy
 from tropd.errors import ConfigError
 from tropd.types import Sampling
 
@@ -61,6 +66,10 @@ class DataConfig(Ranged):
             raise ConfigError(f"data.chat_template_kwargs sets {taken[0]}, which tropd decides. Leave it out.")
 
 
+def _engine(value: Any) -> Own | None:
+    return value if value is None or isinstance(value, Own) else Own.read(value, "engine", "rollout.engine")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig(Ranged):
     section = "rollout"
@@ -71,6 +80,11 @@ class RolloutConfig(Ranged):
     """Responses per prompt (TrOPD: 4). At least 1."""
     max_new_tokens: Count = 512
     """Tokens of an answer at most (TrOPD: 8,096; 512 is for a small GPU). At least 1."""
+    engine: Annotated[Own | None, PlainValidator(_engine), Fixed, Suppress] = None
+    """What writes them instead of this process's own engine: yours, as "package.module:Class" or "file.py:Class"."""
+    policy: Annotated[NamedPolicy | None, PlainValidator(read_policy), Fixed, Suppress] = None
+    """Who writes which token, where that is not left to the method: on_policy, teacher_prefix, teacher_text, mixture,
+    or your own as "package.module:Class" or "file.py:Class"."""
     sampling: Sampling | None = None
     """By default what the method prescribes, or the student itself."""
     teacher_sampling: Sampling = field(default_factory=Sampling)
@@ -103,7 +117,14 @@ class RolloutConfig(Ranged):
     """Keep the rollouts of every n-th step as parquet; 0 keeps none. At least 0."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "engine", _engine(self.engine))
+        object.__setattr__(self, "policy", read_policy(self.policy))
         super().__post_init__()
+        if self.engine is not None and self.servers:
+            raise ConfigError(
+                f"rollout.servers names servers, but rollout.engine is {shown(self.engine.name)}, which writes the "
+                "rollouts itself: they would never be asked. Leave one of them out."
+            )
         if self.num_prompts * self.num_rollouts > MOST_ROLLOUTS:
             raise ConfigError(
                 f"rollout.num_prompts = {self.num_prompts} times rollout.num_rollouts = {self.num_rollouts} is "

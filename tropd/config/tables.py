@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+from tropd.base.names import Own
 from tropd.errors import ConfigError, OutOfRange
 from tropd.methods.base import NamedMethod
 
@@ -115,7 +116,7 @@ def with_sections(root: type, values: Mapping[str, Any], flags: Sequence[str]) -
 
 def to_dict(value: Any) -> Any:
     """Plain values, without what is None: TOML has no null, and None is always the default."""
-    if isinstance(value, NamedMethod):
+    if isinstance(value, NamedMethod | Own):
         return {"name": value.name, **to_dict(value.knobs)}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))

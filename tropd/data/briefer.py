@@ -248,10 +248,10 @@ def check_briefings(run: Run, graded: bool) -> None:
                 f"{said} is told other responses to the same prompt (briefing {kind!r}), but rollout.num_rollouts is "
                 f"{run.rollout.num_rollouts}. Set it to 2 or more."
             )
-        if needs and run.method.rollout.needs_teacher_text and said not in readers:
+        if needs and run.policy.needs_teacher_text and said not in readers:
             raise ConfigError(
-                f"{said} is told of responses (briefing {kind!r}), but method {run.method.name!r} lets the teacher "
-                "write before there are any. Use a method without texts of the teacher."
+                f"{said} is told of responses (briefing {kind!r}), but the method, or rollout.policy, lets the "
+                "teacher write before there are any. Use one without texts of the teacher."
             )
 
 

@@ -86,7 +86,7 @@ def need_of(subject: Subject, device: torch.device | None = None, processes: int
     rollouts = -(-run.rollout.num_prompts * run.rollout.num_rollouts // processes)
     batch = min(run.rollout.max_batch, rollouts)
     writers = [] if run.rollout.servers else [(subject.student.config, width, longest)]
-    if run.method.rollout.needs_teacher_text:  # None is the base, which is as large as the student
+    if run.policy.needs_teacher_text:  # None is the base, which is as large as the student
         here = {
             name: side or subject.student for name, side in subject.teachers.items() if side is None or name in local
         }

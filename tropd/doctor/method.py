@@ -101,7 +101,7 @@ def check_guidance(subject: Subject) -> Iterator[Check]:
     beta = getattr(run.method, "beta", None)
     if beta is None:
         return
-    start = run.method.rollout.shares(0.0, wanted.num_rollouts, wanted.max_new_tokens).prefix / wanted.max_new_tokens
+    start = run.policy.shares(0.0, wanted.num_rollouts, wanted.max_new_tokens).prefix / wanted.max_new_tokens
     if run.steps < _FEW_STEPS and start > 0 and beta <= _SMALL_BETA:
         yield warning(
             "guidance",

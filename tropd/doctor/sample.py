@@ -94,10 +94,9 @@ def draw_sample(parts: Parts, num_prompts: int, max_new_tokens: int) -> Sample:
     for chosen, teacher in parts.teacher.parts(rollouts):
         answers, told = [rollouts[i] for i in chosen], [as_read[i] for i in chosen]
         diagnoses[answers[0].prompt.teacher] = _diagnose(parts, teacher, answers, told, limit)
-    method = parts.run.method
     step_rollouts = rollouts
-    if method.rollout.needs_teacher_text:
-        step_rollouts = _write(parts, prompts, method.rollout, limit)
+    if parts.run.policy.needs_teacher_text:
+        step_rollouts = _write(parts, prompts, parts.run.policy, limit)
         if parts.grader is not None:
             step_rollouts = graded(parts.grader, step_rollouts, parts.tokenizer)
     return Sample(

@@ -200,6 +200,15 @@ class Mixture(RolloutPolicy):
         return Shares(by_student=self.student_share, texts=num_rollouts * (1 - self.student_share))
 
 
+POLICIES: dict[str, type[RolloutPolicy]] = {
+    "on_policy": OnPolicy,
+    "teacher_prefix": TeacherPrefix,
+    "teacher_text": TeacherText,
+    "mixture": Mixture,
+}
+"""By the names that a run file has for them."""
+
+
 def _written(drafts: Sequence[Draft], job: RolloutJob, writer: Writer | None) -> list[Draft]:
     texts = teacher_texts(drafts, job, writer)
     return [draft.written(text) for draft, text in zip(drafts, texts, strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,8 @@ class Optimizer:
     ) -> None:
         """`add_over_ranks` adds up the gradients of ranks that each hold the whole model."""
         self.add_over_ranks = add_over_ranks
+        self.watch: Callable[[dict[str, Tensor]], AbstractContextManager[None]] = lambda masters: nullcontext()
+        """Entered around each update, with the masters and their gradients."""
         self.config, self.total_steps, self.num_steps = config, total_steps, 0
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters = {
@@ -57,13 +60,14 @@ class Optimizer:
                 master.grad = parameter.grad.float()
         if self.add_over_ranks is not None:
             self.add_over_ranks([master.grad for master in self.masters.values() if master.grad is not None])
-        norm = _number(nn.utils.clip_grad_norm_(list(self.masters.values()), self.config.max_gradient_norm))
         rate = learning_rate(self.config, self.num_steps, self.total_steps)
-        if math.isfinite(norm):  # a broken gradient is reported by the loop; the weights stay as they were
-            for group in self.adamw.param_groups:
-                group["lr"] = rate
-            self.adamw.step()
-            self._copy_back()
+        with self.watch(self.masters):
+            norm = _number(nn.utils.clip_grad_norm_(list(self.masters.values()), self.config.max_gradient_norm))
+            if math.isfinite(norm):  # a broken gradient is reported by the loop; the weights stay as they were
+                for group in self.adamw.param_groups:
+                    group["lr"] = rate
+                self.adamw.step()
+                self._copy_back()
         self.num_steps += 1
         for parameter in [*self.parameters.values(), *self.masters.values()]:
             parameter.grad = None
@@ -119,3 +123,9 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
         return config.learning_rate
     u = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
     return config.learning_rate * (1 - u if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * u)))
+
+
+def local(x: Tensor) -> Tensor:
+    """Of a sharded tensor, this process's part."""
+    to_local = getattr(x, "to_local", None)
+    return x if to_local is None else to_local()

@@ -122,7 +122,7 @@ class Phase:
 
 
 def texts_of(run: Run, subject: Subject) -> Texts:
-    policy, wanted, prompts = run.method.rollout, run.rollout, subject.prompts
+    policy, wanted, prompts = run.policy, run.rollout, subject.prompts
     rollouts, new = wanted.num_prompts * wanted.num_rollouts, wanted.max_new_tokens
     prompt = fmean(len(p.token_ids) for p in prompts)
     visits = wanted.num_prompts * run.steps

@@ -1,12 +1,14 @@
 """Engines write tokens: the student's engine, and the teacher when it writes prefixes.
 
-An engine of your own inherits from `Engine` and gives `generate`, and `sync` where its weights change; everything else
-has a default.  docs/own_parts.md explains it, and `tropd.testing.check_engine` tests it.
+An engine of your own inherits from `Engine` and gives `generate`, `prepare` where it writes as the student, and `sync`
+where it holds weights of its own; everything else has a default.  docs/own_parts.md explains it, and
+`tropd.testing.check_engine` tests it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from tropd.types import Completion, Request
 
@@ -18,6 +20,10 @@ class Engine:
     """The longest text that it can hold, prompt and answer together; None if unknown."""
     notes: Sequence[str] = ()
     """Notes for the user before a run starts, for instance on slow paths."""
+
+    def prepare(self, student: Any, tokenizer: Any, vocab_size: int) -> None:
+        """Called once before the first request, for an engine that a run file names.  `student` is the model of this
+        process that is trained: its weights are the current ones whenever the engine is asked to write."""
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion per request.  A request's tokens depend on its own seed, never on its neighbours."""

@@ -34,6 +34,7 @@ def environment_of(parts: Parts) -> dict[str, str]:
         "grader": parts.run.grader,
         "evaluation.grader": parts.run.evaluation.grader,
         "method": parts.run.method.name,
+        **parts.run.own_parts,
         **{f"teacher {name}": teacher.path for name, teacher in parts.run.all_teachers.items()},
     }
     return environment | {what: said for what, name in named.items() if (said := _source_of(name)) is not None}

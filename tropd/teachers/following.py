@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tropd.briefings.follow import Answers, Follow
 from tropd.errors import CheckpointError, ConfigError
+from tropd.model.optimizer import local
 from tropd.objective.memory import Memory
 from tropd.teachers.local import LocalTeacher
 
@@ -113,7 +114,7 @@ class Follower:
                     f"{name!r} has {there} in the checkpoint, the teacher that follows the student has shape "
                     f"{tuple(x.shape)}. The checkpoint belongs to another model."
                 )
-            _local(x).copy_(_local(_laid_out(tensors[name].to(x.device), x)))
+            local(x).copy_(local(_laid_out(tensors[name].to(x.device), x)))
         self.settle()
 
     @torch.no_grad()
@@ -122,14 +123,14 @@ class Follower:
         self.moves += 1
         weights = self._weights()
         for name, average in self.averages.items():
-            _local(weights[name]).copy_(_local(average))
+            local(weights[name]).copy_(local(average))
 
     @torch.no_grad()
     def _move(self, trained: Mapping[str, Tensor]) -> None:
         for name, x in self.held().items():
-            student = _local(_laid_out(trained[name].detach(), x))
+            student = local(_laid_out(trained[name].detach(), x))
             # As a difference: a share of 0 changes no bit, and a share of 1 leaves none.
-            _local(x).copy_(student) if self.rule.share == 1 else _local(x).lerp_(student.to(x.dtype), self.rule.share)
+            local(x).copy_(student) if self.rule.share == 1 else local(x).lerp_(student.to(x.dtype), self.rule.share)
         self.settle()
 
     def _weights(self) -> dict[str, Tensor]:
@@ -180,7 +181,3 @@ def _laid_out(source: Tensor, like: Tensor) -> Tensor:
 def whole(x: Any) -> Tensor:
     """A tensor of all ranks, which call together."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
-
-
-def _local(x: Any) -> Tensor:
-    return x.to_local() if hasattr(x, "to_local") else x

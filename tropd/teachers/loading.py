@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tropd.base.names import find as find_name
-from tropd.base.names import made
+from tropd.base.names import Own
 from tropd.config.models import ReaderConfig, TeacherConfig
 from tropd.config.run import Run
 from tropd.config.tables import to_dict
@@ -155,11 +154,7 @@ def shares_model(run: Run, reader: ReaderConfig) -> bool:
 
 def make_teacher(config: TeacherConfig) -> Teacher:
     """Make the user's own teacher with its settings."""
-    said = f"teacher {config.path!r}"
-    teacher = made(find_name(config.path, "teacher"), config.knobs, said)
-    if not isinstance(teacher, Teacher):
-        raise ConfigError(f"{said} is a {type(teacher).__name__}. Give a class that inherits from tropd.Teacher.")
-    return teacher
+    return Own(name=config.path, knobs=config.knobs).make(Teacher, "teacher")
 
 
 def _check_own(teacher: Teacher) -> None:

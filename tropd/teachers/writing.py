@@ -53,7 +53,7 @@ def writer_of(
     path: Path,
 ) -> tuple[Engine | None, list[str]]:
     """The engine that writes the teachers' texts, if the method needs any, and notes on it.  `path` keeps the texts."""
-    if not run.method.rollout.needs_teacher_text:
+    if not run.policy.needs_teacher_text:
         return None, []
     writers: dict[str, Engine] = {}
     notes: list[str] = []
@@ -78,9 +78,11 @@ def _own_writer(teacher: Teacher, run: Run) -> Engine:
     if isinstance(teacher, Engine):
         return TeacherEngine(teacher)
     if run.data.response_column is None and run.data.last_assistant != "prefix":
+        asked = run.rollout.policy
+        asking = f"method {run.method.name!r}" if asked is None else f"policy {asked.name!r}"
         raise ConfigError(
-            f"method {run.method.name!r} needs the teacher's texts, but a {type(teacher).__name__} writes none. Let it "
-            "inherit from tropd.rollout.engine.Engine as well, set data.response_column, or use another method."
+            f"{asking} needs the teacher's texts, but a {type(teacher).__name__} writes none. Let it "
+            "inherit from tropd.rollout.engine.Engine as well, set data.response_column, or use another one."
         )
     return TeacherEngine(Engine())
 

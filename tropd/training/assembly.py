@@ -28,6 +28,8 @@ from tropd.model.loading import choose_device, load_model, load_tokenizer, wrap_
 from tropd.model.optimizer import Optimizer
 from tropd.model.origins import Origin, origin_of, origin_of_objects, prompts_origin
 from tropd.model.tiling import Tiling
+from tropd.monitoring.probe import Probe
+from tropd.monitoring.probing import open_probes
 from tropd.objective.losses import SampledForwardKL, SampledReverseKL
 from tropd.objective.memory import Memory
 from tropd.rollout.engine import Engine
@@ -77,6 +79,8 @@ class Parts:
     given: Given = NOTHING_GIVEN
     followers: tuple[Follower, ...] = ()
     """The moves of the teachers that follow the student."""
+    probes: tuple[Probe, ...] = ()
+    """What else is watched."""
     memory: Memory = dataclasses.field(default_factory=Memory)
     """What the run remembers from step to step."""
 
@@ -91,6 +95,7 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE, given: Given = N
     grader = given.grader or (resolve_grader(run.grader) if run.grader else None)
     eval_grader = resolve_grader(run.evaluation.grader) if run.evaluation.grader else grader
     check_briefings(run, grader is not None)
+    probes = open_probes(run)
     loaded, tokenizer = given.student or (None, load_tokenizer(run.student, "student"))
     teachers = loading.find(run, tokenizer, given.teacher)  # cheap to refuse before any weights are read
     loaded = load_model(run.student, "student", device) if loaded is None else loaded.to(device).eval()
@@ -138,6 +143,7 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE, given: Given = N
         world=world,
         given=given,
         followers=engaged.followers,
+        probes=probes,
     )
 
 
@@ -157,6 +163,10 @@ def _origins(
 
 def _engine(run: Run, model: Any, tokenizer: Any, size: int, directory: Path, world: Ranks) -> Engine:
     """The engine that writes the rollouts."""
+    if run.rollout.engine is not None:
+        own = run.rollout.engine.make(Engine, "engine")
+        own.prepare(model, tokenizer, size)
+        return own
     if not run.rollout.servers:
         return TransformersEngine(model, vocab_size=size, max_batch=run.rollout.max_batch)
     from tropd.rollout.vllm import open_engine
@@ -249,7 +259,7 @@ def _open_stream(
     notes, number = [f"{data.path}: {loaded.report}"], loading.share_prompts(run, loaded.prompts)
     if run.teachers:
         notes.append("prompts for " + ", ".join(f"teacher {name!r}: {n}" for name, n in number.items()))
-    notes += briefer.check_lengths(loaded.prompts, run.method.rollout.needs_teacher_text)
+    notes += briefer.check_lengths(loaded.prompts, run.policy.needs_teacher_text)
     return PromptStream(loaded.prompts, run.seed), notes
 
 

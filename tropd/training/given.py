@@ -59,7 +59,7 @@ def take(run: Run, objects: Mapping[Part, Any]) -> tuple[Run, Given]:
             changes |= {"data": data} if part == "prompts" else {"evaluation": _with_data(run, data)}
             given |= {} if table is None else {part: table}
     run = dataclasses.replace(run, **changes)
-    run = run.imported() if "method" not in objects else run
+    run = run.imported()
     parts: list[Any] = [*given, *(["method"] if run.method.name.endswith(GIVEN) else [])]
     return dataclasses.replace(run, given=tuple(parts)), Given(**given)
 

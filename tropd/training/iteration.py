@@ -77,7 +77,9 @@ def iterate(parts: Parts, source: Source, directory: Path, step: int, alarms: Al
         drawn = probes_of_student(parts, batch.rollouts) | probes_of_teacher(parts, batch)
 
     behind = lags(step, batch.rollouts)
-    watched = Watched(batch, run.sampling, teachers=tuple(run.teachers), stale=max(behind, default=0) > 0)
+    stale = max(behind, default=0) > 0
+    watched = Watched(batch, run.sampling, step=step, probes=parts.probes, teachers=tuple(run.teachers), stale=stale)
+    learner.optimizer.watch = watched.others.update
     with clock(seconds, "train"), _keeping(lambda: batch, parts, directory, step):
         torch.manual_seed(key_of(run.seed, "train", step, *([world.rank] if world.rank else [])))  # for dropout
         sums = train_step(

@@ -58,7 +58,7 @@ class Source:
         parts, run = self.parts, self.parts.run
         if self._next is None:
             self._taken = (parts.stream.state_dict(), None)
-            return Written(rollouts=roll_out(run.method.rollout, self._job(step), parts.engine, parts.writer))
+            return Written(rollouts=roll_out(run.policy, self._job(step), parts.engine, parts.writer))
         self._taken = (self._cursor, None)
         written, self._next = self._next.result(), None
         self._taken = (self._cursor, written)
@@ -76,7 +76,7 @@ class Source:
         if parts.teacher.elsewhere:
             self._next = in_background(lambda: self._from_afar(job))
             return
-        drafts = begin(run.method.rollout, job, parts.writer)  # a teacher in this process writes in this thread
+        drafts = begin(run.policy, job, parts.writer)  # a teacher in this process writes in this thread
         self._next = in_background(lambda: Written(rollouts=_aged(carry_on(drafts, job, parts.engine))))
 
     def wait(self) -> None:
@@ -119,7 +119,7 @@ class Source:
     def _from_afar(self, job: RolloutJob) -> Written:
         """Rollouts and scores, all by servers, so that nothing in this process is touched while it trains."""
         parts, objective = self.parts, self.parts.run.method.objective
-        rollouts = _aged(roll_out(parts.run.method.rollout, job, parts.engine, parts.writer))
+        rollouts = _aged(roll_out(parts.run.policy, job, parts.engine, parts.writer))
         needs = objective.needs_of(READER)
         if not needs & OF_TEACHER:
             return Written(rollouts=rollouts)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tropd.distributed.ranks import Ranks
+from tropd.monitoring.probe import Probe, Sight
 from tropd.monitoring.probes import Sums, probe_batch
+from tropd.monitoring.probing import Probing
 from tropd.monitoring.teachers import probes_of
 from tropd.objective.support import NOTHING
 from tropd.training.batches import ScoredBatch
@@ -22,8 +25,19 @@ _UNKNOWN = {"teacher_logprobs_N": torch.nan, "teacher_topk_logprobs_NK": NOTHING
 class Watched:
     """Gets each micro-batch of a step; then gives the probes of the whole step and the numbers of each token."""
 
-    def __init__(self, batch: ScoredBatch, sampling: Sampling, *, teachers: tuple[str, ...] = (), stale: bool = False):
-        """`teachers` are those of several that the batch has rollouts for; `stale`: an older student wrote it."""
+    def __init__(
+        self,
+        batch: ScoredBatch,
+        sampling: Sampling,
+        *,
+        step: int = 0,
+        probes: Sequence[Probe] = (),
+        teachers: tuple[str, ...] = (),
+        stale: bool = False,
+    ) -> None:
+        """`probes` are asked beside tropd's own; `teachers` are those of several that the batch has rollouts for;
+        `stale`: an older student wrote it."""
+        self.step, self.others = step, Probing(probes, step)
         self.batch, self.sums, self.stale, self.sampling = batch, Sums.nothing(), stale, sampling
         top_NK = batch.tokens.peek("teacher_topk_logprobs_NK")
         self.sampled = top_NK is not None and bool((top_NK[:, :1] <= NOTHING).any())
@@ -40,6 +54,8 @@ class Watched:
             top_k = None if at_teacher is None else at_teacher[rows_N]
             theirs = [rollout for rollout in rollouts if rollout.prompt.teacher == name]
             self.sums_of[name] += probe_batch(seen.tokens.rows(rows_N), theirs, topk_logprobs_NK=top_k, **settings)
+        sight = Sight(step=self.step, rollouts=rollouts, tokens=seen.tokens, view=seen.view, plan=seen.plan)
+        self.others.look(sight)
         for term, by_rollout in seen.weights().items():
             self.weights.setdefault(term, {}).update(by_rollout)
         self.student.update(seen.student_logprobs())
@@ -47,8 +63,8 @@ class Watched:
     def probes(self, world: Ranks) -> dict[str, float]:
         """The probes of all ranks; every rank must call this."""
         each = [probes_of(name, sums.gather(world).result()) for name, sums in self.sums_of.items()]
-        whole = self.sums.gather(world).result()
-        return {name: value for part in (whole, *each, self._unread(world)) for name, value in part.items()}
+        whole, own = self.sums.gather(world).result(), self.others.result(world)
+        return {name: value for part in (own, whole, *each, self._unread(world)) for name, value in part.items()}
 
     def _unread(self, world: Ranks) -> dict[str, float]:
         """readers/NAME/unread: the share of responses that a reader did not read, where it left out any."""
