@@ -12,14 +12,15 @@ import time
 
 import pytest
 
-from tests.small_runs import run_of, write_models
+from tests.small_runs import run_of as small_run
+from tests.small_runs import write_models
 from tropd.cli.main import main
 from tropd.config.run import Run
 from tropd.errors import ConfigError
 from tropd.laboratory.lab import Lab, load_lab, trials
 from tropd.laboratory.runner import compare, read_outcomes
 from tropd.laboratory.tables import arms_of, score_sheet, sheets
-from tropd.laboratory.trial import Outcome
+from tropd.laboratory.trial import Outcome, fingerprint_of, run_of
 from tropd.methods import OPD, FullFKL, SeqKD
 
 EVALUATION = {"num_samples": 2, "max_new_tokens": 4, "every": 1}
@@ -29,7 +30,9 @@ EVALUATION = {"num_samples": 2, "max_new_tokens": 4, "every": 1}
 def bed(tmp_path):
     """A run file with two tiny models, and held-out prompts."""
     folder = write_models(tmp_path / "bed")
-    run = run_of(folder, evaluation={**EVALUATION, "data": {"path": str(folder / "data.jsonl"), "limit": 4}}, steps=2)
+    run = small_run(
+        folder, evaluation={**EVALUATION, "data": {"path": str(folder / "data.jsonl"), "limit": 4}}, steps=2
+    )
     (folder / "run.toml").write_text(run.dump())
     return str(folder / "run.toml")
 
@@ -64,6 +67,21 @@ def test_a_method_may_be_added_and_a_setting_may_not_be_changed(tmp_path, bed):
     changed = lab_in(tmp_path / "a", bed, seeds=(0,), methods={"OPD": OPD(), "Full FKL": FullFKL(top_k=5)})
     with pytest.raises(ConfigError, match="Full FKL.*other settings"):
         compare(changed, tell=str)
+
+
+def test_the_runs_of_one_method_may_differ_in_more_than_the_method(tmp_path, bed):
+    """Tables are merged, one method's over those of all; its runs are other runs then."""
+    changes = {"run": {"rollout": {"num_prompts": 1}}, "runs": {"Full FKL": {"teacher": {"path": "start"}}}}
+    lab = lab_in(tmp_path / "a", bed, seeds=(0,), **changes)
+    plain, told = (run_of(lab, trial, None) for trial in trials(lab))
+    assert (plain.rollout.num_prompts, told.rollout.num_prompts) == (1, 1)
+    assert plain.teacher.path != told.teacher.path == "start" and told.method == FullFKL(top_k=4)
+    before = run_of(lab_in(tmp_path / "a", bed, seeds=(0,), run=changes["run"]), list(trials(lab))[1], None)
+    assert fingerprint_of(before) != fingerprint_of(told)
+    with pytest.raises(ConfigError, match=r"runs\.OPDD is for none of the methods: OPD, Full FKL"):
+        lab_in(tmp_path / "a", bed, runs={"OPDD": {}})
+    with pytest.raises(ConfigError, match="method 'OPD'.*unknown key 'rollouts'"):
+        run_of(lab_in(tmp_path / "a", bed, run={"rollouts": {}}), next(trials(lab)), None)
 
 
 def test_an_option_that_is_new_since_an_outcome_does_not_orphan_it(tmp_path, bed):
@@ -207,8 +225,6 @@ def test_tables_go_into_a_page_between_their_marks(tmp_path, capsys):
     assert text.startswith("before\n") and text.endswith("<!-- /lab -->\nafter\n")
     assert "old" not in text and text.count("| OPD | 0.500 |") == 1
 
-
-def test_a_run_that_a_comparison_beside_it_has_made_is_taken_over_by_its_settings(tmp_path):
     from tropd.laboratory import runner
     from tropd.laboratory.trial import fingerprint_of, pair_of, run_of
 

@@ -49,6 +49,15 @@ def load_student(source: str, step: int | None, device: str, dtype: Any) -> Trai
     return _load_folder(source, device, dtype)
 
 
+def student_of(run: Run, device: str, dtype: Any = "auto") -> Trained:
+    """The student of a run before training."""
+    if run.student.path == GIVEN:
+        raise ConfigError("the student of the run was given in Python, so no file says where it is. Set student.path.")
+    config = run.student if dtype == "auto" else dataclasses.replace(run.student, dtype=dtype)
+    model = load_model(config, "student", choose_device(device))
+    return Trained(model=model.eval(), tokenizer=load_tokenizer(config, "student"), run=run)
+
+
 def load_checkpoint(directory: Path, step: int | None, device: str, dtype: Any = "auto") -> Trained:
     """The student of a run as it was after `step` steps, or at the newest checkpoint."""
     if not is_run(directory):

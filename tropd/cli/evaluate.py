@@ -2,6 +2,8 @@
 
 Each graded prompt is one line of items.jsonl, so an evaluation that was interrupted goes on where it stopped and ends
 with the same numbers.  summary.json holds the numbers with everything they depend on.
+
+With --briefed the model answers twice: as the student reads a prompt, and with what the run's teacher is told of it.
 """
 
 from __future__ import annotations
@@ -17,15 +19,17 @@ from tyro.conf import AvoidSubcommands
 
 from tropd.base.reading import nearest
 from tropd.base.terminal import tell
-from tropd.checkpoints.trained import Trained, is_run, load_student
+from tropd.checkpoints.trained import Trained, is_run, load_student, student_of
 from tropd.cli.arguments import TRUST, Arguments
 from tropd.config.flags import read_flags
 from tropd.config.run import Run
 from tropd.config.stages import DataConfig, EvalConfig
 from tropd.config.tables import to_dict
 from tropd.errors import ConfigError, DataError
+from tropd.evaluation.briefed import check_reader, measure_gap
 from tropd.evaluation.models import check_trust, data_of, judged, settings_of
 from tropd.model.loading import looks_local
+from tropd.objective.evidence import READER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +47,12 @@ def main(argv: list[str]) -> int:
         "--sampling.temperature 0.7 --data.prompt-column question --limit 100. A run's own section is the default.",
         allow_abbrev=False,
     )
-    parser.add_argument("model", help="a Hugging Face folder or id, an exported adapter, or a run's folder")
+    parser.add_argument(
+        "model",
+        help="a Hugging Face folder or id, an exported adapter, or a run's folder; with --briefed also a run file",
+    )
+    parser.add_argument("--briefed", action="store_true", help="answer also with the briefing of the run's teacher")
+    parser.add_argument("--reader", help="with --briefed: the reader of the run whose briefing is meant")
     parser.add_argument("--data", help="a data file, folder or hub id; by default the run's held-out data")
     parser.add_argument("--step", type=int, help="a run's checkpoint; by default its finished model")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
@@ -52,13 +61,35 @@ def main(argv: list[str]) -> int:
     parser.add_argument("-o", "--output", type=Path, help="where items.jsonl and summary.json go")
     asked, flags = parser.parse_known_args(argv)
     source = Path(asked.model).expanduser()
-    _check_there(source, asked)
-    run = Run.load(source / "run.toml") if is_run(source) else None
+    run = _run_of(source, asked)
     config = _configure(run, asked.data, flags)
     if not any(flag.partition("=")[0] == "--grader" for flag in flags):
         check_trust(run, config.grader, asked.trust_code)
-    _evaluate(asked, config)
+    if asked.briefed and run is not None:
+        check_reader(run, asked.reader or READER, asked.trust_code)
+    _evaluate(asked, config, run)
     return 0
+
+
+def _run_of(source: Path, asked: Any) -> Run | None:
+    """The run of a folder or a file; None for a model of no run."""
+    if asked.reader is not None and not asked.briefed:
+        raise ConfigError("--reader says whose briefing is meant, and without --briefed none is. Add --briefed.")
+    if asked.briefed and source.is_file() and source.suffix == ".toml":
+        if asked.step is not None:
+            raise ConfigError(
+                f"--step {asked.step} was asked for, but {asked.model} is a run file. Give the run's folder."
+            )
+        return Run.load(source)
+    _check_there(source, asked)
+    if is_run(source):
+        return Run.load(source / "run.toml")
+    if asked.briefed:
+        raise ConfigError(
+            f"--briefed asks what the teacher of a run is told, but {asked.model} is a model. Give a run file, or the "
+            "folder of a run."
+        )
+    return None
 
 
 def _check_there(source: Path, asked: Any) -> None:
@@ -85,19 +116,28 @@ def _configure(run: Run | None, data: str | None, flags: list[str]) -> Evaluatio
     return read_flags(AvoidSubcommands[Evaluation], flags, "tropd evaluate", default=default)
 
 
-def _evaluate(asked: Any, config: Evaluation) -> None:
+def _evaluate(asked: Any, config: Evaluation, run: Run | None) -> None:
     from tropd.data.graders import resolve_grader
 
     grader = resolve_grader(config.grader) if config.grader else None
-    trained = load_student(asked.model, asked.step, asked.device, asked.dtype)
+    if asked.briefed and grader is None:
+        raise ConfigError("--briefed compares accuracies, and there is no grader. Give --grader.")
+    if run is not None and Path(asked.model).expanduser().is_file():
+        trained = student_of(run, asked.device, asked.dtype)
+    else:
+        trained = load_student(asked.model, asked.step, asked.device, asked.dtype)
 
     def place(version: str) -> Path:
-        folder = asked.output or _default_folder(asked.model, config, version)
+        folder = asked.output or _default_folder(asked, config, version)
         if (folder / "summary.json").exists() and not (folder / "items.jsonl").exists():
             raise ConfigError(f"{folder} holds a summary.json that is no evaluation's. Name another folder with -o.")
         return folder
 
-    result, version = judged(trained, config.data, config, grader, place, tell=tell)
+    if asked.briefed and run is not None and grader is not None:
+        reader = asked.reader or READER
+        result, version = measure_gap(trained, run, config.data, config, grader, place, reader=reader, tell=tell)
+    else:
+        result, version = judged(trained, config.data, config, grader, place, tell=tell)
     folder = place(version)
     tell(result.describe())
     if grader is None:
@@ -106,12 +146,17 @@ def _evaluate(asked: Any, config: Evaluation) -> None:
     tell(f"answers: {folder / 'items.jsonl'}   numbers: {folder / 'summary.json'}")
 
 
-def _default_folder(model: str, config: Evaluation, version: str) -> Path:
+def _default_folder(asked: Any, config: Evaluation, version: str) -> Path:
     """Weights and settings name the folder, so that the same question finds its own answers again."""
-    said = json.dumps([to_dict(config), version], sort_keys=True)
-    name = f"{Path(config.data.path).stem}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
-    path = Path(model).expanduser()
-    return path / "evaluations" / name if is_run(path) else Path("evaluations") / f"{path.name}-{name}"
+    said = json.dumps([to_dict(config), version, *([asked.reader] if asked.briefed else [])], sort_keys=True)
+    briefed = "-briefed" if asked.briefed else ""
+    name = f"{Path(config.data.path).stem}{briefed}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
+    path = Path(asked.model).expanduser()
+    return (
+        path / "evaluations" / name
+        if is_run(path)
+        else Path("evaluations") / f"{path.stem if path.is_file() else path.name}-{name}"
+    )
 
 
 def _write_summary(

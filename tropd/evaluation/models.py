@@ -113,10 +113,8 @@ def judged(
     tell: Callable[[str], None] = lambda _: None,
 ) -> tuple[EvalResult, str]:
     """The result, and the name of the weights, of which `folder` makes the place for answers."""
-    size = shared_vocab_size(trained.model, trained.tokenizer, trained.model, trained.tokenizer)
-    batch = trained.run.rollout.max_batch if trained.run else 64
-    engine = TransformersEngine(trained.model, vocab_size=size, max_batch=batch)
-    loaded = load_prompts(_limited(data, settings, engine.context), trained.tokenizer, table)
+    engine = engine_of(trained)
+    loaded = load_prompts(limited(data, settings, engine.context), trained.tokenizer, table)
     version = model_fingerprint(trained.model, whole=True)
     progress = None if folder is None else folder(version) / "items.jsonl"
     tell(f"{data.path}: {loaded.report}")
@@ -133,7 +131,14 @@ def judged(
     return result, version
 
 
-def _limited(data: DataConfig, settings: EvalConfig, context: int | None) -> DataConfig:
+def engine_of(trained: Trained) -> TransformersEngine:
+    """What writes the model's answers."""
+    size = shared_vocab_size(trained.model, trained.tokenizer, trained.model, trained.tokenizer)
+    batch = trained.run.rollout.max_batch if trained.run else 64
+    return TransformersEngine(trained.model, vocab_size=size, max_batch=batch)
+
+
+def limited(data: DataConfig, settings: EvalConfig, context: int | None) -> DataConfig:
     """A prompt must leave room for the answer; how many are left out stands in the report."""
     if context is None:
         return data

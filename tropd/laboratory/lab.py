@@ -10,6 +10,9 @@ name = "opd"
 [methods."TrOPD, beta 1"]
 name = "tropd"
 beta = 1.0
+
+[runs."TrOPD, beta 1"]              # only if its run differs from the others' in more than the method
+teacher = { path = "start", briefing = { kind = "column", column = "solution" } }
 """
 
 from __future__ import annotations
@@ -17,9 +20,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from tropd.base.ranges import Count, PositiveShare, Ranged, Whole
 from tropd.base.reading import nearest, read_toml
@@ -44,6 +47,10 @@ class Lab(Ranged):
     """The comparison's folder: results.jsonl, tables.md and the figures."""
     methods: dict[str, MethodTable]
     """The methods to compare, by their names in the tables."""
+    run: dict[str, Any] = field(default_factory=dict)
+    """Sections of a run file that every run has beside what the testbed says: { teacher = { path = "start" } }."""
+    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The same for the runs of one method, by its name in the tables."""
     testbeds: tuple[str, ...]
     """Names from tropd.testbeds, "embedded/NAME" for models that come with the package (the same for every seed), or
     run files (.toml) with your own models."""
@@ -82,6 +89,8 @@ class Lab(Ranged):
                 raise ConfigError(f"{name} = {list(values)} says something twice. Give each once.")
         if self.baseline and self.baseline not in self.methods:
             raise ConfigError(f"baseline {self.baseline!r} is none of the methods: {', '.join(self.methods)}.")
+        if unknown := [name for name in self.runs if name not in self.methods]:
+            raise ConfigError(f"runs.{unknown[0]} is for none of the methods: {', '.join(self.methods)}.")
         for testbed in self.testbeds:
             _check_testbed(testbed)
 

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,8 @@ from tropd.testbeds import Pair, embedded, make_pair
 from tropd.types import StepRecord
 
 FIRST_STEPS = 10
+_OF_STUDENT = ("start", "student", "base")
+"""Teachers that are no folder of a pair."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +82,21 @@ def pair_of(lab: Lab, testbed: str, seed: int) -> Pair | None:
 
 def run_of(lab: Lab, trial: Trial, pair: Pair | None) -> Run:
     """The run of a trial."""
-    if pair is None:
-        return _run_of_file(lab, trial)
+    run = _run_of_file(lab, trial) if pair is None else _run_of_pair(lab, trial, pair)
+    changes = (lab.run, lab.runs.get(trial.method, {}))
+    return Run.from_dict(reduce(_changed, changes, to_dict(run)), f"method {trial.method!r}") if any(changes) else run
+
+
+def _changed(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables are merged key by key; one that names its kind or rule is taken whole."""
+    whole = dict(table)
+    for name, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(whole.get(name), Mapping) and not {"kind", "rule"} & set(value)
+        whole[name] = _changed(whole[name], value) if both else value
+    return whole
+
+
+def _run_of_pair(lab: Lab, trial: Trial, pair: Pair) -> Run:
     bed = bed_of(trial.testbed)
     steps = lab.steps or bed.steps
     return Run(
@@ -132,7 +148,7 @@ def fingerprint_of(run: Run) -> str:
     values = to_dict(run)
     for name in ("output", "trackers", "device"):
         values.pop(name, None)
-    for part in ("student", "teacher", "data"):
+    for part in ("student", "data", *(() if run.teacher.path in _OF_STUDENT else ("teacher",))):
         values[part].pop("path")
     values["evaluation"].get("data", {}).pop("path", None)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]

@@ -8,6 +8,7 @@ from tropd.testbeds.chain import Chain, ChainStyle
 from tropd.testbeds.dialects import Dialects, DialectStyle
 from tropd.testbeds.gym import Gym, GymStyle
 from tropd.testbeds.task import Lesson, Shape, Testbed, Training
+from tropd.testbeds.told import Told
 
 _VERBOSE = ChainStyle(corrupt=0.08)
 _NOISY, _TERSE = ChainStyle(noise=0.3), ChainStyle(terse=True)
@@ -44,6 +45,22 @@ MAIN_MILD = Testbed(
 )
 MAIN_HARD = dataclasses.replace(
     MAIN_MILD, name="main-hard", student_training=(Training(steps=150, learning_rate=1e-3, mix=_HARD),)
+)
+
+TOLD = Testbed(
+    name="told",
+    task=Told(),
+    teacher_training=NANO_MILD.teacher_training,
+    student_training=(
+        Lesson(
+            task=Told(share=0.6, wrong=0.3),
+            steps=200,
+            learning_rate=2e-3,
+            mix=((1.0, ChainStyle()),),
+            warmup=20,
+        ),
+    ),
+    max_new_tokens=28,
 )
 
 _FLUENT = ((1.0, DialectStyle()),)
@@ -101,4 +118,4 @@ GYM = Testbed(
     max_new_tokens=48,
 )
 
-TESTBEDS: dict[str, Testbed] = {bed.name: bed for bed in (NANO_MILD, NANO_HARD, MAIN_MILD, MAIN_HARD, LONG, GYM)}
+TESTBEDS: dict[str, Testbed] = {bed.name: bed for bed in (NANO_MILD, NANO_HARD, MAIN_MILD, MAIN_HARD, LONG, GYM, TOLD)}

@@ -28,7 +28,7 @@ from tropd.errors import ConfigError, TeacherError
 from tropd.evaluation.runner import evaluate
 from tropd.rollout.transformers import TransformersEngine
 from tropd.testbeds.beds import TESTBEDS
-from tropd.testbeds.task import Problem, Task, Testbed
+from tropd.testbeds.task import Lesson, Problem, Task, Testbed
 from tropd.testbeds.tokenizer import make_tokenizer, vocabulary_of
 from tropd.testbeds.training import fine_tune, make_model, seed_of
 
@@ -192,9 +192,11 @@ def load(folder: Path) -> Any:
 
 
 def _longest(testbed: Testbed) -> int:
-    """Room for question and answer, as a power of two."""
+    """Room for question and answer, as a power of two; lessons may ask longer questions."""
+    lessons = (*testbed.teacher_training, *testbed.student_training)
+    tasks = [testbed.task, *(lesson.task for lesson in lessons if isinstance(lesson, Lesson))]
     rng = random.Random(0)
-    questions: Sequence[int] = [len(testbed.task.problem(rng).question) for _ in range(200)]
+    questions: Sequence[int] = [len(task.problem(rng).question) for task in tasks for _ in range(200)]
     return 1 << (max(questions) + testbed.max_new_tokens + 8).bit_length()
 
 
