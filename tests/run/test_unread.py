@@ -47,7 +47,7 @@ def test_unread_responses_are_counted_and_their_zeros_are_in_no_probe_and_no_fil
     shares = []
     for record in records:
         rows = pq.read_table(tmp_path / "run" / "rollouts" / f"step_{record['step']:06d}.parquet").to_pylist()
-        shares.append(record["probes"].get(f"readers/{name}/unread", 0.0))
+        shares.append(record["probes"].get(f"unread/{name}", 0.0))
         if name == "elder":
             assert all(None not in row["teacher_logprobs"][-1:] for row in rows)
             continue

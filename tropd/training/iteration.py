@@ -202,7 +202,7 @@ def _probes_of_step(parts: Parts, sums: StepSums, batch: ScoredBatch, behind: li
         own = [rollout.reward or 0.0 for rollout in batch.rollouts]
         rewards = [reward for part in parts.world.gather_json(own) for reward in part]
         probes["reward/mean"] = sum(rewards) / len(rewards)
-    for name in (name for name in parts.briefer.told if name in parts.run.method.objective.readers):
+    for name in (name for name in parts.briefer.told if name in batch.as_read):
         own = [float(read is None) for read in batch.as_read[name]]
         unread = [each for part in parts.world.gather_json(own) for each in part]
         probes[f"unread/{name}"] = sum(unread) / len(unread)

@@ -64,17 +64,7 @@ class Watched:
         """The probes of all ranks; every rank must call this."""
         each = [probes_of(name, sums.gather(world).result()) for name, sums in self.sums_of.items()]
         whole, own = self.sums.gather(world).result(), self.others.result(world)
-        return {name: value for part in (own, whole, *each, self._unread(world)) for name, value in part.items()}
-
-    def _unread(self, world: Ranks) -> dict[str, float]:
-        """readers/NAME/unread: the share of responses that a reader did not read, where it left out any."""
-        tokens = self.batch.tokens
-        read = {name: tokens.of(name).peek("read_S") for name in sorted({tokens.reader, *tokens.others})}
-        told = world.gather_json({name: [int((~x).sum()), len(x)] for name, x in read.items() if x is not None})
-        return {
-            f"readers/{name}/unread": sum(part[name][0] for part in told) / sum(part[name][1] for part in told)
-            for name in told[0]
-        }
+        return {name: value for part in (own, whole, *each) for name, value in part.items()}
 
     def evidence(self) -> dict[str, Any]:
         """The numbers of each token of the batch, as arguments of `write_rollouts`."""
