@@ -13,7 +13,7 @@ from tests.model.cases import rollouts_of
 from tests.small_runs import run_of
 from tests.tiny import tiny_model
 from tests.told import COLUMN, write_world
-from tropd.config.follow import Copy, Ema
+from tropd.briefings.follow import Copy, Ema
 from tropd.errors import CheckpointError, ConfigError
 from tropd.objective.memory import Memory
 from tropd.teachers.following import Follower

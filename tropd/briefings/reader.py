@@ -1,4 +1,4 @@
-"""A reader as a method prescribes it: whose model, and what it is told; or of whom it is made."""
+"""A reader as a method prescribes it: whose model, what it is told and how it follows; or of whom it is made."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from tropd.base.ranges import Finite, Ranged, Whole
 from tropd.briefings.briefing import AsStudent, Briefing
+from tropd.briefings.follow import Follow, Frozen
 from tropd.objective.mixtures import Mixture, Steered, mixture_of
 
 
@@ -30,6 +31,8 @@ class Reader:
     """"teacher": the model of the run's teacher; "start": the student before training; "student": as it is now."""
     briefing: Briefing = AsStudent()
     """What stands before the response that it reads."""
+    follow: Follow = Frozen()
+    """How "start" follows the student."""
     direction: Direction | None = None
     """What is added to one of the model's layers while it reads."""
     mean: tuple[str, ...] | None = None

@@ -14,8 +14,8 @@ from tropd.base.names import is_name, offered
 from tropd.base.ranges import Count, Positive, Range, Ranged, Seconds
 from tropd.base.reading import shortened
 from tropd.briefings.briefing import AsStudent, Briefing, read_briefing
+from tropd.briefings.follow import Follow, Frozen, read_follow
 from tropd.briefings.reader import Direction
-from tropd.config.follow import Follow, Frozen, read_follow
 from tropd.errors import ConfigError
 from tropd.objective.evidence import READER
 from tropd.objective.mixtures import Mixture, Steered, mixture_of

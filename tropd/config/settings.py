@@ -110,7 +110,12 @@ class Settings(Ranged):
         prescribed = self.method.readers.get(READER)
         if prescribed is None or self.teacher != TeacherConfig() or "teacher" in self.given:
             return self.teacher
-        return TeacherConfig(path=prescribed.model, briefing=prescribed.briefing, direction=prescribed.direction)
+        return TeacherConfig(
+            path=prescribed.model,
+            briefing=prescribed.briefing,
+            follow=prescribed.follow,
+            direction=prescribed.direction,
+        )
 
     @property
     def all_readers(self) -> dict[str, ReaderConfig]:
@@ -124,6 +129,7 @@ class Settings(Ranged):
             name: ReaderConfig(
                 path=reader.model,
                 briefing=reader.briefing,
+                follow=reader.follow,
                 direction=reader.direction,
                 mean=reader.mean,
                 steered=reader.steered,

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from tropd.briefings.follow import Follow
 from tropd.checkpoints.run_folder import check_place
-from tropd.config.follow import Follow
 from tropd.config.models import ModelConfig
 from tropd.config.run import Run
 from tropd.doctor.check import Check, error, ok, warning

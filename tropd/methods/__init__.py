@@ -25,9 +25,15 @@ from tropd.methods.local_support import LSM as LSM, ManyFaces as ManyFaces
 from tropd.methods.tip import TIP as TIP
 from tropd.methods.mopd import MOPD as MOPD
 from tropd.methods.opd_plus import OPDPlus as OPDPlus
-from tropd.methods.classics import GKD as GKD, MiniLLM as MiniLLM, SeqKD as SeqKD
+from tropd.methods.classics import GKD as GKD, MiniLLM as MiniLLM
+from tropd.methods.supervised import SeqKD as SeqKD, SFT as SFT
 from tropd.methods.topd import TOPD as TOPD
 from tropd.methods.opsd import OPSD as OPSD
+from tropd.methods.unisd import UniSD as UniSD
+from tropd.methods.sdft import SDFT as SDFT
+from tropd.methods.sdpo import SDPO as SDPO, MultiRollout as MultiRollout
+from tropd.methods.cgtr import CGTR as CGTR
+from tropd.methods.ptd import PTD as PTD
 # isort: on
 
 

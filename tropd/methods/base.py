@@ -41,7 +41,7 @@ class Method(Ranged):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        objective, _, _ = self.objective, self.rollout, self.sampling  # refuse now what its parts refuse
+        objective, *_ = self.objective, self.rollout, self.sampling, self.readers  # refuse now what its parts refuse
         if not isinstance(objective, Objective):
             raise ConfigError(f"method {type(self).__name__}: its objective is {objective!r}. Give an Objective.")
 

@@ -1,4 +1,4 @@
-"""GKD, MiniLLM and SeqKD: the classical baselines."""
+"""GKD and MiniLLM: the classical baselines with a signal on each token."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Literal
 
 from tropd.base.ranges import NotNegative, Positive, Share
 from tropd.methods.base import Method, warn
-from tropd.methods.policies import Mixture, RolloutPolicy, TeacherText
-from tropd.objective.losses import ForwardKL, JensenShannon, NegativeLogLikelihood, PolicyGradient, ReverseKL
+from tropd.methods.policies import Mixture, RolloutPolicy
+from tropd.objective.losses import PolicyGradient, ReverseKL, divergence_at
 from tropd.objective.objective import Objective
 from tropd.objective.rewards import FutureSum, LogRatio, Standardise, chain
 from tropd.objective.selectors import STUDENT, TEACHER
-from tropd.objective.terms import Term, TokenLoss
+from tropd.objective.terms import Term
 from tropd.types import Sampling
 
 
@@ -46,9 +46,7 @@ class GKD(Method):
 
     @property
     def objective(self) -> Objective:
-        ends: dict[float, TokenLoss] = {0.0: ForwardKL(), 1.0: ReverseKL()}
-        loss = ends.get(self.beta) or JensenShannon(beta=self.beta)
-        return Objective(Term("divergence", STUDENT | TEACHER, loss))
+        return Objective(Term("divergence", STUDENT | TEACHER, divergence_at(self.beta)))
 
     @property
     def rollout(self) -> RolloutPolicy:
@@ -103,24 +101,3 @@ class MiniLLM(Method):
         if self.single_step:
             terms.append(Term("single", STUDENT, ReverseKL()))
         return Objective(*terms)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SeqKD(Method):
-    r"""Sequence-level knowledge distillation: -log pi_S(x) on texts that the
-    teacher (or the dataset) wrote.
-    """
-
-    name: Literal["seqkd"] = "seqkd"
-
-    paper = "1606.07947"
-    summary = "supervised training on the teacher's texts"
-    zero_at_teacher = False
-
-    @property
-    def objective(self) -> Objective:
-        return Objective(Term("likelihood", TEACHER, NegativeLogLikelihood()))
-
-    @property
-    def rollout(self) -> RolloutPolicy:
-        return TeacherText()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from tropd.base.ranges import Positive, PositiveShare, Share, Whole
+from tropd.briefings.briefing import WithColumn
+from tropd.briefings.reader import Reader
 from tropd.methods.base import Method
-from tropd.objective.losses import ForwardKL, JensenShannon, ReverseKL
+from tropd.objective.losses import divergence_at
 from tropd.objective.objective import Objective
 from tropd.objective.selectors import STUDENT
-from tropd.objective.terms import Term, TokenLoss
+from tropd.objective.terms import Term
 from tropd.types import Sampling
 
 
@@ -24,6 +27,8 @@ class OPSD(Method):
     """
 
     name: Literal["opsd"] = "opsd"
+    column: str = "solution"
+    """The data set's column with the solution that the teacher is told (paper: a reference solution)."""
     beta: Share = 0.5
     """Between forward KL (0) and reverse KL (1), which the ends are by convention [inferred]. In [0, 1]."""
     temperature: Positive = 1.1
@@ -43,9 +48,10 @@ class OPSD(Method):
     paper = "2601.18734"
     summary = "Jensen-Shannon over the whole vocabulary with the student itself, told the solution"
     readings = (
-        'The teacher is a setting of the run: teacher.path = "start", the student before training, which the authors '
-        'recommend, or "student", with briefing = { kind = "column", column = "solution" }. Told nothing, it teaches '
-        "nothing.",
+        "The teacher is the student before training, which the authors recommend. They also have an average of the "
+        'student and the student as it is: [teacher] with path = "start" and follow = { rule = "ema", decay = 0.999 }, '
+        'or path = "student", and in both cases briefing = { kind = "column", column = "solution" }, because a section '
+        "[teacher] stands in for all that the method prescribes. Told nothing, the student teaches itself nothing.",
         "The paper clamps nothing and the released code does: entry_clip = 0.05 is the code's.",
         "The authors also offer the sampled token's log-ratio as a reward: that is 'opd' with the same teacher.",
     )
@@ -55,9 +61,12 @@ class OPSD(Method):
         over: dict[str, Any] = {"entry_clip": self.entry_clip}
         if self.teacher_top_k:
             over |= {"support": "teacher_top_k", "top_k": self.teacher_top_k, "outside": "renormalise"}
-        ends: dict[float, TokenLoss] = {0.0: ForwardKL(**over), 1.0: ReverseKL(**over)}
-        return Objective(Term("divergence", STUDENT, ends.get(self.beta) or JensenShannon(beta=self.beta, **over)))
+        return Objective(Term("divergence", STUDENT, divergence_at(self.beta, **over)))
 
     @property
     def sampling(self) -> Sampling:
         return Sampling(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
+
+    @property
+    def readers(self) -> Mapping[str, Reader]:
+        return {"teacher": Reader(model="start", briefing=WithColumn(column=self.column))}

@@ -150,6 +150,26 @@ class TeacherText(RolloutPolicy):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GivenText(RolloutPolicy):
+    """The data set writes every token: the responses that it brings.
+
+    >>> GivenText().shares(progress=0.0, num_rollouts=4, max_new_tokens=100)
+    Shares(by_student=0.0, prefix=0.0, texts=0.0)
+    """
+
+    def begin(self, job: RolloutJob, writer: Writer | None) -> list[Draft]:
+        if missing := sum(not prompt.response_ids for prompt, _ in job.prompts):
+            raise ConfigError(
+                f"this method trains on the data set's responses, but {missing} of {len(job.prompts)} prompts bring "
+                "none. Set data.response_column to the column that has them."
+            )
+        return _written(job.drafts(), job, None)
+
+    def shares(self, progress: float, num_rollouts: int, max_new_tokens: int) -> Shares:
+        return Shares(by_student=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mixture(RolloutPolicy):
     """Each batch (or rollout) is the student's with probability `student_share`, else the teacher's (GKD's lambda).
 

@@ -9,6 +9,7 @@ from tropd.objective.hidden import HiddenMatch
 from tropd.objective.losses import (
     AtMost,
     ForwardKL,
+    ImportanceWeighted,
     JensenShannon,
     NegativeLogLikelihood,
     PolicyGradient,
@@ -32,6 +33,7 @@ __all__ = [
     "Counts",
     "ForwardKL",
     "HiddenMatch",
+    "ImportanceWeighted",
     "JensenShannon",
     "LossOutput",
     "Mean",

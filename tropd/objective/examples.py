@@ -18,6 +18,7 @@ from tropd.objective.hidden import HiddenMatch
 from tropd.objective.losses import (
     AtMost,
     ForwardKL,
+    ImportanceWeighted,
     JensenShannon,
     NegativeLogLikelihood,
     PolicyGradient,
@@ -80,6 +81,7 @@ __all__ = [
     "GeometricBridge",
     "GroupAdvantage",
     "HiddenMatch",
+    "ImportanceWeighted",
     "JensenShannon",
     "LastPositions",
     "LogRatio",

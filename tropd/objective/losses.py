@@ -11,7 +11,7 @@ Two kinds:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -195,6 +195,12 @@ class JensenShannon(DivergenceLoss):
         return self.beta * forward + (1.0 - self.beta) * reverse
 
 
+def divergence_at(beta: float, **over: Any) -> DivergenceLoss:
+    """Jensen-Shannon at beta, and by convention, not by continuity, forward KL at 0 and reverse KL at 1."""
+    ends: dict[float, type[DivergenceLoss]] = {0.0: ForwardKL, 1.0: ReverseKL}
+    return ends[beta](**over) if beta in ends else JensenShannon(beta=beta, **over)
+
+
 @dataclass(frozen=True)
 class StateReward(TokenLoss):
     """A divergence used as a reward: -reward * rho with reward = -sg[divergence].
@@ -248,3 +254,32 @@ class AtMost(TokenLoss):
         rows = (loss_N != torch.inf).nonzero().flatten()  # the gradient of an infinite loss is NaN, even times 0
         finite = self.loss(tokens.rows(rows), student.rows(rows), None if reward_N is None else reward_N[rows])
         return torch.full_like(loss_N, self.nats).index_copy(0, rows, finite.clamp_max(self.nats))
+
+
+@dataclass(frozen=True)
+class ImportanceWeighted(TokenLoss):
+    """Another loss times min(pi_S(x) / mu(x), cap), mu the policy that sampled x; no gradient through the ratio.
+
+    For a batch that an older student wrote; 1 on the first step after a rollout.
+
+    >>> tokens = some_tokens(behavior_logprobs_N=[-1.0, -3.0])
+    >>> view = StudentView(logprobs_N=torch.tensor([-1.0, -2.0]))
+    >>> ImportanceWeighted(NegativeLogLikelihood(), cap=2.0)(tokens, view, None)
+    tensor([1., 4.])
+    """
+
+    loss: TokenLoss
+    cap: Positive = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_piece(self.loss, TokenLoss, "the loss that is weighted")
+        object.__setattr__(self, "reader", self.loss.reader or self.reader)  # whose the reward is, too
+
+    @property
+    def reward(self) -> Reward | None:  # type: ignore[override]
+        return self.loss.reward
+
+    def __call__(self, tokens: Tokens, student: StudentView, reward_N: Tensor | None) -> Tensor:
+        ratio_N = (student.logprobs_N.detach() - tokens.behavior_logprobs_N).exp()
+        return self.loss(tokens, student, reward_N) * ratio_N.clamp_max(self.cap)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tropd.config.follow import Answers, Follow
+from tropd.briefings.follow import Answers, Follow
 from tropd.errors import CheckpointError, ConfigError
 from tropd.objective.memory import Memory
 from tropd.teachers.local import LocalTeacher

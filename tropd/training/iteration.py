@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from tropd.briefings.follow import Answers
 from tropd.checkpoints.checkpoint import writing
-from tropd.config.follow import Answers
 from tropd.data.graders import graded
 from tropd.distributed.ranks import Ranks
 from tropd.errors import EngineError, TeacherError, TrainingDiverged

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tropd.base.ranges import OutOfRange
-from tropd.config.follow import Answers, Copy, Ema, Follow, Frozen, Gated, read_follow
+from tropd.briefings.follow import Answers, Copy, Ema, Follow, Frozen, Gated, read_follow
 from tropd.config.models import TeacherConfig
 from tropd.config.run import Run
 from tropd.errors import ConfigError
