@@ -58,6 +58,8 @@ GOLDEN: dict[str, tuple[float, float]] = {
     "cgtr": (1.028096346, 0.1235787189),
     "ptd": (-0.1462272192, 0.158731957),
     "oprd": (2.708647561, 0.3447832037),
+    "ogls": (0.3764506316, 0.04324935983),
+    "safesteer": (1.028096346, 0.1235787189),
 }
 """Loss and gradient norm of every method with its defaults, at a third of training."""
 

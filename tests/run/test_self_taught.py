@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from tests import run_case
@@ -28,17 +29,23 @@ ITSELF = {"teacher": {"path": "student"}}
 CASES: dict[str, dict[str, Any]] = {
     "cgtr": {"method": {"gate": GATE}},
     "oprd": {"teacher": {"path": "teacher"}},
+    "ogls": {"rollout": {"num_rollouts": 6}},
+    "safesteer": {"method": {"direction": "direction.safetensors", "layer": 1, "ids": [40, 50, 60]}},
     "sft": {"data": {"response_column": "solution"}},
     "unisd": {"method": {"gamma": 1.0, "sync": 1}},
 }
 """What a method needs beside its name."""
-SHOWN = ["unisd", "multi_rollout", "cgtr", "oprd"]
+SHOWN = ["unisd", "multi_rollout", "cgtr", "ogls"]
 """Killed in every session of the tests; the others are slow."""
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_world(tmp_path_factory.mktemp("world"), max_position_embeddings=2048)
+    world = write_world(tmp_path_factory.mktemp("world"), max_position_embeddings=2048)
+    save_file(
+        {"direction": torch.randn(32, generator=torch.Generator().manual_seed(0))}, world / "direction.safetensors"
+    )
+    return world
 
 
 def write_file(world: Path, directory: Path, name: str, **changes: Any) -> Path:
@@ -50,7 +57,9 @@ def write_file(world: Path, directory: Path, name: str, **changes: Any) -> Path:
     values = values_of(world, "quick", method=method, output=str(directory), grader=WORDS)
     values |= {"tokens_per_micro_batch": 8192, **changes}
     values["data"] = {"path": str(world / "told.jsonl"), **case.get("data", {})}
-    values["rollout"] |= {"num_rollouts": 3}
+    values["rollout"] |= {"num_rollouts": 3, **case.get("rollout", {})}
+    if "direction" in method:
+        method["direction"] = str(world / method["direction"])
     teacher = {**case.get("teacher", {}), **changes.get("teacher", {})}
     if teacher.get("path") == "teacher":
         teacher["path"] = str(world / "teacher")
