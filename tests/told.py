@@ -31,12 +31,18 @@ def parity(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -
     return [Grade(reward=float(x), words=f"{('even', 'odd')[x]}, {x} of 1") for x in odd]
 
 
-def write_world(folder: Path, family: str = "qwen3") -> Path:
+def write_world(folder: Path, family: str = "qwen3", **options: Any) -> Path:
     """Models, and sums with the way to them."""
-    write_models(folder, family)
-    save_model(folder / "copy", family=family, seed=0)
+    write_models(folder, family, **options)
+    save_model(folder / "copy", family=family, seed=0, **options)
     rows = [
-        {"prompt": f"{a}+{b}=", "answer": str(a + b), "solution": f"{b} after {a}", "kind": ("even", "odd")[b % 2]}
+        {
+            "prompt": f"{a}+{b}=",
+            "answer": str(a + b),
+            "solution": f"{b} after {a}",
+            "hint": f"begin at {a}",
+            "kind": ("even", "odd")[b % 2],
+        }
         for a in range(3)
         for b in range(3)
     ]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.model.test_fused import SPARSE, compare, gradients, plain, setting
-from tests.objective.test_invariance import VARIANTS
+from tests.objective.variants import VARIANTS
 from tropd.errors import ConfigError, VocabularyError
 from tropd.model.head import Head
 from tropd.model.lean import exponentials_, lean_loss, lean_rows

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tropd.methods import METHODS
 from tropd.objective import Objective, StudentView, Term, TokenLoss, Tokens
 from tropd.objective.borrow import student_view, teacher_evidence
 from tropd.objective.context import Context
-from tropd.objective.evidence import Needs, around
+from tropd.objective.evidence import READER, Needs, around
 from tropd.objective.selectors import STUDENT, Everywhere
 from tropd.objective.terms import Selector
 from tropd.types import Author, key_of
@@ -19,6 +21,9 @@ from tropd.types import Author, key_of
 F64 = torch.float64
 ALL = ~Needs.NOTHING
 V, K = 11, 4
+LAYERS = ("all", "even", "odd")
+OTHERS = tuple(sorted({name for cls in METHODS.values() for name in cls().objective.readers} - {READER}))
+"""Readers beside the teacher that methods have by default."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,23 @@ class Case:
         full = self.logits.log_softmax(-1)
         evidence = {"teacher_topk_ids_NK": self.tokens.teacher_topk_ids_NK}
         view = student_view(full, self.teacher, self.tokens.token_ids_N, ALL, self.top_k, evidence)
-        return view.rows(rows)
+        return view.with_(**states_of(full)).rows(rows)
 
     def gradient(self, objective: Objective, progress: float = 0.3) -> Tensor:
         plan = objective.plan(self.tokens, Context(progress=progress))
         loss = objective(self.tokens, self.view(), plan).loss
         return torch.autograd.grad(loss, self.logits)[0]
+
+
+def borrowable(method: Any) -> bool:
+    """Whether `distillation_loss` can be given all that it reads: one teacher's probabilities."""
+    objective = method.objective
+    return set(objective.readers) <= {READER} and not objective.needs & (Needs.HIDDEN | Needs.STUDENT_HIDDEN)
+
+
+def states_of(full_NV: Tensor) -> dict[str, Any]:
+    """Hidden states, of one layer and of several, that are equal where distributions are."""
+    return {"hidden_NH": full_NV[:, :5], "columns": {f"states_{layers}": full_NV[:, None, :5] for layers in LAYERS}}
 
 
 def describe(
@@ -54,7 +70,10 @@ def describe(
     positions = torch.cat([torch.arange(int((sequences == s).sum())) for s in range(num)])
     action = (authors == Author.STUDENT) | (authors == Author.TEACHER)
     num_before_N, num_after_N = around(sequences, authors)
-    return Tokens(
+    hidden = states_of(full_t)
+    tokens = Tokens(
+        teacher_hidden_NH=hidden["hidden_NH"],
+        columns=hidden["columns"],
         token_ids_N=token_ids,
         num_before_N=num_before_N,
         num_after_N=num_after_N,
@@ -69,6 +88,10 @@ def describe(
         groups_S=torch.arange(num) // 2,
         **evidence,
     )
+    for shift, reader in enumerate(OTHERS, 1):  # opinions of their own, near the teacher's
+        theirs = (0.95 * full_t.exp() + 0.05 * full_t.roll(shift, -1).exp()).log()
+        tokens = tokens.told(reader, **teacher_evidence(theirs, token_ids, ALL, top_k))
+    return tokens
 
 
 def make_case(seed: int = 0, lengths: tuple[int, ...] = (5, 1, 7, 4, 6, 3), sharp: float = 1.5, top_k: int = K) -> Case:

@@ -1,4 +1,4 @@
-"""A reader as a method prescribes it: whose model, what it is told, how it follows; or of whom it is made."""
+"""A reader as a method prescribes it: whose model, what it is told and how it follows; or of whom it is made."""
 
 from __future__ import annotations
 
@@ -54,12 +54,14 @@ _MODELS = {
 }
 
 
-def model_text(path: str, direction: Direction | None = None, made_of: Mixture | None = None) -> str:
+def model_text(reader: Reader) -> str:
     """Whose distributions a reader gives, for people to read."""
-    if made_of is not None:
-        return str(made_of)
+    if reader.made_of is not None:
+        return str(reader.made_of)
+    direction, follow = reader.direction, reader.follow
+    moves = "" if isinstance(follow, Frozen) else f", which follows the student: {follow.rule}"
     shift = f", {direction.strength:g} x {direction.file} added at layer {direction.layer}" if direction else ""
-    return _MODELS.get(path, path) + shift
+    return _MODELS.get(reader.model, reader.model) + moves + shift
 
 
 def told_text(briefing: Briefing) -> str:

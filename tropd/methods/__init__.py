@@ -34,6 +34,9 @@ from tropd.methods.sdft import SDFT as SDFT
 from tropd.methods.sdpo import SDPO as SDPO, MultiRollout as MultiRollout
 from tropd.methods.cgtr import CGTR as CGTR
 from tropd.methods.ptd import PTD as PTD
+from tropd.methods.oprd import OPRD as OPRD
+from tropd.methods.ogls import OGLS as OGLS
+from tropd.methods.safesteer import SafeSteer as SafeSteer
 # isort: on
 
 

@@ -190,9 +190,7 @@ def _readers(method: Method) -> Iterator[ReaderRow]:
             yield ReaderRow(name=name, model=f"as {section} says", told=f"as {section} says", asked=asked)
             continue
         told = "" if reader.made_of else told_text(reader.briefing)
-        yield ReaderRow(
-            name=name, model=model_text(reader.model, reader.direction, reader.made_of), told=told, asked=asked
-        )
+        yield ReaderRow(name=name, model=model_text(reader), told=told, asked=asked)
 
 
 def asked_text(needs: Needs) -> str:

@@ -46,7 +46,7 @@ class PTD(Method):
     ratio_clip: Positive = 0.2
     """GRPO's clip [inferred]; it acts from the second update of a batch on. Above 0."""
     success: Finite = 0.0
-    """A response failed if its reward is at most this [inferred]."""
+    """A response failed if its reward is at most this [inferred]. Any finite number."""
     shorter_than: Count | None = None
     """Only failures of fewer tokens are tutored: rollout.max_new_tokens leaves out those that were cut. (paper: valid
     ones; what is valid is inferred, none takes all.) At least 1."""

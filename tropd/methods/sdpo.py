@@ -50,7 +50,7 @@ class SDPO(Method):
     ratio_cap: NotNegative = 2.0
     """Largest importance ratio (code: 2); 0 weighs all alike. At least 0."""
     threshold: Finite = 1.0
-    """The least reward of a success, for told = 'peers' (code: 1)."""
+    """The least reward of a success, for told = 'peers' (code: 1). Any finite number."""
 
     paper = "2601.20802"
     summary = "reverse KL on top-k and rest to the student's average, told the grader's words"
@@ -89,7 +89,7 @@ class MultiRollout(Method):
     failures: Whole = 1
     """Responses told that failed, as attempts to avoid (paper: 1). At least 0."""
     threshold: Finite = 1.0
-    """The least reward of a success (code: 1)."""
+    """The least reward of a success (code: 1). Any finite number."""
     beta: Share = 0.5
     """Between forward KL (0) and reverse KL (1) (paper: 0.5; 1 on mathematics). In [0, 1]."""
     support: Wide = "student_top_k"

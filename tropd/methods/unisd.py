@@ -12,6 +12,7 @@ from tropd.briefings.follow import Ema, Frozen
 from tropd.briefings.reader import Reader
 from tropd.methods.base import Method
 from tropd.objective.agreement import Agreement, ContrastiveHinge, Spread
+from tropd.objective.hidden import HiddenMatch
 from tropd.objective.losses import AtMost, divergence_at
 from tropd.objective.objective import Objective
 from tropd.objective.places import PositionBelow
@@ -24,7 +25,7 @@ from tropd.types import Sampling
 class UniSD(Method):
     r"""A divergence over the whole vocabulary to the student's slow copy, told a
     solution, and more parts, each with a switch: contexts = 0, decay = 1,
-    contrast = 0, no clip.
+    contrast = 0, features = 0, no clip.
 
         sum_t w_t D_alpha(T, S) / sum_t w_t    D: forward KL(T || S) at alpha = 0
         agreement  w = 1 / (1 + gamma min(d / Q95(d), 10)), d the variance of
@@ -32,6 +33,7 @@ class UniSD(Method):
         ema        every `sync` steps T <- decay T + (1 - decay) S, of weights
         contrast   + weight max(0, margin + |s - good| - |s - bad|), where s, good
                    and bad are log pi of the written token, bad told a wrong one
+        features   + weight 1/H |h_S - h_T|^2, the last hidden states
         clip       D at most so many nats
     """
 
@@ -41,7 +43,7 @@ class UniSD(Method):
     alpha: Share = 0.0
     """Between forward KL (0) and reverse KL (1) (code: 0). In [0, 1]."""
     contexts: Whole = 3
-    """Readers whose agreement weighs tokens (paper's UniSD*: 3); 0 weighs all alike. Otherwise at least 2."""
+    """Readers whose agreement weighs tokens (paper's UniSD*: 3), 2 or more; 0 weighs all alike. At least 0."""
     examples: Count = 3
     """Solved problems that each of them is told (paper's UniSD*: 3). At least 1."""
     pick: Literal["nearest", "random"] = "nearest"
@@ -64,6 +66,8 @@ class UniSD(Method):
     wrong_column: str | None = None
     """The column with a wrong solution to tell the bad reader (code: one that the model wrote); none tells it other
     problems' solutions as wrong ones."""
+    features: NotNegative = 0.01
+    """Weight of the difference of the last hidden states (paper's UniSD*: 0.01); 0 leaves it out. At least 0."""
     clip: Positive | None = None
     """The most that a token's divergence counts, in nats (code: 10 in its clip mode, none in UniSD*). Above 0."""
     skip: Whole = 0
@@ -72,13 +76,13 @@ class UniSD(Method):
     """Of the rollouts (code: 0.7); the loss is at temperature 1. Above 0."""
 
     paper = "2605.06597"
-    summary = "divergence to the student's average, told a solution; agreement, contrast, clip"
+    summary = "divergence to the student's average, told a solution; agreement, contrast, features, clip"
     zero_at_teacher = False
     readings = (
         "The defaults are UniSD*, as the paper reports it. The released code's defaults are other ones: gamma = 1, "
-        "contrast = 0.1, margin = 0.5, decay = 0.9, temperature = 0.7.",
-        "One part alone is the others switched off: contexts = 0, decay = 1, contrast = 0. With all of them off it is "
-        "forward KL to the student before training, told the solution.",
+        "contrast = 0.1, margin = 0.5, features = 0.1, decay = 0.9, temperature = 0.7.",
+        "One part alone is the others switched off: contexts = 0, decay = 1, contrast = 0, features = 0. With all of "
+        "them off it is forward KL to the student before training, told the solution.",
         "The clip at a quantile of the batch has the gradient of leaving the tokens above it out (docs/algebra.md).",
         "Induced instructions as contexts, which a model writes beforehand, are a column of the data set: a section "
         "[readers.context_0] with that column.",
@@ -96,6 +100,8 @@ class UniSD(Method):
             terms = [Term("divergence", where, loss)]
         if self.contrast:
             terms.append(Term("contrast", where, ContrastiveHinge(margin=self.margin), weight=self.contrast))
+        if self.features:
+            terms.append(Term("features", where, HiddenMatch(), weight=self.features))
         return Objective(*terms)
 
     @property

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tropd.base.names import shown
+from tropd.briefings.briefing import AsStudent
 from tropd.config.run import Run
 from tropd.config.stages import DataConfig
 from tropd.data.briefer import Briefer, check_briefings
@@ -30,6 +31,7 @@ from tropd.model.origins import Origin, origin_of, origin_of_objects, prompts_or
 from tropd.model.tiling import Tiling
 from tropd.monitoring.probe import Probe
 from tropd.monitoring.probing import open_probes
+from tropd.objective.evidence import OF_TEACHER, READER
 from tropd.objective.losses import SampledForwardKL, SampledReverseKL
 from tropd.objective.memory import Memory
 from tropd.rollout.engine import Engine
@@ -200,7 +202,8 @@ def _shards(run: Run, model: Any, world: Ranks) -> Shards | None:
     """The sharded student, if there are several processes and no adapter, which would make sharding pointless."""
     if not shards_student(run, world):
         return None
-    if any(x.path == "student" for x in (*run.all_teachers.values(), *run.all_readers.values())):
+    readers = (*run.all_teachers.values(), *run.all_readers.values()) if run.method.needs & OF_TEACHER else ()
+    if any(x.path == "student" for x in readers):
         raise ConfigError(
             'teacher.path is "student", but several processes share one student in parts, whose whole is gone while it '
             'is trained. Set parallel.student = "replicated", or teacher.path = "start".'
@@ -275,6 +278,13 @@ def _held_out(
 
 def _cautions(run: Run, ends: tuple[int, ...]) -> list[str]:
     notes = list(run.method.objections(run.sampling))
+    prescribed, own = run.method.readers.get(READER), AsStudent()
+    if prescribed and prescribed.briefing != own and all(x.briefing == own for x in run.all_teachers.values()):
+        notes.append(
+            f"method {run.method.name!r} has a teacher that is told more than the student, but the run has a section "
+            "[teacher], which stands in for that, and its teacher is told nothing. Give it a briefing, or leave the "
+            "section out."
+        )
     if not ends:
         notes.append("no stop token was found: every rollout will run to max_new_tokens.")
     if run.optimizer.num_updates > 1 and not torch.are_deterministic_algorithms_enabled():
