@@ -14,6 +14,13 @@ from tropd.data.graders import resolve_grader
 from tropd.errors import ConfigError, DataError
 
 PACKAGE = Path(__file__).parents[1] / "own_package"
+OFFERS = (
+    ("methods", "gentle", "method:Gentle"),
+    ("graders", "shortness", "grader:shortness"),
+    ("engines", "few", "engine:FewAtATime"),
+    ("policies", "opened", "policy:Opened"),
+    ("probes", "sure", "probe:Sure"),
+)
 VALUE = "VALUE = {value!r}\ndef value(): return VALUE\n"
 
 
@@ -163,11 +170,16 @@ def test_installed_packages_offer_names(tmp_path: Path, monkeypatch: pytest.Monk
 
 def offer_gentle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `pip install` of the own package would leave."""
-    points = "[tropd.methods]\ngentle = gentle.method:Gentle\n[tropd.graders]\nshortness = gentle.grader:shortness\n"
+    points = "".join(f"[tropd.{kind}]\n{name} = gentle.{place}\n" for kind, name, place in OFFERS)
     write(folder / "gentle-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: gentle\nVersion: 1.0\n")
     write(folder / "gentle-1.0.dist-info/entry_points.txt", points)
     monkeypatch.syspath_prepend(str(PACKAGE))
     monkeypatch.syspath_prepend(str(folder))
+
+
+def use_offers(folder: Path) -> None:
+    """The same in another process, once they are written."""
+    sys.path[:0] = [str(folder), str(PACKAGE)]
 
 
 def test_a_file_in_a_folder_with_spaces_and_colons_is_found(tmp_path: Path) -> None:

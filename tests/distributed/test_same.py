@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from tests.base.test_names import PACKAGE
 from tests.distributed import launch
 from tests.distributed.conftest import Alone
 from tests.distributed.launch import distance, rollouts_of, weights_of
@@ -28,7 +29,11 @@ CASES: dict[str, dict[str, Any]] = {
     "two updates": {"optimizer": {"num_updates": 2}},
     "groups": {"method": {"name": "topd"}},
     "batch coin": {"method": {"name": "gkd"}},
-    "untied": {"student": {"path": "untied"}, "method": {"name": "opd"}},
+    "untied": {
+        "student": {"path": "untied"},
+        "method": {"name": "opd"},
+        "probes": ["geometry", f"{PACKAGE}/gentle/probe.py:Sure"],
+    },
     "hidden states": {"method": {"name": "tests.matched:Matched"}},
     "hidden states alone": {"method": {"name": "tests.matched:Matched", "reward": False, "layers": "last"}},
     "several teachers": {

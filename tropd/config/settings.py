@@ -166,9 +166,8 @@ class Settings(Ranged):
     @property
     def own_parts(self) -> dict[str, str]:
         """Names of code of the user's own that writes or watches, by their keys."""
-        found = {"rollout.engine": self.rollout.engine, "rollout.policy": self.rollout.policy}
-        found |= {f"probes.{shown(probe.name)}": probe for probe in self.probes}
-        return {key: x.name for key, x in found.items() if x is not None and x.name not in (*POLICIES, *PROBES)}
+        found = self.rollout.named | {f"probes.{shown(probe.name)}": probe for probe in self.probes}
+        return {key: part.name for key, part in found.items() if part.name not in (*POLICIES, *PROBES)}
 
     @property
     def policy(self) -> RolloutPolicy:

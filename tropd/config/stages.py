@@ -116,6 +116,12 @@ class RolloutConfig(Ranged):
     save_every: Whole = 10
     """Keep the rollouts of every n-th step as parquet; 0 keeps none. At least 0."""
 
+    @property
+    def named(self) -> dict[str, Own]:
+        """The engine and the policy, where they are named."""
+        parts = {"rollout.engine": self.engine, "rollout.policy": self.policy}
+        return {key: part for key, part in parts.items() if part is not None}
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "engine", _engine(self.engine))
         object.__setattr__(self, "policy", read_policy(self.policy))

@@ -272,6 +272,7 @@ def _facts(parts: Parts, directory: Path) -> dict[str, str]:
         "run": str(directory),
         "fingerprint": run.fingerprint(),
         "method": shown(run.method.name),
+        **{key.removeprefix("rollout."): shown(part.name) for key, part in run.rollout.named.items()},
         "student": run.student.path + (f" + LoRA {run.student.lora.rank}" if run.student.lora else ""),
         "teacher": run.teachers_said,
         "data": run.data.path + (f" ({len(parts.stream)} prompts)" if isinstance(parts.stream, PromptStream) else ""),

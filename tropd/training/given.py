@@ -83,7 +83,7 @@ def take_again(run: Run, directory: Path, objects: Mapping[Part, Any]) -> tuple[
             f"{directory} was given its {' and '.join(named)} as an object in Python. Give such an object again, not a "
             "name or a path."
         )
-    new = dataclasses.replace(run, method=new.method)
+    new = dataclasses.replace(run, method=new.method, rollout=new.rollout)
     if new.fingerprint() != run.fingerprint():
         raise ConfigError(f"{directory} was begun with another method than {new.method}. Give that with its knobs.")
     return new, given

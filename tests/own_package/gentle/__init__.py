@@ -1,1 +1,1 @@
-"""A package of somebody's own: a method, a grader and a teacher, as docs/own_parts.md shows them."""
+"""A package of somebody's own: a part of each kind, as docs/own_parts.md shows them."""
