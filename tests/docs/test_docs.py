@@ -43,8 +43,8 @@ def numbers(text: str) -> list[float]:
 
 
 def play(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Every block of a page in its order: files are written, code and commands run, and text is what the block before
-    it prints.  The names that the code has made."""
+    """Every block of a page in its order: files are written, code (that of files too) and commands run, and text is
+    what the block before it prints.  The names that the code has made."""
     monkeypatch.chdir(folder)
     names: dict[str, Any] = {"__name__": page}
     printed = io.StringIO()
@@ -54,7 +54,7 @@ def play(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
             continue
         if named := re.match(r"# (\w+\.(toml|py))\n", text):
             (folder / named[1]).write_text(text)
-        if named or language == "toml":  # one without a name shows a section, and is read by a test below
+        if language == "toml":  # one without a name shows a section, and is read by a test below
             continue
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):

@@ -40,7 +40,7 @@ def test_the_share_of_weights_that_an_update_leaves_in_bfloat16_is_counted() -> 
     pairs = [(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)]
     expected = sum(int((a == b).sum()) for a, b in pairs) / sum(a.numel() for a, _ in pairs)
     found = update_with(Geometry(), rate=1e-4)
-    assert 0.1 < expected < 0.9 and found["geometry/unchanged_bf16"] == pytest.approx(expected, abs=1e-12)
+    assert 0.1 < expected < 0.95 and found["geometry/unchanged_bf16"] == pytest.approx(expected, abs=1e-12)
     estimated = update_with(Geometry(entries=300), rate=1e-4)
     assert estimated["geometry/unchanged_bf16"] == pytest.approx(expected, abs=0.05)
     assert estimated["geometry/moved"] == pytest.approx(found["geometry/moved"], rel=0.2)

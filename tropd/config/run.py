@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import AvoidSubcommands
 
-from tropd.base.names import located
+from tropd.base.names import Own, located
 from tropd.base.reading import check_path, read_toml
 from tropd.briefings.briefing import OwnBriefing
 from tropd.config.alarms import AlarmConfig
@@ -61,6 +61,7 @@ class Run(Settings):
             checkpoint: CheckpointConfig = ...,
             alarms: AlarmConfig = ...,
             parallel: ParallelConfig = ...,
+            probes: Sequence[Own | str | Mapping[str, Any]] = ...,
             grader: str | None = ...,
             steps: int = ...,
             seed: int = ...,

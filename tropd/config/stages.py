@@ -11,7 +11,7 @@ from tyro.conf import Fixed, Suppress
 from tropd.base.names import Own, shown
 from tropd.base.ranges import Count, Finite, LearningRate, NotNegative, Positive, Range, Ranged, Whole
 from tropd.config.models import GIVEN, ServerConfig
-from tropd.config.policies import NamedPolicy, read_policy
+from tropd.config.policies import read_policy
 from tropd.errors import ConfigError
 from tropd.types import Sampling
 
@@ -80,9 +80,9 @@ class RolloutConfig(Ranged):
     """Responses per prompt (TrOPD: 4). At least 1."""
     max_new_tokens: Count = 512
     """Tokens of an answer at most (TrOPD: 8,096; 512 is for a small GPU). At least 1."""
-    engine: Annotated[Own | None, PlainValidator(_engine), Fixed, Suppress] = None
+    engine: Annotated[Any, PlainValidator(_engine), Fixed, Suppress] = None
     """What writes them instead of this process's own engine: yours, as "package.module:Class" or "file.py:Class"."""
-    policy: Annotated[NamedPolicy | None, PlainValidator(read_policy), Fixed, Suppress] = None
+    policy: Annotated[Any, PlainValidator(read_policy), Fixed, Suppress] = None
     """Who writes which token, where that is not left to the method: on_policy, teacher_prefix, teacher_text, mixture,
     or your own as "package.module:Class" or "file.py:Class"."""
     sampling: Sampling | None = None
