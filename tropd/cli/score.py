@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def main(argv: list[str]) -> int:
     run, notes = with_its_code(read_run([asked.run, *flags], "tropd score"), asked.trust_code)
     for note in notes:
         tell(note)
+    run = replace(run, rollout=replace(run.rollout, engine=None), probes=())  # nothing is written or watched
     rollouts = _read(asked.rollouts)
     from tropd.data.graders import graded
     from tropd.objective.evidence import READER, Needs
