@@ -76,7 +76,9 @@ def test_every_class_with_ranges_checks_them_when_it_is_made() -> None:
             True,
             *((-(10**9),) if wanted not in (None, Range(), Range(unbounded=True)) else ()),
         ):
-            required = {f.name: None for f in dataclasses.fields(cls) if f.default is f.default_factory}
+            numbers = {number for other, number, _ in _number_fields() if other is cls}
+            missing = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory]
+            required = {field: 1 if field in numbers else None for field in missing}
             hint = str(get_type_hints(cls)[name])
             value = (bad, bad) if "tuple" in hint else bad
             if wanted == Range(at_most=0, unbounded=True) and bad == -(10**9):

@@ -18,9 +18,9 @@ class Direction(Ranged):
     file: str
     """A .safetensors or .npy file with d alone, a vector as wide as the model's hidden states."""
     layer: Whole
-    """Which layer, counted from 0."""
+    """Which layer, counted from 0. At least 0."""
     strength: Finite = 1.0
-    """0 leaves the model as it is, to the last bit."""
+    """0 leaves the model as it is, to the last bit. Any finite number."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,6 +79,7 @@ class Steered(Mixture):
     plus: tuple[str, ...]
     minus: tuple[str, ...]
     strength: Finite = 1.0
+    """0 leaves the base as it is. Any finite number."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
