@@ -19,6 +19,7 @@ PHASES = {
     "prefix": "the teacher writes new texts",
     "write": "the student writes",
     "score": "the teacher scores",
+    "readers": "other readers score",
     "measure": "the student scores itself",
     "train": "training",
     "sync": "weights to the servers",

@@ -32,8 +32,9 @@ CURE = (
     "Use a smaller teacher, a [student.lora] section, student.gradient_checkpointing = true, a smaller "
     "tokens_per_micro_batch or rollout.max_batch, or bfloat16."
 )
-_TILES = {"one token": 1, "whole": 14}
-"""Float32 tiles of logits at the same time, for terms that read single tokens or whole distributions: measured."""
+_TILES = {"one token": 1, "whole": 14, "part": 2}
+"""Float32 tiles of logits at the same time, for terms that read single tokens or whole distributions: measured; and for
+each reader of whom others are made: its distribution, and a copy beside the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +77,13 @@ def need_of(subject: Subject, device: torch.device | None = None, processes: int
     """The need of each process, with nothing sharded; `device` if it is not this machine's."""
     run = subject.run
     device = device or choose_device(run.device)
-    student = wrap_student(_without_storage(run.student), run.student, run.seed)
+    student = wrap_student(without_storage(run.student), run.student, run.seed)
     width = choose_dtype(run.student.dtype, device).itemsize
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     local = {name: one for name, one in run.all_teachers.items() if one.is_model and not one.servers}
     widths = {name: choose_dtype(one.dtype, device).itemsize for name, one in local.items()}
+    readers = [x for x in run.all_readers.values() if x.made_of is None and not shares_model(run, x)]
+    reading = [x for x in readers if x.is_model and not x.servers and not x.follows]
     longest = max((len(prompt.token_ids) for prompt in subject.prompts), default=0) + run.rollout.max_new_tokens
     told = max((len(ids) for p in subject.prompts for ids in p.told.values()), default=0) + run.rollout.max_new_tokens
     rollouts = -(-run.rollout.num_prompts * run.rollout.num_rollouts // processes)
@@ -99,7 +102,9 @@ def need_of(subject: Subject, device: torch.device | None = None, processes: int
     others = {name: one for name, one in local.items() if not one.follows}
     return Need(
         student=sum(p.numel() for p in student.parameters()) * width,
-        teacher=sum(parameters_of(one) * widths[name] for name, one in others.items()) + sum(following),
+        teacher=sum(parameters_of(one) * widths[name] for name, one in others.items())
+        + sum(parameters_of(one) * choose_dtype(one.dtype, device).itemsize for one in reading)
+        + sum(following),
         gradients=trained * width,
         moments=trained * 8,
         masters=trained * 4 if width < 4 else 0,
@@ -129,7 +134,7 @@ def following_said(run: Run, need: Need) -> list[str]:
 
 
 def parameters_of(config: ModelConfig) -> int:
-    return sum(p.numel() for p in _without_storage(config).parameters())
+    return sum(p.numel() for p in without_storage(config).parameters())
 
 
 def cached(config: Any, width: int) -> int:
@@ -163,10 +168,13 @@ def _logits(subject: Subject, student: Any, width: int) -> int:
     size = max(subject.student.tokenizer.get_vocab().values()) + 1
     head = causal_lm_of(student).get_output_embeddings()
     gradient = sum(p.numel() for p in head.parameters() if p.requires_grad) * 4
+    wide = run.tile_tokens * size * 4
+    made = len({part for x in run.all_readers.values() if x.made_of for part in x.made_of.readers})
     if Needs.FULL in run.method.needs:
-        return run.tile_tokens * size * 4 * _TILES["whole"] + gradient
+        return wide * (_TILES["whole"] + _TILES["part"] * made) + gradient
     tile = run.tile_tokens * min(size, run.tile_vocab or size)
-    return tile * (width + (4 if width < 4 else 0)) * _TILES["one token"] + gradient
+    alone = tile * (width + (4 if width < 4 else 0)) * _TILES["one token"] + gradient
+    return max(alone, wide * (_TILES["part"] * made + 2)) if made else alone
 
 
 def check_memory(subject: Subject) -> Iterator[Check]:
@@ -235,7 +243,7 @@ def gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:.0f} MiB" if num_bytes < 2**30 else f"{num_bytes / 2**30:.1f} GiB"
 
 
-def _without_storage(config: ModelConfig) -> Any:
+def without_storage(config: ModelConfig) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}

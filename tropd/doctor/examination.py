@@ -16,12 +16,12 @@ from tropd.doctor.cost import check_disk, check_memory
 from tropd.doctor.method import (
     check_dropout,
     check_guidance,
-    check_needs,
     check_objections,
     check_precision,
     check_support,
 )
 from tropd.doctor.prompts import check_graders, check_lengths, check_prompts, check_unknown
+from tropd.doctor.readers import check_needs, check_readers
 from tropd.doctor.servers import check_servers
 from tropd.doctor.subject import Subject, read_subject, subject_of
 from tropd.doctor.texts import check_briefing, check_generation, check_stops, check_templates, check_tokenizers
@@ -49,7 +49,15 @@ QUICK: tuple[Look, ...] = (
 )
 """Checks that `tropd train` runs too, once everything is loaded: without rollouts, without loading weights again."""
 
-READ: tuple[Look, ...] = (*QUICK, check_generation, check_needs, check_objections, check_memory, check_disk)
+READ: tuple[Look, ...] = (
+    *QUICK,
+    check_generation,
+    check_needs,
+    check_readers,
+    check_objections,
+    check_memory,
+    check_disk,
+)
 
 
 def quick_checks(parts: Parts) -> list[str]:

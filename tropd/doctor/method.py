@@ -1,4 +1,4 @@
-"""Whether the teacher offers what the method needs, and settings that are known to go wrong."""
+"""Settings of a method that are known to go wrong."""
 
 from __future__ import annotations
 
@@ -6,39 +6,12 @@ from collections.abc import Iterator
 
 import torch
 
-from tropd.base.names import shown
-from tropd.doctor.check import Check, error, ok, warning
-from tropd.doctor.subject import Subject, offered_by
-from tropd.errors import TropdError
+from tropd.doctor.check import Check, ok, warning
+from tropd.doctor.subject import Subject
 from tropd.model.loading import choose_device, choose_dtype
-from tropd.objective.evidence import OF_TEACHER, Needs
-from tropd.teachers.routed import Routed
-from tropd.teachers.teacher import Teacher
-from tropd.training.scoring import check_evidence
 
 _FEW_STEPS = 300
 _SMALL_BETA = 0.01
-
-
-class _Capable(Teacher):
-    """Stands for a teacher that is not loaded; it has only `capabilities`."""
-
-    def __init__(self, capabilities: Needs) -> None:
-        self.capabilities = capabilities
-
-
-def check_needs(subject: Subject) -> Iterator[Check]:
-    """Compare the evidence that the method reads with what the teacher offers."""
-    run = subject.run
-    several = {name: _Capable(offered_by(config)) for name, config in run.teachers.items()}
-    teacher = Routed(several) if several else _Capable(subject.capabilities)
-    try:
-        check_evidence(run.method.objective, teacher, shown(run.method.name), subject.grader is not None)
-    except TropdError as refusal:
-        yield error("method", str(refusal))
-        return
-    names = ", ".join(str(need.name).lower() for need in run.method.needs & OF_TEACHER) or "nothing"
-    yield ok("method", f"'{shown(run.method.name)}' asks the teacher for {names}, which it can answer")
 
 
 def check_objections(subject: Subject) -> Iterator[Check]:

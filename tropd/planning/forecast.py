@@ -20,9 +20,11 @@ import torch
 from tropd.config.run import Run
 from tropd.doctor.cost import Need, need_of, parameters_of
 from tropd.doctor.prompts import check_lengths
+from tropd.doctor.readers import readers_said
 from tropd.doctor.subject import Subject, read_subject
 from tropd.errors import ConfigError
 from tropd.planning.devices import Device
+from tropd.planning.readers import reader_sizes
 from tropd.planning.work import Phase, Size, Texts, at_once, is_sharded, phases_of, sizes_of, texts_of
 
 BY_TEACHER = ("prefix", "score")
@@ -167,11 +169,11 @@ def make_forecast(run: Run, device: Device, num_devices: int = 1) -> Forecast:
         need=need,
         each=_on_each(run, subject, share, student, num_devices, texts),
         texts=texts,
-        phases=phases_of(run, texts, student, teacher, need, num_devices),
+        phases=phases_of(run, texts, student, teacher, need, num_devices, reader_sizes(run, student, where)),
         served={name: float(size) for name, (servers, size) in held.items() if servers},
         weights_bytes=weights,
         score_bytes=texts.answered * per_token if run.teacher.servers else 0.0,
-        cautions=tuple(map(str, lengths)),
+        cautions=(*map(str, lengths), *readers_said(run, where)),
     )
 
 

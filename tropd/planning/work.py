@@ -4,6 +4,8 @@ A phase takes the longer of its arithmetic and its traffic (the roofline of Will
 peak that real kernels reach,
 
     score, measure   2 P tokens                                       the teacher; the student before it is trained
+    readers          2 P tokens                                       each other model that reads; the teacher's own
+                                                                      model reads for each reader that has it
     train            4 P tokens, 2 more for what is trained, 2 more if gradient checkpointing repeats the forward
     write, prefix    2 P tokens, or P bytes and the cache read once per token of an answer and batch of answers
 
@@ -16,10 +18,11 @@ the input embedding, which is only looked up.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import ceil
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,9 +30,10 @@ import torch
 from tropd.config.models import ServerConfig
 from tropd.config.run import Run
 from tropd.doctor.cost import Need, cached
+from tropd.doctor.readers import asked_of, has_teachers_model
 from tropd.doctor.subject import Subject
 from tropd.model.loading import choose_dtype
-from tropd.objective.evidence import OF_TEACHER, READER
+from tropd.objective.evidence import READER
 from tropd.planning.devices import Device
 from tropd.training.scoring import PASS_NEEDS
 from tropd.training.step import recall_needed
@@ -60,16 +64,17 @@ class Texts:
     """Rollouts in which the student writes."""
     by_teacher: float
     """Texts that the teacher has to write, because they are not cached yet."""
+    told_to: Mapping[str, float] = field(default_factory=dict)
+    """The same as `told`, of other readers."""
 
     @property
     def read(self) -> float:
         """Tokens that are scored and trained on, or their context."""
         return (self.prompt + self.new) * self.rollouts
 
-    @property
-    def told_read(self) -> float:
-        """Tokens that the teacher scores, or their context."""
-        return (self.told + self.new) * self.rollouts
+    def read_by(self, reader: str) -> float:
+        """Tokens that a reader scores, or their context."""
+        return (self.told_to.get(reader, self.told) + self.new) * self.rollouts
 
     @property
     def answered(self) -> float:
@@ -141,6 +146,7 @@ def texts_of(run: Run, subject: Subject) -> Texts:
         prefix=given / by_student if by_student else 0.0,
         by_student=rollouts * by_student,
         by_teacher=texts * fresh,
+        told_to={name: fmean(len(p.told.get(name) or p.token_ids) for p in prompts) for name in run.all_readers},
     )
 
 
@@ -169,26 +175,38 @@ def at_once(run: Run, texts: Texts, server: ServerConfig | None) -> int:
     return max(1, min(server.max_requests, server.max_tokens_in_flight // ceil(texts.prompt + texts.new)))
 
 
-def phases_of(run: Run, texts: Texts, student: Size, teacher: Size, need: Need, trainers: int) -> dict[str, Phase]:
+def phases_of(
+    run: Run,
+    texts: Texts,
+    student: Size,
+    teacher: Size,
+    need: Need,
+    trainers: int,
+    readers: Mapping[str, Size] = MappingProxyType({}),
+) -> dict[str, Phase]:
     """The phases of a step in order; empty phases are left out."""
     new = texts.new - texts.prefix
     own = at_once(run, texts, run.rollout.server if run.rollout.servers else None)
     theirs = at_once(run, texts, run.teacher.server if run.teacher.servers else None)
     objective = run.method.objective
+    theirs_too = [name for name in asked_of(run) if has_teachers_model(run, name)]
     phases = {
         "prefix": _writing(teacher, texts.by_teacher, texts.told, texts.new, theirs, _how(run.teacher.servers)),
         "write": _writing(student, texts.by_student, texts.prompt + texts.prefix, new, own, _how(run.rollout.servers)),
-        "score": _scoring(run, teacher, texts, texts.told_read),
+        "score": _together([_scoring(run, teacher, texts, texts.read_by(name)) for name in theirs_too]),
+        "readers": _together([_scoring(run, size, texts, texts.read_by(name)) for name, size in readers.items()]),
         "measure": _scoring(run, student, texts, texts.read),
         "train": _training(run, texts, student, need, trainers),
     }
     if run.parallel.teacher == "sharded" and trainers > 1:
-        received = need.teacher * (1 - 1 / trainers) * ceil(texts.told_read / trainers / run.tokens_per_micro_batch)
+        passes = sum(ceil(texts.read_by(name) / trainers / run.tokens_per_micro_batch) for name in theirs_too)
+        received = need.teacher * (1 - 1 / trainers) * passes
         phases["score"] = replace(phases["score"], received=received)
     asked = {
         "prefix": texts.by_teacher > 0,
         "write": texts.by_student > 0,
-        "score": bool(objective.needs & OF_TEACHER),
+        "score": bool(theirs_too),
+        "readers": bool(readers),
         "measure": bool(objective.needs & PASS_NEEDS) or recall_needed(objective, run.optimizer.num_updates),
     }
     return {name: phase for name, phase in phases.items() if asked.get(name, True)}
@@ -211,6 +229,17 @@ def _scoring(run: Run, model: Size, texts: Texts, read: float) -> Phase:
         traffic=lambda number: model.bytes,
         starts=lambda number: passes(number) * model.starts(),
         tokens=read,
+    )
+
+
+def _together(parts: Sequence[Phase]) -> Phase:
+    """One after another."""
+    return Phase(
+        kind="score",
+        operations=sum(part.operations for part in parts),
+        traffic=lambda number: sum(part.traffic(number) for part in parts),
+        starts=lambda number: sum(part.starts(number) for part in parts),
+        tokens=sum(part.tokens for part in parts),
     )
 
 
