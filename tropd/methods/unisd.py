@@ -31,8 +31,8 @@ class UniSD(Method):
         agreement  w = 1 / (1 + gamma min(d / Q95(d), 10)), d the variance of
                    log pi_T of a written token over readers told examples
         ema        every `sync` steps T <- decay T + (1 - decay) S, of weights
-        contrast   + weight max(0, margin + |s - good| - |s - bad|), with s, good
-                   and bad log pi of the written token; bad is told a wrong one
+        contrast   + weight max(0, margin + |s - good| - |s - bad|) of s, good
+                   and bad, log pi of the written token; bad is told a wrong one
         features   + weight 1/H |h_S - h_T|^2, the last hidden states
         clip       D at most so many nats
     """
