@@ -14,6 +14,7 @@ import torch
 from tests.model.cases import rollouts_of, tokens_of, written
 from tests.tiny import tiny_model
 from tropd.config.run import Run
+from tropd.data.graders import graded
 from tropd.methods import METHODS
 from tropd.methods.drafts import RolloutJob
 from tropd.model.dense import dense_loss
@@ -21,7 +22,7 @@ from tropd.model.forward import Forward
 from tropd.model.one_pass import can_fuse, fused_loss
 from tropd.model.tiling import Tiling
 from tropd.objective.context import Context
-from tropd.objective.evidence import Needs
+from tropd.objective.evidence import READER, Needs
 from tropd.rollout.stage import roll_out
 from tropd.run.start import assemble, resume, train
 from tropd.testbeds import embedded
@@ -38,7 +39,8 @@ def run_of(folder: Path, method: str, student: str, teacher: str, **changes: Any
         "student": {"path": PAIR.student, "dtype": student},
         "teacher": {"path": PAIR.teacher, "dtype": teacher},
         "method": {"name": method},
-        "data": {"path": PAIR.prompts},
+        "readers": {name: {} for name, r in METHODS[method]().readers.items() if name != READER and not r.made_of},
+        "data": {"path": PAIR.prompts, **({"response_column": "answer"} if method == "sft" else {})},
         "rollout": {"num_prompts": 4, "num_rollouts": 1, "max_new_tokens": 28},
         "optimizer": {"learning_rate": 1e-3},
         "evaluation": {"data": {"path": PAIR.held_out, "limit": 4}, "max_new_tokens": 28, "num_samples": 1},
@@ -121,8 +123,10 @@ def scored(parts: Parts) -> Any:
         progress=0.9,
     )
     rollouts = roll_out(run.policy, job, parts.engine, parts.writer)
+    assert parts.grader is not None
+    rollouts = graded(parts.grader, rollouts, parts.tokenizer)
     recall = recall_needed(run.method.objective, 1)
-    return score(rollouts, run.method.objective, parts.teacher, parts.learner, seed=0, recall=recall)
+    return score(rollouts, run.method.objective, parts.readers, parts.learner, seed=0, recall=recall)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox", "gpt2", "qwen3"])

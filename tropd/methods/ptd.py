@@ -25,9 +25,9 @@ HINT = (
 
 @dataclass(frozen=True, kw_only=True)
 class PTD(Method):
-    r"""Privileged tutoring: GRPO on all responses, and Jensen-Shannon to the
-    student before training, told a hint h that gives nothing away, on those that
-    failed.
+    r"""Privileged tutoring: GRPO on all responses, and on those that failed
+    Jensen-Shannon to the student before training, told a hint h that gives
+    nothing away.
 
         GRPO + weight * mean over tokens of failures of
         beta KL(T || M) + (1 - beta) KL(S || M) on both top-k and a bucket

@@ -27,12 +27,12 @@ class UniSD(Method):
     solution, and more parts, each with a switch: contexts = 0, decay = 1,
     contrast = 0, features = 0, no clip.
 
-        sum_t w_t D_alpha(T, S) / sum_t w_t    D: forward KL(T || S) at alpha = 0
+        sum_t w_t D_alpha(T, S) / sum_t w_t    forward KL(T || S) at alpha 0
         agreement  w = 1 / (1 + gamma min(d / Q95(d), 10)), d the variance of
-                   log pi_T of the written token over readers with other examples
+                   log pi_T of a written token over readers told examples
         ema        every `sync` steps T <- decay T + (1 - decay) S, of weights
-        contrast   + weight max(0, margin + |s - good| - |s - bad|), where s, good
-                   and bad are log pi of the written token, bad told a wrong one
+        contrast   + weight max(0, margin + |s - good| - |s - bad|) of s, good
+                   and bad, log pi of the written token; bad is told a wrong one
         features   + weight 1/H |h_S - h_T|^2, the last hidden states
         clip       D at most so many nats
     """
