@@ -69,6 +69,8 @@ def test_a_method_uses_everything_that_it_declares(name):
     for need in objective.needs:
         gone = {f: None for f, n in _FIELDS.items() if n == need}
         tokens = case.tokens.with_(**gone)
+        for reader in case.tokens.others:
+            tokens = tokens.told(reader, **{f: None for f in gone if f in Tokens.of_reader})
         view = case.view().with_(**{f: None for f, n in _VIEW.items() if n == need == Needs.STUDENT_HIDDEN})
         with pytest.raises(EvidenceError, match=need.name):
             for progress in (0.1, 0.9):

@@ -148,7 +148,9 @@ class Settings(Ranged):
     @property
     def teachers_said(self) -> str:
         """Who teaches, for people to read."""
-        return ", ".join(f"{name}: {shown(x.path)}" for name, x in self.teachers.items()) or shown(self._only_teacher.path)
+        return ", ".join(f"{name}: {shown(x.path)}" for name, x in self.teachers.items()) or shown(
+            self._only_teacher.path
+        )
 
     def taught_by(self, name: str) -> Self:
         """The run as it would be with one of its teachers alone."""

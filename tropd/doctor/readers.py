@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from tropd.base.names import shown
-from tropd.briefings.reader import model_text, told_text
+from tropd.briefings.reader import Reader, model_text, told_text
 from tropd.config.models import ReaderConfig
 from tropd.config.run import Run
 from tropd.doctor.check import Check, error, ok, warning
@@ -105,7 +105,7 @@ def _said(run: Run, name: str, asked: str, device: torch.device) -> str:
     if reader.made_of is not None:
         return f"{name}: {reader.made_of}, which costs no weights and no forward pass; asked for {asked}."
     configured = run.readers[name].path if name in run.readers else run.method.readers[name].model
-    model = model_text(configured, reader.direction)
+    model = model_text(Reader(model=configured, direction=reader.direction, follow=reader.follow))
     return f"{name}: {model}, {_copy(run, reader, device)}; told {told_text(reader.briefing)}; asked for {asked}."
 
 
