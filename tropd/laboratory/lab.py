@@ -50,7 +50,7 @@ class Lab(Ranged):
     run: dict[str, Any] = field(default_factory=dict)
     """Sections of a run file that every run has beside what the testbed says: { teacher = { path = "start" } }."""
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """The same for the runs of one method, by its name in the tables."""
+    """Sections of the runs of one method, by its name in the tables: they stand in place of those in `run`."""
     testbeds: tuple[str, ...]
     """Names from tropd.testbeds, "embedded/NAME" for models that come with the package (the same for every seed), or
     run files (.toml) with your own models."""

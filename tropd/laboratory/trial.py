@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,8 +82,8 @@ def pair_of(lab: Lab, testbed: str, seed: int) -> Pair | None:
 def run_of(lab: Lab, trial: Trial, pair: Pair | None) -> Run:
     """The run of a trial."""
     run = _run_of_file(lab, trial) if pair is None else _run_of_pair(lab, trial, pair)
-    changes = (lab.run, lab.runs.get(trial.method, {}))
-    return Run.from_dict(reduce(_changed, changes, to_dict(run)), f"method {trial.method!r}") if any(changes) else run
+    changes = {**lab.run, **lab.runs.get(trial.method, {})}
+    return Run.from_dict(_changed(to_dict(run), changes), f"method {trial.method!r}") if changes else run
 
 
 def _changed(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
