@@ -189,7 +189,7 @@ def test_a_wrong_comparison_is_refused_in_words(text, said, tmp_path, capsys):
 
 def test_a_run_file_that_evaluates_nothing_is_refused_before_it_is_trained(tmp_path):
     folder = write_models(tmp_path)
-    (folder / "run.toml").write_text(run_of(folder, steps=1).dump())
+    (folder / "run.toml").write_text(small_run(folder, steps=1).dump())
     with pytest.raises(ConfigError, match=r"\[evaluation.data\], and a grader"):
         lab_in(tmp_path / "out", str(folder / "run.toml"))
 
