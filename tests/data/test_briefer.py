@@ -179,7 +179,7 @@ def test_the_doctor_shows_what_is_told_of_responses_and_whom(world: Path, tmp_pa
     shown = [str(check) for check in examine(run, num_prompts=0) if check.name == "briefing"]
     assert len(shown) == 3 and all("<|user|>0+0=<|end|>" in each for each in shown)
     assert "the teacher is told of responses, once they are graded" in shown[0]
-    assert "<|user|>[...] 0+0=<|end|>" in shown[0] and "right ...; 0+0=<|end|>" in shown[1]
+    assert "<|user|>[...] 0+0=<|end|>" in shown[0] and r"right ...\n\nwrong ....; 0+0=<|end|>" in shown[1]
     assert "reader 'hinted' is told more" in shown[2] and "0+0= (0 after 0)<|end|>" in shown[2]
     for briefing in (FEEDBACK, PEERS):
         checks = examine(told(world, briefing, grader=WORDS), num_prompts=3, max_new_tokens=12)
@@ -229,8 +229,10 @@ def test_what_the_student_cannot_be_as_its_teacher_is_refused(world: Path, chang
 
 def test_a_student_given_in_python_has_no_files_to_start_from_again(world: Path, tmp_path: Path) -> None:
     run = run_of(world, {"name": "opd"}, teacher={"path": "start"}, output=str(tmp_path / "run"))
-    with pytest.raises(ConfigError, match="but the student was given in Python"):
-        tropd.train(run, student=(tiny_model(tied=True), byte_tokenizer()))
+    prescribed = Run(data=run.data, method="opsd", output=str(tmp_path / "other"), given=("student",))
+    for each in (run, prescribed):
+        with pytest.raises(ConfigError, match="but the student was given in Python"):
+            tropd.train(each, student=(tiny_model(tied=True), byte_tokenizer()))
 
 
 def test_a_copy_whose_files_changed_is_no_longer_the_student_before(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tests import run_case
 from tests.kills import kill_at, recorded
 from tests.small_runs import values_of
 from tests.told import WORDS, write_world
+from tropd.cli.main import main
 from tropd.config.run import Run
 from tropd.errors import ConfigError
 from tropd.methods import METHODS
@@ -140,6 +141,19 @@ def test_fine_tuning_without_responses_is_refused(world: Path, tmp_path: Path) -
     path = write_file(world, tmp_path / "run", "sft")
     with pytest.raises(ConfigError, match="prompts bring none. Set data.response_column"):
         train(Run.load(path, ["--data.response-column", "None"]))
+
+
+@pytest.mark.parametrize("name", ["unisd", "ogls", "safesteer"])
+def test_the_doctor_and_the_plan_of_a_run_know_the_readers_of_its_method(
+    world: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(write_file(world, tmp_path / "run", name))
+    assert main(["doctor", path, "--trust-code", "--json"]) == 0
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    told = " ".join(str(check) for check in checks if check["name"] == "briefing")
+    readers = Run.load(path).all_readers
+    assert all(f"reader '{reader}'" in told for reader, config in readers.items() if not config.made_of)
+    assert main(["plan", path, "--trust-code"]) == 0
 
 
 def test_a_gated_teacher_needs_a_grader(world: Path, tmp_path: Path) -> None:

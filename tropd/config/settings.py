@@ -110,7 +110,12 @@ class Settings(Ranged):
     @property
     def all_teachers(self) -> dict[str, TeacherConfig]:
         """By the names that prompts have for them."""
-        return {name: self._read_from(x) for name, x in (self.teachers or {"default": self._only_teacher}).items()}
+        return {name: self._read_from(x) for name, x in self.said_teachers.items()}
+
+    @property
+    def said_teachers(self) -> dict[str, TeacherConfig]:
+        """The same as they are set or prescribed, before "start" becomes files."""
+        return self.teachers or {"default": self._only_teacher}
 
     @property
     def _only_teacher(self) -> TeacherConfig:
@@ -124,10 +129,11 @@ class Settings(Ranged):
     def all_readers(self) -> dict[str, ReaderConfig]:
         """Those beside "teacher": as they are set, or else as the method prescribes.  One whose path is "teacher" has
         the teacher's model, and only its own briefing."""
-        return {name: self._read_from(x) for name, x in self._readers.items()}
+        return {name: self._read_from(x) for name, x in self.said_readers.items()}
 
     @property
-    def _readers(self) -> dict[str, ReaderConfig]:
+    def said_readers(self) -> dict[str, ReaderConfig]:
+        """The same before "start" becomes files."""
         prescribed = {
             name: ReaderConfig(**_shared(reader), mean=reader.mean, steered=reader.steered)
             for name, reader in self.method.readers.items()
@@ -161,7 +167,7 @@ class Settings(Ranged):
 
     def read_by(self, name: str) -> Self:
         """The run as it would be with one of its readers as its only teacher."""
-        values = {f.name: getattr(self._readers[name], f.name) for f in fields(TeacherConfig)}
+        values = {f.name: getattr(self.said_readers[name], f.name) for f in fields(TeacherConfig)}
         data = replace(self.data, teacher_column=None)
         return replace(self, teacher=TeacherConfig(**values), teachers={}, readers={}, data=data)
 

@@ -203,7 +203,7 @@ class Briefer:
 
     def _try(self, listener: Listener, prompt: Prompt, asked: Asked) -> tuple[int, ...]:
         """What a reader might be told of responses."""
-        failed = replace(_PEER, reward=0.0)
+        failed = replace(_PEER, text="....", reward=0.0)  # the same text is told once
         messages = listener.briefing.messages(replace(asked, response=replace(_PEER, text=""), peers=(_PEER, failed)))
         return listener.render(prompt, asked.messages, messages or asked.messages)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from tropd.doctor.check import Check, error, ok, warning
 from tropd.doctor.sample import Diagnosis, Sample
 from tropd.monitoring.alarms import Alarms
+from tropd.objective.evidence import READER
 
 if TYPE_CHECKING:
     from tropd.teachers.teacher import Teacher
@@ -52,6 +53,9 @@ def check_agreement(parts: Parts, found: Diagnosis) -> Iterator[Check]:
         f"{_shown(p, 'entropy/teacher')}, mean difference {_shown(p, 'entropy/gap')}"
     )
     if p.get("ratio/min") == 0.0 == p.get("ratio/max") and not p.get("ratio/infinite"):
+        if READER not in (readers := parts.run.method.objective.readers):
+            yield ok("agreement", f"the teacher is the student; the method learns from {', '.join(readers) or 'texts'}")
+            return
         own = _is_base(parts, found.teacher)
         if own and _data_teaches(parts):
             yield ok(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tropd.base.names import Own
-from tropd.config.models import GIVEN, ReaderConfig, TeacherConfig
+from tropd.config.models import ReaderConfig, TeacherConfig
 from tropd.config.run import Run
 from tropd.config.tables import to_dict
 from tropd.data.briefer import Briefer
@@ -118,7 +118,8 @@ def find(run: Run, tokenizer: PreTrainedTokenizerBase, given: Any = None) -> lis
     for teacher in teachers:
         if teacher.config.is_student:
             continue
-        if teacher.config.path == GIVEN and (teacher.reader or given is None):  # that of the student before training
+        said = run.said_readers if teacher.reader else run.said_teachers
+        if said[teacher.name].path == "start" and "student" in run.given:
             raise ConfigError(
                 'teacher.path is "start", whose files are the student\'s, but the student was given in Python. Give a '
                 "copy of it as the teacher, or set student.path."
