@@ -14,8 +14,8 @@ from tropd.model.fused import soften_rows_
 from tropd.model.head import Head
 from tropd.model.one_pass import can_fuse, fused_loss, read_rows, wanted
 from tropd.objective import Context
-from tropd.objective.borrow import student_view
 from tropd.objective.evidence import Needs
+from tropd.objective.handed import student_view
 from tropd.types import Author
 
 H = 6

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tropd.methods import METHODS
 from tropd.objective import Objective, StudentView, Term, TokenLoss, Tokens
-from tropd.objective.borrow import student_view, teacher_evidence
 from tropd.objective.context import Context
 from tropd.objective.evidence import READER, Needs, around
+from tropd.objective.handed import student_view, teacher_evidence
 from tropd.objective.selectors import STUDENT, Everywhere
 from tropd.objective.terms import Selector
 from tropd.types import Author, key_of

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from tropd.model.one_pass import wanted
-from tropd.objective.borrow import teacher_evidence
 from tropd.objective.context import World
 from tropd.objective.draws import uniform
 from tropd.objective.evidence import OF_TEACHER, Needs, StudentView, Tokens
+from tropd.objective.handed import teacher_evidence
 from tropd.objective.support import expected_gap
 from tropd.rollout.engine import Engine
 from tropd.teachers.teacher import ScoreRequest, Teacher

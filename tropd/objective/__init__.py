@@ -5,6 +5,7 @@ from tropd.objective.borrow import distillation_loss
 from tropd.objective.bridge import Bridge
 from tropd.objective.context import Context, Reach
 from tropd.objective.evidence import Needs, StudentView, Tokens
+from tropd.objective.handed import ReaderEvidence
 from tropd.objective.hidden import HiddenMatch
 from tropd.objective.losses import (
     AtMost,
@@ -43,6 +44,7 @@ __all__ = [
     "Plan",
     "PolicyGradient",
     "Reach",
+    "ReaderEvidence",
     "ReverseKL",
     "Reward",
     "SampledForwardKL",

@@ -10,30 +10,34 @@ Per-token tensors are [B, T] or flat [N]; entry t describes token t itself, so s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tropd.errors import EvidenceError
-from tropd.objective.checks import check_ids, check_top_k
+from tropd.objective.checks import check_top_k
 from tropd.objective.context import Context, Reach
-from tropd.objective.evidence import ABSENT, Needs, StudentView, Tokens, around, at_least_float32, trained
+from tropd.objective.evidence import ABSENT, StudentView, Tokens, around, at_least_float32, trained
+from tropd.objective.handed import (
+    Given,
+    ReaderEvidence,
+    TopK,
+    same_width,
+    student_view,
+    teacher_evidence,
+    top_k_of,
+    with_readers,
+)
 from tropd.objective.objective import LossOutput, Objective
 from tropd.objective.plan import Counts
-from tropd.objective.support import expected_gap
 from tropd.types import Author, key_of
 
 
 class HasObjective(Protocol):
     @property
     def objective(self) -> Objective: ...
-
-
-TopK = tuple[Tensor, Tensor]
-"""(ids, log-probabilities), each [..., K], likeliest first."""
 
 
 def distillation_loss(
@@ -53,6 +57,7 @@ def distillation_loss(
     rollout_ids: Sequence[object] | None = None,
     rewards: Tensor | None = None,
     groups: Tensor | None = None,
+    readers: Mapping[str, ReaderEvidence] | None = None,
     vocab_size: int | None = None,
     seed: int = 0,
     progress: float = 0.0,
@@ -63,6 +68,7 @@ def distillation_loss(
     authors            1: the student wrote the token, 2: the teacher did, anything else is context
     logits             the student's, with gradient; or its `logprobs` (and `top_k_logprobs` at the teacher's ids)
     teacher_logits     instead of the other teacher_* evidence, if you hold the whole distribution
+    readers            what others than the teacher say, by the names that the method's pieces use
     vocab_size         how many ids are tokens of both models: heads that are padded to different widths are cut to it
     behavior_logprobs  of the sampler; by default the student itself, that is, on-policy
     sequences          which sequence each token of flat input belongs to
@@ -76,11 +82,13 @@ def distillation_loss(
     tensor(0.2371)
     """
     objective = method if isinstance(method, Objective) else method.objective
-    given = _Given(token_ids.shape, token_ids.numel())
+    given = Given(token_ids.shape, token_ids.numel())
     tokens = _describe(given, token_ids, authors, sequences, rollout_ids, seed, rewards, groups)
     _check_counts(counts, objective, tokens)
-    logits, teacher_logits = _same_width(logits, teacher_logits, vocab_size)
-    view, teacher = _read(given, objective, tokens, (logits, logprobs, top_k_logprobs), teacher_logits, teacher_top_k)
+    logits, teacher_logits = same_width(logits, teacher_logits, vocab_size)
+    view, teacher, full_s = _read(
+        given, objective, tokens, (logits, logprobs, top_k_logprobs), teacher_logits, teacher_top_k
+    )
     own_N = view.logprobs_N.detach()
     optional = {
         "behavior_logprobs": behavior_logprobs,
@@ -91,27 +99,8 @@ def distillation_loss(
     tokens = tokens.with_(**{"student_logprobs_N": own_N, "behavior_logprobs_N": own_N, **teacher, **known})
     if teacher_top_k is not None:
         check_top_k(tokens, objective.teacher_top_k)
+    tokens, view = with_readers(given, objective, tokens, view, readers or {}, full_s, vocab_size)
     return objective(tokens, view, objective.plan(tokens, Context(progress=progress), counts))
-
-
-@dataclass(frozen=True)
-class _Given:
-    """The common shape of the caller's per-token tensors."""
-
-    shape: torch.Size
-    num_tokens: int
-
-    def ids(self, x: Tensor, name: str, extra: int = 0) -> Tensor:
-        check_ids(x, name)
-        return self.flat(x, name, extra)
-
-    def flat(self, x: Tensor, name: str, extra: int = 0) -> Tensor:
-        if x.shape[: x.dim() - extra] != self.shape:
-            raise EvidenceError(
-                f"`{name}` has shape {tuple(x.shape)}, but token_ids has {tuple(self.shape)}; per-token tensors share "
-                "their leading shape."
-            )
-        return x.reshape(self.num_tokens, *x.shape[x.dim() - extra :])
 
 
 def _check_counts(counts: Counts | None, objective: Objective, tokens: Tokens) -> None:
@@ -129,7 +118,7 @@ def _check_counts(counts: Counts | None, objective: Objective, tokens: Tokens) -
 
 
 def _describe(
-    given: _Given,
+    given: Given,
     token_ids: Tensor,
     authors: Tensor,
     sequences: Tensor | None,
@@ -186,30 +175,15 @@ def positions_of(sequences_N: Tensor, counted_N: Tensor) -> Tensor:
     return positions_N
 
 
-def _same_width(logits: Tensor | None, other: Tensor | None, size: int | None) -> tuple[Tensor | None, Tensor | None]:
-    """Both heads, cut to the tokens that they share: padding takes no part in a distribution."""
-    widths = {"logits": logits, "teacher_logits": other}
-    columns = {name: x.shape[-1] for name, x in widths.items() if x is not None and x.dim()}
-    heads = " and ".join(f"`{name}` has {width} columns" for name, width in columns.items())
-    if size is not None and not 1 <= size <= min(columns.values(), default=size):
-        raise EvidenceError(f"vocab_size = {size} was given, but {heads}. Give a number that no head falls short of.")
-    if size is None and len(set(columns.values())) > 1:
-        raise EvidenceError(
-            f"{heads}: no divergence between them is defined. If the rows beyond the shared tokens are padding, give "
-            f"vocab_size = the number of shared tokens, at most {min(columns.values())}."
-        )
-    return tuple(x if x is None else x[..., :size] for x in (logits, other))  # type: ignore[return-value]
-
-
 def _read(
-    given: _Given,
+    given: Given,
     objective: Objective,
     tokens: Tokens,
     student: tuple[Tensor | None, Tensor | None, Tensor | None],
     teacher_logits: Tensor | None,
     teacher_top_k: TopK | None,
-) -> tuple[StudentView, dict[str, Tensor | int]]:
-    """The student's view and the teacher's evidence, from logits where they are given."""
+) -> tuple[StudentView, dict[str, Tensor | int], Tensor | None]:
+    """The student's view, the teacher's evidence, and the student's log-probabilities where its logits are given."""
     logits, logprobs, top_k_logprobs = student
     needs, full_t = objective.needs, None
     evidence: dict[str, Tensor | int] = {}
@@ -217,69 +191,15 @@ def _read(
         full_t = at_least_float32(given.flat(teacher_logits, "teacher_logits", 1)).log_softmax(-1).detach()
         evidence |= teacher_evidence(full_t, tokens.token_ids_N, needs, objective.teacher_top_k)
     if teacher_top_k is not None:
-        ids, values = teacher_top_k
-        evidence["teacher_topk_ids_NK"] = given.ids(ids, "teacher_top_k ids", 1)
-        evidence["teacher_topk_logprobs_NK"] = given.flat(values, "teacher_top_k log-probabilities", 1)
-        widths = {"ids": ids, "log-probabilities": values, "`top_k_logprobs` of the student": top_k_logprobs}
-        counts = {name: x.shape[-1] for name, x in widths.items() if x is not None}
-        if len(set(counts.values())) > 1:
-            raise EvidenceError(
-                "`teacher_top_k` has, for each token, "
-                + ", ".join(f"{n} {name}" for name, n in counts.items())
-                + ". Give as many of each."
-            )
+        evidence |= top_k_of(given, teacher_top_k, top_k_logprobs)
     if logits is None:
         if logprobs is None:
             raise EvidenceError("give the student's `logits`, or its `logprobs` of the written tokens.")
         view = StudentView(logprobs_N=given.flat(logprobs, "logprobs"))
         if top_k_logprobs is not None:
             view = view.with_(topk_logprobs_NK=given.flat(top_k_logprobs, "top_k_logprobs", 1))
-        return view, evidence
+        return view, evidence, None
     full_s = at_least_float32(given.flat(logits, "logits", 1)).log_softmax(-1)
     evidence["vocab_size"] = full_s.shape[-1]
-    return student_view(full_s, full_t, tokens.token_ids_N, needs, objective.student_top_k, evidence), evidence
-
-
-def teacher_evidence(full_t: Tensor, token_ids_N: Tensor, needs: Needs, top_k: int) -> dict[str, Tensor | int]:
-    """Everything that `needs` asks of a teacher, from its whole log-distribution [N, V]."""
-    top = full_t.topk(min(max(top_k, 1), full_t.shape[-1]), -1)
-    return {
-        "teacher_logprobs_N": _written(full_t, token_ids_N),
-        "teacher_topk_ids_NK": top.indices,
-        "teacher_topk_logprobs_NK": top.values,
-        "teacher_entropy_N": torch.special.entr(full_t.exp()).sum(-1),
-        "vocab_size": full_t.shape[-1],
-        **({"teacher_full_logprobs_NV": full_t} if Needs.FULL in needs else {}),
-    }
-
-
-def _written(full: Tensor, token_ids_N: Tensor) -> Tensor:
-    """Log-probabilities of the written tokens; the plan refuses ids out of range by name."""
-    return full.gather(-1, token_ids_N.clamp(0, full.shape[-1] - 1)[:, None]).squeeze(-1)
-
-
-def student_view(
-    full_s: Tensor,
-    full_t: Tensor | None,
-    token_ids_N: Tensor,
-    needs: Needs,
-    top_k: int,
-    evidence: dict[str, Tensor | int],
-) -> StudentView:
-    """The student's view from its whole log-distribution; what only plans read goes into `evidence`."""
-    view = StudentView(logprobs_N=_written(full_s, token_ids_N))
-    fixed = full_s.detach()
-    evidence["student_entropy_N"] = torch.special.entr(fixed.exp()).sum(-1)
-    if full_t is not None:
-        evidence["reverse_kl_N"] = expected_gap(fixed.exp(), fixed, full_t)
-    if Needs.STUDENT_AT_TOPK in needs and isinstance(ids_NK := evidence.get("teacher_topk_ids_NK"), Tensor):
-        evidence["student_at_topk_NK"] = fixed.gather(-1, ids_NK)
-    if Needs.STUDENT_TOPK in needs and full_t is not None:
-        own, ids_NJ = fixed.topk(min(top_k, fixed.shape[-1]), -1)
-        evidence |= {"student_topk_ids_NJ": ids_NJ, "student_topk_logprobs_NJ": own}
-        evidence["teacher_at_student_topk_NJ"] = full_t.gather(-1, ids_NJ)
-        view = view.with_(student_topk_logprobs_NJ=full_s.gather(-1, ids_NJ))
-    ids_NK = evidence.get("teacher_topk_ids_NK")
-    if Needs.TOPK in needs and isinstance(ids_NK, Tensor):
-        view = view.with_(topk_logprobs_NK=full_s.gather(-1, ids_NK.clamp(0, full_s.shape[-1] - 1)))
-    return view.with_(full_logprobs_NV=full_s) if Needs.FULL in needs else view
+    view = student_view(full_s, full_t, tokens.token_ids_N, needs, objective.student_top_k, evidence)
+    return view, evidence, full_s

@@ -14,6 +14,7 @@ from tropd.objective.agreement import Agreement, ContrastiveHinge
 from tropd.objective.borrow import distillation_loss, positions_of
 from tropd.objective.context import Context
 from tropd.objective.evidence import StudentView, Tokens, around
+from tropd.objective.handed import ReaderEvidence
 from tropd.objective.hidden import HiddenMatch
 from tropd.objective.losses import (
     AtMost,
@@ -96,6 +97,7 @@ __all__ = [
     "PositionBelow",
     "ProbabilityGapAbove",
     "ProximalTeacher",
+    "ReaderEvidence",
     "ReverseKL",
     "ReverseKLAt",
     "ReverseKLBaseline",
