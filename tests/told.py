@@ -11,11 +11,10 @@ import torch
 from tests.small_runs import run_of, save_model, write_models, write_rows
 from tropd.config.run import Run
 from tropd.data.graders import Grade, graded
-from tropd.objective.evidence import READER
 from tropd.training.assembly import Parts
 from tropd.training.scoring import score
 from tropd.training.source import Source
-from tropd.types import Rollout
+from tropd.types import READER, Rollout
 
 COLUMN = {"kind": "column", "column": "solution", "template": "{prompt} ({value})"}
 FEEDBACK = {"kind": "feedback", "template": "[{feedback}] {prompt}"}

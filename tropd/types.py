@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+READER = "teacher"
+"""The reader whose evidence everything reads unless it says otherwise."""
+
+
 class Author(IntEnum):
     """Who wrote a token.  Only STUDENT and TEACHER tokens are ever trained on."""
 

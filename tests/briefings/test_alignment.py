@@ -13,9 +13,8 @@ from tests.tiny import byte_tokenizer
 from tests.told import COLUMN, FEEDBACK, PEERS, SHOWN, WORDS, by_hand, scored, told, write_world
 from tropd.data import chat
 from tropd.errors import ConfigError
-from tropd.objective.evidence import READER
 from tropd.training.assembly import load_parts
-from tropd.types import Message, Rollout
+from tropd.types import READER, Message, Rollout
 
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-4}
 ROWS = [{"prompt": f"{a}+1=", "answer": str(a + 1), "solution": f"{a} and one"} for a in range(2)]

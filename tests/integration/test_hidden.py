@@ -23,10 +23,11 @@ from tropd.objective.evidence import Needs
 from tropd.objective.hidden import Layers, layer_map, layer_numbers
 from tropd.objective.places import PositionBelow
 from tropd.objective.selectors import STUDENT
+from tropd.teachers.combined import whole_of
 from tropd.teachers.local import LocalTeacher
 from tropd.teachers.routed import Routed
 from tropd.teachers.teacher import Teacher
-from tropd.training.learner import ModelLearner, whole_of
+from tropd.training.learner import ModelLearner
 from tropd.training.scoring import check_evidence, score
 from tropd.training.step import train_step
 from tropd.types import Rollout

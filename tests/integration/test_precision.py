@@ -22,13 +22,14 @@ from tropd.model.forward import Forward
 from tropd.model.one_pass import can_fuse, fused_loss
 from tropd.model.tiling import Tiling
 from tropd.objective.context import Context
-from tropd.objective.evidence import READER, Needs
+from tropd.objective.evidence import Needs
 from tropd.rollout.stage import roll_out
 from tropd.run.start import assemble, resume, train
 from tropd.testbeds import embedded
 from tropd.training.assembly import Parts
 from tropd.training.scoring import score
 from tropd.training.step import recall_needed, train_step
+from tropd.types import READER
 
 PAIR = embedded("nano-hard")
 HALVES = ["bfloat16", "float16"]

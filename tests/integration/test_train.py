@@ -16,9 +16,8 @@ from tropd.checkpoints import checkpoint as checkpoints
 from tropd.cli.main import main
 from tropd.methods import METHODS
 from tropd.monitoring.records import read_records
-from tropd.objective.evidence import READER
 from tropd.run.start import train
-from tropd.types import StepRecord
+from tropd.types import READER, StepRecord
 
 TEACHABLE = [name for name, cls in METHODS.items() if set(cls().readers) <= {READER} and name != "sft"]
 """Those that any teacher can teach alone; tests/run/test_self_taught.py trains the others."""

@@ -12,11 +12,11 @@ from torch import Tensor
 from tropd.methods import METHODS
 from tropd.objective import Objective, StudentView, Term, TokenLoss, Tokens
 from tropd.objective.context import Context
-from tropd.objective.evidence import READER, Needs, around
+from tropd.objective.evidence import Needs, around
 from tropd.objective.handed import student_view, teacher_evidence
 from tropd.objective.selectors import STUDENT, Everywhere
 from tropd.objective.terms import Selector
-from tropd.types import Author, key_of
+from tropd.types import READER, Author, key_of
 
 F64 = torch.float64
 ALL = ~Needs.NOTHING

@@ -13,11 +13,12 @@ from tests.objective.variants import VARIANTS
 from tropd.errors import EvidenceError
 from tropd.objective import Objective, StudentView, Term, Tokens
 from tropd.objective.context import Context
-from tropd.objective.evidence import READER, Needs
+from tropd.objective.evidence import Needs
 from tropd.objective.losses import ForwardKL, PolicyGradient, SampledReverseKL
 from tropd.objective.rewards import Clip, LogRatio, chain
 from tropd.objective.selectors import STUDENT, Everywhere, TeacherEntropyAbove
 from tropd.objective.terms import Over
+from tropd.types import READER
 
 OTHER = "other"
 
@@ -35,9 +36,13 @@ def told(case: Any, reader: str) -> tuple[Tokens, StudentView]:
 
 
 def read_by(objective: Objective, reader: str) -> Objective:
+    """What has no reader of its own is that reader's."""
+
     def other(term: Term) -> Term:
-        parts = {name: dataclasses.replace(getattr(term, name), reader=reader) for name in ("where", "loss")}
-        return dataclasses.replace(term, **parts)
+        parts = {name: getattr(term, name) for name in ("where", "loss")}
+        return dataclasses.replace(
+            term, **{n: dataclasses.replace(x, reader=x.reader or reader) for n, x in parts.items()}
+        )
 
     return Objective(*map(other, objective.terms))
 

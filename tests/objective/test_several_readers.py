@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, get_args
 
 import pytest
@@ -143,7 +144,7 @@ def test_a_plan_made_piece_by_piece_is_the_whole_plan() -> None:
     whole = objective.plan(tokens, Context(progress=0.4))
     for cut in ([4, 9, 17], list(range(1, len(tokens)))):
         edges = [0, *cut, len(tokens)]
-        slices = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        slices = [slice(a, b) for a, b in itertools.pairwise(edges)]
         plans = [objective.plan(tokens.rows(rows), Context(progress=0.4), whole.counts) for rows in slices]
         for term in terms:
             assert torch.equal(torch.cat([plan.weights[term.name] for plan in plans]), whole.weights[term.name])

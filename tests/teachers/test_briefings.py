@@ -18,11 +18,10 @@ from tropd.doctor import examine
 from tropd.doctor.cost import need_of
 from tropd.doctor.subject import read_subject
 from tropd.monitoring.records import read_records
-from tropd.objective.evidence import READER
 from tropd.run.start import train
 from tropd.training.assembly import load_parts
 from tropd.training.source import Source
-from tropd.types import Author, Message
+from tropd.types import READER, Author, Message
 
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-4}
 

@@ -175,7 +175,7 @@ def test_a_run_with_several_readers_takes_its_steps(world: Path, tmp_path: Path)
         (READERS | {"solved": {"servers": ["http://127.0.0.1:1"]}}, "'solved' has the path \"teacher\".*no servers"),
         (READERS | {"elder": {"path": "base"}}, "'elder'.*\"base\""),
         (READERS | {"elder": {"path": "nowhere"}}, "nowhere"),
-        (READERS | {"solved": {"briefing": {"kind": "column", "column": "hint"}}}, "reader 'solved'.*'hint'"),
+        (READERS | {"solved": {"briefing": {"kind": "column", "column": "proof"}}}, "reader 'solved'.*'proof'"),
         (READERS | {"elder": {"servers": ["http://127.0.0.1:1"], "path": "start"}}, "reader 'elder': teacher.servers"),
     ],
 )

@@ -14,15 +14,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from tropd.base.names import made
 from tropd.base.ranges import Count, NotNegative, Ranged, Share
 from tropd.base.reading import nearest
 from tropd.errors import ConfigError
-from tropd.objective.memory import Memory
+
+if TYPE_CHECKING:  # which needs torch, and a run file does not
+    from tropd.objective.memory import Memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +139,7 @@ class Gated(Follow):
         assert answers is not None
         first = f"{name}/steps" not in memory
         reward = answers.reward if first else self._averaged(answers.reward, float(memory[f"{name}/reward"]))
-        memory[f"{name}/reward"] = torch.tensor(reward, dtype=torch.float64)
+        memory.put(f"{name}/reward", reward)
         if first:  # the student before training wrote the answers of the first step
             self._note(memory, name, 0, reward, answers.tail)
         opens = (
@@ -153,16 +153,16 @@ class Gated(Follow):
         return opens
 
     def age(self, step: int, memory: Memory, name: str) -> int:
-        return step - int(memory.get(f"{name}/steps", torch.tensor(0)))
+        return step - (int(memory[f"{name}/steps"]) if f"{name}/steps" in memory else 0)
 
     def _averaged(self, now: float, before: float) -> float:
         return self.smoothing * before + (1 - self.smoothing) * now
 
     @staticmethod
     def _note(memory: Memory, name: str, steps: int, reward: float, tail: float) -> None:
-        memory[f"{name}/steps"] = torch.tensor(steps)
-        memory[f"{name}/reward_at_copy"] = torch.tensor(reward, dtype=torch.float64)
-        memory[f"{name}/tail_at_copy"] = torch.tensor(tail, dtype=torch.float64)
+        memory.put(f"{name}/steps", steps)
+        memory.put(f"{name}/reward_at_copy", reward)
+        memory.put(f"{name}/tail_at_copy", tail)
 
 
 RULES: dict[str, type[Follow]] = {"frozen": Frozen, "ema": Ema, "copy": Copy, "gated": Gated}

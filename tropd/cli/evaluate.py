@@ -29,7 +29,7 @@ from tropd.errors import ConfigError, DataError
 from tropd.evaluation.briefed import check_reader, measure_gap
 from tropd.evaluation.models import check_trust, data_of, judged, settings_of
 from tropd.model.loading import looks_local
-from tropd.objective.evidence import READER
+from tropd.types import READER
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,9 +44,10 @@ def main(argv: list[str]) -> int:
     run = replace(run, rollout=replace(run.rollout, engine=None), probes=())  # nothing is written or watched
     rollouts = _read(asked.rollouts)
     from tropd.data.graders import graded
-    from tropd.objective.evidence import READER, Needs
+    from tropd.objective.evidence import Needs
     from tropd.run.start import assemble
     from tropd.teachers.teacher import ScoreRequest
+    from tropd.types import READER
 
     with tempfile.TemporaryDirectory() as folder:
         parts = assemble(run, Path(folder))

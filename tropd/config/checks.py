@@ -11,7 +11,7 @@ from tropd.config.mixtures import check_mixtures
 from tropd.config.models import ModelConfig, base_url
 from tropd.config.settings import Settings
 from tropd.errors import ConfigError
-from tropd.objective.evidence import READER
+from tropd.types import READER
 
 
 def check(run: Settings) -> None:

@@ -10,7 +10,7 @@ from tropd.config.models import ReaderConfig, TeacherConfig
 from tropd.config.settings import Settings
 from tropd.errors import ConfigError
 from tropd.methods.base import NamedMethod
-from tropd.objective.evidence import READER
+from tropd.types import READER
 
 
 def check_mixtures(run: Settings) -> None:

@@ -17,8 +17,8 @@ from tropd.briefings.briefing import AsStudent, Briefing, read_briefing
 from tropd.briefings.follow import Follow, Frozen, read_follow
 from tropd.briefings.reader import Direction
 from tropd.errors import ConfigError
-from tropd.objective.evidence import READER
 from tropd.objective.mixtures import Mixture, Steered, mixture_of
+from tropd.types import READER
 
 GIVEN = "(given in Python)"
 """Stands in a run file for an object that no file can hold."""

@@ -27,8 +27,7 @@ from tropd.config.stages import (
 from tropd.errors import ConfigError
 from tropd.methods import Method, TrOPD
 from tropd.methods.policies import POLICIES, RolloutPolicy
-from tropd.objective.evidence import READER
-from tropd.types import Sampling
+from tropd.types import READER, Sampling
 
 AnyTeacher = TypeVar("AnyTeacher", bound=TeacherConfig)
 Part = Literal["student", "teacher", "method", "grader", "prompts", "held_out"]

@@ -23,8 +23,7 @@ from tropd.data.examples import Shelves
 from tropd.data.listener import Candidate, Listener
 from tropd.data.rows import Row, Table
 from tropd.errors import ConfigError, DataError
-from tropd.objective.evidence import READER
-from tropd.types import Message, Prompt, Rollout
+from tropd.types import READER, Message, Prompt, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

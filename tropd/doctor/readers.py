@@ -16,12 +16,13 @@ from tropd.doctor.subject import Subject, offered_by
 from tropd.errors import TropdError
 from tropd.methods.describe import asked_text
 from tropd.model.loading import choose_device, choose_dtype
-from tropd.objective.evidence import OF_TEACHER, READER, Needs
+from tropd.objective.evidence import OF_TEACHER, Needs
 from tropd.teachers.combined import Combined
 from tropd.teachers.loading import shares_model
 from tropd.teachers.routed import Routed
 from tropd.teachers.teacher import Teacher
 from tropd.training.scoring import check_evidence
+from tropd.types import READER
 
 
 class _Capable(Teacher):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tropd.doctor.check import Check, error, ok, warning
 from tropd.doctor.sample import Diagnosis, Sample
 from tropd.monitoring.alarms import Alarms
-from tropd.objective.evidence import READER
+from tropd.types import READER
 
 if TYPE_CHECKING:
     from tropd.teachers.teacher import Teacher

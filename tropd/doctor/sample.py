@@ -22,14 +22,14 @@ from tropd.methods.policies import OnPolicy, RolloutPolicy
 from tropd.model.forward import similar_lengths
 from tropd.monitoring.probes import probe_batch
 from tropd.objective.context import Context
-from tropd.objective.evidence import READER, Needs
+from tropd.objective.evidence import Needs
 from tropd.rollout.stage import roll_out
 from tropd.teachers.teacher import ScoreRequest, Teacher
 from tropd.training.batches import add_scores, make_tokens
 from tropd.training.iteration import clock
 from tropd.training.scoring import asked_of, score
 from tropd.training.step import StepSums, recall_needed, train_step
-from tropd.types import Finish, Prompt, Rollout
+from tropd.types import READER, Finish, Prompt, Rollout
 
 if TYPE_CHECKING:
     from tropd.training.assembly import Parts

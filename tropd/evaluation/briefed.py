@@ -29,8 +29,7 @@ from tropd.evaluation.results import EvalResult
 from tropd.evaluation.runner import evaluate as draw_and_grade
 from tropd.evaluation.statistics import Difference, paired_difference
 from tropd.model.loading import model_fingerprint
-from tropd.objective.evidence import READER
-from tropd.types import Prompt
+from tropd.types import READER, Prompt
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from tropd.briefings.reader import model_text, told_text
 from tropd.errors import ConfigError
 from tropd.methods import Method, find_method
-from tropd.objective.evidence import OF_TEACHER, READER, Needs
+from tropd.objective.evidence import OF_TEACHER, Needs
 from tropd.objective.losses import NegativeLogLikelihood
 from tropd.objective.schedules import Schedule
 from tropd.objective.terms import Over, Term
+from tropd.types import READER
 
 OVER: dict[Over, str] = {
     "actions": "all trained tokens",

@@ -20,8 +20,9 @@ from tropd.model.lean import lean_loss, lean_rows
 from tropd.model.likeliest import column_maxima, likeliest
 from tropd.model.parts import TileLoss
 from tropd.model.peaks import Peaks, find_peaks, has_peaks, is_matrix, products_at
-from tropd.objective.evidence import READER, Needs, StudentView, Tokens
+from tropd.objective.evidence import Needs, StudentView, Tokens
 from tropd.objective.support import NOTHING
+from tropd.types import READER
 
 TopRows = Callable[[slice, Tensor], Tensor]
 """(rows, log-probabilities of their written tokens) -> for which of them the top-k is wanted."""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from tropd.errors import EvidenceError
-from tropd.types import Author
+from tropd.types import READER, Author
 
 
 class Needs(Flag):
@@ -69,9 +69,6 @@ def joined(*asks: Mapping[str, Needs]) -> dict[str, Needs]:
     """Needs by reader, all together."""
     return {name: reduce(or_, (one.get(name, Needs.NOTHING) for one in asks)) for one in asks for name in one}
 
-
-READER = "teacher"
-"""The reader that everything reads unless it says otherwise."""
 
 ABSENT = cast(Tensor, None)
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from tropd.errors import EvidenceError
 from tropd.objective.checks import check_ids, check_top_k
-from tropd.objective.evidence import READER, Needs, StudentView, Tokens, at_least_float32
+from tropd.objective.evidence import Needs, StudentView, Tokens, at_least_float32
 from tropd.objective.objective import Objective
 from tropd.objective.support import expected_gap
+from tropd.types import READER
 
 TopK = tuple[Tensor, Tensor]
 """(ids, log-probabilities), each [..., K], likeliest first."""

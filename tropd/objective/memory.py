@@ -14,6 +14,10 @@ from torch import Tensor
 class Memory(dict[str, Tensor]):
     """Tensors by name; a name begins with whose it is, such as `follow.default/reward`."""
 
+    def put(self, name: str, number: float | int) -> None:
+        """A whole number in 64 bits, any other in float64."""
+        self[name] = torch.tensor(number, dtype=torch.int64 if isinstance(number, int) else torch.float64)
+
     def state_dict(self) -> dict[str, Any]:
         """As JSON has it, which keeps every number to the last bit."""
         return {name: {"dtype": str(x.dtype).removeprefix("torch."), "values": x.tolist()} for name, x in self.items()}

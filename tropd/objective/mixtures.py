@@ -8,13 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING
 
 from tropd.base.ranges import Finite, Ranged
 from tropd.errors import ConfigError
-from tropd.objective.support import NOTHING
+
+if TYPE_CHECKING:  # which a run file does not need
+    from torch import Tensor
+
+
+_NOTHING = -1e4
+"""As `tropd.objective.support.NOTHING`: so that a difference of two zeros is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +63,7 @@ class Mean(Mixture):
     def __call__(self, logprobs: Mapping[str, Tensor]) -> Tensor:
         if len(self.of) == 1:
             return logprobs[self.of[0]]
-        return torch.stack([logprobs[name] for name in self.of]).logsumexp(0) - math.log(len(self.of))
+        return reduce(lambda a, b: a.logaddexp(b), (logprobs[name] for name in self.of)) - math.log(len(self.of))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +107,7 @@ class Steered(Mixture):
         if self.strength == 0:
             return base
         plus, minus = (
-            torch.stack([logprobs[name].clamp_min(NOTHING) for name in names]).mean(0)
+            reduce(add, (logprobs[name].clamp_min(_NOTHING) for name in names)) / len(names)
             for names in (self.plus, self.minus)
         )
         return (base + self.strength * (plus - minus)).log_softmax(-1)

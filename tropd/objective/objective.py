@@ -10,10 +10,10 @@ from torch import Tensor
 
 from tropd.errors import ConfigError, EvidenceError, TrainingDiverged
 from tropd.objective.context import Context, Reach
-from tropd.objective.evidence import READER, Needs, StudentView, Tokens, at_least_float32, joined
+from tropd.objective.evidence import Needs, StudentView, Tokens, at_least_float32, joined
 from tropd.objective.plan import Counts, Plan, make_plan
 from tropd.objective.terms import Term, support_width
-from tropd.types import TermStats
+from tropd.types import READER, TermStats
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -27,8 +27,9 @@ from torch import Tensor
 from tropd.base.ranges import Finite, Ranged
 from tropd.errors import ConfigError
 from tropd.objective.context import Context, Reach
-from tropd.objective.evidence import OF_TEACHER, READER, Evidence, Needs, StudentView, Tokens, joined
+from tropd.objective.evidence import OF_TEACHER, Evidence, Needs, StudentView, Tokens, joined
 from tropd.objective.schedules import Schedule
+from tropd.types import READER
 
 
 def _as_of_reader(call: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -33,10 +33,10 @@ from tropd.doctor.cost import Need, cached
 from tropd.doctor.readers import asked_of, has_teachers_model
 from tropd.doctor.subject import Subject
 from tropd.model.loading import choose_dtype
-from tropd.objective.evidence import READER
 from tropd.planning.devices import Device
 from tropd.training.scoring import PASS_NEEDS
 from tropd.training.step import recall_needed
+from tropd.types import READER
 
 OPERATIONS = {"started": 50, "replayed": 5}
 """Operations of a layer in one pass: started one by one by Python (measured with tiny models on a CPU), or replayed by

@@ -20,7 +20,7 @@ from tropd.errors import ConfigError
 from tropd.model import hf
 from tropd.model.head import causal_lm_of
 from tropd.model.origins import Origin, content_of
-from tropd.objective.evidence import READER
+from tropd.types import READER
 
 
 def added(direction: Direction, model: nn.Module, name: str) -> Callable[[], AbstractContextManager[Any]]:

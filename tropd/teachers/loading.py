@@ -28,7 +28,7 @@ from tropd.errors import ConfigError, DataError, TropdError
 from tropd.model.loading import load_model, load_tokenizer
 from tropd.model.origins import Origin, origin_of, origin_of_objects
 from tropd.model.tiling import Tiling
-from tropd.objective.evidence import READER, Needs
+from tropd.objective.evidence import Needs
 from tropd.teachers.combined import Combined
 from tropd.teachers.directions import added
 from tropd.teachers.following import Follower, Swapped
@@ -37,7 +37,7 @@ from tropd.teachers.moved import MovedTeacher
 from tropd.teachers.routed import Routed
 from tropd.teachers.served import ServedTeacher, meet_teacher, served_size
 from tropd.teachers.teacher import Teacher
-from tropd.types import Prompt
+from tropd.types import READER, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -31,7 +31,7 @@ from tropd.model.origins import Origin, origin_of, origin_of_objects, prompts_or
 from tropd.model.tiling import Tiling
 from tropd.monitoring.probe import Probe
 from tropd.monitoring.probing import open_probes
-from tropd.objective.evidence import OF_TEACHER, READER
+from tropd.objective.evidence import OF_TEACHER
 from tropd.objective.losses import SampledForwardKL, SampledReverseKL
 from tropd.objective.memory import Memory
 from tropd.rollout.engine import Engine
@@ -46,7 +46,7 @@ from tropd.teachers.writing import writer_of
 from tropd.training.given import NOTHING_GIVEN, Given
 from tropd.training.learner import ModelLearner
 from tropd.training.scoring import check_evidence
-from tropd.types import Prompt
+from tropd.types import READER, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tropd.errors import TeacherError
-from tropd.objective.evidence import READER, Needs, Tokens, around
-from tropd.types import Author, Rollout, TeacherScores, key_of
+from tropd.objective.evidence import Needs, Tokens, around
+from tropd.types import READER, Author, Rollout, TeacherScores, key_of
 
 AsRead = Mapping[str, Sequence[Rollout | None]]
 """By reader, the rollouts as it reads them: perhaps with another prompt before the same responses, None where it reads

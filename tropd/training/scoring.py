@@ -17,13 +17,13 @@ from tropd.base.reading import nearest
 from tropd.errors import EvidenceError
 from tropd.monitoring.sample import sampled_rows
 from tropd.objective.context import Context, Reach
-from tropd.objective.evidence import OF_TEACHER, READER, Needs, Tokens
+from tropd.objective.evidence import OF_TEACHER, Needs, Tokens
 from tropd.objective.objective import Objective
 from tropd.teachers.combined import Combined
 from tropd.teachers.teacher import ScoreRequest, Teacher, TopKRows
 from tropd.training.batches import AsRead, ScoredBatch, add_scores, check_scores, make_tokens
 from tropd.training.protocols import Learner
-from tropd.types import Author, Rollout, TeacherScores
+from tropd.types import READER, Author, Rollout, TeacherScores
 
 PASS_NEEDS = Needs.STUDENT_ENTROPY | Needs.STUDENT_TOPK | Needs.REVERSE_KL
 """The student's evidence that must exist before the gradient pass."""

@@ -24,11 +24,11 @@ from tropd.base.fast_paths import TAKEN, FastPath
 from tropd.data.stream import name_of
 from tropd.errors import CheckpointError, TeacherError
 from tropd.methods.drafts import RolloutJob, drafts_of
-from tropd.objective.evidence import OF_TEACHER, READER
+from tropd.objective.evidence import OF_TEACHER
 from tropd.rollout.stage import begin, carry_on, roll_out
 from tropd.teachers.teacher import ScoreRequest
 from tropd.training.assembly import Parts
-from tropd.types import Author, Finish, Prompt, Rollout, TeacherScores
+from tropd.types import READER, Author, Finish, Prompt, Rollout, TeacherScores
 
 log = logging.getLogger("tropd.rollout")
 
