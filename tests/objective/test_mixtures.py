@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.objective.cases import F64
+from tropd.briefings.mixtures import Mean, Steered, mixture_of
 from tropd.errors import ConfigError, OutOfRange
-from tropd.objective.mixtures import Mean, Steered, mixture_of
 from tropd.objective.support import NOTHING
 
 NAMES = ("a", "b", "c", "d")

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from tests.objective.cases import F64, Case, make_case
+from tropd.briefings.mixtures import Mean, Steered
 from tropd.errors import EvidenceError
 from tropd.objective import Objective, ReaderEvidence, Term, Tokens, distillation_loss
 from tropd.objective.context import Context
 from tropd.objective.losses import ForwardKL, JensenShannon, ReverseKL, SampledReverseKL
-from tropd.objective.mixtures import Mean, Steered
 from tropd.objective.selectors import STUDENT, Everywhere, TeacherEntropyAbove
 from tropd.objective.terms import Over
 

@@ -266,7 +266,7 @@ def test_a_method_prescribes_combined_readers_and_the_run_overrides_them(world: 
         METHOD
         + '''
 from tropd.briefings.reader import Reader
-from tropd.objective.mixtures import Steered
+from tropd.briefings.mixtures import Steered
 
 
 @dataclass(frozen=True, kw_only=True)

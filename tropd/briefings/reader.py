@@ -8,7 +8,7 @@ from typing import Any
 from tropd.base.ranges import Finite, Ranged, Whole
 from tropd.briefings.briefing import AsStudent, Briefing
 from tropd.briefings.follow import Follow, Frozen
-from tropd.objective.mixtures import Mixture, Steered, mixture_of
+from tropd.briefings.mixtures import Mixture, Steered, mixture_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,9 @@ from tropd.base.ranges import Count, Positive, Range, Ranged, Seconds
 from tropd.base.reading import shortened
 from tropd.briefings.briefing import AsStudent, Briefing, read_briefing
 from tropd.briefings.follow import Follow, Frozen, read_follow
+from tropd.briefings.mixtures import Mixture, Steered, mixture_of
 from tropd.briefings.reader import Direction
 from tropd.errors import ConfigError
-from tropd.objective.mixtures import Mixture, Steered, mixture_of
 from tropd.types import READER
 
 GIVEN = "(given in Python)"

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import TYPE_CHECKING
 
-from tropd.config.stages import EvalConfig
 from tropd.evaluation.statistics import bootstrap_interval, pass_at_k
 from tropd.types import Finish, Sampling
+
+if TYPE_CHECKING:  # which needs torch, and a report does not
+    from tropd.config.stages import EvalConfig
 
 GREEDY = Sampling(temperature=0.0)
 

@@ -8,10 +8,10 @@ from typing import Literal
 
 from tropd.base.ranges import Count, Finite, NotNegative, Positive, PositiveShare
 from tropd.briefings.briefing import WithPeers
+from tropd.briefings.mixtures import Steered
 from tropd.briefings.reader import Reader
 from tropd.methods.base import Method
 from tropd.objective.losses import ForwardKL, NegativeLogLikelihood, ReverseKL
-from tropd.objective.mixtures import Steered
 from tropd.objective.objective import Objective
 from tropd.objective.places import LastPositions, PositionBelow, Shortest
 from tropd.objective.selectors import STUDENT, Verified

@@ -19,7 +19,6 @@ from tropd.objective.losses import (
     SampledReverseKL,
     StateReward,
 )
-from tropd.objective.mixtures import Mean, Steered
 from tropd.objective.objective import LossOutput, Objective
 from tropd.objective.plan import Counts, Plan
 from tropd.objective.schedules import Schedule
@@ -37,7 +36,6 @@ __all__ = [
     "ImportanceWeighted",
     "JensenShannon",
     "LossOutput",
-    "Mean",
     "Needs",
     "NegativeLogLikelihood",
     "Objective",
@@ -52,7 +50,6 @@ __all__ = [
     "Schedule",
     "Selector",
     "StateReward",
-    "Steered",
     "StudentView",
     "Term",
     "TokenLoss",

@@ -29,7 +29,6 @@ from tropd.objective.losses import (
     StateReward,
 )
 from tropd.objective.measures import EitherHigh, Normalised, ReverseKLAt, StudentEntropy
-from tropd.objective.mixtures import Mean, Steered
 from tropd.objective.objective import Objective
 from tropd.objective.places import FirstOf, LastPositions, PositionBelow, ShorterThan, Shortest, TokenIn
 from tropd.objective.rewards import (
@@ -87,7 +86,6 @@ __all__ = [
     "LastPositions",
     "LogRatio",
     "LogRatioAbove",
-    "Mean",
     "NegativeLogLikelihood",
     "Normalised",
     "Objective",
@@ -109,7 +107,6 @@ __all__ = [
     "Shortest",
     "Standardise",
     "StateReward",
-    "Steered",
     "StudentEntropy",
     "StudentView",
     "TeacherEntropyAbove",

@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from tropd.briefings.mixtures import Mixture
 from tropd.errors import ConfigError
 from tropd.model.forward import Forward
 from tropd.model.head import tiles
 from tropd.model.likeliest import likeliest
 from tropd.objective.evidence import OF_TEACHER, Needs, Tokens
-from tropd.objective.mixtures import Mixture
 from tropd.teachers.teacher import Teacher
 
 Whole = Callable[[Tokens], Tensor]

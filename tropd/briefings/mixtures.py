@@ -39,12 +39,7 @@ class Mixture(Ranged):
 
 @dataclass(frozen=True, kw_only=True)
 class Mean(Mixture):
-    """log((1 / K) sum_k q_k): the mean of the probabilities.  Of one reader it is that reader.
-
-    >>> halves = {"a": torch.tensor([[1.0, 0.0]]).log(), "b": torch.tensor([[0.5, 0.5]]).log()}
-    >>> Mean(of=("a", "b"))(halves).exp()
-    tensor([[0.7500, 0.2500]])
-    """
+    """log((1 / K) sum_k q_k): the mean of the probabilities.  Of one reader it is that reader."""
 
     of: tuple[str, ...]
 
@@ -74,11 +69,6 @@ class Steered(Mixture):
     Logits in the place of log-probabilities give the same: they differ by a constant at each token, which the softmax
     takes out.  Strength 0 is the base to the last bit.  What the base never says stays unsaid; elsewhere a probability
     of 0 counts as exp(-10000), so that a token that all of `minus` rule out and none of `plus` gets all the mass.
-
-    >>> q = {"base": [0.5, 0.5], "right": [0.8, 0.2], "wrong": [0.5, 0.5]}
-    >>> logprobs = {name: torch.tensor([x]).log() for name, x in q.items()}
-    >>> Steered(base="base", plus=("right",), minus=("wrong",), strength=0.5)(logprobs).exp()  # 2 : 1, from 4 : 1
-    tensor([[0.6667, 0.3333]])
     """
 
     base: str = "teacher"
