@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.small_runs import run_of
 from tests.teachers.test_combined import METHOD, MIXED, mixed
-from tests.told import write_world
+from tests.told import COLUMN, write_world
 from tropd.cli.main import main
+from tropd.config.models import TeacherConfig
 from tropd.doctor import Check, examine
 from tropd.doctor.cost import need_of
 from tropd.doctor.readers import asked_of
@@ -18,6 +21,7 @@ from tropd.doctor.subject import read_subject
 from tropd.methods.describe import describe
 from tropd.objective.evidence import Needs
 from tropd.planning import Device, make_forecast
+from tropd.run.start import assemble
 
 UNITS = Device(name="slow units", memory=1e12, operations=1e3, bandwidth=1e30)
 
@@ -133,3 +137,30 @@ def test_explain_lists_readers_with_what_they_are_told_and_asked(world: Path, ca
     assert "Readers" in text and "A run's [teacher] and [readers.NAME]" in text
     bare = {row.name: row for row in describe(f"{world / 'mixtures.py'}:Parts").readers}
     assert bare["mixed"].model == "as [readers.mixed] says" and describe("opd").readers == ()
+
+
+def test_models_that_are_alike_are_no_news_where_somebody_who_is_told_more_teaches(world: Path, tmp_path: Path) -> None:
+    alike = {"path": str(world / "copy")}
+
+    def found(by: str, **readers: Any) -> tuple[list[str], list[str]]:
+        run = mixed(world, by, readers=readers, teacher=alike)
+        checks = examine(run, num_prompts=2, max_new_tokens=8)
+        notes = assemble(run, tmp_path / by).notes
+        return said(checks, "agreement"), [note for note in notes if "same weights" in note]
+
+    told, plain = {"path": "teacher", "briefing": COLUMN}, {"path": "teacher"}
+    assert found("told", told=told) == (["ok: the teacher is the student; the method learns from told"], [])
+    assert found("both", told=told, both={"mean": ["teacher", "told"]})[1] == []
+    agreement, notes = found("plain", plain=plain)
+    assert agreement[0].startswith("error: the student already is its teacher") and notes
+    assert found("both", plain=plain, both={"mean": ["teacher", "plain"]})[1]
+
+
+def test_a_method_without_a_teacher_is_examined_without_words_on_one(world: Path) -> None:
+    data = {"path": str(world / "told.jsonl"), "response_column": "solution"}
+    values = run_of(world, {"name": "sft"}, kind="quick", data=data)
+    checks = examine(replace(values, teacher=TeacherConfig()), num_prompts=2, max_new_tokens=8)
+    assert not [check for check in checks if check.level == "error"]
+    words = " ".join(check.found for check in checks)
+    assert "the teacher" not in words and "adapter" not in words and "base" not in words
+    assert "on 0 tokens" not in said(checks, "one step")[0] and "gradient norm 0:" not in said(checks, "one step")[0]

@@ -21,7 +21,7 @@ from tropd.doctor.method import (
     check_support,
 )
 from tropd.doctor.prompts import check_graders, check_lengths, check_prompts, check_unknown
-from tropd.doctor.readers import check_needs, check_readers
+from tropd.doctor.readers import check_needs, check_readers, nobody_teaches, says_as_teacher
 from tropd.doctor.servers import check_servers
 from tropd.doctor.subject import Subject, read_subject, subject_of
 from tropd.doctor.texts import check_briefing, check_generation, check_stops, check_templates, check_tokenizers
@@ -107,6 +107,7 @@ def _looks(subject: Subject, looks: Sequence[Look]) -> Iterator[Check]:
 
 def _of_teachers(subject: Subject, looks: Sequence[Look]) -> Iterator[Check]:
     """The checks of each teacher, with its own prompts."""
+    looks = [look for look in looks if look is check_stops] if nobody_teaches(subject.run) else looks
     for name in subject.teachers:
         yield from _bearing(subject.run, name, _looks(subject.taught_by(name), looks))
 
@@ -124,13 +125,15 @@ def _measure(run: Run, num_prompts: int, max_new_tokens: int) -> list[Check]:
     from tropd.training.assembly import load_parts
 
     of_a_teacher = (readings.check_scores, readings.check_agreement, readings.check_ends, readings.check_sampler)
+    of_a_teacher = (readings.check_sampler,) if nobody_teaches(run) else of_a_teacher
     looks = (readings.check_step, readings.check_seconds)
     with tempfile.TemporaryDirectory() as folder:
         try:
             parts = load_parts(run, Path(folder))
         except TropdError as refusal:
             return [error("models", str(refusal))]
-        loaded = ok("models", f"student and teacher are loaded; {parts.vocab_size} tokens are shared")
+        who = "the student is" if nobody_teaches(run) else "student and teacher are"
+        loaded = ok("models", f"{who} loaded; {parts.vocab_size} tokens are shared")
         try:
             sample = draw_sample(parts, num_prompts, max_new_tokens)
         except TropdError as refusal:
@@ -147,7 +150,10 @@ def _measure(run: Run, num_prompts: int, max_new_tokens: int) -> list[Check]:
 
 def _same_weights(parts: Parts) -> Iterator[Check]:
     models = {name: teacher.forward.model for name, teacher in parts.teacher.teachers.items() if teacher.forward}
-    told = {name for name, x in parts.run.all_teachers.items() if not isinstance(x.briefing, AsStudent)}
+    run, readers = parts.run, parts.run.method.objective.readers
+    if not readers or not all(says_as_teacher(run, name) for name in readers):
+        return
+    told = {name for name, x in run.all_teachers.items() if not isinstance(x.briefing, AsStudent)}
     others = {name: model for name, model in models.items() if model is not parts.model and name not in told}
     if not others:  # nothing to compare with, and reading all weights takes its time
         return
@@ -159,7 +165,7 @@ def _same_weights(parts: Parts) -> Iterator[Check]:
     student = model_fingerprint(parts.model)
     for name, model in others.items():
         if model_fingerprint(model) == student:
-            yield from _bearing(parts.run, name, [alike])
+            yield from _bearing(run, name, [alike])
 
 
 __all__ = ["examine", "quick_checks"]

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from tropd.base.names import shown
+from tropd.briefings.briefing import AsStudent
 from tropd.briefings.reader import Reader, model_text, told_text
-from tropd.config.models import ReaderConfig
+from tropd.config.models import ReaderConfig, TeacherConfig
 from tropd.config.run import Run
 from tropd.doctor.check import Check, error, ok, warning
 from tropd.doctor.cost import gib, parameters_of
@@ -53,6 +54,28 @@ def has_teachers_model(run: Run, name: str) -> bool:
     return reader is None or (reader.made_of is None and shares_model(run, reader))
 
 
+def nobody_teaches(run: Run) -> bool:
+    """Whether the method learns from texts of the data set alone."""
+    return not asked_of(run) and not run.policy.needs_teacher_text
+
+
+def says_as_teacher(run: Run, name: str) -> bool:
+    """Whether a reader says what the teacher says when that is told as much as the student: it is the teacher, or has
+    its model and nothing else, or is made of such readers."""
+    if name == READER:  # several teachers are looked at one by one
+        teacher = run.all_teachers.get("default")
+        return teacher is None or _is_plain(teacher)
+    reader = run.all_readers[name]
+    if reader.made_of is not None:
+        return all(says_as_teacher(run, part) for part in reader.made_of.readers)
+    return _is_plain(reader) and shares_model(run, reader)
+
+
+def _is_plain(config: TeacherConfig) -> bool:
+    """Whether a model reads what the student reads, and as it is."""
+    return isinstance(config.briefing, AsStudent) and config.direction is None
+
+
 def check_needs(subject: Subject) -> Iterator[Check]:
     """Compare the evidence that the method reads with what its readers offer."""
     run = subject.run
@@ -63,6 +86,9 @@ def check_needs(subject: Subject) -> Iterator[Check]:
         check_evidence(run.method.objective, readers, shown(run.method.name), subject.grader is not None)
     except TropdError as refusal:
         yield error("method", str(refusal))
+        return
+    if nobody_teaches(run):
+        yield ok("method", f"'{shown(run.method.name)}' learns from texts of the data set, and nobody teaches")
         return
     names = ", ".join(str(need.name).lower() for need in run.method.needs & OF_TEACHER) or "nothing"
     whom = "its readers" if set(run.method.objective.readers) - {READER} else "the teacher"

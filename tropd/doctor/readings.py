@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from tropd.doctor.check import Check, error, ok, warning
+from tropd.doctor.readers import says_as_teacher
 from tropd.doctor.sample import Diagnosis, Sample
 from tropd.monitoring.alarms import Alarms
 from tropd.types import READER
@@ -43,7 +44,8 @@ def check_scores(parts: Parts, found: Diagnosis) -> Iterator[Check]:
 
 def check_agreement(parts: Parts, found: Diagnosis) -> Iterator[Check]:
     """How far apart the two models are on the student's texts."""
-    p = found.probes
+    p, readers = found.probes, parts.run.method.objective.readers
+    others = [name for name in readers if name != READER and not says_as_teacher(parts.run, name)]
     overlap = f"top-k overlap {p['overlap/top_k']:.1%}, " if "overlap/top_k" in p else ""
     said = (
         f"total variation {p['trust/tv']:.1%} (the share of outliers), "
@@ -53,8 +55,8 @@ def check_agreement(parts: Parts, found: Diagnosis) -> Iterator[Check]:
         f"{_shown(p, 'entropy/teacher')}, mean difference {_shown(p, 'entropy/gap')}"
     )
     if p.get("ratio/min") == 0.0 == p.get("ratio/max") and not p.get("ratio/infinite"):
-        if READER not in (readers := parts.run.method.objective.readers):
-            yield ok("agreement", f"the teacher is the student; the method learns from {', '.join(readers) or 'texts'}")
+        if others or not readers:
+            yield ok("agreement", f"the teacher is the student; the method learns from {', '.join(others) or 'texts'}")
             return
         own = _is_base(parts, found.teacher)
         if own and _data_teaches(parts):
@@ -72,6 +74,8 @@ def check_agreement(parts: Parts, found: Diagnosis) -> Iterator[Check]:
             if own
             else "Set teacher.path to a stronger model.",
         )
+    elif READER not in readers:
+        yield ok("agreement", f"{said}; the method learns from {', '.join(readers) or 'texts'}")
     elif p.get("ratio/infinite"):
         yield warning(
             "agreement",
@@ -140,7 +144,7 @@ def check_step(parts: Parts, sample: Sample) -> Iterator[Check]:
     said = f"loss {step.loss:.4g} ({terms}), gradient norm {norm:.3g}"
     if not (math.isfinite(step.loss) and math.isfinite(norm)):
         yield error("one step", f"{said}: not a finite number.", "Use bfloat16 or float32, and check the weights.")
-    elif norm == 0.0 and _data_teaches(parts) and _is_base(parts, parts.teacher):
+    elif norm == 0.0 and _data_teaches(parts) and parts.run.student.lora and _is_base(parts, parts.teacher):
         yield ok("one step", f"{said}: at the end, without texts of the data set, a new adapter and its base agree")
     elif norm == 0.0:
         yield error(

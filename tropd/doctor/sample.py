@@ -95,7 +95,7 @@ def draw_sample(parts: Parts, num_prompts: int, max_new_tokens: int) -> Sample:
         answers, told = [rollouts[i] for i in chosen], [as_read[i] for i in chosen]
         diagnoses[answers[0].prompt.teacher] = _diagnose(parts, teacher, answers, told, limit)
     step_rollouts = rollouts
-    if parts.run.policy.needs_teacher_text:
+    if parts.run.policy != OnPolicy():
         step_rollouts = _write(parts, prompts, parts.run.policy, limit)
         if parts.grader is not None:
             step_rollouts = graded(parts.grader, step_rollouts, parts.tokenizer)

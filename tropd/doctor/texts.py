@@ -7,6 +7,7 @@ from typing import Any
 
 from tropd.data import chat
 from tropd.doctor.check import Check, error, ok, warning
+from tropd.doctor.readers import nobody_teaches
 from tropd.doctor.subject import Side, Subject
 from tropd.errors import ConfigError, DataError, VocabularyError
 from tropd.teachers.local import same_vocabulary
@@ -64,7 +65,8 @@ def check_stops(subject: Subject) -> Iterator[Check]:
     if teacher is None:
         whose = "your own" if subject.run.teacher.is_own else "the student's base"
         whose = "the student" if subject.run.teacher.path == "student" else whose
-        yield ok("stop tokens", f"answers end with {names}; the teacher is {whose}")
+        teaches = "" if nobody_teaches(subject.run) else f"; the teacher is {whose}"
+        yield ok("stop tokens", f"answers end with {names}{teaches}")
         return
     other = teacher.stop_ids
     their = ", ".join(map(teacher.token, other)) or "nothing"
