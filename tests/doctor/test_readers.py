@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,21 @@ from typing import Any
 import pytest
 import torch
 
-from tests.small_runs import run_of
+from tests.small_runs import run_of, save_model
 from tests.teachers.test_combined import METHOD, MIXED, mixed
+from tests.tiny import CHAT_TEMPLATE, byte_tokenizer
 from tests.told import COLUMN, write_world
 from tropd.cli.main import main
 from tropd.config.models import TeacherConfig
 from tropd.doctor import Check, examine
 from tropd.doctor.cost import need_of
 from tropd.doctor.readers import asked_of
-from tropd.doctor.subject import read_subject
+from tropd.doctor.subject import read_subject, subject_of
 from tropd.methods.describe import describe
 from tropd.objective.evidence import Needs
 from tropd.planning import Device, make_forecast
 from tropd.run.start import assemble
+from tropd.training.assembly import load_parts
 
 UNITS = Device(name="slow units", memory=1e12, operations=1e3, bandwidth=1e30)
 
@@ -164,3 +167,21 @@ def test_a_method_without_a_teacher_is_examined_without_words_on_one(world: Path
     words = " ".join(check.found for check in checks)
     assert "the teacher" not in words and "adapter" not in words and "base" not in words
     assert "on 0 tokens" not in said(checks, "one step")[0] and "gradient norm 0:" not in said(checks, "one step")[0]
+
+
+def test_a_reader_with_a_model_of_its_own_is_shown_what_it_reads_in_training(world: Path, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("{{ m['content'] }}", "[[{{ m['content'] }}]]")
+    own = {"path": str(save_model(tmp_path / "own", tokenizer=tokenizer, seed=5)), "briefing": COLUMN}
+    run = mixed(world, "own", readers={"own": own})
+    (shown,) = said(examine(run, num_prompts=0), "briefing")
+    parts = load_parts(run, tmp_path)
+    read = [parts.tokenizer.decode(list(prompt.told["own"])) for prompt in subject_of(parts).prompts]
+    assert "[[0+0= (0 after 0)]]" in shown and any(repr(text) in shown for text in read)
+    other = save_model(tmp_path / "other", tokenizer=byte_tokenizer(vocab=300))
+    checks = examine(mixed(world, "own", readers={"own": {"path": str(other)}}), num_prompts=0)
+    assert said(checks, "reader 'own'")[0].startswith("error")
+    config = save_model(tmp_path / "short") / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 30}))
+    checks = examine(mixed(world, "own", readers={"own": {"path": str(config.parent)}}), num_prompts=0)
+    assert "the context of the reader 'own', 30 tokens" in said(checks, "lengths")[0]

@@ -72,6 +72,7 @@ def check_lengths(subject: Subject) -> Iterator[Check]:
     for name, side in subject.teachers.items():
         if side is not None:
             sides[f"{side.whose} {name!r}" if subject.run.teachers else side.whose] = side
+    sides |= {f"reader {name!r}": side for name, side in subject.readers.items()}
     contexts = {whose: side.context for whose, side in sides.items() if side.context is not None}
     said = f"prompts of {lengths[0]} to {lengths[-1]} tokens and answers of up to {budget}"
     if not contexts:

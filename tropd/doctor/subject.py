@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tropd.config.models import ModelConfig, TeacherConfig
+from tropd.config.models import ModelConfig, ReaderConfig, TeacherConfig
 from tropd.config.run import Run
 from tropd.config.stages import DataConfig
 from tropd.data import chat
@@ -23,7 +23,8 @@ from tropd.model.head import causal_lm_of
 from tropd.model.loading import load_tokenizer
 from tropd.objective.evidence import Needs
 from tropd.servers.dialects import dialect_of
-from tropd.teachers.local import LocalTeacher
+from tropd.teachers.loading import shares_model
+from tropd.teachers.local import LocalTeacher, same_vocabulary
 from tropd.teachers.routed import shared_by
 from tropd.types import Prompt
 
@@ -72,6 +73,8 @@ class Subject:
     grader: Grader | None = None
     eval_grader: Grader | None = None
     briefer: Briefer | None = None
+    readers: Mapping[str, Side] = field(default_factory=dict)
+    """Those with a model of their own, where they are read from files."""
 
     @property
     def teacher(self) -> Side | None:
@@ -150,18 +153,24 @@ def read_subject(run: Run) -> tuple[Subject | None, list[Check]]:
     for name, config in run.all_teachers.items():
         said = f"{name}: teacher" if run.teachers else "teacher"
         teachers[name] = attempt(said, partial(_read_side, config, "teacher")) if config.is_model else None
+    own = {
+        name: attempt(f"reader {name!r}", partial(_read_reader, x, student))
+        for name, x in run.all_readers.items()
+        if x.is_model and x.made_of is None and not shares_model(run, x)
+    }
     grader = attempt("grader", lambda: resolve_grader(run.grader) if run.grader else None)
     judge = run.evaluation.grader or run.grader
     eval_grader = grader if judge == run.grader else attempt("grader", lambda: resolve_grader(judge or ""))
     if student is None:
         return None, checks
-    briefer = attempt("briefing", lambda: _briefer(run, student, teachers))
+    briefer = attempt("briefing", lambda: _briefer(run, student, teachers, own))
     prompts = attempt("data", lambda: _read_prompts(run.data, student, checks, "data", briefer))
     data = run.evaluation.data
     held_out: tuple[Prompt, ...] | None = ()
     if data is not None:
         held_out = attempt("held-out data", lambda: _read_prompts(data, student, checks, "held-out data"))
-    if any(teachers[name] is None and config.is_model for name, config in run.all_teachers.items()):
+    models = [teachers[name] for name, config in run.all_teachers.items() if config.is_model]
+    if None in (*models, *own.values()):
         return None, checks
     return Subject(
         run=run,
@@ -173,6 +182,7 @@ def read_subject(run: Run) -> tuple[Subject | None, list[Check]]:
         grader=grader,
         eval_grader=eval_grader,
         briefer=briefer,
+        readers=own,
     ), checks
 
 
@@ -207,7 +217,17 @@ def _read_side(config: ModelConfig, whose: str) -> Side:
     return Side(whose=whose, tokenizer=tokenizer, config=found.get_text_config(), generation=generation)
 
 
-def _briefer(run: Run, student: Side, sides: Mapping[str, Side | None]) -> Briefer:
+def _read_reader(config: ReaderConfig, student: Side | None) -> Side:
+    side = _read_side(config, "teacher")
+    if student is not None:
+        same_vocabulary(student.tokenizer, side.tokenizer)
+    return side
+
+
+def _briefer(
+    run: Run, student: Side, sides: Mapping[str, Side | None], own: Mapping[str, Side | None]
+) -> Briefer:
+    """What everybody reads, as in training."""
     check_briefings(run, run.grader is not None)
     told = {
         name: Candidate(
@@ -217,7 +237,12 @@ def _briefer(run: Run, student: Side, sides: Mapping[str, Side | None]) -> Brief
         )
         for name, config in run.all_teachers.items()
     }
-    readers = {name: Candidate(config=config, context=student.context) for name, config in run.all_readers.items()}
+    readers = {}
+    for name, config in run.all_readers.items():
+        shared = sides.get("default") if shares_model(run, config) else None
+        side = own.get(name) or shared
+        tokenizer = None if side is None else side.tokenizer
+        readers[name] = Candidate(config=config, tokenizer=tokenizer, context=(side or student).context)
     return Briefer(run, student.tokenizer, told, readers)
 
 
