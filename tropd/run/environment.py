@@ -30,13 +30,16 @@ def environment_of(parts: Parts) -> dict[str, str]:
     }
     if device.type == "cuda":
         environment["device"] = torch.cuda.get_device_name(device)
-    named = {
+    named: dict[str, str | None] = {
         "grader": parts.run.grader,
         "evaluation.grader": parts.run.evaluation.grader,
         "method": parts.run.method.name,
         **parts.run.own_parts,
-        **{f"teacher {name}": teacher.path for name, teacher in parts.run.all_teachers.items()},
     }
+    for kind, models in (("teacher", parts.run.all_teachers), ("reader", parts.run.all_readers)):
+        for name, model in models.items():
+            named[f"{kind} {name}"] = model.path
+            named[f"briefing of {kind} {name}"] = getattr(model.briefing, "kind", None)
     return environment | {what: said for what, name in named.items() if (said := _source_of(name)) is not None}
 
 
