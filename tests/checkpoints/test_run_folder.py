@@ -15,6 +15,7 @@ from tests.small_runs import run_of, write_models, write_run
 from tropd.checkpoints.run_folder import BEGUN, RUN, begun
 from tropd.cli.main import main
 from tropd.config.run import Run
+from tropd.config.tables import to_dict
 from tropd.errors import CheckpointError, ConfigError
 from tropd.run.start import resume, train
 from tropd.testbeds.beds import TESTBEDS
@@ -76,6 +77,31 @@ def test_a_run_begins_neither_over_its_inputs_nor_over_files_of_others(
         with pytest.raises(ConfigError, match=words):
             train(run)
         assert everything(work) == before
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("other/run", "lies in what readers.own.path names"),
+        ("other", "holds what readers.own.path names"),
+        ("shown", "holds what readers.own.briefing.source names"),
+        ("steps", "holds what teacher.direction.file names"),
+    ],
+)
+def test_a_run_does_not_begin_over_what_readers_are_and_are_told(output: str, words: str, work: Path) -> None:
+    shutil.copytree(work / "teacher", work / "other")
+    for name in ("shown", "steps"):
+        (work / name).mkdir()
+        (work / name / "file").write_text("mine")
+    briefing = {"kind": "demonstrations", "source": str(work / "shown" / "file")}
+    teacher = {"path": str(work / "teacher"), "direction": {"file": str(work / "steps" / "file"), "layer": 0}}
+    own = {"path": str(work / "other"), "briefing": briefing}
+    plain = run_at(work, str(work / output))
+    run = Run.from_dict({**to_dict(plain), "teacher": teacher, "readers": {"own": own}})
+    before = everything(work)
+    with pytest.raises(ConfigError, match=words):
+        train(run)
+    assert everything(work) == before
 
 
 def test_a_run_begins_in_an_empty_folder_and_over_what_a_killed_start_left(work: Path) -> None:

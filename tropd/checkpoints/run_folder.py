@@ -18,8 +18,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from tropd.checkpoints.checkpoint import writing
+from tropd.config.models import TeacherConfig
 from tropd.config.run import Run
 from tropd.errors import CheckpointError, ConfigError
+from tropd.objective.evidence import READER
 
 RUN = "run.toml"
 BEGUN = "run.toml.tmp"
@@ -30,7 +32,7 @@ _LEFT = (BEGUN, *_CACHES, "rollout_weights", "rollout_weights.tmp")
 
 def inputs_of(run: Run) -> dict[str, Path]:
     """The files and folders on this machine that the run reads, by the settings that name them."""
-    named = {
+    named: dict[str, str | None] = {
         "student.path": run.student.path,
         "student.tokenizer": run.student.tokenizer,
         "data.path": run.data.path,
@@ -38,10 +40,20 @@ def inputs_of(run: Run) -> dict[str, Path]:
     }
     for name, teacher in run.all_teachers.items():
         where = f"teachers.{name}" if run.teachers else "teacher"
-        own = None if teacher.is_student else teacher.path
-        named |= {f"{where}.path": own, f"{where}.tokenizer": teacher.tokenizer}
+        named |= _inputs_of_model(where, teacher)
+    for name, reader in run.all_readers.items():
+        named |= _inputs_of_model(f"readers.{name}", reader)
     there = {name: Path(text).expanduser() for name, text in named.items() if text}
     return {name: path for name, path in there.items() if path.exists()}
+
+
+def _inputs_of_model(where: str, model: TeacherConfig) -> dict[str, str | None]:
+    return {
+        f"{where}.path": None if model.path in ("base", "student", READER) else model.path,
+        f"{where}.tokenizer": model.tokenizer,
+        f"{where}.briefing.source": getattr(model.briefing, "source", None),
+        f"{where}.direction.file": model.direction and model.direction.file,
+    }
 
 
 def check_inputs(run: Run, directory: Path) -> None:
