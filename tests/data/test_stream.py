@@ -95,6 +95,7 @@ def test_a_stream_restored_at_any_step_of_three_epochs_goes_on_as_if_nothing_had
         (PromptStream([*PROMPTS[:-1], replace(PROMPTS[-1], teacher="other")], seed=0), "fingerprint"),
         (PromptStream([*PROMPTS[:-1], replace(PROMPTS[-1], answer="other")], seed=0), "fingerprint"),
         (PromptStream([*PROMPTS[:-1], replace(PROMPTS[-1], columns={"entry": 1})], seed=0), "fingerprint"),
+        (PromptStream([*PROMPTS[:-1], replace(PROMPTS[-1], told={"teacher": (1,)})], seed=0), "sources of briefings"),
         (PromptStream(PROMPTS, seed=1), "seed 1"),
     ],
 )

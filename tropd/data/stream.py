@@ -74,7 +74,8 @@ class PromptStream:
             if state[key] != current[key]:
                 raise DataError(
                     f"the saved stream has {key} {state[key]}, this one has {current[key]}: continuing would show "
-                    "other prompts. Resume with the data set and the seed of the saved run, or start a new run."
+                    "other prompts, or tell readers something else. Resume with the data set, the sources of "
+                    "briefings and the seed of the saved run, or start a new run."
                 )
         if not 0 <= state["position"] <= len(self._prompts) or state["visit"] < 0:
             raise DataError(f"the saved stream is at {state['position']} of visit {state['visit']}, which is nowhere.")

@@ -224,9 +224,7 @@ def _read_reader(config: ReaderConfig, student: Side | None) -> Side:
     return side
 
 
-def _briefer(
-    run: Run, student: Side, sides: Mapping[str, Side | None], own: Mapping[str, Side | None]
-) -> Briefer:
+def _briefer(run: Run, student: Side, sides: Mapping[str, Side | None], own: Mapping[str, Side | None]) -> Briefer:
     """What everybody reads, as in training."""
     check_briefings(run, run.grader is not None)
     told = {
