@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 import tropd
 from tests.small_runs import run_of, save_model, write_rows
@@ -15,8 +16,10 @@ from tests.tiny import CHAT_TEMPLATE, byte_tokenizer, tiny_model
 from tests.told import COLUMN, FEEDBACK, PEERS, WORDS, scored, told, write_world
 from tropd.briefings.asked import Asked, Briefing
 from tropd.briefings.briefing import AsStudent, OwnBriefing, WithColumn, WithPeers, WithSystem
+from tropd.briefings.follow import Copy, Ema
 from tropd.cli.main import main
 from tropd.config.run import Run
+from tropd.config.tables import to_dict
 from tropd.data import chat
 from tropd.doctor import examine
 from tropd.errors import CheckpointError, ConfigError, DataError
@@ -172,6 +175,24 @@ def test_flags_set_a_briefing_and_another_kind_begins_anew(world: Path, tmp_path
     assert peers.readers["judge"].briefing == WithPeers(failures=0) and peers.teacher == read().teacher
     with pytest.raises(ConfigError, match="needs text"):
         read("--teacher.briefing.kind", "system")
+
+
+@pytest.mark.parametrize("before", ["frozen", "copy", {"rule": "ema", "decay": 0.9, "every": 3}])
+def test_flags_set_how_a_teacher_follows_whatever_the_file_says(world: Path, tmp_path: Path, before: Any) -> None:
+    path = tmp_path / "run.toml"
+    run = told(world, teacher_section={"path": "start", "follow": before}, readers={"old": {"path": "start"}})
+    path.write_text(run.dump())
+    flags = ["--teacher.follow.rule", "ema", "--teacher.follow.decay", "0.5"]
+    every = 3 if isinstance(before, dict) else 1
+    assert Run.load(path, flags).teacher.follow == Ema(decay=0.5, every=every)
+    without = to_dict(run)
+    del without["teacher"]["follow"]
+    path.write_text(tomli_w.dumps(without))
+    assert Run.load(path, flags).teacher.follow == Ema(decay=0.5)
+    assert Run.load(path, ["--teacher.follow", "copy"]).teacher.follow == Copy()
+    assert Run.load(path, ["--readers.old.follow.rule=ema"]).readers["old"].follow == Ema()
+    with pytest.raises(ConfigError, match="no rule 'emu' to follow by"):
+        Run.load(path, ["--teacher.follow.rule", "emu"])
 
 
 def test_the_doctor_shows_what_is_told_of_responses_and_whom(world: Path, tmp_path: Path) -> None:

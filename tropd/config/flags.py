@@ -100,7 +100,7 @@ def with_knobs(knobs: Mapping[str, Any], flags: Mapping[str, Any], table: str) -
     return changed
 
 
-_TABLE = r"(?:(?:teacher|(?:teachers|readers)\..+)\.briefing|rollout\.(?:engine|policy))"
+_TABLE = r"(?:(?:teacher|(?:teachers|readers)\..+)\.(?:briefing|follow)|rollout\.(?:engine|policy))"
 """Of what a flag can name; its knobs are known only to the code behind the name."""
 
 
@@ -136,4 +136,4 @@ def _knob_of(flag: str) -> tuple[str, str]:
 
 
 def _key_of(place: str) -> str:
-    return "kind" if place.endswith(".briefing") else "name"
+    return {"briefing": "kind", "follow": "rule"}.get(place.rpartition(".")[2], "name")
