@@ -130,6 +130,11 @@ def test_no_signal_is_an_alarm_of_the_first_step_between_different_models() -> N
     [alarm] = check(alarms, HEALTHY, 0, gradient_norm=0.0)
     assert (alarm.name, alarm.action) == ("no_signal", "warn")
     assert check(alarms, HEALTHY, 1, gradient_norm=0.0) == []
+    unread = {**HEALTHY, "unread/teacher": 0.5, "unread/wrong": 1.0}
+    [alarm] = check(Alarms(), unread, 0, gradient_norm=0.0)
+    assert "exactly 0: wrong read none of its responses" in alarm.message and "trainable" not in alarm.message
+    [alarm] = check(Alarms(), {**unread, "unread/wrong": 0.5}, 0, gradient_norm=0.0)
+    assert "read none" not in alarm.message
     same = {**HEALTHY, "ratio/min": 0.0, "ratio/max": 0.0}
     assert check(Alarms(), same, 0, gradient_norm=0.0) == []
 

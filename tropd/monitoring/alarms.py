@@ -209,11 +209,21 @@ class Alarms:
             return None
         if now.probes.get("ratio/min") == 0.0 == now.probes.get("ratio/max"):
             return None
+        if unread := [name.partition("/")[2] for name, share in now.probes.items() if _nothing_read(name, share)]:
+            return (
+                f"the gradient of the first step is exactly 0: {', '.join(unread)} read none of its responses, for the "
+                "briefing found nothing to say of them, or does not fit what can be read. Such responses teach "
+                "nothing. Look at the grader's rewards and words, at rollout.num_rollouts, and at the lengths."
+            )
         return (
             "the gradient of the first step is exactly 0, although the student is not the teacher. The teacher's "
             "scores may be dropped on the way, every weight may be 0, or no parameter is trainable. See the token "
             "shares of the terms, and which parameters require a gradient."
         )
+
+
+def _nothing_read(name: str, share: float) -> bool:
+    return name.startswith("unread/") and share == 1.0
 
 
 def _bad(x: float) -> bool:
