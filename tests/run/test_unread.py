@@ -14,7 +14,7 @@ from tests.told import PEERS, WORDS, write_world
 from tropd.run.start import train
 
 
-@pytest.mark.parametrize("name", ["teacher", "elder"])
+@pytest.mark.parametrize("name", ["teacher", "elder", "pair"])
 def test_unread_responses_are_counted_and_their_zeros_are_in_no_probe_and_no_file(tmp_path: Path, name: str) -> None:
     world = write_world(tmp_path)
     (world / "elder.py").write_text(
@@ -23,12 +23,14 @@ def test_unread_responses_are_counted_and_their_zeros_are_in_no_probe_and_no_fil
         "from tropd.objective.selectors import STUDENT\n"
         "from dataclasses import dataclass\n\n\n@dataclass(frozen=True, kw_only=True)\nclass Elder(OPD):\n"
         '    """Another reader."""\n\n    @property\n    def objective(self):\n'
-        '        return Objective(Term("elder", STUDENT, SampledReverseKL(reader="elder")), *super().objective.terms)\n'
+        f'        return Objective(Term("elder", STUDENT, SampledReverseKL(reader="{name}")), '
+        "*super().objective.terms)\n"
     )
     copy = {"path": str(world / "copy"), "briefing": {**PEERS, "failures": 0}}
     changes: dict[str, Any] = {"teacher": copy, "method": {"name": "opd"}}
-    if name == "elder":
-        changes = {"readers": {"elder": copy}, "teacher": {"path": str(world / "teacher")}}
+    if name != "teacher":
+        made = {"pair": {"mean": ["teacher", "elder"]}} if name == "pair" else {}
+        changes = {"readers": {"elder": copy, **made}, "teacher": {"path": str(world / "teacher")}}
         changes["method"] = {"name": f"{world / 'elder.py'}:Elder"}
     method = changes.pop("method")
     run = run_of(
@@ -48,7 +50,10 @@ def test_unread_responses_are_counted_and_their_zeros_are_in_no_probe_and_no_fil
     for record in records:
         rows = pq.read_table(tmp_path / "run" / "rollouts" / f"step_{record['step']:06d}.parquet").to_pylist()
         shares.append(record["probes"].get(f"unread/{name}", 0.0))
-        if name == "elder":
+        if name != "teacher":
+            assert set(record["probes"]) >= {"unread/elder", f"unread/{name}"}
+            assert "unread/teacher" not in record["probes"]
+            assert record["probes"]["unread/elder"] == shares[-1], "what is made of others reads what all of them read"
             assert all(None not in row["teacher_logprobs"][-1:] for row in rows)
             continue
         unread = [row for row in rows if row["teacher_logprobs"][-1] is None]

@@ -19,6 +19,7 @@ from tropd.errors import EngineError, TeacherError, TrainingDiverged
 from tropd.monitoring.alarms import Alarm, Alarms
 from tropd.monitoring.rollouts import write_rollouts
 from tropd.objective.context import Context
+from tropd.teachers.combined import Combined
 from tropd.teachers.following import follow
 from tropd.training.assembly import Parts
 from tropd.training.batches import ScoredBatch, make_tokens
@@ -202,11 +203,19 @@ def _probes_of_step(parts: Parts, sums: StepSums, batch: ScoredBatch, behind: li
         own = [rollout.reward or 0.0 for rollout in batch.rollouts]
         rewards = [reward for part in parts.world.gather_json(own) for reward in part]
         probes["reward/mean"] = sum(rewards) / len(rewards)
-    for name in (name for name in parts.briefer.told if name in batch.as_read):
+    for name in (name for name in batch.as_read if _is_told(parts, name)):
         own = [float(read is None) for read in batch.as_read[name]]
         unread = [each for part in parts.world.gather_json(own) for each in part]
         probes[f"unread/{name}"] = sum(unread) / len(unread)
     return probes
+
+
+def _is_told(parts: Parts, name: str) -> bool:
+    """Whether a reader, or one that it is made of, is told something, and so may leave responses unread."""
+    reader = parts.readers[name]
+    if isinstance(reader, Combined):
+        return any(_is_told(parts, part) for part in reader.mixture.readers)
+    return name in parts.briefer.told
 
 
 def _answers(parts: Parts, batch: ScoredBatch) -> Answers | None:
