@@ -137,6 +137,25 @@ def test_a_reader_of_the_run_stands_in_for_one_of_the_method(world: Path, tmp_pa
     assert all(reader is parts.teacher for reader in parts.readers.values()), "one model reads for all of them"
 
 
+@pytest.mark.parametrize(
+    ("name", "teacher", "readers"),
+    [
+        ("opsd", "start", None),
+        ("ogls", "start", "right: teacher; wrong: teacher; steered: teacher, steered by 1 from wrong to right"),
+        ("sft", "nobody", None),
+    ],
+)
+def test_header_and_model_card_name_who_teaches_and_who_reads(
+    world: Path, tmp_path: Path, name: str, teacher: str, readers: str | None
+) -> None:
+    directory = train(Run.load(write_file(world, tmp_path / "run", name, steps=1)))
+    header = json.loads((directory / "records.jsonl").read_text().splitlines()[0])
+    assert (header["teacher"], header.get("readers")) == (teacher, readers)
+    card = (directory / "model" / "README.md").read_text()
+    assert f"- teacher: `{teacher}`" in card and (f"- readers: `{readers}`" in card) is bool(readers)
+    assert "base`" not in card
+
+
 def test_fine_tuning_without_responses_is_refused(world: Path, tmp_path: Path) -> None:
     path = write_file(world, tmp_path / "run", "sft")
     with pytest.raises(ConfigError, match="prompts bring none. Set data.response_column"):

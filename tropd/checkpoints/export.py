@@ -126,6 +126,7 @@ def model_card(run: Run, *, step: int, results: dict[str, float]) -> str:
         "",
         f"- student: `{run.student.path}`" + (f", LoRA of rank {run.student.lora.rank}" if run.student.lora else ""),
         f"- teacher: `{run.teachers_said}`",
+        *([f"- readers: `{run.readers_said}`"] if run.said_readers else []),
         f"- method: `{shown(method.name)}`{link}",
         f"- data: `{run.data.path}` ({run.data.split})",
         f"- trained for {step} of {run.steps} steps, {run.rollout.num_prompts} prompts x "

@@ -25,7 +25,7 @@ from tropd.config.stages import (
     RunEvalConfig,
 )
 from tropd.errors import ConfigError
-from tropd.methods import Method, TrOPD
+from tropd.methods import Method, NamedMethod, TrOPD
 from tropd.methods.policies import POLICIES, RolloutPolicy
 from tropd.types import READER, Sampling
 
@@ -153,9 +153,18 @@ class Settings(Ranged):
     @property
     def teachers_said(self) -> str:
         """Who teaches, for people to read."""
+        known = not isinstance(self.method, NamedMethod) and self.rollout.policy is None
+        if known and not (self.method.objective.readers or self.method.rollout.needs_teacher_text):
+            return "nobody"
         return ", ".join(f"{name}: {shown(x.path)}" for name, x in self.teachers.items()) or shown(
             self._only_teacher.path
         )
+
+    @property
+    def readers_said(self) -> str:
+        """Who reads beside the teacher, for people to read; empty if nobody does."""
+        said = {name: shown(x.path) if x.made_of is None else str(x.made_of) for name, x in self.said_readers.items()}
+        return "; ".join(f"{name}: {whose}" for name, whose in said.items())
 
     def taught_by(self, name: str) -> Self:
         """The run as it would be with one of its teachers alone."""

@@ -275,6 +275,7 @@ def _facts(parts: Parts, directory: Path) -> dict[str, str]:
         **{key.removeprefix("rollout."): shown(part.name) for key, part in run.rollout.named.items()},
         "student": run.student.path + (f" + LoRA {run.student.lora.rank}" if run.student.lora else ""),
         "teacher": run.teachers_said,
+        **({"readers": run.readers_said} if run.said_readers else {}),
         "data": run.data.path + (f" ({len(parts.stream)} prompts)" if isinstance(parts.stream, PromptStream) else ""),
         "batch": f"{run.rollout.num_prompts} prompts x {run.rollout.num_rollouts} rollouts",
         "device": f"{parts.learner.device}, {torch.get_num_threads()} threads",
