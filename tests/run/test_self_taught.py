@@ -18,6 +18,7 @@ from tests.small_runs import values_of
 from tests.told import WORDS, write_world
 from tropd.cli.main import main
 from tropd.config.run import Run
+from tropd.doctor import examine
 from tropd.errors import ConfigError
 from tropd.methods import METHODS
 from tropd.monitoring.records import read_records
@@ -135,6 +136,16 @@ def test_a_reader_of_the_run_stands_in_for_one_of_the_method(world: Path, tmp_pa
     assert set(run.all_readers) == {"context_0", "context_1", "context_2", "bad"}
     parts = load_parts(run, tmp_path)
     assert all(reader is parts.teacher for reader in parts.readers.values()), "one model reads for all of them"
+
+
+def test_a_section_of_a_reader_whose_name_is_a_slip_is_refused(world: Path, tmp_path: Path) -> None:
+    run = Run.load(write_file(world, tmp_path / "run", "unisd", readers={"contxt_1": {}}))
+    says = r"\[readers.contxt_1\], but method 'unisd' reads no such reader \(did you mean 'context_1'"
+    with pytest.raises(ConfigError, match=says):
+        load_parts(run, tmp_path)
+    assert any(check.level == "error" and "contxt_1" in check.found for check in examine(run, num_prompts=0))
+    other = Run.load(write_file(world, tmp_path / "run", "unisd", readers={"solver": {}}))
+    assert any("'unisd' reads nothing of 'solver'" in note for note in load_parts(other, tmp_path).notes)
 
 
 @pytest.mark.parametrize(

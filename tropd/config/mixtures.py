@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from tropd.base.names import shown
 from tropd.base.reading import nearest
 from tropd.config.models import ReaderConfig, TeacherConfig
 from tropd.config.settings import Settings
@@ -41,6 +42,29 @@ def check_mixtures(run: Settings) -> None:
             way = " of ".join(map(repr, circle))
             raise ConfigError(f"reader {way}: it is made of itself. Take one of them out of `mean` or `steered`.")
     _check_directions(run)
+
+
+def unread(run: Settings) -> list[str]:
+    """The readers with a section that neither a piece of the method nor another reader reads.  Refused where the name
+    is a slip: nearly that of one that is read, which the method prescribes and which has no section."""
+    parts = {part for x in run.all_readers.values() if x.made_of for part in x.made_of.readers}
+    read = dict.fromkeys([*run.method.objective.readers, *parts])
+    idle = [name for name in run.readers if name not in read]
+    for name in idle:
+        if near := nearest(name, [x for x in read if x in run.all_readers and x not in run.readers]):
+            raise ConfigError(
+                f"there is a section [readers.{name}], but method {shown(run.method.name)!r} reads no such reader"
+                f"{near}; it reads {', '.join(read)}. Correct the name, or take the section out."
+            )
+    return idle
+
+
+def unread_said(run: Settings) -> list[str]:
+    """A note on them, if there are any."""
+    if not (idle := unread(run)):
+        return []
+    measured = f"only `tropd evaluate --briefed --reader {idle[0]}` would"
+    return [f"method {shown(run.method.name)!r} reads nothing of {', '.join(map(repr, idle))}: {measured}."]
 
 
 def _check_part(run: Settings, name: str, part: str, readers: Mapping[str, ReaderConfig]) -> None:

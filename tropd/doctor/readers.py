@@ -9,6 +9,7 @@ import torch
 from tropd.base.names import shown
 from tropd.briefings.briefing import AsStudent
 from tropd.briefings.reader import Reader, model_text, told_text
+from tropd.config.mixtures import unread
 from tropd.config.models import ReaderConfig, TeacherConfig
 from tropd.config.run import Run
 from tropd.doctor.check import Check, error, ok, warning
@@ -107,7 +108,12 @@ def check_readers(subject: Subject) -> Iterator[Check]:
     run = subject.run
     if said := readers_said(run):
         yield ok("readers", "\n".join(said))
-    if idle := [name for name in run.all_readers if name not in asked_of(run)]:
+    try:
+        idle = unread(run)
+    except TropdError as refusal:
+        yield error("readers", str(refusal))
+        return
+    if idle:
         yield warning(
             "readers",
             f"{shown(run.method.name)!r} reads nothing of {', '.join(map(repr, idle))}, whose models are loaded all "

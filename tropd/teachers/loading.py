@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tropd.base.names import Own
+from tropd.config.mixtures import unread
 from tropd.config.models import ReaderConfig, TeacherConfig
 from tropd.config.run import Run
 from tropd.config.tables import to_dict
@@ -108,6 +109,7 @@ class Engaged:
 
 def find(run: Run, tokenizer: PreTrainedTokenizerBase, given: Any = None) -> list[TeacherParts]:
     """Find the teachers.  `given`, a Teacher or a model with its tokenizer, is the only one if it is set."""
+    unread(run)  # or else a name that is a slip is refused
     several = bool(run.teachers)
     teachers = [TeacherParts(name=name, several=several, config=x) for name, x in run.all_teachers.items()]
     teachers += [

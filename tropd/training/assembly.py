@@ -14,6 +14,7 @@ import torch
 
 from tropd.base.names import shown
 from tropd.briefings.briefing import AsStudent
+from tropd.config.mixtures import unread_said
 from tropd.config.run import Run
 from tropd.config.stages import DataConfig
 from tropd.data.briefer import Briefer, check_briefings
@@ -277,7 +278,7 @@ def _held_out(
 
 
 def _cautions(run: Run, ends: tuple[int, ...]) -> list[str]:
-    notes = list(run.method.objections(run.sampling))
+    notes = [*run.method.objections(run.sampling), *unread_said(run)]
     prescribed, own = run.method.readers.get(READER), AsStudent()
     if prescribed and prescribed.briefing != own and all(x.briefing == own for x in run.all_teachers.values()):
         notes.append(
