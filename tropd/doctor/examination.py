@@ -139,7 +139,7 @@ def _measure(run: Run, num_prompts: int, max_new_tokens: int) -> list[Check]:
         except TropdError as refusal:
             return [loaded, error("one step", str(refusal))]
         finally:
-            for part in (parts.engine, parts.teacher, parts.writer):
+            for part in (parts.engine, *dict.fromkeys(parts.readers.values()), parts.writer):
                 if part is not None:
                     part.close()
         checks = [loaded]
