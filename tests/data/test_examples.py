@@ -30,7 +30,8 @@ def shelf(problems: tuple[str, ...] = PROBLEMS) -> Shelf:
 
 
 def found(question: str, **knobs: Any) -> list[str]:
-    return [example.solution for example in shelf().pick(question, WithDemonstrations(**knobs))]
+    asked = (Message(role="user", content=question),)
+    return [example.solution for example in shelf().pick(asked, WithDemonstrations(**knobs), None)]
 
 
 def test_the_nearest_share_the_most_words_and_are_never_the_problem_itself() -> None:
@@ -118,3 +119,34 @@ def test_the_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"package bm25s.*pip install 'tropd\[retrieval\]'"):
         found("the train")
+
+
+def test_the_row_itself_is_left_out_however_the_question_is_worded() -> None:
+    rows = [{"prompt": f"Compute: {n}", "question": str(n), "solution": f"s{n}"} for n in range(4)]
+    asked = (Message(role="user", content="Compute: 2"),)
+    told = Shelf(table_of(rows, "rows"), "question", "solution").pick(
+        asked, WithDemonstrations(problem="question", pick="random", count=9), row_of(rows, 2)
+    )
+    assert sorted(example.solution for example in told) == ["s0", "s1", "s3"]
+
+
+def row_of(rows: list[dict[str, str]], place: int) -> int:
+    return [number for number, _ in table_of(rows, "rows").read()][place]
+
+
+def test_conversations_with_the_same_last_turn_are_other_questions() -> None:
+    def turns(first: str) -> list[dict[str, str]]:
+        said = [("user", first), ("assistant", "yes"), ("user", "and now?")]
+        return [{"role": role, "content": content} for role, content in said]
+
+    rows = [{"prompt": turns(f"count to {n}"), "solution": f"s{n}"} for n in range(3)]
+    asked = tuple(Message(**turn) for turn in turns("count to 1"))
+    told = Shelf(table_of(rows, "rows"), "prompt", "solution").pick(
+        asked, WithDemonstrations(pick="random", count=9), None
+    )
+    assert sorted(example.solution for example in told) == ["s0", "s2"]
+
+
+def test_a_number_that_is_missing_is_no_solution() -> None:
+    rows = [{"prompt": "a", "solution": float("nan")}, {"prompt": "b", "solution": 2.0}]
+    assert [example.problem for example in Shelf(table_of(rows, "rows"), "prompt", "solution").examples] == ["b"]

@@ -100,6 +100,12 @@ def check_texts(briefing: Briefing, *names: str) -> None:
             raise ConfigError(f"briefing.{name} is {value!r}, which is no text. Write it out.")
 
 
+def check_switch(briefing: Briefing, name: str) -> None:
+    """Refuse what is neither true nor false: the text "false" would count as true."""
+    if not isinstance(value := getattr(briefing, name), bool):
+        raise ConfigError(f"briefing.{name} is {value!r}, which is neither true nor false. Write it without quotes.")
+
+
 def check_counts(briefing: Briefing, *names: str) -> None:
     """Refuse what is no whole number of things."""
     for name in names:
@@ -112,9 +118,15 @@ def check_template(briefing: Briefing, name: str, needed: tuple[str, ...], other
     """Refuse a template that cannot be read, has a field that nobody fills, or lacks one that is needed."""
     check_texts(briefing, name)
     try:
-        named = [field for _, field, _, _ in Formatter().parse(getattr(briefing, name)) if field is not None]
+        parts = [part for part in Formatter().parse(getattr(briefing, name)) if part[1] is not None]
     except ValueError as problem:
         raise ConfigError(f"briefing.{name} cannot be read: {problem}. A brace is written {{{{ or }}}}.") from None
+    if formatted := [field for _, field, form, conversion in parts if form or conversion]:
+        raise ConfigError(
+            f"briefing.{name} formats the field {{{formatted[0]}}} with `:` or `!`, but fields are texts that are put "
+            f"in as they are. Write {{{formatted[0]}}}; a brace is written {{{{ or }}}}."
+        )
+    named = [field for _, field, _, _ in parts if field is not None]
     known = (*needed, *others)
     if unknown := [field for field in named if field not in known]:
         *first, last = (f"{{{field}}}" for field in known)

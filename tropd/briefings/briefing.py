@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from math import isnan
 from typing import Any, ClassVar, Literal
 
 from tropd.base.names import find, is_name, made, name_of, offered
@@ -59,7 +60,7 @@ class WithColumn(Briefing):
     def messages(self, asked: Asked) -> Messages:
         value = asked.row.get(self.column)
         if isinstance(value, int | float) and not isinstance(value, bool):
-            value = str(value)
+            value = "" if isnan(value) else str(value)  # NaN is how a column of numbers says that there is none
         if value is not None and not isinstance(value, str):
             raise DataError(f"'{self.column}' is a {type(value).__name__}, and the teacher is told a text")
         if value is None or not value.strip():

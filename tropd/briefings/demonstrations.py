@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from tropd.briefings.asked import PROMPT, Asked, Briefing, Messages, check_counts, check_template, check_texts
+from tropd.briefings.asked import (
+    PROMPT,
+    Asked,
+    Briefing,
+    Messages,
+    check_counts,
+    check_switch,
+    check_template,
+    check_texts,
+)
 from tropd.errors import ConfigError
 
 _GOOD = (
@@ -50,6 +59,7 @@ class WithDemonstrations(Briefing):
     def __post_init__(self) -> None:
         check_texts(self, "problem", "solution", *(["source"] if self.source is not None else []))
         check_counts(self, "count", "draw")
+        check_switch(self, "good")
         if not self.count:
             raise ConfigError("briefing.count is 0, so no example is told. Give at least 1.")
         if self.pick not in ("nearest", "random"):

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 from typing import ClassVar, Literal
 
-from tropd.briefings.asked import PROMPT, Asked, Briefing, Facts, Messages, Response, check_counts, check_template
+from tropd.briefings.asked import (
+    PROMPT,
+    Asked,
+    Briefing,
+    Facts,
+    Messages,
+    Response,
+    check_counts,
+    check_switch,
+    check_template,
+)
 from tropd.errors import ConfigError
 
 
@@ -26,6 +37,7 @@ class WithFeedback(Briefing):
     needs_template: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_switch(self, "answer")
         check_template(self, "template", (PROMPT, "feedback"), ("response",))
 
     def messages(self, asked: Asked) -> Messages | None:
@@ -63,7 +75,11 @@ class WithPeers(Briefing):
         check_counts(self, "successes", "failures")
         if not self.successes + self.failures:
             raise ConfigError("briefing.successes and briefing.failures are 0, so no peer is told. Ask for one.")
-        if not isinstance(self.threshold, int | float):
+        if (
+            isinstance(self.threshold, bool)
+            or not isinstance(self.threshold, int | float)
+            or not isfinite(self.threshold)
+        ):
             raise ConfigError(f"briefing.threshold is {self.threshold!r}, which is no number. Give a reward.")
         check_template(self, "template", (PROMPT, "peers"))
         for name in ("success", "failure"):

@@ -124,8 +124,8 @@ class Briefer:
                         self._try(listener, prompt, asked)
                     self._tried.add(listener.said)
                 else:
-                    examples = self._shelves.pick(listener.briefing, asked.messages[-1].content)
-                    messages = listener.briefing.messages(replace(asked, examples=examples))
+                    examples = self._shelves.pick(listener.briefing, asked.messages, number)
+                    messages = listener.messages(replace(asked, examples=examples))
                     told[name] = listener.render(prompt, asked.messages, messages) if messages else ()
             except DataError as problem:
                 raise DataError(
@@ -165,7 +165,7 @@ class Briefer:
         place, every, prompt = list(group).index(rollout.id), tuple(group.values()), rollout.prompt
         peers = (*every[place + 1 :], *every[:place])
         asked = replace(self._asked(prompt), response=every[place], peers=peers)
-        messages = listener.briefing.messages(asked)
+        messages = listener.messages(asked)
         return listener.render(prompt, asked.messages, messages) if messages else ()
 
     def _asked(self, prompt: Prompt) -> Asked:
@@ -203,7 +203,7 @@ class Briefer:
     def _try(self, listener: Listener, prompt: Prompt, asked: Asked) -> tuple[int, ...]:
         """What a reader might be told of responses."""
         failed = replace(_PEER, text="....", reward=0.0)  # the same text is told once
-        messages = listener.briefing.messages(replace(asked, response=replace(_PEER, text=""), peers=(_PEER, failed)))
+        messages = listener.messages(replace(asked, response=replace(_PEER, text=""), peers=(_PEER, failed)))
         return listener.render(prompt, asked.messages, messages or asked.messages)
 
     def check_lengths(self, prompts: Sequence[Prompt], writes: bool = False) -> list[str]:

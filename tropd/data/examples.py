@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Mapping
@@ -11,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from tropd.base.reading import nearest
-from tropd.briefings.asked import Briefing, Example
+from tropd.briefings.asked import Briefing, Example, Messages
 from tropd.briefings.demonstrations import WithDemonstrations
 from tropd.data.chat import parse_messages
 from tropd.data.rows import Row, Table, open_table
 from tropd.errors import DataError, require
-from tropd.types import key_of
+from tropd.types import Message, key_of
 
 _WORD = re.compile(r"[^\W\u3040-\u9fff]+|[\u3040-\u9fff]")
 """Chinese and Japanese have no spaces between words: each character counts."""
@@ -33,19 +34,25 @@ class Shelf:
                     f"a briefing shows examples from column '{column}', but {table.source} has none{has}. Set "
                     "briefing.problem and briefing.solution."
                 )
-        rows = ((_text(row, problem), _text(row, solution)) for _, row in table.read())
-        self.examples = [Example(problem=asked, solution=told) for asked, told in rows if asked and told]
+        self.examples: list[Example] = []
+        self._numbers: list[int] = []
+        self._places: dict[str, list[int]] = {}
+        for number, row in table.read():
+            asked, told = _text(row, problem), _text(row, solution)
+            if asked and told:
+                self._places.setdefault(_key(row[problem]), []).append(len(self.examples))
+                self.examples.append(Example(problem=asked, solution=told))
+                self._numbers.append(number)
         if not self.examples:
             raise DataError(
                 f"no row of {table.source} has both '{problem}' and '{solution}', so no example can be shown."
             )
-        self._places: dict[str, list[int]] = {}
-        for place, example in enumerate(self.examples):
-            self._places.setdefault(_same(example.problem), []).append(place)
 
-    def pick(self, question: str, briefing: WithDemonstrations) -> tuple[Example, ...]:
-        """The examples for a question, without the question itself."""
-        own = self._places.get(_same(question), [])
+    def pick(self, messages: Messages, briefing: WithDemonstrations, row: int | None) -> tuple[Example, ...]:
+        """The examples for a question, without the question itself; `row` is its number, if it is one of these."""
+        question = messages[-1].content
+        own = {place for place, number in enumerate(self._numbers) if number == row}
+        own.update(self._places.get(_key(question), ()), self._places.get(_key(messages), ()))
         if briefing.pick == "random":
             draws = random.Random(key_of(briefing.draw, "examples", question))
             start, chosen = (
@@ -85,19 +92,25 @@ class Shelves:
         if key not in self._shelves:
             self._shelves[key] = Shelf(open_table(briefing.source) if briefing.source else table, *key[1:])
 
-    def pick(self, briefing: Briefing, question: str) -> tuple[Example, ...]:
-        """The examples that a briefing shows beside a question; none if it shows none."""
+    def pick(self, briefing: Briefing, messages: Messages, row: int) -> tuple[Example, ...]:
+        """The examples that a briefing shows beside a question, the row of the run's data set with that number; none if
+        it shows none."""
         if not isinstance(briefing, WithDemonstrations):
             return ()
-        return self._shelves[briefing.source, briefing.problem, briefing.solution].pick(question, briefing)
+        shelf = self._shelves[briefing.source, briefing.problem, briefing.solution]
+        return shelf.pick(messages, briefing, None if briefing.source else row)
 
 
 def _words(text: str) -> list[str]:
     return _WORD.findall(text.casefold())
 
 
-def _same(text: str) -> str:
-    return " ".join(text.casefold().split())
+def _key(problem: Any) -> str:
+    """The same for the same text, or for the same conversation, whatever its case and spaces."""
+    turns = [str(problem)]
+    if isinstance(problem, list | tuple):
+        turns = [x.content if isinstance(x, Message) else str(x.get("content")) for x in problem]
+    return "\n".join(" ".join(turn.casefold().split()) for turn in turns) + ("" if len(turns) == 1 else "\n")
 
 
 def _text(row: Row, column: str) -> str:
@@ -105,4 +118,6 @@ def _text(row: Row, column: str) -> str:
     value = row.get(column)
     if isinstance(value, list | tuple) and value and isinstance(value[-1], Mapping):
         value = parse_messages(value)[-1].content
+    if isinstance(value, float) and math.isnan(value):  # how a column of numbers says that there is none
+        return ""
     return str(value).strip() if isinstance(value, str | int | float) else ""

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tropd.briefings.asked import Briefing, Messages
+from tropd.briefings.asked import Asked, Briefing, Messages
 from tropd.config.models import TeacherConfig
 from tropd.data import chat
-from tropd.errors import ConfigError
-from tropd.types import Prompt
+from tropd.errors import ConfigError, DataError, TropdError
+from tropd.types import Message, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,4 +66,36 @@ class Listener:
                     else "Without a chat template, {prompt} has to be the end of briefing.template."
                 )
             )
+        if told != messages and ids == self._unbriefed(prompt, messages):
+            raise ConfigError(
+                f"{self.said} is told more than the student, but its chat template leaves that out: both would read "
+                f"{str(self.student.decode(list(ids)))[-_SHOWN:]!r}. Put it into the user's turn (briefing kind "
+                "'column'), or give the reader a chat template that writes it."
+            )
         return ids
+
+    def _unbriefed(self, prompt: Prompt, messages: Messages) -> tuple[int, ...]:
+        """What it would read if it were told nothing."""
+        if self.tokenizer is self.student:
+            return prompt.token_ids
+        if not prompt.messages:
+            return chat.encode_plain(messages[-1].content, self.tokenizer)
+        return chat.render(messages, self.tokenizer, kwargs=self.kwargs)
+
+    def messages(self, asked: Asked) -> Messages | None:
+        """What its briefing says, which may be anybody's code."""
+        said = f"briefing {type(self.briefing).__name__}"
+        try:
+            told = self.briefing.messages(asked)
+        except TropdError:
+            raise
+        except Exception as error:
+            raise DataError(f"{said} fails with {type(error).__name__}: {error}") from error
+        if told is None:
+            return None
+        if not isinstance(told, list | tuple) or not told or not all(isinstance(x, Message) for x in told):
+            raise DataError(
+                f"{said} returns {told!r:.80}, and a tuple of tropd.types.Message is asked for, or None where there is "
+                "nothing to tell"
+            )
+        return tuple(told)

@@ -16,7 +16,7 @@ from statistics import fmean
 from tropd.base.reading import nearest
 from tropd.briefings.briefing import AsStudent, OwnBriefing, WithDemonstrations
 from tropd.checkpoints.trained import Trained, stops_of
-from tropd.config.models import TeacherConfig
+from tropd.config.models import GIVEN, TeacherConfig
 from tropd.config.run import Run
 from tropd.config.stages import DataConfig, EvalConfig
 from tropd.data.briefer import Briefer, imported
@@ -161,5 +161,10 @@ def _briefer(run: Run, reader: str, trained: Trained) -> Briefer:
 def _candidate(run: Run, config: TeacherConfig) -> Candidate:
     briefing = config.briefing
     if isinstance(briefing, WithDemonstrations) and briefing.source is None:
+        if run.data.path == GIVEN or run.data.split != "train":
+            raise ConfigError(
+                "the briefing shows examples of the data set of the run, and an evaluation can read again only the "
+                "split 'train' of what data.path names. Name a data set in briefing.source."
+            )
         briefing = dataclasses.replace(briefing, source=run.data.path)
     return Candidate(config=dataclasses.replace(config, briefing=briefing))
