@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.told import COLUMN, told, write_world
+from tests.small_runs import write_rows
+from tests.told import COLUMN, SHOWN, scored, told, write_world
 from tropd.briefings.asked import Asked
 from tropd.briefings.briefing import WithColumn, read_briefing
 from tropd.errors import ConfigError, DataError
@@ -89,3 +90,59 @@ def test_a_briefing_of_ones_own_that_goes_wrong_is_named_with_the_row(tmp_path: 
     briefing = {"kind": f"{world / 'mine.py'}:Mine", "knobs": {"does": does}}
     with pytest.raises(DataError, match=said):
         load_parts(told(world, briefing), tmp_path)
+
+
+LATE = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tropd import Briefing
+from tropd.briefings.asked import Facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Late(Briefing):
+    needs: ClassVar[Facts] = Facts.RESPONSE
+
+    def messages(self, asked):
+        return asked.last_turn("{prompt} again") if not asked.response.text else asked.row["nowhere"]
+"""
+
+
+def test_a_briefing_that_goes_wrong_at_a_response_names_prompt_and_response(tmp_path: Path) -> None:
+    world = write_world(tmp_path)
+    (world / "late.py").write_text(LATE)
+    parts = load_parts(told(world, {"kind": f"{world / 'late.py'}:Late"}), tmp_path)
+    with pytest.raises(
+        DataError, match=r"prompt '\w+': the teacher .* response .*Late fails with KeyError.*\[teacher\]"
+    ):
+        scored(parts)
+
+
+def test_examples_that_tell_nobody_anything_are_refused_when_prompts_are_loaded(tmp_path: Path) -> None:
+    world = write_world(tmp_path)
+    with pytest.raises(DataError, match=r"finds nothing to tell of any of 9 prompts.*\[teacher\]"):
+        load_parts(told(world, {**SHOWN, "pick": "nearest", "draw": 40}), tmp_path)
+    write_rows(world / "one.jsonl", [{"prompt": "0+1=", "answer": "1", "solution": "1"}])
+    with pytest.raises(DataError, match="finds nothing to tell of any of 1 prompts"):
+        load_parts(told(world, {**SHOWN, "pick": "random"}, data={"path": str(world / "one.jsonl")}), tmp_path)
+
+
+def test_the_data_set_of_the_run_is_known_by_its_path_too(tmp_path: Path) -> None:
+    """A row shows nobody its own solution, although `briefing.source` names the file."""
+    world, path = write_world(tmp_path), tmp_path / "worded.jsonl"
+    rows = [{"prompt": f"Say {n}", "question": str(n), "answer": "1", "solution": f"<{n}>"} for n in range(3)]
+    write_rows(path, rows)
+    shown = {**SHOWN, "pick": "random", "count": 9, "problem": "question", "source": str(path)}
+    parts = load_parts(told(world, shown, data={"path": str(path)}), tmp_path)
+    prompts = [rollout.prompt for rollout in scored(parts)[0]]
+    for prompt in prompts:
+        number = str(parts.tokenizer.decode(list(prompt.token_ids))).split("Say ")[1][0]
+        text = str(parts.tokenizer.decode(list(prompt.told["teacher"])))
+        assert f"<{number}>" not in text and text.count("<") > 2
+
+
+def test_a_message_names_the_section_of_its_reader(tmp_path: Path) -> None:
+    run = told(write_world(tmp_path), {**COLUMN, "column": "nowhere"})
+    with pytest.raises(DataError, match=r"Set briefing.column in \[teacher\]"):
+        load_parts(run, tmp_path)

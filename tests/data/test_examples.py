@@ -150,3 +150,23 @@ def test_conversations_with_the_same_last_turn_are_other_questions() -> None:
 def test_a_number_that_is_missing_is_no_solution() -> None:
     rows = [{"prompt": "a", "solution": float("nan")}, {"prompt": "b", "solution": 2.0}]
     assert [example.problem for example in Shelf(table_of(rows, "rows"), "prompt", "solution").examples] == ["b"]
+
+
+def test_another_row_with_the_same_question_is_no_example_either() -> None:
+    rows = [{"prompt": f"Compute: {n % 2}", "question": str(n % 2), "solution": f"s{n}"} for n in range(4)]
+    asked = (Message(role="user", content="Compute: 1"),)
+    told = Shelf(table_of(rows, "rows"), "question", "solution").pick(
+        asked, WithDemonstrations(problem="question", pick="random", count=9), row_of(rows, 1)
+    )
+    assert sorted(example.solution for example in told) == ["s0", "s2"]
+
+
+def test_a_system_prompt_makes_no_other_question() -> None:
+    system = {"role": "system", "content": "Be brief."}
+    rows = [{"prompt": [system, {"role": "user", "content": f"q{n}"}], "solution": f"s{n}"} for n in range(3)]
+    asked = (Message(role="user", content="q1"),)
+    for messages in (asked, (Message(role="system", content="Be long."), *asked)):
+        told = Shelf(table_of(rows, "rows"), "prompt", "solution").pick(
+            messages, WithDemonstrations(pick="random", count=9), None
+        )
+        assert sorted(example.solution for example in told) == ["s0", "s2"]

@@ -123,3 +123,13 @@ def test_what_cannot_be_measured_is_refused_in_words(
     }.items():
         assert said in refused(capsys, "evaluate", *argv, "--device", "cpu", "-o", str(tmp_path / "out")), argv
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("data", [{"split": "test"}, {"name": "main"}])
+def test_examples_of_rows_that_cannot_be_read_again_are_refused(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], data: dict[str, str]
+) -> None:
+    path = {"path": str(world / "told.jsonl")}
+    run = run_file(world, tmp_path / "run", {"kind": "demonstrations"}, data={**path, **data})
+    said = refused(capsys, "evaluate", run, "--briefed", "--device", "cpu", "-o", str(tmp_path / "out"))
+    assert "Name a data set in briefing.source" in said

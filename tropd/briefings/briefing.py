@@ -59,8 +59,10 @@ class WithColumn(Briefing):
 
     def messages(self, asked: Asked) -> Messages:
         value = asked.row.get(self.column)
+        if isinstance(value, float) and isnan(value):  # how a column of numbers says that there is none
+            value = None
         if isinstance(value, int | float) and not isinstance(value, bool):
-            value = "" if isnan(value) else str(value)  # NaN is how a column of numbers says that there is none
+            value = str(value)
         if value is not None and not isinstance(value, str):
             raise DataError(f"'{self.column}' is a {type(value).__name__}, and the teacher is told a text")
         if value is None or not value.strip():

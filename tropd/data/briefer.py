@@ -62,6 +62,7 @@ class Briefer:
             own = reader.tokenizer
             found[name] = Listener(
                 said=said(name),
+                section=_section(name, teaches),
                 briefing=briefing,
                 teaches=teaches,
                 tokenizer=own if own is not None and own.chat_template else self.tokenizer,
@@ -98,7 +99,7 @@ class Briefer:
                     has = f"{nearest(column, table.columns)}; it has {', '.join(table.columns)}"
                     raise DataError(
                         f"{listener.said} is told what stands in column '{column}', but {table.source} has none"
-                        f"{has}. Set briefing.column in the section of the teacher."
+                        f"{has}. Set briefing.column in {listener.section}."
                     )
             if isinstance(listener.briefing, WithDemonstrations):
                 if listener.briefing.source is None and self.data.streaming:
@@ -130,7 +131,7 @@ class Briefer:
             except DataError as problem:
                 raise DataError(
                     f"row {number}: {listener.said} cannot be told more than the student: {problem}. Repair the row, "
-                    "or change the briefing in the section of the teacher."
+                    f"or change the briefing in {listener.section}."
                 ) from None
         return replace(prompt, told=told) if told else prompt
 
@@ -165,7 +166,13 @@ class Briefer:
         place, every, prompt = list(group).index(rollout.id), tuple(group.values()), rollout.prompt
         peers = (*every[place + 1 :], *every[:place])
         asked = replace(self._asked(prompt), response=every[place], peers=peers)
-        messages = listener.messages(asked)
+        try:
+            messages = listener.messages(asked)
+        except DataError as problem:
+            raise DataError(
+                f"prompt '{prompt.id}': {listener.said} cannot be told of response {rollout.id}: {problem}. Change the "
+                f"briefing in {listener.section}."
+            ) from problem.__cause__
         return listener.render(prompt, asked.messages, messages) if messages else ()
 
     def _asked(self, prompt: Prompt) -> Asked:
@@ -207,12 +214,18 @@ class Briefer:
         return listener.render(prompt, asked.messages, messages or asked.messages)
 
     def check_lengths(self, prompts: Sequence[Prompt], writes: bool = False) -> list[str]:
-        """Notes on prompts that leave a reader no room for the longest answer.  Refused if none leaves any, or if the
-        teacher `writes` from them."""
+        """Notes on prompts that leave a reader no room for the longest answer.  Refused if none leaves any, if there is
+        nothing to tell of any, or if the teacher `writes` from them."""
         notes = []
         for one in self._everyone:
             named = [(prompt, name) for prompt in prompts for name, x in self._of(prompt).items() if x is one]
             mine = [(prompt, len(prompt.told[name])) for prompt, name in named if name in prompt.told]
+            if mine and not any(length for _, length in mine):
+                raise DataError(
+                    f"the briefing of {one.said} finds nothing to tell of any of {len(mine)} prompts, so it would "
+                    "teach nothing. Give it more to tell, such as more examples or a smaller draw, or take the "
+                    f"briefing out of {one.section}."
+                )
             long = [x for x in mine if one.context is not None and x[1] > one.context - self.max_new_tokens]
             if not long:
                 continue
@@ -260,6 +273,10 @@ def _teacher(name: str) -> str:
 
 def _reader(name: str) -> str:
     return f"reader {name!r}"
+
+
+def _section(name: str, teaches: bool) -> str:
+    return f"[readers.{name}]" if not teaches else "[teacher]" if name == "default" else f"[teachers.{name}]"
 
 
 def _group(rollout: Rollout) -> tuple[str, str]:

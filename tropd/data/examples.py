@@ -35,14 +35,14 @@ class Shelf:
                     "briefing.problem and briefing.solution."
                 )
         self.examples: list[Example] = []
-        self._numbers: list[int] = []
+        self._problems: dict[int, str] = {}
         self._places: dict[str, list[int]] = {}
         for number, row in table.read():
             asked, told = _text(row, problem), _text(row, solution)
             if asked and told:
-                self._places.setdefault(_key(row[problem]), []).append(len(self.examples))
+                key = self._problems[number] = _key(row[problem])
+                self._places.setdefault(key, []).append(len(self.examples))
                 self.examples.append(Example(problem=asked, solution=told))
-                self._numbers.append(number)
         if not self.examples:
             raise DataError(
                 f"no row of {table.source} has both '{problem}' and '{solution}', so no example can be shown."
@@ -51,8 +51,8 @@ class Shelf:
     def pick(self, messages: Messages, briefing: WithDemonstrations, row: int | None) -> tuple[Example, ...]:
         """The examples for a question, without the question itself; `row` is its number, if it is one of these."""
         question = messages[-1].content
-        own = {place for place, number in enumerate(self._numbers) if number == row}
-        own.update(self._places.get(_key(question), ()), self._places.get(_key(messages), ()))
+        keys = {_key(question), _key(messages), *([] if row is None else [self._problems.get(row)])}
+        own = {place for key in keys if key is not None for place in self._places.get(key, ())}
         if briefing.pick == "random":
             draws = random.Random(key_of(briefing.draw, "examples", question))
             start, chosen = (
@@ -85,12 +85,17 @@ class Shelves:
 
     def __init__(self) -> None:
         self._shelves: dict[tuple[str | None, str, str], Shelf] = {}
+        self._same: set[str | None] = {None}
+        """Sources that are the data set of the run, whatever names them."""
 
     def fetch(self, briefing: WithDemonstrations, table: Table) -> None:
         """Read what a briefing shows; `table` is the data set of the run."""
         key = (briefing.source, briefing.problem, briefing.solution)
         if key not in self._shelves:
-            self._shelves[key] = Shelf(open_table(briefing.source) if briefing.source else table, *key[1:])
+            shown = open_table(briefing.source) if briefing.source else table
+            if shown.source == table.source:
+                self._same.add(briefing.source)
+            self._shelves[key] = Shelf(shown, *key[1:])
 
     def pick(self, briefing: Briefing, messages: Messages, row: int) -> tuple[Example, ...]:
         """The examples that a briefing shows beside a question, the row of the run's data set with that number; none if
@@ -98,7 +103,7 @@ class Shelves:
         if not isinstance(briefing, WithDemonstrations):
             return ()
         shelf = self._shelves[briefing.source, briefing.problem, briefing.solution]
-        return shelf.pick(messages, briefing, None if briefing.source else row)
+        return shelf.pick(messages, briefing, row if briefing.source in self._same else None)
 
 
 def _words(text: str) -> list[str]:
@@ -106,10 +111,11 @@ def _words(text: str) -> list[str]:
 
 
 def _key(problem: Any) -> str:
-    """The same for the same text, or for the same conversation, whatever its case and spaces."""
+    """The same for the same text or conversation, whatever its case, its spaces and its system prompt."""
     turns = [str(problem)]
     if isinstance(problem, list | tuple):
-        turns = [x.content if isinstance(x, Message) else str(x.get("content")) for x in problem]
+        messages = [x if isinstance(x, Message) else parse_messages([x])[0] for x in problem]
+        turns = [x.content for x in messages if x.role != "system"]
     return "\n".join(" ".join(turn.casefold().split()) for turn in turns) + ("" if len(turns) == 1 else "\n")
 
 

@@ -35,6 +35,8 @@ class Listener:
     """A reader that is told something."""
 
     said: str
+    section: str
+    """Of the run file, where its briefing stands."""
     briefing: Briefing
     teaches: bool
     """Whether it is the teacher of prompts, which may have to write as well."""

@@ -161,10 +161,10 @@ def _briefer(run: Run, reader: str, trained: Trained) -> Briefer:
 def _candidate(run: Run, config: TeacherConfig) -> Candidate:
     briefing = config.briefing
     if isinstance(briefing, WithDemonstrations) and briefing.source is None:
-        if run.data.path == GIVEN or run.data.split != "train":
+        if run.data.path == GIVEN or run.data.split != "train" or run.data.name is not None:
             raise ConfigError(
                 "the briefing shows examples of the data set of the run, and an evaluation can read again only the "
-                "split 'train' of what data.path names. Name a data set in briefing.source."
+                "split 'train' of what data.path names, without data.name. Name a data set in briefing.source."
             )
         briefing = dataclasses.replace(briefing, source=run.data.path)
     return Candidate(config=dataclasses.replace(config, briefing=briefing))
