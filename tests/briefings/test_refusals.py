@@ -121,10 +121,10 @@ def test_a_briefing_that_goes_wrong_at_a_response_names_prompt_and_response(tmp_
 
 def test_examples_that_tell_nobody_anything_are_refused_when_prompts_are_loaded(tmp_path: Path) -> None:
     world = write_world(tmp_path)
-    with pytest.raises(DataError, match=r"finds nothing to tell of any of 9 prompts.*\[teacher\]"):
+    with pytest.raises(DataError, match=r"in \[teacher\] finds nothing to tell the teacher of any of 9 prompts"):
         load_parts(told(world, {**SHOWN, "pick": "nearest", "draw": 40}), tmp_path)
     write_rows(world / "one.jsonl", [{"prompt": "0+1=", "answer": "1", "solution": "1"}])
-    with pytest.raises(DataError, match="finds nothing to tell of any of 1 prompts"):
+    with pytest.raises(DataError, match="finds nothing to tell the teacher of any of 1 prompts"):
         load_parts(told(world, {**SHOWN, "pick": "random"}, data={"path": str(world / "one.jsonl")}), tmp_path)
 
 

@@ -51,7 +51,8 @@ def main(argv: list[str]) -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         parts = assemble(run, Path(folder))
-        rollouts = graded(parts.grader, rollouts, parts.tokenizer) if parts.grader else rollouts
+        if parts.grader and parts.briefer.needs(READER):  # the teacher is told of rewards or of the grader's words
+            rollouts = graded(parts.grader, rollouts, parts.tokenizer)
         as_read = parts.briefer.as_read(READER, rollouts)
         scores = iter(parts.teacher.score(ScoreRequest([read for read in as_read if read is not None])))
         own = parts.learner.measure(rollouts, Needs.NOTHING, 0)["student_logprobs_N"]

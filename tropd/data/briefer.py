@@ -169,10 +169,8 @@ class Briefer:
         try:
             messages = listener.messages(asked)
         except DataError as problem:
-            raise DataError(
-                f"prompt '{prompt.id}': {listener.said} cannot be told of response {rollout.id}: {problem}. Change the "
-                f"briefing in {listener.section}."
-            ) from problem.__cause__
+            where = f"prompt '{prompt.id}': {listener.said} cannot be told of response {rollout.id}"
+            raise DataError(f"{where}: {problem}. Change the briefing in {listener.section}.") from problem.__cause__
         return listener.render(prompt, asked.messages, messages) if messages else ()
 
     def _asked(self, prompt: Prompt) -> Asked:
@@ -222,9 +220,8 @@ class Briefer:
             mine = [(prompt, len(prompt.told[name])) for prompt, name in named if name in prompt.told]
             if mine and not any(length for _, length in mine):
                 raise DataError(
-                    f"the briefing of {one.said} finds nothing to tell of any of {len(mine)} prompts, so it would "
-                    "teach nothing. Give it more to tell, such as more examples or a smaller draw, or take the "
-                    f"briefing out of {one.section}."
+                    f"the briefing in {one.section} finds nothing to tell {one.said} of any of {len(mine)} prompts. "
+                    "Give it more to tell, such as more examples or a smaller draw, or leave it out."
                 )
             long = [x for x in mine if one.context is not None and x[1] > one.context - self.max_new_tokens]
             if not long:
