@@ -51,11 +51,14 @@ def main(argv: list[str]) -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         parts = assemble(run, Path(folder))
-        if parts.grader and parts.briefer.needs(READER):  # the teacher is told of rewards or of the grader's words
+        early = bool(parts.briefer.needs(READER))  # the teacher is told of rewards or of the grader's words
+        if parts.grader and early:
             rollouts = graded(parts.grader, rollouts, parts.tokenizer)
         as_read = parts.briefer.as_read(READER, rollouts)
         scores = iter(parts.teacher.score(ScoreRequest([read for read in as_read if read is not None])))
         own = parts.learner.measure(rollouts, Needs.NOTHING, 0)["student_logprobs_N"]
+        if parts.grader and not early:
+            rollouts = graded(parts.grader, rollouts, parts.tokenizer)
     lines: list[dict[str, Any]] = []
     student = own.split([len(r.response_ids) for r in rollouts])
     for rollout, read, mine in zip(rollouts, as_read, student, strict=True):
