@@ -111,12 +111,12 @@ def score(
     tokens, read, measured = tokens.with_(**student), dict(as_read or {}), bool(student)
     asked = asked_of(objective, readers)
     parts = {part for x in map(readers.get, asked) if isinstance(x, Combined) for part in x.mixture.readers}
+    margin = 0.0 if student else learner.margin
     for name in asked:
         if isinstance(reader := readers[name], Combined):  # it reads what all its parts read
             each = zip(rollouts, *(read[part] for part in reader.mixture.readers), strict=True)
             read[name] = tuple(None if None in texts else own for own, *texts in each)
         texts = read[name] = tuple(read.get(name) or rollouts)
-        margin = 0.0 if student else learner.margin
         reading = _Reading(name, reader, rollouts, texts, objective, name in parts)
         tokens = reading.tell(tokens, learner, context, margin, scores if name == READER else None)
     if Needs.STUDENT_AT_TOPK in objective.needs:
@@ -195,10 +195,8 @@ class _Reading:
 
     def score(self, needs: Needs, **how: Any) -> Sequence[TeacherScores]:
         """For every rollout; zeros stand for what it does not read."""
-        whole, asked = (
-            [own if text is None else text for own, text in zip(self.rollouts, self.texts, strict=True)],
-            self.asked,
-        )
+        asked = self.asked
+        whole = [text or own for own, text in zip(self.rollouts, self.texts, strict=True)]
         how |= {"top_k": self.objective.top_k_of(self.name), "columns": self.objective.columns_of(self.name)}
         request = ScoreRequest(whole, needs, **how)
         if len(asked) == len(whole):
