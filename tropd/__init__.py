@@ -7,7 +7,7 @@ These names are stable:
     EvalConfig, RunEvalConfig, CheckpointConfig, AlarmConfig, ParallelConfig      its sections
     train, resume, evaluate    what is done with it
     TrOPD, OPD, ...            every method; METHODS lists them by name
-    Method, Teacher, Briefing, Engine, RolloutPolicy, Probe, Callback
+    Method, Teacher, Briefing, Engine, RolloutPolicy, Decoding, Extra, Probe, Callback
                                what parts of your own inherit from
     WithColumn, WithSystem, WithFeedback, WithPeers, WithDemonstrations
                                what a reader is told and the student is not
@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from tropd.methods import *  # noqa: F403  # every method
     from tropd.methods import METHODS as METHODS
     from tropd.methods import Method as Method
+    from tropd.methods.decoding import Decoding as Decoding
+    from tropd.methods.extras import Extra as Extra
     from tropd.methods.policies import RolloutPolicy as RolloutPolicy
     from tropd.monitoring.callbacks import Callback as Callback
     from tropd.monitoring.probe import Probe as Probe
@@ -79,6 +81,8 @@ _IN = {
     "briefings.briefing": (
         *("Briefing", "WithColumn", "WithDemonstrations", "WithFeedback", "WithPeers", "WithSystem"),
     ),
+    "methods.decoding": ("Decoding",),
+    "methods.extras": ("Extra",),
     "methods.policies": ("RolloutPolicy",),
     "monitoring.callbacks": ("Callback",),
     "monitoring.probe": ("Probe",),

@@ -117,6 +117,10 @@ class Completion:
     finish: Finish
     policy_version: tuple[int, int] = (0, 0)
     """Oldest and newest weights that wrote it."""
+    authors: tuple[Author, ...] = ()
+    """Who wrote which token, where it was not the engine's model alone."""
+    trace: tuple[float, ...] = ()
+    """What a `Decoding` measured at each token, also at those that it cut off."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,6 +145,8 @@ class Rollout:
     reward: float | None = None
     feedback: str | None = None
     """The grader's words on the response."""
+    trace: tuple[float, ...] = ()
+    """What a `Decoding` measured at each token that was written with it, also at those that it cut off; else empty."""
 
     @property
     def group(self) -> str:

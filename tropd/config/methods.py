@@ -9,16 +9,19 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import PlainValidator
 
-from tropd.base.names import is_name, located, name_of, offered, shown
+from tropd.base.names import Own, find, is_name, located, name_of, offered, shown
 from tropd.base.reading import shortened
 from tropd.config.models import GIVEN
 from tropd.config.tables import read, to_dict
 from tropd.errors import ConfigError
 from tropd.methods import METHODS, Method, NamedMethod, check_name, find_method
+from tropd.methods.extras import EXTRAS, Extra
+
+T = TypeVar("T", bound=Method | Extra)
 
 
 def as_table(value: Any) -> NamedMethod:
@@ -37,9 +40,9 @@ def read_method(method: Method, source: str, where: str = "method") -> Method:
     """The method behind a table, if it is one of METHODS.  One of your own stays a table."""
     if not isinstance(method, NamedMethod):
         return method
-    cls = METHODS.get(method.name)
+    cls, extras = METHODS.get(method.name), _extras(method, source, where)
     if cls is not None:
-        return read(cls, {"name": method.name, **on_defaults(cls, method.knobs)}, source, where)
+        return _made(cls, method, source, where) if all(extra.name in EXTRAS for extra in extras) else method
     if not method.name.endswith(GIVEN):
         try:
             check_name(method.name)
@@ -55,21 +58,54 @@ def imported(method: Method, where: str = "method") -> Method:
     if method.name.endswith(GIVEN):
         raise ConfigError(f"method {method.name} is in no file: give it again, train(run, method=...).")
     cls = find_method(method.name)
-    made = read(cls, on_defaults(cls, method.knobs), f"method {shown(method.name)}", where)
-    return _called(made, method.name)
+    return _called(_made(cls, method, f"method {shown(method.name)}", where), method.name)
+
+
+def _made(cls: type[Method], method: NamedMethod, source: str, where: str) -> Method:
+    """The object of a table; extras of your own are imported."""
+    knobs = {name: x for name, x in method.knobs.items() if name != "plus"}
+    made = read(cls, on_defaults(cls, knobs), source, where)
+    extras = tuple(_extra(table, source, f"{where}.plus") for table in _extras(method, source, where))
+    return replace(made, plus=extras) if extras else made
+
+
+def _extras(method: NamedMethod, source: str, where: str) -> list[Own]:
+    """The extras of a table, by name."""
+    asked = method.knobs.get("plus", ())
+    try:
+        if not isinstance(asked, list | tuple):
+            raise ConfigError(f"{where}.plus is {shortened(repr(asked))}. Give a list of names or tables.")
+        return [Own.read(value, "extra", f"{where}.plus", EXTRAS) for value in asked]
+    except ConfigError as refusal:
+        raise ConfigError(f"{source}: {refusal}") from None
+
+
+def _extra(table: Own, source: str, where: str) -> Extra:
+    cls = EXTRAS.get(table.name) or find(table.name, "extra")
+    if not isinstance(cls, type) or not issubclass(cls, Extra) or not is_dataclass(cls):
+        raise ConfigError(
+            f"extra '{shown(table.name)}' is no dataclass that inherits from tropd.Extra. Make it one: "
+            "@dataclass(frozen=True, kw_only=True)."
+        )
+    return _called(read(cls, table.knobs, source, where), table.name)
 
 
 def complete(method: Method, where: str = "method") -> Method:
     """Of code of your own, a table with every knob, which another process can read: this runs that code."""
     method = imported(method, where)
-    if METHODS.get(method.name) is type(method):
+    if METHODS.get(method.name) is type(method) and all(extra.name in EXTRAS for extra in method.plus):
         return method
     return NamedMethod(name=method.name, knobs={k: x for k, x in to_dict(method).items() if k != "name"})
 
 
 def located_method(method: Method, folders: Sequence[Path] = ()) -> Method:
     """The method with its file by its whole path."""
-    return replace(method, name=located(method.name, folders)) if isinstance(method, NamedMethod) else method
+    if not isinstance(method, NamedMethod):
+        return method
+    knobs = dict(method.knobs)
+    if plus := _extras(method, "the run", "method"):
+        knobs["plus"] = [to_dict(extra.located(folders)) for extra in plus]
+    return replace(method, name=located(method.name, folders), knobs=knobs)
 
 
 def named(method: Method) -> Method:
@@ -83,10 +119,10 @@ def named(method: Method) -> Method:
     return _called(method, name if name and plain else f"{type(method).__name__} {GIVEN}")
 
 
-def _called(method: Method, name: str) -> Method:
-    method = copy.copy(method)
-    object.__setattr__(method, "name", name)
-    return method
+def _called(made: T, name: str) -> T:
+    made = copy.copy(made)
+    object.__setattr__(made, "name", name)
+    return made
 
 
 def is_plain(value: Any) -> bool:

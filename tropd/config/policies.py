@@ -10,10 +10,12 @@ from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 from tropd.base.names import Own, as_base, find, name_of, shown
+from tropd.base.reading import shortened
 from tropd.config.methods import is_plain, on_defaults
 from tropd.config.tables import read, to_dict
 from tropd.errors import ConfigError
-from tropd.methods.policies import POLICIES, RolloutPolicy
+from tropd.methods.policies import RolloutPolicy
+from tropd.methods.stacked import POLICIES
 
 WHERE = "rollout.policy"
 
@@ -31,14 +33,21 @@ class NamedPolicy(Own):
         return self.made
 
 
-def read_policy(value: Any) -> NamedPolicy | None:
+def read_policy(value: Any, where: str = WHERE) -> NamedPolicy | None:
     """From a name, a table, or a policy that was made in Python."""
     if value is None or isinstance(value, NamedPolicy):
         return value
     if isinstance(value, RolloutPolicy):
         return _named(value)
-    named = NamedPolicy.read(value, "policy", WHERE, POLICIES)
-    return _with(named.name, _made(POLICIES[named.name], named)) if named.name in POLICIES else named
+    named = NamedPolicy.read(value, "policy", where, POLICIES)
+    return _with(named.name, _made(POLICIES[named.name], named, where)) if named.name in POLICIES else named
+
+
+def read_policies(values: Any) -> tuple[NamedPolicy, ...]:
+    """Several, of which one name alone is no list."""
+    if not isinstance(values, list | tuple):
+        raise ConfigError(f"rollout.plus is {shortened(repr(values))}. Give a list of policies.")
+    return tuple(policy for value in values if (policy := read_policy(value, "rollout.plus")) is not None)
 
 
 def imported_policy(named: NamedPolicy | None) -> NamedPolicy | None:
@@ -54,8 +63,8 @@ def imported_policy(named: NamedPolicy | None) -> NamedPolicy | None:
     return _with(named.name, _made(cls, named))
 
 
-def _made(cls: type[RolloutPolicy], named: Own) -> RolloutPolicy:
-    return read(cls, on_defaults(cls, named.knobs), f"policy {shown(named.name)}", WHERE)
+def _made(cls: type[RolloutPolicy], named: Own, where: str = WHERE) -> RolloutPolicy:
+    return read(cls, on_defaults(cls, named.knobs), f"policy {shown(named.name)}", where)
 
 
 def _with(name: str, policy: RolloutPolicy) -> NamedPolicy:

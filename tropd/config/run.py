@@ -182,13 +182,15 @@ class Run(Settings):
     def imported(self) -> Run:
         """The run with its method and its policy, where these are code of your own: this runs that code."""
         run = self.located()
-        rollout = replace(run.rollout, policy=imported_policy(run.rollout.policy))
+        plus = tuple(map(imported_policy, run.rollout.plus))
+        rollout = replace(run.rollout, policy=imported_policy(run.rollout.policy), plus=plus)
         return replace(run, method=imported(run.method), rollout=rollout)
 
 
 def _with_parts(rollout: RolloutConfig, folders: Sequence[Path]) -> RolloutConfig:
     parts = {"engine": rollout.engine, "policy": rollout.policy}
-    return replace(rollout, **{name: part and part.located(folders) for name, part in parts.items()})
+    plus = tuple(part.located(folders) for part in rollout.plus)
+    return replace(rollout, plus=plus, **{name: part and part.located(folders) for name, part in parts.items()})
 
 
 def _located(teacher: AnyTeacher, folders: Sequence[Path]) -> AnyTeacher:

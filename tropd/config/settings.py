@@ -26,7 +26,8 @@ from tropd.config.stages import (
 )
 from tropd.errors import ConfigError
 from tropd.methods import Method, NamedMethod, TrOPD
-from tropd.methods.policies import POLICIES, RolloutPolicy
+from tropd.methods.policies import RolloutPolicy
+from tropd.methods.stacked import POLICIES, stacked
 from tropd.types import READER, Sampling
 
 AnyTeacher = TypeVar("AnyTeacher", bound=TeacherConfig)
@@ -187,8 +188,9 @@ class Settings(Ranged):
 
     @property
     def policy(self) -> RolloutPolicy:
-        """Who writes which token: asked for, else prescribed by the method."""
-        return self.method.rollout if self.rollout.policy is None else self.rollout.policy.policy
+        """Who writes which token: asked for, else prescribed by the method; and what is asked for beside it."""
+        policy = self.method.rollout if self.rollout.policy is None else self.rollout.policy.policy
+        return stacked([policy, *(more.policy for more in self.rollout.plus)])
 
     @property
     def sampling(self) -> Sampling:

@@ -11,7 +11,7 @@ from tyro.conf import Fixed, Suppress
 from tropd.base.names import Own, shown
 from tropd.base.ranges import Count, Finite, LearningRate, NotNegative, Positive, Range, Ranged, Whole
 from tropd.config.models import GIVEN, ServerConfig
-from tropd.config.policies import read_policy
+from tropd.config.policies import read_policies, read_policy
 from tropd.errors import ConfigError
 from tropd.types import Sampling
 
@@ -85,6 +85,8 @@ class RolloutConfig(Ranged):
     policy: Annotated[Any, PlainValidator(read_policy), Fixed, Suppress] = None
     """Who writes which token, where that is not left to the method: on_policy, teacher_prefix, teacher_text, mixture,
     or your own as "package.module:Class" or "file.py:Class"."""
+    plus: Annotated[Any, PlainValidator(read_policies), Fixed, Suppress] = ()
+    """Policies beside that one, such as a horizon: how far the student writes, how its tokens are drawn."""
     sampling: Sampling | None = None
     """By default what the method prescribes, or the student itself."""
     teacher_sampling: Sampling = field(default_factory=Sampling)
@@ -120,11 +122,13 @@ class RolloutConfig(Ranged):
     def named(self) -> dict[str, Own]:
         """The engine and the policy, where they are named."""
         parts = {"rollout.engine": self.engine, "rollout.policy": self.policy}
+        parts |= {f"rollout.plus.{i}": part for i, part in enumerate(self.plus)}
         return {key: part for key, part in parts.items() if part is not None}
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "engine", _engine(self.engine))
         object.__setattr__(self, "policy", read_policy(self.policy))
+        object.__setattr__(self, "plus", read_policies(self.plus))
         super().__post_init__()
         if self.engine is not None and self.servers:
             raise ConfigError(

@@ -115,12 +115,13 @@ def with_sections(root: type, values: Mapping[str, Any], flags: Sequence[str]) -
 
 
 def to_dict(value: Any) -> Any:
-    """Plain values, without what is None: TOML has no null, and None is always the default."""
+    """Plain values, without what is None: TOML has no null, and None is always the default.  An empty `plus` is left
+    out as well: a method or a policy without additions is what it was."""
     if isinstance(value, NamedMethod | Own):
         return {"name": value.name, **to_dict(value.knobs)}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-        return {name: to_dict(x) for name, x in pairs if x is not None}
+        return {name: to_dict(x) for name, x in pairs if x is not None and not (name == "plus" and x == ())}
     if isinstance(value, Mapping):
         return {k: to_dict(x) for k, x in value.items() if x is not None}
     return [to_dict(x) for x in value] if isinstance(value, list | tuple) else value

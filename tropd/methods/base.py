@@ -8,13 +8,17 @@ taken here.  `tropd explain` prints all of it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NoReturn
+from functools import wraps
+from typing import Annotated, Any, ClassVar, NoReturn
+
+from tyro.conf import Fixed, Suppress
 
 from tropd.base.ranges import Ranged
 from tropd.briefings.reader import Reader
 from tropd.errors import ConfigError, MethodWarning
+from tropd.methods.extras import Extra
 from tropd.methods.policies import OnPolicy, RolloutPolicy
 from tropd.objective.evidence import Needs
 from tropd.objective.objective import Objective
@@ -29,6 +33,8 @@ class Method(Ranged):
 
     name: str = ""
     """By which a run file finds it.  tropd gives a method of your own its name."""
+    plus: Annotated[tuple[Extra, ...], Fixed, Suppress] = ()
+    """Changes to its objective, one after another (`tropd.methods.extras`)."""
 
     paper: ClassVar[str] = ""
     """arXiv id or address."""
@@ -39,8 +45,15 @@ class Method(Ranged):
     zero_at_teacher: ClassVar[bool] = True
     """Whether a student that equals its teacher gets exactly no signal."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if isinstance(own := vars(cls).get("objective"), property) and own.fget is not None:
+            cls.objective = property(_with_extras(cls, own.fget))  # type: ignore[assignment]
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if odd := [extra for extra in self.plus if not isinstance(extra, Extra)]:
+            raise ConfigError(f"method.plus holds {odd[0]!r}. Give objects of an Extra, such as RandomMask(share=0.5).")
         objective, *_ = self.objective, self.rollout, self.sampling, self.readers  # refuse now what its parts refuse
         if not isinstance(objective, Objective):
             raise ConfigError(f"method {type(self).__name__}: its objective is {objective!r}. Give an Objective.")
@@ -70,6 +83,20 @@ class Method(Ranged):
     def objections(self, sampling: Sampling) -> list[str]:
         """What is wrong with running this method on rollouts drawn like that."""
         return []
+
+
+def _with_extras(cls: type[Method], own: Callable[[Any], Objective]) -> Callable[[Any], Objective]:
+    """The objective as this class defines it, with the extras of the object: once, where a subclass builds on it."""
+
+    @wraps(own)
+    def objective(self: Method) -> Objective:
+        found = own(self)
+        if next(c for c in type(self).__mro__ if "objective" in vars(c)) is cls:
+            for extra in self.plus:
+                found = extra.apply(found)
+        return found
+
+    return objective
 
 
 @dataclass(frozen=True, kw_only=True)

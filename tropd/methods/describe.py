@@ -225,7 +225,7 @@ def _knobs(cls: type[Method]) -> Iterator[Knob]:
     for home in reversed(cls.__mro__):
         meanings |= field_docstrings(home) if is_dataclass(home) else {}
     for field in fields(cls):
-        if field.name != "name":
+        if field.name not in ("name", "plus"):
             yield Knob(
                 name=field.name,
                 default=_default(field),

@@ -7,12 +7,13 @@ Everything a rollout draws belongs to its name (epoch / prompt / number), so it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from tropd.errors import ConfigError
-from tropd.types import Completion, Finish, Prompt, Request, Sampling, key_of
+from tropd.objective.memory import Memory
+from tropd.types import Completion, Finish, Prompt, Request, Rollout, Sampling, key_of
 
 
 class Writer(Protocol):
@@ -72,11 +73,18 @@ class RolloutJob:
     """All prompts of the step, where `prompts` are one rank's."""
     num_rollouts: int
     max_new_tokens: int
+    """Of a response, up to the policy's horizon."""
     sampling: Sampling
     stop_ids: tuple[int, ...]
     seed: int
     progress: float
+    step: int = 0
     teacher_sampling: Sampling = Sampling()
+    memory: Memory = field(default_factory=Memory)
+    """What the run remembers, as of the last step that was trained.  A policy reads it here and changes it in
+    `remember`."""
+    grade: Callable[[Sequence[Rollout]], Sequence[Rollout]] | None = None
+    """The same rollouts with the grader's rewards; None where the run has no grader."""
 
     def drafts(self) -> list[Draft]:
         """All rollouts, none of them begun."""

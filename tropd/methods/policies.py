@@ -9,14 +9,18 @@ The examples show what each policy does on average.  Paste one after `from tropd
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from tropd.base.ranges import Ranged, Share, Whole
 from tropd.errors import ConfigError
+from tropd.methods.decoding import Decoding
 from tropd.methods.drafts import Draft, RolloutJob, Writer, teacher_texts
+from tropd.objective.context import World
+from tropd.objective.memory import Memory
 from tropd.objective.schedules import Schedule
+from tropd.types import Rollout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +35,25 @@ class Shares:
     """Texts that the teacher has to write for the rollouts of one prompt."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """What a policy sees of a step that was trained."""
+
+    step: int
+    progress: float
+    """After the step."""
+    rollouts: Sequence[Rollout]
+    """Of this process."""
+    probes: Mapping[str, float]
+    """The step's numbers, the same on all ranks."""
+    max_new_tokens: int
+    """The run's, without a horizon."""
+    world: World
+
+
 class RolloutPolicy(Ranged):
-    """What a method asks of the rollout stage: what the teacher writes of each rollout before the student goes on."""
+    """What a method asks of the rollout stage: what the teacher writes of each rollout before the student goes on, how
+    far the student writes, and whether the teacher has a say in each token."""
 
     @property
     def needs_teacher_text(self) -> bool:
@@ -47,12 +68,38 @@ class RolloutPolicy(Ranged):
 
     def begin(self, job: RolloutJob, writer: Writer | None) -> list[Draft]:
         """The job's drafts, each with what stands before the student's first token.  `writer` writes as the teacher;
-        it is None where the teacher cannot write."""
-        raise NotImplementedError
+        it is None where the teacher cannot write.  By default there is nothing."""
+        return job.drafts()
 
     def shares(self, progress: float, num_rollouts: int, max_new_tokens: int) -> Shares:
         """What `begin` does on average, at this progress, with so many rollouts of a prompt."""
         return Shares()
+
+    def horizon(self, max_new_tokens: int, progress: float, memory: Memory) -> int:
+        """How many tokens of a response are written in the next step, of at most `max_new_tokens`."""
+        return max_new_tokens
+
+    def decoding(self, progress: float, memory: Memory) -> Decoding | None:
+        """How tokens are drawn where the teacher has a say in each; None: the student draws alone."""
+        return None
+
+    def remember(self, done: Done, memory: Memory) -> None:
+        """After each step: what the policy keeps in `memory`, under `self.memory`/NAME; the same on all ranks."""
+
+    @property
+    def memory(self) -> str:
+        """What its tensors in memory are called."""
+        return f"policy.{type(self).__name__}"
+
+    @property
+    def memories(self) -> tuple[str, ...]:
+        """All names under which it and its parts remember."""
+        return (self.memory,)
+
+    @property
+    def writes_jointly(self) -> bool:
+        """Whether it may have a `decoding`, for which the teacher must be in this process."""
+        return type(self).decoding is not RolloutPolicy.decoding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +109,6 @@ class OnPolicy(RolloutPolicy):
     >>> OnPolicy().shares(progress=0.0, num_rollouts=4, max_new_tokens=100)
     Shares(by_student=1.0, prefix=0.0, texts=0.0)
     """
-
-    def begin(self, job: RolloutJob, writer: Writer | None) -> list[Draft]:
-        return job.drafts()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,15 +242,6 @@ class Mixture(RolloutPolicy):
 
     def shares(self, progress: float, num_rollouts: int, max_new_tokens: int) -> Shares:
         return Shares(by_student=self.student_share, texts=num_rollouts * (1 - self.student_share))
-
-
-POLICIES: dict[str, type[RolloutPolicy]] = {
-    "on_policy": OnPolicy,
-    "teacher_prefix": TeacherPrefix,
-    "teacher_text": TeacherText,
-    "mixture": Mixture,
-}
-"""By the names that a run file has for them."""
 
 
 def _written(drafts: Sequence[Draft], job: RolloutJob, writer: Writer | None) -> list[Draft]:

@@ -223,3 +223,23 @@ def model_fingerprint(model: nn.Module, *, whole: bool = False) -> str:
         for part in flat.split(_AT_ONCE) if whole else [flat[::stride][:64]]:
             digest.update(part.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def without_dropout(model: Any) -> list[str]:
+    """Switch off the checkpoint's dropout: the student that is trained must be the student that sampled.
+
+    Modules keep their rates as numbers (`p` of nn.Dropout, `attention_dropout`, `layerdrop`); the config stays.
+    """
+    rates: set[str] = set()
+    for module in model.modules():
+        names = ["p"] if isinstance(module, torch.nn.Dropout) else [n for n in vars(module) if "drop" in n]
+        for name in names:
+            if isinstance(value := getattr(module, name), float) and value > 0:
+                setattr(module, name, 0.0)
+                rates.add(f"{value:g}")
+    if not rates:
+        return []
+    return [
+        f"the student's own dropout ({', '.join(sorted(rates))}) is switched off: rollouts are drawn without it, and "
+        "with it the trained student would differ from the student that wrote. You may still set student.lora.dropout."
+    ]

@@ -12,7 +12,7 @@ from tropd.errors import ConfigError, EvidenceError, TrainingDiverged
 from tropd.objective.context import Context, Reach
 from tropd.objective.evidence import Needs, StudentView, Tokens, at_least_float32, joined
 from tropd.objective.plan import Counts, Plan, make_plan
-from tropd.objective.terms import Term, support_width
+from tropd.objective.terms import Piece, Term, support_width
 from tropd.types import READER, TermStats
 
 
@@ -44,6 +44,11 @@ class Objective:
         if len(set(names)) != len(names):
             raise ConfigError(f"two terms of one objective share a name: {', '.join(names)}.")
         object.__setattr__(self, "terms", terms)
+        if alike := [a for a in self.memories if [b.memory for b in self.memories].count(a.memory) > 1]:
+            raise ConfigError(
+                f"{' and '.join(map(str, alike))} of one objective would share the memory {alike[0].memory!r}. Give "
+                "them the same knobs, or keep one."
+            )
 
     @property
     def needs(self) -> Needs:
@@ -55,6 +60,17 @@ class Objective:
     @property
     def reach(self) -> Reach:
         return max(term.reach for term in self.terms)
+
+    @property
+    def memories(self) -> tuple[Piece, ...]:
+        """The different pieces that remember something from step to step."""
+        pieces = (piece for term in self.terms for part in (term.where, term.loss) for piece in part.remembering())
+        return tuple(dict.fromkeys(pieces))
+
+    def remember(self, tokens: Tokens, context: Context) -> None:
+        """Once per step, after its plans: what its pieces keep of the whole batch of this rank."""
+        kept = {f"{p.memory}/{name}": x for p in self.memories for name, x in p.remember(tokens, context).items()}
+        context.memory.update(kept)
 
     @property
     def readers(self) -> tuple[str, ...]:

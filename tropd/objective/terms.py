@@ -55,6 +55,8 @@ class Piece(Ranged):
     own_columns: ClassVar[tuple[str, ...]] = ()
     """Columns of its reader that it reads (`Tokens.column`)."""
     own_reach: ClassVar[Reach] = Reach.TOKEN
+    memory: ClassVar[str] = ""
+    """What its tensors in `context.memory` are called: MEMORY/NAME; empty where it remembers nothing."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -67,6 +69,18 @@ class Piece(Ranged):
             for part in value if isinstance(value, tuple) else (value,):
                 if isinstance(part, Piece):
                     yield part
+
+    def remember(self, tokens: Tokens, context: Context) -> Mapping[str, Tensor]:
+        """What it keeps for the next steps, by name: small tensors, the same on all ranks.  Called once per step, after
+        the step's plans, with the whole batch of this rank."""
+        return {}
+
+    def remembering(self) -> Iterator[Piece]:
+        """The pieces that remember: this one and its parts."""
+        if self.memory:
+            yield self
+        for part in self.parts():
+            yield from part.remembering()
 
     def own_asks(self, reader: str) -> Mapping[str, Needs]:
         """What it reads itself, by reader; `reader` is its own.  Override it where it looks at several."""
@@ -90,7 +104,8 @@ class Piece(Ranged):
 
     @property
     def reach(self) -> Reach:
-        return max([self.own_reach, *(part.reach for part in self.parts())])
+        own = Reach.BATCH if self.memory else self.own_reach  # what remembers looks at whole batches
+        return max([own, *(part.reach for part in self.parts())])
 
     def __str__(self) -> str:
         """Name and arguments that differ from the defaults: what `tropd explain` prints."""

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from tropd.errors import ConfigError
+from tropd.methods.decoding import Decoding
 from tropd.methods.drafts import Draft, RolloutJob, Writer
 from tropd.methods.policies import RolloutPolicy
 from tropd.rollout.engine import Engine
 from tropd.types import Author, Completion, Request, Rollout, key_of
 
 
-def roll_out(policy: RolloutPolicy, job: RolloutJob, student: Engine, writer: Writer | None) -> list[Rollout]:
-    """Carry out a policy.  `writer` is the teacher's engine, used only if the teacher writes."""
-    return carry_on(begin(policy, job, writer), job, student)
+class Pair(Protocol):
+    """Student and teacher, writing together."""
+
+    def write(
+        self, requests: Sequence[Request], told: Sequence[tuple[int, ...]], decoding: Decoding
+    ) -> list[Completion]:
+        """One completion per request; `told` is what the teacher reads in the place of each request's prompt."""
+        ...
+
+
+def roll_out(
+    policy: RolloutPolicy, job: RolloutJob, student: Engine, writer: Writer | None, pair: Pair | None = None
+) -> list[Rollout]:
+    """Carry out a policy.  `writer` is the teacher's engine, used only if the teacher writes; `pair` is used if it has
+    a say in each token."""
+    return carry_on(begin(policy, job, writer), job, student, policy.decoding(job.progress, job.memory), pair)
 
 
 def begin(policy: RolloutPolicy, job: RolloutJob, writer: Writer | None) -> list[Draft]:
@@ -34,7 +49,13 @@ def begin(policy: RolloutPolicy, job: RolloutJob, writer: Writer | None) -> list
     return drafts
 
 
-def carry_on(drafts: Sequence[Draft], job: RolloutJob, student: Engine) -> list[Rollout]:
+def carry_on(
+    drafts: Sequence[Draft],
+    job: RolloutJob,
+    student: Engine,
+    decoding: Decoding | None = None,
+    pair: Pair | None = None,
+) -> list[Rollout]:
     """The rollouts, with the student's continuations of the drafts."""
     open_drafts = [d for d in drafts if not d.whole]
     requests = [
@@ -47,7 +68,17 @@ def carry_on(drafts: Sequence[Draft], job: RolloutJob, student: Engine) -> list[
         )
         for d in open_drafts
     ]
-    written = iter(student.generate(requests) if requests else [])
+    if decoding is None:
+        completions = student.generate(requests) if requests else []
+    elif pair is None:
+        raise ConfigError(
+            "the rollout policy draws each token from student and teacher together, which needs a teacher in this "
+            "process. Set teacher.path instead of teacher.servers, or use another policy."
+        )
+    else:
+        told = [(d.prompt.told.get("teacher") or d.prompt.token_ids) + d.prefix for d in open_drafts]
+        completions = pair.write(requests, told, decoding) if requests else []
+    written = iter(completions)
     return [_finished(d) if d.whole else _continued(d, next(written)) for d in drafts]
 
 
@@ -70,9 +101,12 @@ def _continued(draft: Draft, completion: Completion) -> Rollout:
         id=draft.id,
         prompt=prompt,
         token_ids=prompt.token_ids + draft.prefix + completion.token_ids,
-        authors=(Author.CONTEXT,) * len(prompt.token_ids) + (Author.TEACHER,) * given + (Author.STUDENT,) * new,
+        authors=(Author.CONTEXT,) * len(prompt.token_ids)
+        + (Author.TEACHER,) * given
+        + (completion.authors or (Author.STUDENT,) * new),
         behavior_logprobs=silent + completion.behavior_logprobs,
         model_logprobs=silent + completion.model_logprobs if completion.model_logprobs else (),
         policy_version=completion.policy_version,
         finish=completion.finish,
+        trace=completion.trace,
     )

@@ -106,6 +106,8 @@ def restore(parts: Parts, state: State, alarms: Alarms, saved: checkpoints.Check
     state.source.load_state_dict(held["stream"])
     alarms.load_state_dict(held["alarms"])
     parts.memory.load_state_dict(held.get("memory", {}))
+    pieces = [piece.memory for piece in parts.run.method.objective.memories]
+    parts.memory.check_owners({*pieces, *parts.run.policy.memories, *(follower.key for follower in parts.followers)})
     parts.engine.sync(saved.step)
     state.step, state.best = saved.step, held["best"]
     state.before, state.latest = held["before"], held["latest"]

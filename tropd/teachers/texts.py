@@ -84,5 +84,5 @@ class CachedTexts(Engine):
 
 def _decode(text: str) -> Completion:
     values = json.loads(text)
-    lists = ("token_ids", "behavior_logprobs", "model_logprobs", "policy_version")
-    return Completion(**{**values, **{n: tuple(values[n]) for n in lists}, "finish": Finish(values["finish"])})
+    lists = {name: tuple(x) for name, x in values.items() if isinstance(x, list)}
+    return Completion(**{**values, **lists, "finish": Finish(values["finish"])})

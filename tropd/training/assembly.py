@@ -26,7 +26,7 @@ from tropd.data.stream import LazyPromptStream, PromptStream, name_of
 from tropd.distributed.ranks import ALONE, Ranks
 from tropd.errors import ConfigError
 from tropd.model.forward import Forward
-from tropd.model.loading import choose_device, load_model, load_tokenizer, wrap_student
+from tropd.model.loading import choose_device, load_model, load_tokenizer, without_dropout, wrap_student
 from tropd.model.optimizer import Optimizer
 from tropd.model.origins import Origin, origin_of, origin_of_objects, prompts_origin
 from tropd.model.tiling import Tiling
@@ -36,6 +36,7 @@ from tropd.objective.evidence import OF_TEACHER
 from tropd.objective.losses import SampledForwardKL, SampledReverseKL
 from tropd.objective.memory import Memory
 from tropd.rollout.engine import Engine
+from tropd.rollout.stage import Pair
 from tropd.rollout.transformers import TransformersEngine
 from tropd.teachers import loading
 from tropd.teachers.combined import wholes_of
@@ -68,6 +69,8 @@ class Parts:
     readers: Mapping[str, Teacher]
     """Everybody who reads the responses, by name; "teacher" is the teacher."""
     writer: Engine | None
+    pair: Pair | None
+    """Student and teacher writing together, where the policy asks for that."""
     stream: PromptStream | LazyPromptStream
     stop_ids: tuple[int, ...]
     grader: Grader | None
@@ -104,7 +107,7 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE, given: Given = N
     loaded = load_model(run.student, "student", device) if loaded is None else loaded.to(device).eval()
     loading.load(teachers, device)
     ends = stop_ids(tokenizer, loaded.generation_config)
-    cautions = _without_dropout(loaded)
+    cautions = without_dropout(loaded)
     model = wrap_student(loaded, run.student, run.seed)
     size = loading.shared_size(teachers, model, tokenizer)
     tiling = Tiling(tokens_per_batch=run.tokens_per_micro_batch, tile_tokens=run.tile_tokens, tile_vocab=run.tile_vocab)
@@ -135,6 +138,7 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE, given: Given = N
         teacher=engaged.teacher,
         readers=engaged.readers,
         writer=writer,
+        pair=None,
         stream=stream,
         stop_ids=ends,
         grader=grader,
@@ -213,26 +217,6 @@ def _shards(run: Run, model: Any, world: Ranks) -> Shards | None:
 
     check_torch()
     return Shards(model, world)
-
-
-def _without_dropout(model: Any) -> list[str]:
-    """Switch off the checkpoint's dropout: the student that is trained must be the student that sampled.
-
-    Modules keep their rates as numbers (`p` of nn.Dropout, `attention_dropout`, `layerdrop`); the config stays.
-    """
-    rates: set[str] = set()
-    for module in model.modules():
-        names = ["p"] if isinstance(module, torch.nn.Dropout) else [n for n in vars(module) if "drop" in n]
-        for name in names:
-            if isinstance(value := getattr(module, name), float) and value > 0:
-                setattr(module, name, 0.0)
-                rates.add(f"{value:g}")
-    if not rates:
-        return []
-    return [
-        f"the student's own dropout ({', '.join(sorted(rates))}) is switched off: rollouts are drawn without it, and "
-        "with it the trained student would differ from the student that wrote. You may still set student.lora.dropout."
-    ]
 
 
 def _shortest(*readers: Forward | Engine | Teacher) -> int | None:

@@ -16,6 +16,7 @@ from tropd.checkpoints.checkpoint import writing
 from tropd.data.graders import graded
 from tropd.distributed.ranks import Ranks
 from tropd.errors import EngineError, TeacherError, TrainingDiverged
+from tropd.methods.policies import Done
 from tropd.monitoring.alarms import Alarm, Alarms
 from tropd.monitoring.rollouts import write_rollouts
 from tropd.objective.context import Context
@@ -60,7 +61,6 @@ def iterate(parts: Parts, source: Source, directory: Path, step: int, alarms: Al
 
     written = _write(parts, source, step, seconds)
     rollouts = written.rollouts
-
     with clock(seconds, "score"), _keeping(lambda: _unscored(parts, rollouts), parts, directory, step):
         recall = recall_needed(objective, run.optimizer.num_updates)
         batch = score(
@@ -122,6 +122,7 @@ def iterate(parts: Parts, source: Source, directory: Path, step: int, alarms: Al
         tokens=_count_tokens(batch, world),
         seconds=seconds,
     )
+    _remember(parts, batch, record, context)
     raised = alarms.check(
         record.probes,
         step=step,
@@ -132,6 +133,21 @@ def iterate(parts: Parts, source: Source, directory: Path, step: int, alarms: Al
     )
     messages = tuple(f"{alarm.name}: {alarm.message}" for alarm in raised)
     return Iteration(record=dataclasses.replace(record, alarms=messages), batch=batch, alarms=raised)
+
+
+def _remember(parts: Parts, batch: ScoredBatch, record: StepRecord, context: Context) -> None:
+    """What the method and the policy keep of this step for the next ones; all ranks call together."""
+    run = parts.run
+    run.method.objective.remember(batch.tokens, context)
+    done = Done(
+        step=record.step,
+        progress=(record.step + 1) / run.steps,
+        rollouts=batch.rollouts,
+        probes=record.probes,
+        max_new_tokens=run.rollout.max_new_tokens,
+        world=parts.world,
+    )
+    run.policy.remember(done, parts.memory)
 
 
 def _write(parts: Parts, source: Source, step: int, seconds: dict[str, float]) -> Written:

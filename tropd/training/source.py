@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -21,8 +21,9 @@ from typing import Any
 
 from tropd.base.background import in_background
 from tropd.base.fast_paths import TAKEN, FastPath
+from tropd.data.graders import graded
 from tropd.data.stream import name_of
-from tropd.errors import CheckpointError, TeacherError
+from tropd.errors import CheckpointError, ConfigError, TeacherError
 from tropd.methods.drafts import RolloutJob, drafts_of
 from tropd.objective.evidence import OF_TEACHER
 from tropd.rollout.stage import begin, carry_on, roll_out
@@ -58,7 +59,7 @@ class Source:
         parts, run = self.parts, self.parts.run
         if self._next is None:
             self._taken = (parts.stream.state_dict(), None)
-            return Written(rollouts=roll_out(run.policy, self._job(step), parts.engine, parts.writer))
+            return Written(rollouts=roll_out(run.policy, self._job(step), parts.engine, parts.writer, parts.pair))
         self._taken = (self._cursor, None)
         written, self._next = self._next.result(), None
         self._taken = (self._cursor, written)
@@ -142,13 +143,33 @@ class Source:
             prompts=[prompts[p] for p in own_prompts(parts)],
             batch=prompts,
             num_rollouts=run.rollout.num_rollouts,
-            max_new_tokens=run.rollout.max_new_tokens,
+            max_new_tokens=_horizon(parts, step),
             sampling=run.sampling,
             stop_ids=parts.stop_ids,
             seed=run.seed,
             progress=step / run.steps,
+            step=step,
+            memory=parts.memory,
+            grade=_grade(parts),
             teacher_sampling=run.rollout.teacher_sampling,
         )
+
+
+def _grade(parts: Parts) -> Callable[[Sequence[Rollout]], Sequence[Rollout]] | None:
+    grader = parts.grader
+    return None if grader is None else lambda rollouts: graded(grader, rollouts, parts.tokenizer)
+
+
+def _horizon(parts: Parts, step: int) -> int:
+    """How many tokens the policy has written of each response in this step."""
+    most = parts.run.rollout.max_new_tokens
+    asked = parts.run.policy.horizon(most, step / parts.run.steps, parts.memory)
+    if not 1 <= asked <= most:
+        raise ConfigError(
+            f"the rollout policy asks for responses of {asked} tokens, but a response has 1 to {most} "
+            "(rollout.max_new_tokens)."
+        )
+    return asked
 
 
 def own_prompts(parts: Parts) -> list[int]:
