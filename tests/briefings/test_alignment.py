@@ -116,6 +116,14 @@ def test_a_reader_whose_template_opens_the_answer_otherwise_is_refused(
         load_parts(told(world, briefing, grader=WORDS), tmp_path)
 
 
+def test_a_template_that_cuts_what_a_reader_is_told_is_refused(tmp_path: Path) -> None:
+    world, tokenizer = models(tmp_path, "qwen3"), byte_tokenizer()
+    tokenizer.chat_template = QWEN3.replace("m.content", "m.content[:10]")
+    save_model(tmp_path / "copy", tokenizer=tokenizer, family="qwen3", max_position_embeddings=1024)
+    with pytest.raises(ConfigError, match="its chat template does not write that in full"):
+        load_parts(told(world, COLUMN), tmp_path)
+
+
 @pytest.mark.parametrize("briefing", [FEEDBACK, PEERS])
 def test_text_without_turns_is_told_in_front_of_the_prompt_or_refused(tmp_path: Path, briefing: Any) -> None:
     world = models(tmp_path, "gpt2")

@@ -82,6 +82,14 @@ def opening(
     return whole[at:]
 
 
+def cut_short(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, kwargs: Mapping[str, Any] | None = None
+) -> Message | None:
+    """The first message that the template does not write in full.  It may rewrite what the assistant has said."""
+    text = _render_text(messages, tokenizer, kwargs or {}, True)
+    return next((m for m in messages if m.role != "assistant" and m.content.strip() not in text), None)
+
+
 def encode_plain(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Text to be continued: with the tokens that the tokenizer puts in front, and none behind."""
     ids = tokenizer.encode(text)

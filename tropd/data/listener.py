@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tropd.base.reading import shortened
 from tropd.briefings.asked import Asked, Briefing, Messages
 from tropd.config.models import TeacherConfig
 from tropd.data import chat
@@ -73,6 +74,12 @@ class Listener:
                 f"{self.said} is told more than the student, but its chat template leaves that out: both would read "
                 f"{str(self.student.decode(list(ids)))[-_SHOWN:]!r}. Put it into the user's turn (briefing kind "
                 "'column'), or give the reader a chat template that writes it."
+            )
+        cut = chat.cut_short(told, self.tokenizer, kwargs=self.kwargs) if prompt.messages and told != messages else None
+        if cut is not None:
+            raise ConfigError(
+                f"{self.said} is told {shortened(repr(cut.content))} in the {cut.role}'s turn, but its chat template "
+                "does not write that in full. Give it a chat template that does, or tell it less."
             )
         return ids
 
