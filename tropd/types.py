@@ -181,6 +181,8 @@ class TeacherScores:
     at_student_topk_TJ: Tensor | None = None
     full_logprobs_TV: Tensor | None = None
     hidden_TH: Tensor | None = None
+    read_T: Tensor | None = None
+    """Which tokens it says something of; None: all.  Numbers of the others mean nothing."""
     teacher: str = "default"
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     """What else it says of each token, by name: for pieces of your own, which name it in `own_columns`."""

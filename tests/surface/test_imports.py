@@ -8,8 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 ROOMS = (
-    *("errors", "base", "version", "types", "objective", "briefings", "methods", "config", "data", "model", "servers"),
-    *("distributed", "checkpoints", "rollout", "teachers", "evaluation", "monitoring", "report", "training"),
+    *("errors", "base", "version", "types", "objective", "briefings", "methods", "config", "data", "bridge", "model"),
+    *("servers", "distributed", "checkpoints", "rollout", "teachers", "evaluation", "monitoring", "report", "training"),
     *("doctor", "planning", "run", "testbeds", "laboratory", "testing", "cli", "__main__"),
 )
 """From the ground up."""

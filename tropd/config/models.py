@@ -17,6 +17,7 @@ from tropd.briefings.briefing import AsStudent, Briefing, read_briefing
 from tropd.briefings.follow import Follow, Frozen, read_follow
 from tropd.briefings.mixtures import Mixture, Steered, mixture_of
 from tropd.briefings.reader import Direction
+from tropd.config.bridge import BridgeConfig
 from tropd.errors import ConfigError
 from tropd.types import READER
 
@@ -145,6 +146,8 @@ class TeacherConfig(ModelConfig):
     """How the student before training follows the student, such as { rule = "ema", decay = 0.999 }."""
     direction: Annotated[Direction | None, Fixed, Suppress] = None
     """What is added to one of its layers while it reads, such as { file = "refusal.npy", layer = 12 }."""
+    bridge: BridgeConfig | None = None
+    """It has another tokenizer than the student: how its log-probabilities cross."""
     text_cache: bool = True
     """Keep the texts it writes on disk, in the run's folder."""
     score_cache: bool = False

@@ -57,15 +57,16 @@ class Briefer:
         found: dict[str, Listener] = {}
         for name, reader in readers.items():
             briefing = imported(reader.config.briefing)
-            if isinstance(briefing, AsStudent):
+            own, bridged = reader.tokenizer, reader.config.bridge is not None
+            if isinstance(briefing, AsStudent) and not bridged:
                 continue
-            own = reader.tokenizer
             found[name] = Listener(
                 said=said(name),
                 section=_section(name, teaches),
                 briefing=briefing,
                 teaches=teaches,
-                tokenizer=own if own is not None and own.chat_template else self.tokenizer,
+                tokenizer=own if own is not None and (own.chat_template or bridged) else self.tokenizer,
+                bridged=bridged,
                 student=self.tokenizer,
                 kwargs=self.data.chat_template_kwargs,
                 context=reader.context,

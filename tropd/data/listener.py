@@ -47,9 +47,13 @@ class Listener:
     kwargs: Mapping[str, Any]
     """Of both chat templates."""
     context: int | None
+    bridged: bool = False
+    """Whether that tokenizer is another one than the student's."""
 
     def render(self, prompt: Prompt, messages: Messages, told: Messages) -> tuple[int, ...]:
         """The tokens of what it is told, where the student's prompt is of `messages`."""
+        if self.bridged:
+            return self._in_its_own_words(prompt, told)
         if prompt.messages:
             ids = chat.render(told, self.tokenizer, kwargs=self.kwargs)
             opening = chat.opening(messages, self.student, kwargs=self.kwargs)
@@ -82,6 +86,22 @@ class Listener:
                 "does not write that in full. Give it a chat template that does, or tell it less."
             )
         return ids
+
+    def _in_its_own_words(self, prompt: Prompt, told: Messages) -> tuple[int, ...]:
+        """The same conversation with the teacher's own template and tokens."""
+        if not prompt.messages:
+            return chat.encode_plain(told[-1].content, self.tokenizer)
+        if not self.tokenizer.chat_template:
+            raise ConfigError(
+                f"{self.said} has a tokenizer of its own without a chat template, but prompts are conversations. Set "
+                "its `tokenizer` to a folder whose tokenizer has one, or data.apply_chat_template = false."
+            )
+        if (cut := chat.cut_short(told, self.tokenizer, kwargs=self.kwargs)) is not None:
+            raise ConfigError(
+                f"{self.said} is to read {shortened(repr(cut.content))} in the {cut.role}'s turn, but its chat "
+                "template does not write that in full. Give it a chat template that does."
+            )
+        return chat.render(told, self.tokenizer, kwargs=self.kwargs)
 
     def _unbriefed(self, prompt: Prompt, messages: Messages) -> tuple[int, ...]:
         """What it would read if it were told nothing."""

@@ -172,7 +172,7 @@ class Tokens(Evidence):
     of_reader: ClassVar[tuple[str, ...]] = (
         *("teacher_logprobs_N", "teacher_topk_ids_NK", "teacher_topk_logprobs_NK", "teacher_at_student_topk_NJ"),
         *("teacher_full_logprobs_NV", "teacher_hidden_NH", "teacher_entropy_N", "reverse_kl_N", "read_S", "columns"),
-        "student_at_topk_NK",
+        *("student_at_topk_NK", "read_N", "num_read_S"),
     )
 
     token_ids_N: Tensor
@@ -211,6 +211,10 @@ class Tokens(Evidence):
     """What else the teacher says of each token, by name: a row per token."""
     read_S: Tensor = ABSENT
     """Which sequences the teacher read.  Evidence of the others is filled in and means nothing; absent: it read all."""
+    read_N: Tensor = ABSENT
+    """Which tokens of those the teacher says something of; absent: all."""
+    num_read_S: Tensor = ABSENT
+    """How many tokens of each sequence that can be trained on are read, in the whole batch; there where read_N is."""
     student_entropy_N: Tensor = ABSENT
     rewards_S: Tensor = ABSENT
     groups_S: Tensor = ABSENT
@@ -272,13 +276,19 @@ def trained(tokens: Tokens) -> Tensor:
 
 
 def as_heard(tokens: Tokens, readers: Iterable[str]) -> Tokens:
-    """What a term of these readers sees: a response that one of them did not read is text that nobody trains on."""
-    reads = [x for name in readers if (x := tokens.of(name).peek("read_S")) is not None]
-    if not reads:
+    """What a term of these readers sees: what one of them did not read is text that nobody trains on."""
+    each = [tokens.of(name) for name in readers]
+    read_N, num_S = None, tokens.num_actions_S
+    for of in each:
+        if (own_S := of.peek("read_S")) is not None:
+            own_N = own_S[tokens.sequences_N]
+            read_N, num_S = own_N if read_N is None else read_N & own_N, torch.where(own_S, num_S, 0)
+        if (own_N := of.peek("read_N")) is not None:
+            read_N, num_S = own_N if read_N is None else read_N & own_N, torch.minimum(num_S, of.num_read_S)
+    if read_N is None:
         return tokens
-    read_S = torch.stack(reads).all(0)
-    authors_N = torch.where(read_S[tokens.sequences_N], tokens.authors_N, int(Author.ENVIRONMENT))
-    return tokens.with_(authors_N=authors_N, num_actions_S=torch.where(read_S, tokens.num_actions_S, 0))
+    authors_N = torch.where(read_N, tokens.authors_N, int(Author.ENVIRONMENT))
+    return tokens.with_(authors_N=authors_N, num_actions_S=num_S)
 
 
 def around(sequences_N: Tensor, authors_N: Tensor) -> tuple[Tensor, Tensor]:

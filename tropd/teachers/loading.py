@@ -30,6 +30,7 @@ from tropd.model.loading import load_model, load_tokenizer
 from tropd.model.origins import Origin, origin_of, origin_of_objects
 from tropd.model.tiling import Tiling
 from tropd.objective.evidence import Needs
+from tropd.teachers.bridged import Bridged
 from tropd.teachers.combined import Combined
 from tropd.teachers.directions import added
 from tropd.teachers.following import Follower, Swapped
@@ -137,7 +138,7 @@ def find(run: Run, tokenizer: PreTrainedTokenizerBase, given: Any = None) -> lis
                 teacher.own = make_teacher(teacher.config)
             else:
                 teacher.tokenizer = load_tokenizer(teacher.config, "teacher")
-            if teacher.tokenizer is not None:
+            if teacher.tokenizer is not None and not teacher.config.bridge:
                 same_vocabulary(tokenizer, teacher.tokenizer)
             if teacher.own is not None:
                 _check_own(teacher.own)
@@ -182,12 +183,19 @@ def load(teachers: Sequence[TeacherParts], device: torch.device) -> None:
 def shared_size(teachers: Sequence[TeacherParts], student: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many token ids the student and all teachers share."""
     sizes = [shared_vocab_size(student, tokenizer, student, tokenizer)]
-    for teacher in teachers:
+    for teacher in (x for x in teachers if not x.config.bridge):
         if teacher.model is not None:
             sizes.append(shared_vocab_size(student, tokenizer, teacher.model, teacher.tokenizer))
         elif teacher.config.servers and not teacher.config.follows:
             sizes.append(served_size(teacher.config, teacher.tokenizer))
     return min(sizes)
+
+
+def own_size(teacher: TeacherParts) -> int:
+    """How many token ids a teacher with a tokenizer of its own has."""
+    if teacher.model is None:
+        return served_size(teacher.config, teacher.tokenizer)
+    return shared_vocab_size(teacher.model, teacher.tokenizer, teacher.model, teacher.tokenizer)
 
 
 def engage(
@@ -204,12 +212,13 @@ def engage(
     ready: dict[str, Teacher] = {}
     notes, followers = list[str](), list[Follower]()
     for teacher in teachers:
-        local = partial(LocalTeacher, name=teacher.name, vocab_size=vocab_size, tiling=tiling)
+        size = own_size(teacher) if teacher.config.bridge else vocab_size
+        local = partial(LocalTeacher, name=teacher.name, vocab_size=size, tiling=tiling)
         top_k = objective.top_k_of(teacher.name if teacher.reader else READER)
         if teacher.config.servers and not teacher.config.follows:
             with teacher.named():
                 teacher.served = meet_teacher(
-                    teacher.config, top_k, vocab_size, teacher.tokenizer, directory, world, name=teacher.name
+                    teacher.config, top_k, size, teacher.tokenizer, directory, world, name=teacher.name
                 )
             ready[teacher.origin] = teacher.served.teacher
             notes += teacher.says(teacher.served.notes)
@@ -228,6 +237,8 @@ def engage(
             followers.append(Follower(teacher.origin, teacher.config.follow, single, teacher.swapped))
             if teacher.config.servers:
                 ready[teacher.origin] = MovedTeacher(teacher.config, followers[-1], top_k, directory, world)
+        if teacher.config.bridge:
+            ready[teacher.origin] = Bridged(ready[teacher.origin], teacher.tokenizer, size, teacher.config.bridge)
     teaching = {x.name: ready[x.origin] for x in teachers if not x.reader}
     teacher = Routed(teaching) if teachers[0].several else teaching["default"]
     readers = {READER: teacher, **{x.name: ready[x.origin] for x in teachers if x.reader}}

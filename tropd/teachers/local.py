@@ -144,8 +144,9 @@ def same_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
     if wrong:
         raise VocabularyError(
             f"a teacher that reads the student's tokens was asked for, but {len(wrong)} of {len(student)} tokens "
-            f"differ: {'; '.join(wrong[:4])}. Use a teacher with the student's tokenizer; if only added tokens differ, "
-            "add them to both or use one that both have (pad_token = eos_token)."
+            f"differ: {'; '.join(wrong[:4])}. If the teacher has a tokenizer of its own, add a section "
+            "[teacher.bridge]; if only added tokens differ, add them to both or use one that both have (pad_token = "
+            "eos_token)."
         )
 
 

@@ -8,13 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tropd.bridge.translation import Bridge
 from tropd.config.run import Run
 from tropd.data.stream import LazyPromptStream, PromptStream
 from tropd.errors import ConfigError, EngineError, TeacherError
 from tropd.model.origins import Origin, name_of
 from tropd.rollout.engine import Engine
 from tropd.rollout.transformers import TransformersEngine
-from tropd.teachers.loading import TeacherParts
+from tropd.teachers.bridged import BridgedWriter
+from tropd.teachers.loading import TeacherParts, own_size
 from tropd.teachers.local import without_adapter
 from tropd.teachers.routed import RoutedWriter
 from tropd.teachers.served import serve_writer
@@ -66,9 +68,13 @@ def writer_of(
             with teacher.named():
                 writer = _own_writer(teacher.own, run)
         else:
-            writer = _local_writer(teacher, run, student, size)
+            writer = _local_writer(teacher, run, student, own_size(teacher) if teacher.config.bridge else size)
         if teacher.config.text_cache and not teacher.config.moves:
             writer = CachedTexts(writer, path, name_of(origins.get(teacher.origin) or origins["student"]))
+        if teacher.config.bridge:  # text by text: its tokens are other tokens
+            writer = BridgedWriter(
+                writer, Bridge(student=prompts[0], teacher=teacher.tokenizer, config=teacher.config.bridge)
+            )
         writers[teacher.name] = writer
     return (RoutedWriter(writers) if run.teachers else writers["default"]), notes
 

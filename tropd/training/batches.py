@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tropd.errors import TeacherError
-from tropd.objective.evidence import Needs, Tokens, around
+from tropd.objective.evidence import Needs, Tokens, around, trained
 from tropd.types import READER, Author, Rollout, TeacherScores, key_of
 
 AsRead = Mapping[str, Sequence[Rollout | None]]
@@ -51,12 +51,13 @@ class ScoredBatch:
         new_of = torch.zeros(len(self.rollouts), dtype=torch.int64, device=part.tokens.sequences_N.device)
         index = torch.tensor(list(chosen), dtype=torch.int64, device=new_of.device)
         new_of[index] = torch.arange(len(chosen), device=new_of.device)
-        fields = ("keys_S", "num_actions_S", "rewards_S", "groups_S", "read_S")
+        of_reader = ("read_S", "num_read_S")
+        fields = ("keys_S", "num_actions_S", "rewards_S", "groups_S", *of_reader)
         held = {f: x[index.to(x.device)] for f in fields if (x := part.tokens.peek(f)) is not None}
         tokens = part.tokens.with_(sequences_N=new_of[part.tokens.sequences_N], **held)
         for name, evidence in tokens.others.items():
-            if "read_S" in evidence:
-                tokens = tokens.told(name, read_S=evidence["read_S"][index.to(evidence["read_S"].device)])
+            some = {f: evidence[f][index.to(evidence[f].device)] for f in of_reader if f in evidence}
+            tokens = tokens.told(name, **some) if some else tokens
         return replace(part, tokens=tokens)
 
 
@@ -78,7 +79,7 @@ def make_tokens(rollouts: Sequence[Rollout], seed: int, device: torch.device, vo
         return values[len(r.prompt.token_ids) :]
 
     authors = [response(r, r.authors) for r in rollouts]
-    trained = {Author.STUDENT, Author.TEACHER}
+    can_train = {Author.STUDENT, Author.TEACHER}
     groups = {name: n for n, name in enumerate(sorted({r.group for r in rollouts}))}
     optional: dict[str, object] = {"groups_S": torch.tensor([groups[r.group] for r in rollouts], device=device)}
     if vocab_size is not None:
@@ -99,7 +100,7 @@ def make_tokens(rollouts: Sequence[Rollout], seed: int, device: torch.device, vo
         num_after_N=num_after_N,
         positions_N=flat([range(n) for n in lengths], torch.int64),
         keys_S=torch.tensor([key_of(seed, r.id) for r in rollouts], dtype=torch.int64, device=device),
-        num_actions_S=torch.tensor([sum(a in trained for a in row) for row in authors], device=device),
+        num_actions_S=torch.tensor([sum(a in can_train for a in row) for row in authors], device=device),
         behavior_logprobs_N=flat([response(r, r.behavior_logprobs) for r in rollouts], torch.float32),
         **optional,  # type: ignore[arg-type]
     )
@@ -137,6 +138,13 @@ def add_scores(
         rows = [getattr(s, name) for s in scores]
         if rows and all(x is not None for x in rows):
             joined[evidence] = torch.cat(rows).to(tokens.token_ids_N.device)
+    if any(s.read_T is not None for s in scores):
+        read_N = torch.cat(
+            [torch.ones_like(s.logprobs_T, dtype=torch.bool) if s.read_T is None else s.read_T for s in scores]
+        )
+        joined["read_N"] = read_N = read_N.to(tokens.token_ids_N.device)
+        counted_N = (read_N & trained(tokens)).long()
+        joined["num_read_S"] = torch.zeros_like(tokens.num_actions_S).index_add_(0, tokens.sequences_N, counted_N)
     if columns:
         joined["columns"] = {name: torch.cat([s.columns[name] for s in scores]) for name in columns}
     return tokens.told(reader, **joined)

@@ -13,6 +13,7 @@ from tropd.monitoring.probe import Probe, Sight
 from tropd.monitoring.probes import Sums, probe_batch
 from tropd.monitoring.probing import Probing
 from tropd.monitoring.teachers import probes_of
+from tropd.objective.evidence import as_heard
 from tropd.objective.support import NOTHING
 from tropd.training.batches import ScoredBatch
 from tropd.training.micro_batch import Seen
@@ -76,8 +77,8 @@ class Watched:
             student_N = torch.where(unseen_N, sampled_N.to(student_N), student_N)
         weights = {term: torch.cat([by[r.id] for r in rollouts]) for term, by in self.weights.items()}
         teacher = {name: tokens.peek(name) for name in ("teacher_topk_ids_NK", *_UNKNOWN)}
-        if (read_S := tokens.peek("read_S")) is not None:  # what is filled in there is nobody's opinion
-            unread_N = ~read_S[tokens.sequences_N]
+        unread_N = as_heard(tokens, [tokens.reader]).authors_N != tokens.authors_N
+        if bool(unread_N.any()):  # what is filled in there is nobody's opinion
             for name, unknown in _UNKNOWN.items():
                 if (x := teacher[name]) is not None:
                     teacher[name] = x.masked_fill(unread_N if x.dim() == 1 else unread_N[:, None], unknown)

@@ -1,0 +1,117 @@
+"""A response of the student in the teacher's tokens, with the chunks in which credit comes back.
+
+Special tokens are not text: each stands for itself, and cuts the text into parts.  The token that ends the student's
+turn becomes the token that ends the teacher's, whatever they are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from tropd.bridge.chunks import Chunk, chunks_of, is_read
+from tropd.bridge.spelling import decode, encoded, spelled
+from tropd.config.bridge import BridgeConfig
+from tropd.data import chat
+from tropd.errors import VocabularyError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_OPENING = 4
+"""Tokens of the prompt that the response is encoded behind."""
+
+
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """What the teacher reads of a response."""
+
+    token_ids: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+    """All of them, in order: together they are the response."""
+    read: tuple[Chunk, ...]
+    """Those that bring credit back."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Bridge:
+    """Two tokenizers of a run."""
+
+    student: PreTrainedTokenizerBase
+    teacher: PreTrainedTokenizerBase
+    config: BridgeConfig
+
+    @cached_property
+    def end(self) -> int | None:
+        """What ends the teacher's turn."""
+        return chat.response_end_id(self.teacher, bool(self.teacher.chat_template))
+
+    @cached_property
+    def special(self) -> Mapping[int, int | None]:
+        """The student's special tokens, and what the teacher has for each; None: nothing."""
+        theirs = {str(token): index for index, token in self.teacher.added_tokens_decoder.items()}
+        theirs |= dict(zip(self.teacher.all_special_tokens, self.teacher.all_special_ids, strict=True))
+        own = {index: str(token) for index, token in self.student.added_tokens_decoder.items()}
+        own |= dict(zip(self.student.all_special_ids, self.student.all_special_tokens, strict=True))
+        wanted = dict(self.config.special)
+        for name, other in wanted.items():
+            if name not in own.values() or other not in theirs:
+                whose, lacking = ("student", name) if name not in own.values() else ("teacher", other)
+                raise VocabularyError(
+                    f"bridge.special says that {name!r} of the student is {other!r} of the teacher, but {lacking!r} is "
+                    f"no special token of the {whose}."
+                )
+        return {index: theirs.get(wanted.get(name, name)) for index, name in own.items()}
+
+    def translate(self, response_ids: Sequence[int], prompt_ids: Sequence[int], ended: bool) -> Translation:
+        """The response behind the teacher's prompt.  `ended`: its last token ends the turn."""
+        ids, chunks, read = list[int](), list[Chunk](), list[Chunk]()
+        place = 0
+        after = self._opening(prompt_ids)
+        for part, special in self._parts(response_ids, ended):
+            if special:
+                mapped = self.end if ended and place + 1 == len(response_ids) else self.special[part[0]]
+                text, theirs = decode(self.student, part), () if mapped is None else (mapped,)
+                found = [Chunk((0, 1), (0, len(theirs)), text)]
+                heard = found if theirs else []
+            else:
+                own = spelled(self.student, part)
+                other = encoded(self.teacher, own.text, after)
+                theirs, found = other.token_ids, chunks_of(own, other)
+                unknown: Any = self.teacher.unk_token_id
+                heard = [c for c in found if is_read(c, other, self.config.longest, unknown)]
+            shift = (place, len(ids))
+            chunks += [c.moved(*shift) for c in found]
+            read += [c.moved(*shift) for c in heard]
+            ids += theirs
+            place += len(part)
+            after = ""
+        return Translation(token_ids=tuple(ids), chunks=tuple(chunks), read=tuple(read))
+
+    def back(self, token_ids: Sequence[int], ended: bool, end: int | None) -> tuple[int, ...]:
+        """A text that the teacher wrote, in the student's tokens; `end` ends the student's turn."""
+        own = token_ids[:-1] if ended else token_ids
+        text = decode(self.teacher, own)
+        ids = self.student.encode(text, add_special_tokens=False)
+        return (*ids, end) if ended and end is not None else tuple(ids)
+
+    def _parts(self, ids: Sequence[int], ended: bool) -> Iterator[tuple[tuple[int, ...], bool]]:
+        """Stretches of text, and special tokens one by one."""
+        text: list[int] = []
+        for n, index in enumerate(ids):
+            if index in self.special or (ended and n + 1 == len(ids)):
+                if text:
+                    yield tuple(text), False
+                    text = []
+                yield (index,), True
+            else:
+                text.append(index)
+        if text:
+            yield tuple(text), False
+
+    def _opening(self, prompt_ids: Sequence[int]) -> str:
+        last = [*prompt_ids[-_OPENING:]]
+        text = decode(self.teacher, last)
+        return text if self.teacher.encode(text, add_special_tokens=False) == last else ""
