@@ -13,7 +13,7 @@ from tests.small_runs import run_of, save_model
 from tests.tiny import tiny_model
 from tests.told import COLUMN, told, write_world
 from tropd.errors import EvidenceError, TropdError, VocabularyError
-from tropd.objective.evidence import as_heard
+from tropd.objective.heard import as_heard
 from tropd.run.start import assemble as load_parts
 from tropd.run.start import resume, train
 from tropd.teachers.teacher import ScoreRequest

@@ -57,16 +57,15 @@ class Briefer:
         found: dict[str, Listener] = {}
         for name, reader in readers.items():
             briefing = imported(reader.config.briefing)
-            own, bridged = reader.tokenizer, reader.config.bridge is not None
-            if isinstance(briefing, AsStudent) and not bridged:
+            if isinstance(briefing, AsStudent) and not reader.config.bridge:
                 continue
             found[name] = Listener(
                 said=said(name),
                 section=_section(name, teaches),
                 briefing=briefing,
                 teaches=teaches,
-                tokenizer=own if own is not None and (own.chat_template or bridged) else self.tokenizer,
-                bridged=bridged,
+                tokenizer=_tokenizer_of(reader) or self.tokenizer,
+                bridged=reader.config.bridge is not None,
                 student=self.tokenizer,
                 kwargs=self.data.chat_template_kwargs,
                 context=reader.context,
@@ -284,3 +283,9 @@ def _group(rollout: Rollout) -> tuple[str, str]:
 
 def _turn(text: str) -> Messages:
     return (Message(role="user", content=text),)
+
+
+def _tokenizer_of(reader: Candidate) -> PreTrainedTokenizerBase | None:
+    """Whose template writes what it reads: its own, where that has one or its tokens are others than the student's."""
+    own = reader.tokenizer
+    return own if own is not None and (own.chat_template or reader.config.bridge) else None

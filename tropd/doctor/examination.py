@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from tropd.briefings.briefing import AsStudent
 from tropd.config.run import Run
+from tropd.doctor.bridge import check_bridge
 from tropd.doctor.check import Check, error, ok, warning
 from tropd.doctor.cost import check_disk, check_memory
 from tropd.doctor.method import (
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 Look = Callable[[Subject], Iterator[Check]]
 
-OF_A_TEACHER: tuple[Look, ...] = (check_tokenizers, check_stops, check_templates, check_briefing)
+OF_A_TEACHER: tuple[Look, ...] = (check_tokenizers, check_bridge, check_stops, check_templates, check_briefing)
 """Checks that run for each teacher."""
 
 QUICK: tuple[Look, ...] = (

@@ -9,7 +9,7 @@ from tropd.data.graders import GRADERS, Grader, check_answers
 from tropd.doctor.check import Check, error, ok, warning
 from tropd.doctor.subject import Subject
 from tropd.errors import DataError
-from tropd.teachers.loading import share_prompts
+from tropd.teachers.routed import share_prompts
 from tropd.types import Prompt
 
 _GRADED = 64  # answers: enough to see a wrong column

@@ -23,6 +23,7 @@ from tropd.model.head import causal_lm_of
 from tropd.model.loading import load_tokenizer
 from tropd.objective.evidence import Needs
 from tropd.servers.dialects import dialect_of
+from tropd.teachers.bridged import Bridged
 from tropd.teachers.loading import shares_model
 from tropd.teachers.local import LocalTeacher, same_vocabulary
 from tropd.teachers.routed import shared_by
@@ -126,6 +127,7 @@ def _side_of(parts: Parts, name: str) -> Side | None:
     if config.servers and config.is_model:
         return _read_side(config, "teacher")
     tokenizer = given[1] if isinstance(given, tuple) else None
+    teacher = teacher.inner if isinstance(teacher, Bridged) else teacher
     if teacher.forward is None or not (config.is_model or tokenizer):
         return None
     inside = causal_lm_of(teacher.forward.model)
@@ -219,7 +221,7 @@ def _read_side(config: ModelConfig, whose: str) -> Side:
 
 def _read_reader(config: ReaderConfig, student: Side | None) -> Side:
     side = _read_side(config, "teacher")
-    if student is not None:
+    if student is not None and config.bridge is None:
         same_vocabulary(student.tokenizer, side.tokenizer)
     return side
 

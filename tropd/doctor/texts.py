@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from tropd.briefings.briefing import AsStudent
 from tropd.data import chat
 from tropd.doctor.check import Check, error, ok, warning
 from tropd.doctor.readers import nobody_teaches
 from tropd.doctor.subject import Side, Subject
 from tropd.errors import ConfigError, DataError, VocabularyError
 from tropd.teachers.local import same_vocabulary
-from tropd.types import Message, Sampling
+from tropd.types import READER, Message, Sampling
 
 _SAMPLE = (Message(role="user", content="What is 2 + 2?"),)
 
@@ -24,6 +25,8 @@ def check_tokenizers(subject: Subject) -> Iterator[Check]:
         whose = "is your own" if subject.run.teacher.is_own else "is the base under the student's adapter"
         whose = "is the student itself" if subject.run.teacher.path == "student" else whose
         yield ok("tokenizers", f"{num_tokens} tokens; the teacher {whose}")
+    elif subject.run.teacher.bridge is not None:
+        return  # `check_bridge` says more
     else:
         try:
             same_vocabulary(student.tokenizer, teacher.tokenizer)
@@ -67,6 +70,9 @@ def check_stops(subject: Subject) -> Iterator[Check]:
         whose = "the student" if subject.run.teacher.path == "student" else whose
         teaches = "" if nobody_teaches(subject.run) else f"; the teacher is {whose}"
         yield ok("stop tokens", f"answers end with {names}{teaches}")
+        return
+    if subject.run.teacher.bridge is not None:
+        yield ok("stop tokens", f"answers end with {names}; to the teacher they end with its own token")
         return
     other = teacher.stop_ids
     their = ", ".join(map(teacher.token, other)) or "nothing"
@@ -112,6 +118,9 @@ def check_templates(subject: Subject) -> Iterator[Check]:
             "Use an instruct teacher of the same family, or data.apply_chat_template = false.",
         )
         return
+    if subject.run.teacher.bridge is not None:
+        yield ok("chat template", "each reads the conversation as its own template writes it")
+        return
     messages = next((prompt.messages for prompt in subject.prompts if prompt.messages), _SAMPLE)
     try:
         own, other = (_rendered(side, messages, subject) for side in (student, teacher))
@@ -142,8 +151,10 @@ def check_briefing(subject: Subject) -> Iterator[Check]:
     if subject.briefer is None or not subject.prompts:
         return
 
-    def shown(ids: Sequence[int]) -> str:
-        return repr(str(subject.student.tokenizer.decode(list(ids))))
+    def shown(ids: Sequence[int], name: str = "") -> str:
+        teacher = subject.teacher if name == READER and subject.run.teacher.bridge is not None else None
+        tokenizer = (teacher or subject.student).tokenizer
+        return repr(str(tokenizer.decode(list(ids))))
 
     prompt = subject.prompts[0]
     for name, who, ids, of_responses in subject.briefer.preview(prompt):
@@ -152,10 +163,11 @@ def check_briefing(subject: Subject) -> Iterator[Check]:
         else:
             lengths = sorted(len(one.told[name]) for one in subject.prompts)
             how = f"more, in prompts of {lengths[0]} to {lengths[-1]} tokens; a prompt"
-        yield ok(
-            "briefing",
-            f"{who} is told {how}\nas the student reads it: {shown(prompt.token_ids)}\nas {who} reads it: {shown(ids)}",
-        )
+        told = f"{who} is told {how}"
+        if isinstance(subject.run.teacher.briefing, AsStudent) and subject.run.teacher.bridge is not None:
+            told = f"{who} is told the same in its own tokens; a prompt"
+        both = f"as the student reads it: {shown(prompt.token_ids)}\nas {who} reads it: {shown(ids, name)}"
+        yield ok("briefing", f"{told}\n{both}")
 
 
 def check_generation(subject: Subject) -> Iterator[Check]:

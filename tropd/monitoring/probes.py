@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tropd.monitoring.sample import sampled_rows
 from tropd.objective.context import World
-from tropd.objective.evidence import Tokens, as_heard, at_least_float32
+from tropd.objective.evidence import Tokens, at_least_float32
+from tropd.objective.heard import as_heard
 from tropd.types import Author, Finish, Rollout, Sampling
 
 MEANS = (

@@ -12,7 +12,7 @@ Several readers may have read the same responses.  The `teacher_*` fields are th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import Flag, auto
 from functools import reduce
@@ -171,8 +171,8 @@ class Tokens(Evidence):
 
     of_reader: ClassVar[tuple[str, ...]] = (
         *("teacher_logprobs_N", "teacher_topk_ids_NK", "teacher_topk_logprobs_NK", "teacher_at_student_topk_NJ"),
-        *("teacher_full_logprobs_NV", "teacher_hidden_NH", "teacher_entropy_N", "reverse_kl_N", "read_S", "columns"),
-        *("student_at_topk_NK", "read_N", "num_read_S"),
+        *("teacher_full_logprobs_NV", "teacher_hidden_NH", "teacher_entropy_N", "reverse_kl_N", "columns"),
+        *("student_at_topk_NK", "read_S", "read_N", "num_read_S"),
     )
 
     token_ids_N: Tensor
@@ -210,11 +210,11 @@ class Tokens(Evidence):
     columns: Mapping[str, Tensor] = cast("Mapping[str, Tensor]", None)
     """What else the teacher says of each token, by name: a row per token."""
     read_S: Tensor = ABSENT
-    """Which sequences the teacher read.  Evidence of the others is filled in and means nothing; absent: it read all."""
+    """Which sequences the teacher read; evidence of the others means nothing; absent: all."""
     read_N: Tensor = ABSENT
     """Which tokens of those the teacher says something of; absent: all."""
     num_read_S: Tensor = ABSENT
-    """How many tokens of each sequence that can be trained on are read, in the whole batch; there where read_N is."""
+    """Of `num_actions_S`, how many are read; there where read_N is."""
     student_entropy_N: Tensor = ABSENT
     rewards_S: Tensor = ABSENT
     groups_S: Tensor = ABSENT
@@ -273,22 +273,6 @@ def at_least_float32(x: Tensor) -> Tensor:
 def trained(tokens: Tokens) -> Tensor:
     """Which tokens can be trained on: those that the student or the teacher wrote."""
     return (tokens.authors_N == Author.STUDENT) | (tokens.authors_N == Author.TEACHER)
-
-
-def as_heard(tokens: Tokens, readers: Iterable[str]) -> Tokens:
-    """What a term of these readers sees: what one of them did not read is text that nobody trains on."""
-    each = [tokens.of(name) for name in readers]
-    read_N, num_S = None, tokens.num_actions_S
-    for of in each:
-        if (own_S := of.peek("read_S")) is not None:
-            own_N = own_S[tokens.sequences_N]
-            read_N, num_S = own_N if read_N is None else read_N & own_N, torch.where(own_S, num_S, 0)
-        if (own_N := of.peek("read_N")) is not None:
-            read_N, num_S = own_N if read_N is None else read_N & own_N, torch.minimum(num_S, of.num_read_S)
-    if read_N is None:
-        return tokens
-    authors_N = torch.where(read_N, tokens.authors_N, int(Author.ENVIRONMENT))
-    return tokens.with_(authors_N=authors_N, num_actions_S=num_S)
 
 
 def around(sequences_N: Tensor, authors_N: Tensor) -> tuple[Tensor, Tensor]:

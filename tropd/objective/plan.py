@@ -16,7 +16,8 @@ from torch import Tensor
 from tropd.errors import EvidenceError
 from tropd.objective.checks import check_tokens
 from tropd.objective.context import Context, Reach
-from tropd.objective.evidence import Needs, Tokens, as_heard, trained
+from tropd.objective.evidence import Needs, Tokens, trained
+from tropd.objective.heard import as_heard
 from tropd.objective.terms import Both, Over, Selector, Term
 from tropd.types import Author
 

@@ -7,7 +7,6 @@ engage    a single object that scores for all of them; `writer_of` likewise for 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from tropd.config.tables import to_dict
 from tropd.data.briefer import Briefer
 from tropd.data.listener import Candidate
 from tropd.distributed.ranks import Ranks
-from tropd.errors import ConfigError, DataError, TropdError
+from tropd.errors import ConfigError, TropdError
 from tropd.model.loading import load_model, load_tokenizer
 from tropd.model.origins import Origin, origin_of, origin_of_objects
 from tropd.model.tiling import Tiling
@@ -39,7 +38,7 @@ from tropd.teachers.moved import MovedTeacher
 from tropd.teachers.routed import Routed
 from tropd.teachers.served import ServedTeacher, meet_teacher, served_size
 from tropd.teachers.teacher import Teacher
-from tropd.types import READER, Prompt
+from tropd.types import READER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -291,16 +290,3 @@ def origin_of_teacher(teacher: TeacherParts) -> Origin:
     if teacher.given:
         return origin_of_objects(teacher.model, teacher.tokenizer, weights=True)
     return origin_of(teacher.config, teacher.model) if teacher.served is None else {"server": teacher.served.identity}
-
-
-def share_prompts(run: Run, prompts: Sequence[Prompt]) -> dict[str, int]:
-    """Count the prompts of each teacher; prompts for an unknown teacher are refused."""
-    number = Counter(prompt.teacher for prompt in prompts)
-    if unknown := [name for name in number if name not in run.all_teachers]:
-        shown = ", ".join(f"{name!r} ({number[name]})" for name in unknown[:8])
-        raise DataError(
-            f"{sum(number[name] for name in unknown)} of {len(prompts)} prompts are for teachers that the run does "
-            f"not have: {shown}. It has {', '.join(map(repr, run.all_teachers))}. Correct the column "
-            f"{run.data.teacher_column!r} of {run.data.path}, or add a section [teachers.NAME] for each."
-        )
-    return {name: number[name] for name in run.all_teachers}

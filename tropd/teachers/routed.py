@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial, reduce
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from tropd.base.background import in_background
+from tropd.config.run import Run
 from tropd.errors import ConfigError, DataError
 from tropd.objective.evidence import Needs
 from tropd.rollout.engine import Engine
 from tropd.teachers.teacher import ScoreRequest, Teacher
-from tropd.types import Completion, Request, Rollout, TeacherScores
+from tropd.types import Completion, Prompt, Request, Rollout, TeacherScores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,3 +113,16 @@ def _shares(known: Mapping[str, object], names: Sequence[str]) -> dict[str, list
         )
     places = {name: [index for index, wanted in enumerate(names) if wanted == name] for name in known}
     return {name: chosen for name, chosen in places.items() if chosen}
+
+
+def share_prompts(run: Run, prompts: Sequence[Prompt]) -> dict[str, int]:
+    """Count the prompts of each teacher; prompts for an unknown teacher are refused."""
+    number = Counter(prompt.teacher for prompt in prompts)
+    if unknown := [name for name in number if name not in run.all_teachers]:
+        shown = ", ".join(f"{name!r} ({number[name]})" for name in unknown[:8])
+        raise DataError(
+            f"{sum(number[name] for name in unknown)} of {len(prompts)} prompts are for teachers that the run does "
+            f"not have: {shown}. It has {', '.join(map(repr, run.all_teachers))}. Correct the column "
+            f"{run.data.teacher_column!r} of {run.data.path}, or add a section [teachers.NAME] for each."
+        )
+    return {name: number[name] for name in run.all_teachers}

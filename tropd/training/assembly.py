@@ -43,6 +43,7 @@ from tropd.teachers.combined import wholes_of
 from tropd.teachers.directions import origins_of
 from tropd.teachers.following import Follower
 from tropd.teachers.loading import TeacherParts
+from tropd.teachers.routed import share_prompts
 from tropd.teachers.teacher import Teacher
 from tropd.teachers.writing import writer_of
 from tropd.training.given import NOTHING_GIVEN, Given
@@ -244,7 +245,7 @@ def _open_stream(
     if data.streaming:
         return LazyPromptStream(data, tokenizer, table, briefer), []
     loaded = load_prompts(data, tokenizer, table, briefer)
-    notes, number = [f"{data.path}: {loaded.report}"], loading.share_prompts(run, loaded.prompts)
+    notes, number = [f"{data.path}: {loaded.report}"], share_prompts(run, loaded.prompts)
     if run.teachers:
         notes.append("prompts for " + ", ".join(f"teacher {name!r}: {n}" for name, n in number.items()))
     notes += briefer.check_lengths(loaded.prompts, run.policy.needs_teacher_text)

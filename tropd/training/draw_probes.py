@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tropd.objective.evidence import as_heard
+from tropd.objective.heard import as_heard
 from tropd.rollout import draws
 from tropd.rollout.draw_check import MOST_TOKENS, alike
 from tropd.rollout.draw_check import read as read_draws

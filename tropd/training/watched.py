@@ -13,7 +13,7 @@ from tropd.monitoring.probe import Probe, Sight
 from tropd.monitoring.probes import Sums, probe_batch
 from tropd.monitoring.probing import Probing
 from tropd.monitoring.teachers import probes_of
-from tropd.objective.evidence import as_heard
+from tropd.objective.heard import as_heard
 from tropd.objective.support import NOTHING
 from tropd.training.batches import ScoredBatch
 from tropd.training.micro_batch import Seen
