@@ -68,15 +68,15 @@ def test_every_number_that_a_user_chooses_has_a_range() -> None:
 
 
 def test_every_class_with_ranges_checks_them_when_it_is_made() -> None:
-    silent = []
-    for cls, name, wanted in _number_fields():
+    silent, rows = [], _number_fields()
+    for cls, name, wanted in rows:
+        numbers = {number for other, number, _ in rows if other is cls}
         for bad in (
             math.nan,
             "8",
             True,
             *((-(10**9),) if wanted not in (None, Range(), Range(unbounded=True)) else ()),
         ):
-            numbers = {number for other, number, _ in _number_fields() if other is cls}
             missing = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory]
             required = {field: 1 if field in numbers else None for field in missing}
             hint = str(get_type_hints(cls)[name])
