@@ -21,7 +21,7 @@ test: lint
 
 # The second line is quick, but needs a package that is installed for this target alone.
 test-slow: $(FOR_SLOW)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow
 	$(BIN)/python -m pytest tests/testbeds/test_gym.py
 
 test-gpu: $(INSTALLED)

@@ -38,6 +38,7 @@ def test_every_part_runs_on_a_cpu(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"gpu_check.json", "gpu_check.md", "gpu_check.log"}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_off_tells_what_it_has(tmp_path):
     out, work = tmp_path / "out", tmp_path / "work"
     out.mkdir()

@@ -44,7 +44,7 @@ def run_of(folder: Path, method: str, student: str, teacher: str, **changes: Any
         "data": {"path": PAIR.prompts, **({"response_column": "answer"} if method == "sft" else {})},
         "rollout": {"num_prompts": 4, "num_rollouts": 1, "max_new_tokens": 28},
         "optimizer": {"learning_rate": 1e-3},
-        "evaluation": {"data": {"path": PAIR.held_out, "limit": 4}, "max_new_tokens": 28, "num_samples": 1},
+        "evaluation": {"data": {"path": PAIR.held_out, "limit": 2}, "max_new_tokens": 28, "num_samples": 1},
         "grader": PAIR.grader,
         "steps": 2,
         "output": str(folder / "run"),
@@ -74,7 +74,7 @@ MIXED = [pair for pair in itertools.product(["float32", *HALVES], repeat=2) if p
 def test_a_run_in_any_precisions_resumes_to_the_bit_and_exports(
     tmp_path: Path, method: str, student: str, teacher: str
 ) -> None:
-    run = run_of(tmp_path, method, student, teacher)
+    run = run_of(tmp_path, method, student, teacher, evaluation={})
     train(run)
     whole = weights(tmp_path / "run" / "model")
     assert {x.dtype for x in whole.values()} == {getattr(torch, student)}

@@ -49,7 +49,7 @@ def lasting(outcomes):
 def test_two_comparisons_give_the_same_table_and_a_third_runs_nothing(tmp_path, bed):
     said: list[str] = []
     first = compare(lab_in(tmp_path / "a", bed), tell=said.append)
-    again = compare(lab_in(tmp_path / "b", bed), workers=2, tell=said.append)
+    again = compare(lab_in(tmp_path / "b", bed), tell=said.append)
     assert len(first) == 4 and lasting(first) == lasting(again)
     assert score_sheet(lab_in(tmp_path, bed), bed, arms_of(lab_in(tmp_path, bed), first, bed)).rows == (
         score_sheet(lab_in(tmp_path, bed), bed, arms_of(lab_in(tmp_path, bed), again, bed)).rows
@@ -97,6 +97,13 @@ def test_an_option_that_is_new_since_an_outcome_does_not_orphan_it(tmp_path, bed
     changed = lab_in(tmp_path / "a", bed, seeds=(0,), methods={"OPD": OPD(), "Full FKL": FullFKL(top_k=5)})
     with pytest.raises(ConfigError, match="Full FKL.*other settings"):
         compare(changed, tell=str)
+
+
+@pytest.mark.slow
+def test_two_workers_give_the_table_of_one(tmp_path, bed):
+    alone = compare(lab_in(tmp_path / "a", bed), tell=str)
+    together = compare(lab_in(tmp_path / "b", bed), workers=2, tell=str)
+    assert len(alone) == 4 and lasting(alone) == lasting(together)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from functools import cache
+from functools import cache, lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.servers.rows import by_token, likeliest, of_written
 from tropd.rollout.transformers import TransformersEngine
 from tropd.types import Finish, Request, Sampling
 
@@ -35,6 +36,14 @@ def load(folder: Path) -> tuple[Any, Any]:
     """Model and tokenizer; nobody changes them."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(folder)
+
+
+@lru_cache(maxsize=1000)
+def rows_of(model: Any, ids: tuple[int, ...], temperature: float) -> torch.Tensor:
+    """Row t describes token t; row 0 is of no use.  Kept, since many servers are asked about the same texts."""
+    with torch.no_grad():
+        logits_TV = model(torch.tensor([ids])).logits[0].float() / temperature
+    return torch.cat([torch.zeros_like(logits_TV[:1]), logits_TV.log_softmax(-1)[:-1]])
 
 
 class QuietServer(ThreadingHTTPServer):
@@ -72,6 +81,7 @@ class MiniServer:
         self.keeps_tied_head, self.ignores_reload = keeps_tied_head, ignores_reload
         self.adapters: dict[str, Any] = {}
         self.asked = self.model
+        self.engine: TransformersEngine | None = None
         self.requests: list[dict[str, Any]] = []
         self.lock = threading.Lock()
         self.http = QuietServer(("127.0.0.1", port), _handler(self))
@@ -142,10 +152,7 @@ class MiniServer:
         return MiniServer.logprobs(self, ids)
 
     def logprobs(self, ids: list[int]) -> torch.Tensor:
-        """Row t describes token t; row 0 is of no use."""
-        with torch.no_grad():
-            logits_TV = self.asked(torch.tensor([ids])).logits[0].float() / self.temperature
-        return torch.cat([torch.zeros_like(logits_TV[:1]), logits_TV.log_softmax(-1)[:-1]])
+        return rows_of(self.asked, tuple(ids), self.temperature)
 
     def completions(self, body: dict[str, Any], request_id: str) -> dict[str, Any]:
         self.asked = self.adapters.get(body["model"], self.model)
@@ -185,14 +192,14 @@ class MiniServer:
             choice["logprobs"] = self._drawn(ids, list(written.token_ids), body["logprobs"])
         if top_k is not None:
             rows_TV = self.logprobs(ids)
-            choice["prompt_logprobs"] = [None, *(_row(rows_TV[t], ids[t], top_k) for t in range(1, len(ids)))]
+            choice["prompt_logprobs"] = [None, *by_token(rows_TV[1:], ids[1:], top_k)]
         return choice
 
     def _drawn(self, ids: list[int], new: list[int], top_k: int) -> dict[str, Any]:
         """Of a text: the token that was drawn, and the likeliest ones."""
         rows_TV = self.drawn_from([*ids, *new])[len(ids) :].clamp_min(-9999.0)
-        own = [float(row_V[i]) for row_V, i in zip(rows_TV, new, strict=True)]
-        tops = [{f"token_id:{i}": x for x, i, _ in _top(row_V, top_k)} for row_V in rows_TV]
+        own = of_written(rows_TV, new)
+        tops = [{f"token_id:{i}": x for x, i, _ in top} for top in likeliest(rows_TV, top_k)]
         names = [f"token_id:{i}" for i in new]
         all_ = [{name: x} | top for name, x, top in zip(names, own, tops, strict=True)]
         return {"tokens": names, "token_logprobs": own, "top_logprobs": all_}
@@ -205,7 +212,9 @@ class MiniServer:
             sampling=Sampling(temperature=body["temperature"], top_p=body["top_p"], top_k=body["top_k"]),
             stop_ids=tuple(body.get("stop_token_ids") or ()),
         )
-        return TransformersEngine(self.asked).generate([request])[0]
+        if self.engine is None or self.engine.model is not self.asked:
+            self.engine = TransformersEngine(self.asked)
+        return self.engine.generate([request])[0]
 
     def chat(self, body: dict[str, Any], request_id: str) -> dict[str, Any]:
         ids = self.tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, return_dict=False)
@@ -225,8 +234,8 @@ class MiniServer:
 
     def _score(self, ids: list[int], rid: str, top_k: int) -> dict[str, Any]:
         rows_TV = self.logprobs(ids)
-        own = [[None if t == 0 else float(rows_TV[t, i]), i, None] for t, i in enumerate(ids)]
-        top = [_top(row_V, top_k) for row_V in rows_TV[1:]]
+        own = [[None if t == 0 else x, ids[t], None] for t, x in enumerate(of_written(rows_TV, ids))]
+        top = likeliest(rows_TV[1:], top_k)
         meta = {"id": rid, "prompt_tokens": len(ids), "input_token_logprobs": own, "input_top_logprobs": [None, *top]}
         return {"text": "", "meta_info": meta}
 
@@ -243,24 +252,9 @@ class MiniServer:
         if body.get("return_logprob"):
             ids = list(written.token_ids)
             rows_TV = self.drawn_from([*body["input_ids"], *ids])[-len(ids) :]
-            meta["output_token_logprobs"] = [[float(row_V[i]), i, None] for row_V, i in zip(rows_TV, ids, strict=True)]
-            meta["output_top_logprobs"] = [_top(row_V, body["top_logprobs_num"]) for row_V in rows_TV]
+            meta["output_token_logprobs"] = [[x, i, None] for x, i in zip(of_written(rows_TV, ids), ids, strict=True)]
+            meta["output_top_logprobs"] = likeliest(rows_TV, body["top_logprobs_num"])
         return {"text": "", "output_ids": list(written.token_ids), "meta_info": meta}
-
-
-def _top(logprobs_V: torch.Tensor, top_k: int) -> list[Any]:
-    top = logprobs_V.topk(top_k)
-    return list(zip(top.values.tolist(), top.indices.tolist(), [None] * top_k, strict=True))
-
-
-def _row(logprobs_V: torch.Tensor, written: int, top_k: int) -> dict[str, Any]:
-    logprobs_V = logprobs_V.clamp_min(-9999.0)
-    rank = int((logprobs_V >= logprobs_V[written]).sum())
-    row = {str(written): {"logprob": float(logprobs_V[written]), "rank": rank, "decoded_token": "?"}}
-    top = logprobs_V.topk(min(top_k, len(logprobs_V)))
-    for place, (value, index) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True), start=1):
-        row[str(index)] = {"logprob": value, "rank": place, "decoded_token": "?"}
-    return row
 
 
 def _handler(server: MiniServer) -> type[BaseHTTPRequestHandler]:

@@ -132,7 +132,7 @@ def test_a_teachers_text_with_a_token_that_the_student_lacks_is_an_error_in_word
 
 def test_honest_servers_raise_nothing_in_many_small_steps(world: Path, tmp_path: Path) -> None:
     data = {"path": str(world / "held_out.jsonl")}
-    evaluation = {"data": data, "num_samples": 2, "greedy": True, "every": 5, "max_new_tokens": 12}
+    evaluation = {"data": data | {"limit": 4}, "num_samples": 2, "greedy": True, "every": 5, "max_new_tokens": 16}
     with MiniServer(world / "student") as student, MiniServer(world / "teacher") as teacher:
         rollout = {"servers": [student.url], "num_prompts": 1, "num_rollouts": 2, "max_new_tokens": 6}
         changes = {"rollout": rollout, "teacher": {"servers": [teacher.url], "dtype": "float32"}}

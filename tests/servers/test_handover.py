@@ -40,7 +40,8 @@ def gone_from(update: int) -> Fault:
 
 
 def asked(world: Path, output: Path, url: str, **changes: Any) -> Any:
-    rollout = {"servers": [url], "server": {"deadline_seconds": 0.5}, **changes.pop("rollout", {})}
+    short = {"max_new_tokens": 6, "server": {"deadline_seconds": 0.5}}
+    rollout = {"servers": [url], **short, **changes.pop("rollout", {})}
     seldom = {"steps": 4, "checkpoint": {"every": 50}}
     return run_of(world, OPD, output=str(output), rollout=rollout, **seldom, **changes)
 
