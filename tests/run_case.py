@@ -107,6 +107,23 @@ def start(order: Order) -> Running:
     return Running(process, log)
 
 
+def command(*argv: str, log: Path, output: Path | None = None) -> Running:
+    """`tropd` with these arguments.  Its errors go to the log, and so does its output unless that has a place."""
+    log.touch()
+    process = processes().Process(target=_command, args=(argv, log, output or log))
+    process.start()
+    return Running(process, log)
+
+
+def _command(argv: tuple[str, ...], log: Path, output: Path) -> None:
+    from tropd.cli.main import main
+
+    for number, path in ((1, output), (2, log)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    torch.set_num_threads(1)
+    sys.exit(main(list(argv)))
+
+
 def train(path: Path, directory: Path, **how: Any) -> Ended:
     return start(Order(train=path, directory=directory, **how)).wait()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -26,7 +25,6 @@ from tropd.monitoring.records import read_records
 from tropd.run.start import resume, train
 from tropd.types import StepRecord
 
-ROOT = Path(__file__).parents[2]
 FLAT: dict[str, Any] = {"method": {"name": "opd"}, "checkpoint": {"every": 2, "keep": 9}}
 """Nothing in it depends on how long the run is."""
 
@@ -148,15 +146,13 @@ def test_an_overwritten_run_comes_back_if_the_new_one_does_not_begin(models: Pat
 def test_a_command_that_a_signal_stopped_does_not_look_finished(number: int, models: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     path = written(models, directory, steps=5000, evaluation={"every": 5000}, checkpoint={"every": 5000})
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tropd", "train", str(path)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while run_case.num_recorded(directory) < 1 and process.poll() is None:
+    command = run_case.command("train", str(path), log=tmp_path / "log")
+    while run_case.num_recorded(directory) < 1 and not command.over:
         time.sleep(0.05)
-    process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, said
-    assert "Traceback" not in said and said.count("Go on with: tropd resume") == 1
+    os.kill(command.process.pid, number)
+    ended = command.wait()
+    assert ended.code == 128 + number, ended.said
+    assert "Traceback" not in ended.said and ended.said.count("Go on with: tropd resume") == 1
     assert checkpoints.steps_kept(directory) == [run_case.num_recorded(directory)]
 
 
@@ -189,10 +185,10 @@ def test_a_run_that_a_killed_start_set_aside_is_not_forgotten(models: Path, tmp_
 
 def test_a_closed_pipe_ends_a_run_as_it_ends_every_command(models: Path, tmp_path: Path) -> None:
     path = written(models, tmp_path / "run", steps=400)
-    command = [sys.executable, "-m", "tropd", "train", str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    assert process.stdout is not None and process.stderr is not None
-    process.stdout.readline()
-    process.stdout.close()
-    assert process.wait(timeout=120) == 141 and "Traceback" not in process.stderr.read()
-    process.stderr.close()
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    command = run_case.command("train", str(path), log=tmp_path / "log", output=pipe)
+    with pipe.open() as output:
+        assert output.readline()
+    ended = command.wait()
+    assert ended.code == 141 and "Traceback" not in ended.said, ended.said
