@@ -58,6 +58,9 @@ def test_two_processes_cannot_work_on_one_run(copied: Path) -> None:
     assert run_case.resume(copied).code == 0, "the lock is gone with its holder"
 
 
+OFTEN: dict[str, Any] = {"checkpoint": {"every": 1, "keep": 9}}
+
+
 def limit_files(num_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
 
@@ -77,13 +80,19 @@ def remount(place: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", str(place)], check=True)
 
 
-def fill_and_go_on(models: Path, disk: Path, tmp_path: Path, size: str) -> run_case.Ended:
+@pytest.fixture(scope="module")
+def with_room(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a run leaves that always had room."""
+    directory = tmp_path_factory.mktemp("straight") / "run"
+    assert run_case.train(write_run(models, directory, **OFTEN), directory).code == 0
+    return run_case.trace(directory)
+
+
+def fill_and_go_on(models: Path, with_room: dict[str, Any], disk: Path, tmp_path: Path, size: str) -> run_case.Ended:
     """Run until the disk is full, make room, go on, and compare with a run that always had room."""
     remount(disk, f"size={size}")
-    directory, straight = disk / "run", tmp_path / "straight"
-    changes = {"checkpoint": {"every": 1, "keep": 9}}
-    assert run_case.train(write_run(models, straight, **changes), straight).code == 0
-    path = write_run(models, tmp_path / "run", output=str(directory), **changes)
+    directory = disk / "run"
+    path = write_run(models, tmp_path / "run", output=str(directory), **OFTEN)
     ended = run_case.start(Order(train=path, directory=directory, logs=tmp_path)).wait()
     loadable(directory)
     assert not list(directory.glob("checkpoints/*.tmp")) and not (directory / "model").exists()
@@ -91,14 +100,14 @@ def fill_and_go_on(models: Path, disk: Path, tmp_path: Path, size: str) -> run_c
     order = Order(train=None if (directory / "run.toml").exists() else path, directory=directory, logs=tmp_path)
     again = run_case.start(order).wait()
     assert again.code == 0, again.said
-    assert run_case.trace(directory) == run_case.trace(straight)
+    assert run_case.trace(directory) == with_room
     return ended
 
 
 def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
-    models: Path, small_disk: Path, tmp_path: Path
+    models: Path, with_room: dict[str, Any], small_disk: Path, tmp_path: Path
 ) -> None:
-    ended = fill_and_go_on(models, small_disk, tmp_path, "1m")
+    ended = fill_and_go_on(models, with_room, small_disk, tmp_path, "1m")
     assert ended.error == "CheckpointError" and str(small_disk / "run") in ended.message, ended.said
     assert "No space left" in ended.message
 
@@ -106,9 +115,9 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
 @pytest.mark.slow
 @pytest.mark.parametrize("num_pages", [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, *range(60, 550, 20)])
 def test_wherever_the_disk_is_full_the_run_goes_on_when_there_is_room(
-    num_pages: int, models: Path, small_disk: Path, tmp_path: Path
+    num_pages: int, models: Path, with_room: dict[str, Any], small_disk: Path, tmp_path: Path
 ) -> None:
-    ended = fill_and_go_on(models, small_disk, tmp_path, f"{4 * num_pages}k")
+    ended = fill_and_go_on(models, with_room, small_disk, tmp_path, f"{4 * num_pages}k")
     assert ended.error in ("CheckpointError", "TeacherError") and str(small_disk / "run") in ended.message, ended.said
 
 

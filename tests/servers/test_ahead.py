@@ -120,7 +120,7 @@ def test_ratios_and_the_teachers_top_k_are_those_of_the_student_that_trains(worl
 
 def test_without_staleness_nothing_is_written_ahead(world: Path, tmp_path: Path) -> None:
     with MiniServer(world / "student") as server:
-        rollout = {"servers": [server.url], "staleness": 0}
+        rollout = {"servers": [server.url], "staleness": 0, "max_new_tokens": 6}
         directory = train(run_of(world, OPD, output=str(tmp_path / "run"), rollout=rollout))
     assert versions(directory, 3) == [{0}, {1}, {2}]
     for record in read_records(directory / "records.jsonl").steps:
@@ -158,7 +158,7 @@ def test_a_batch_that_could_not_be_written_costs_no_trained_step_and_no_prompt(
 ) -> None:
     monkeypatch.setattr(__name__ + ".asked", Counted())
     with MiniServer(world / "student") as server, Proxy(server.url, asked) as proxy:
-        rollout = {"servers": [proxy.url], "staleness": 1, "server": QUICK}
+        rollout = {"servers": [proxy.url], "staleness": 1, "max_new_tokens": 6, "server": QUICK}
         whole, broken = (
             run_of(world, OPD, output=str(tmp_path / name), rollout=rollout, steps=4) for name in ("whole", "broken")
         )
@@ -188,7 +188,7 @@ def test_a_teacher_that_fails_ahead_is_asked_again_in_its_own_step(world: Path, 
         MiniServer(world / "teacher") as teacher,
         Proxy(teacher.url, spoil) as proxy,
     ):
-        rollout = {"servers": [student.url], "staleness": 1}
+        rollout = {"servers": [student.url], "staleness": 1, "max_new_tokens": 6}
         served = {"servers": [proxy.url], "server": QUICK}
         seldom: dict[str, Any] = {"rollout": rollout, "checkpoint": {"every": 50}}
         whole = {"servers": [teacher.url]}

@@ -50,7 +50,7 @@ class Watcher(MiniServer):
 
 
 def run_on(world: Path, output: Path, server: MiniServer, **changes: Any) -> Run:
-    rollout = {"servers": [server.url], "servers_sleep": True, **changes.pop("rollout", {})}
+    rollout = {"servers": [server.url], "servers_sleep": True, "max_new_tokens": 6, **changes.pop("rollout", {})}
     return run_of(world, OPD, output=str(output), rollout=rollout, **changes)
 
 
@@ -71,7 +71,7 @@ def test_servers_sleep_whenever_they_do_not_write_and_the_run_is_the_same(
     asked = ["/v1/models", "/server_info?config_format=json", *asleep, *written, *asleep, *written, *asleep, *written]
     assert [path for path, _ in itertools.groupby(paths)] == asked, "the last weights are left with it"
     assert teacher.seen[-4:] == [True] * 4, "it sleeps while the teacher scores"
-    train(run_of(world, OPD, output=str(tmp_path / "here"), **same))
+    train(run_of(world, OPD, output=str(tmp_path / "here"), rollout={"max_new_tokens": 6}, **same))
     assert losses(tmp_path / "there") == pytest.approx(losses(tmp_path / "here"), abs=1e-4)
 
 
