@@ -27,6 +27,7 @@ from torch import Tensor
 
 from tropd.base.fast_paths import TAKEN, FastPath
 from tropd.model.head import Head, tiles
+from tropd.model.own_top_k import OwnTopK
 from tropd.model.parts import GATHERED, TileLoss, wide_rows
 from tropd.model.peaks import Peaks, find_peaks, products_at
 from tropd.model.products import WideSum, add_product_
@@ -44,6 +45,8 @@ class TileWork:
     """z = scale * (h W^T + b)."""
     tile_vocab: int | None = None
     """Vocabulary size of a tile; None for the whole vocabulary."""
+    own: OwnTopK | None = None
+    """What probes want to know of the tile; it changes nothing."""
 
 
 def matrix_of(head: Head) -> tuple[Tensor, Tensor | None, float]:
@@ -122,6 +125,8 @@ def _tile(
     """One tile: read, take the loss, and add its gradients."""
     ids_CM = work.ids_NM[rows]
     peaks = find_peaks(z_CV, ids_CM[:, 0], partial(products_at, hidden_CH, weight_VH, bias_V, work.scale))
+    if work.own is not None:
+        work.own.look(rows, z_CV, peaks)
     wanted_CM = peaks.patch(ids_CM, z_CV.gather(1, ids_CM))
     rounded_log_sum_C = soften_rows_(z_CV, peaks.highest_C)
     log_sum_C = peaks.log_sum(rounded_log_sum_C)

@@ -33,19 +33,28 @@ from tropd.model.fused import (
 )
 from tropd.model.head import Head, tiles
 from tropd.model.likeliest import largest, likeliest
+from tropd.model.own_top_k import OwnTopK
 from tropd.model.parts import TileLoss, wide_rows
 from tropd.model.peaks import NUM_PEAKS, Peaks, has_peaks, make_peaks, products_at
 from tropd.model.products import add_product_
 
 
 def lean_loss(
-    head: Head, hidden_NH: Tensor, ids_NM: Tensor, loss_of: TileLoss, tile_tokens: int, tile_vocab: int
+    head: Head,
+    hidden_NH: Tensor,
+    ids_NM: Tensor,
+    loss_of: TileLoss,
+    tile_tokens: int,
+    tile_vocab: int,
+    own: OwnTopK | None = None,
 ) -> Tensor:
     """What `fused_loss` gives, from a workspace of tile_tokens * tile_vocab logits."""
     TAKEN.add(FastPath.LEAN_HEAD)
     weight_VH, bias_V, scale = matrix_of(head)
     _check(ids_NM, tile_vocab, head.vocab_size)
-    work = TileWork(ids_NM=ids_NM, loss_of=loss_of, tile_tokens=tile_tokens, scale=scale, tile_vocab=tile_vocab)
+    work = TileWork(
+        ids_NM=ids_NM, loss_of=loss_of, tile_tokens=tile_tokens, scale=scale, tile_vocab=tile_vocab, own=own
+    )
     return _Lean.apply(hidden_NH, weight_VH, bias_V, work)
 
 
@@ -104,9 +113,10 @@ class _Visit:
         return z_Cv
 
     def read(
-        self, ids_CM: Tensor, top_k: int = 0, entropy: bool = False
+        self, ids_CM: Tensor, top_k: int = 0, entropy: bool = False, top_rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Peaks, dict[str, Tensor]]:
-        """Logits at the wanted ids, log sum exp z, the peaks, and on request the likeliest tokens and the entropy.
+        """Logits at the wanted ids, log sum exp z, the peaks, and on request the likeliest tokens (of some rows:
+        `top_rows`) and the entropy.
 
         H = L + sum_j exp(L_j - L) (H_j - L_j).
         """
@@ -118,7 +128,7 @@ class _Visit:
             z_Cv = self.logits(part)
             wanted_CM = torch.where(*_within(z_Cv, ids_CM - part.start), wanted_CM)
             if top_k:
-                ids_CK, z_CK = likeliest(z_Cv, min(pool, z_Cv.shape[1]))
+                ids_CK, z_CK = likeliest(z_Cv, min(pool, z_Cv.shape[1]), rows_N=top_rows)
                 best = _merged(best, (ids_CK + part.start, z_CK), pool)
             if has_peaks(z_Cv.dtype):
                 ids_CE = largest(z_Cv, min(NUM_PEAKS, z_Cv.shape[1]))
@@ -132,7 +142,8 @@ class _Visit:
         log_sum_C = peaks.log_sum(rounded_C)
         extra = {}
         if best is not None:
-            extra["topk_ids"], extra["topk"] = peaks.best(*best, top_k)
+            theirs = peaks if top_rows is None else peaks.rows(top_rows)
+            extra["topk_ids"], extra["topk"] = theirs.best(*best, top_k)
         if entropy:
             share_CJ = (log_sums_CJ - rounded_C[:, None]).exp()
             rest_CJ = torch.stack(entropies, 1) - log_sums_CJ
@@ -188,7 +199,11 @@ class _Lean(Fused):
 def _tile(rows: slice, visit: _Visit, work: TileWork, sums: Gradients) -> Tensor:
     """One tile of tokens: read, take the loss, and add its gradients."""
     ids_CM = work.ids_NM[rows]
-    wanted_CM, log_sum_C, peaks, _ = visit.read(ids_CM)
+    looked = None if work.own is None else work.own.of(rows)
+    top_k = 0 if work.own is None else work.own.top_k
+    wanted_CM, log_sum_C, peaks, extra = visit.read(ids_CM, top_k=top_k, top_rows=looked)
+    if work.own is not None and looked is not None:
+        work.own.put(rows, looked, extra["topk_ids"])
     logprobs_CM = (wanted_CM - log_sum_C[:, None]).requires_grad_()
     with torch.enable_grad():
         loss = work.loss_of(rows, logprobs_CM)

@@ -18,6 +18,7 @@ from tropd.model.fused import Fused, TileWork, log_sum_exp, logits_of, matrix_of
 from tropd.model.head import Head, tiles
 from tropd.model.lean import lean_loss, lean_rows
 from tropd.model.likeliest import column_maxima, likeliest
+from tropd.model.own_top_k import OwnTopK
 from tropd.model.parts import TileLoss
 from tropd.model.peaks import Peaks, find_peaks, has_peaks, is_matrix, products_at
 from tropd.objective.evidence import Needs, StudentView, Tokens
@@ -55,17 +56,24 @@ def can_fuse(head: Head) -> bool:
 
 
 def fused_loss(
-    head: Head, hidden_NH: Tensor, ids_NM: Tensor, loss_of: TileLoss, tile_tokens: int, tile_vocab: int | None = None
+    head: Head,
+    hidden_NH: Tensor,
+    ids_NM: Tensor,
+    loss_of: TileLoss,
+    tile_tokens: int,
+    tile_vocab: int | None = None,
+    own: OwnTopK | None = None,
 ) -> Tensor:
     """The loss of all rows, with its gradient already formed.  Call it only where a gradient is wanted.
 
     `tile_vocab` trades one more matrix product for a workspace that does not grow with V (`tropd.model.lean`).
+    `own` is filled on the way.
     """
     if tile_vocab is not None:
-        return lean_loss(head, hidden_NH, ids_NM, loss_of, tile_tokens, tile_vocab)
+        return lean_loss(head, hidden_NH, ids_NM, loss_of, tile_tokens, tile_vocab, own)
     TAKEN.add(FastPath.FUSED_HEAD)
     weight, bias, scale = matrix_of(head)
-    work = TileWork(ids_NM=ids_NM, loss_of=loss_of, tile_tokens=tile_tokens, scale=scale)
+    work = TileWork(ids_NM=ids_NM, loss_of=loss_of, tile_tokens=tile_tokens, scale=scale, own=own)
     return Fused.apply(hidden_NH, weight, bias, work)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tropd.monitoring.overlap import support_numbers
 from tropd.monitoring.sample import sampled_rows
 from tropd.objective.context import World
 from tropd.objective.evidence import Tokens, at_least_float32
@@ -27,6 +28,8 @@ MEANS = (
     "overlap/top_k",
     "mass/teacher_in_student_top_k",
     "mass/student_in_teacher_top_k",
+    "mass/teacher_shared",
+    "mass/student_shared",
     "entropy/teacher",
     "entropy/student",
     "entropy/gap",
@@ -143,6 +146,7 @@ def probe_batch(
     *,
     bins: int = 8,
     topk_logprobs_NK: Tensor | None = None,
+    own_topk_ids_NJ: Tensor | None = None,
     sampled: bool = False,
     sampling: Sampling = NEUTRAL,
     stale: bool = False,
@@ -150,7 +154,8 @@ def probe_batch(
     """The probes of these rows and these whole rollouts, which need not belong together.  What is said of the teacher
     leaves out responses that it did not read.
 
-    `topk_logprobs_NK` is the student at `tokens.teacher_topk_ids_NK`; `sampling` is how the rollouts were drawn;
+    `topk_logprobs_NK` is the student at `tokens.teacher_topk_ids_NK`; `own_topk_ids_NJ` are the student's likeliest
+    tokens where `tokens` lack them, -1 in rows that were not looked at; `sampling` is how the rollouts were drawn;
     `sampled` says that the top-k is there for a sample of the tokens (`tropd.monitoring.sample`) and those of need.
 
         trust/share      mean min(exp x, 1)            trust/tv   1 - trust/share, which estimates TV(pi_T, pi_S)
@@ -159,6 +164,7 @@ def probe_batch(
         position/b/*     mean x and 1 - mean min(exp x, 1) in part b of the answer: b = floor(bins * position / length)
         overlap/top_k    mean |K_S and K_T| / k, k the smaller of the two widths
         mass/teacher_in_student_top_k  mean sum_j pi_T(j), j in K_S;  mass/student_in_teacher_top_k  the reverse
+        mass/teacher_shared            mean sum_j pi_T(j), j in K_S and K_T;  mass/student_shared  the same of pi_S
         entropy/*        mean H_T, mean H_S, gap = mean |H_S - H_T|
         teacher/*        mean, min, max of log pi_T (finite ones)
         mismatch/*       mean and max |log behavior - log pi_S| (finite ones), where sampling is neutral
@@ -169,7 +175,9 @@ def probe_batch(
     student_N = tokens.authors_N == Author.STUDENT
     heard_N = as_heard(tokens, [tokens.reader]).authors_N == Author.STUDENT
     _probe_ratio(sums, tokens, heard_N)
-    _probe_support(sums, tokens, heard_N & sampled_rows(tokens) if sampled else heard_N, topk_logprobs_NK)
+    shown_N = heard_N & sampled_rows(tokens) if sampled else heard_N
+    for name, values_N in support_numbers(tokens, heard_N, shown_N, topk_logprobs_NK, own_topk_ids_NJ).items():
+        sums.add(name, values_N)
     _probe_entropy(sums, tokens, student_N, heard_N)
     if not sampling.truncates and sampling.temperature == 1.0:
         behavior_N = _pick(tokens.peek("behavior_logprobs_N"), student_N)
@@ -233,26 +241,6 @@ def _probe_ratio(sums: _Collector, tokens: Tokens, student_N: Tensor) -> None:
     for b in range(bins):
         sums.add(f"position/{b}/ratio", x_N[bin_N == b])
         sums.add(f"position/{b}/tv", 1.0 - trust_N[bin_N == b])
-
-
-def _probe_support(sums: _Collector, tokens: Tokens, student_N: Tensor, topk_logprobs_NK: Tensor | None) -> None:
-    teacher_ids_NK, own_ids_NJ = tokens.peek("teacher_topk_ids_NK"), tokens.peek("student_topk_ids_NJ")
-    if teacher_ids_NK is not None and own_ids_NJ is not None:
-        sums.add("overlap/top_k", _overlap(teacher_ids_NK[student_N], own_ids_NJ[student_N]))
-    masses = {
-        "mass/teacher_in_student_top_k": tokens.peek("teacher_at_student_topk_NJ"),
-        "mass/student_in_teacher_top_k": topk_logprobs_NK,
-    }
-    for name, logprobs_NK in masses.items():
-        if logprobs_NK is not None:
-            sums.add(name, at_least_float32(logprobs_NK[student_N]).exp().sum(-1).cpu().double())
-
-
-def _overlap(teacher_ids_NK: Tensor, own_ids_NJ: Tensor) -> Tensor:
-    """Ids are distinct within a list, so an id that occurs twice in both lists together is shared."""
-    k = min(teacher_ids_NK.shape[1], own_ids_NJ.shape[1])
-    ids = torch.cat([teacher_ids_NK[:, :k], own_ids_NJ[:, :k].to(teacher_ids_NK.device)], -1).sort(-1).values
-    return (ids[:, 1:] == ids[:, :-1]).sum(-1).cpu().double() / max(k, 1)
 
 
 def _probe_entropy(sums: _Collector, tokens: Tokens, student_N: Tensor, heard_N: Tensor) -> None:

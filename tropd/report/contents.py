@@ -122,6 +122,14 @@ CHARTS = (
         format="share",
     ),
     Chart(
+        id="shared",
+        section="Support",
+        title="Probability of the shared tokens",
+        about="What each model gives to the top-k tokens that both share.",
+        lines=probes(mass__student_shared="student", mass__teacher_shared="teacher"),
+        format="share",
+    ),
+    Chart(
         id="entropy",
         section="Support",
         title="Entropy",

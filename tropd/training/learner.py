@@ -13,14 +13,16 @@ from tropd.model.dense import can_tile, dense_loss
 from tropd.model.forward import Forward, similar_lengths
 from tropd.model.one_pass import can_fuse, fused_loss, wanted
 from tropd.model.optimizer import Optimizer
+from tropd.model.own_top_k import OwnTopK
 from tropd.model.tiling import Tiling
+from tropd.monitoring.sample import sampled_rows
 from tropd.objective.context import World
 from tropd.objective.evidence import Needs
 from tropd.objective.hidden import reads_states, states_read
 from tropd.teachers.combined import Whole
 from tropd.teachers.teacher import Teacher
 from tropd.training.micro_batch import MicroBatch, Piece, Seen
-from tropd.types import Rollout
+from tropd.types import Author, Rollout
 
 if TYPE_CHECKING:
     from tropd.distributed.sharding import Shards
@@ -71,6 +73,7 @@ class ModelLearner:
             hidden_NH, states = hidden_NH[batch.live], {name: x[batch.live] for name, x in states.items()}
         ids_NM, view_of = wanted(tokens, asks)
         pieces: list[Piece] = []
+        own = own_top_k(batch)
 
         def keep(result: tuple[Tensor, Piece]) -> Tensor:
             pieces.append(result[1])
@@ -80,6 +83,8 @@ class ModelLearner:
             return keep(batch.loss(rows, view_of(at_CM)))
 
         def loss_of_whole(rows: slice, full_CV: Tensor) -> Tensor:
+            if own is not None:
+                own.look(rows, full_CV)
             view = view_of(full_CV.gather(1, ids_NM[rows]))
             if not whole:
                 return keep(batch.loss(rows, view))
@@ -93,10 +98,10 @@ class ModelLearner:
                 at_NM = head.read(hidden_NH, ids_NM, tiling.tile_tokens)["at"]
             loss = loss_of_columns(slice(None), at_NM) + sum(p[:0].sum() for p in head.module.parameters())
         elif can_fuse(head) and not whole:
-            loss = fused_loss(head, hidden_NH, ids_NM, loss_of_columns, tiling.tile_tokens, tiling.tile_vocab)
+            loss = fused_loss(head, hidden_NH, ids_NM, loss_of_columns, tiling.tile_tokens, tiling.tile_vocab, own)
         else:
             loss = dense_loss(head, hidden_NH, ids_NM[:, 0], loss_of_whole, tiling.tile_tokens)
-        seen = batch.seen(pieces)
+        seen = batch.seen(pieces, None if own is None else own.ids_NK)
         if Needs.STUDENT_HIDDEN in batch.objective.needs:
             more, seen = batch.add_states(seen, hidden_NH, states)
             loss = loss + more
@@ -183,3 +188,13 @@ class ModelLearner:
                     pieces[i][name] = rows
         names = pieces[0].keys() if pieces else ()
         return {name: torch.cat([piece[name] for piece in pieces]) for name in names}
+
+
+def own_top_k(batch: MicroBatch) -> OwnTopK | None:
+    """Where probes ask for the student's likeliest tokens: in a sample of the rows of a batch with the teacher's, if
+    nothing else asked for them."""
+    tokens = batch.tokens
+    theirs_NK = tokens.peek("teacher_topk_ids_NK")
+    if theirs_NK is None or tokens.peek("student_topk_ids_NJ") is not None:
+        return None
+    return OwnTopK(sampled_rows(tokens) & (tokens.authors_N == Author.STUDENT), theirs_NK.shape[1])

@@ -101,7 +101,7 @@ class MicroBatch:
             seen, loss=seen.loss + float(output.loss.detach()), terms=add_terms(seen.terms, output.terms)
         )
 
-    def seen(self, pieces: Sequence[Piece]) -> Seen:
+    def seen(self, pieces: Sequence[Piece], own_topk_ids_NK: Tensor | None = None) -> Seen:
         """Join the pieces, in order, to the whole micro-batch."""
         terms: dict[str, TermStats] = {}
         for piece in pieces:
@@ -126,6 +126,7 @@ class MicroBatch:
                 progress=self.context.progress,
             ),
             live=self.live,
+            own_topk_ids_NK=own_topk_ids_NK,
         )
 
 
@@ -140,6 +141,8 @@ class Seen:
     view: StudentView
     plan: Plan
     live: Tensor | None
+    own_topk_ids_NK: Tensor | None = None
+    """The student's likeliest tokens, where they were read off the pass; -1 in rows that were not looked at."""
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """By term, then by rollout: the weight of each response token."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from tropd.base.reading import nearest
 from tropd.errors import EvidenceError
+from tropd.model.one_pass import can_fuse
 from tropd.monitoring.sample import sampled_rows
 from tropd.objective.context import Context, Reach
 from tropd.objective.evidence import OF_TEACHER, Needs, Tokens
@@ -178,13 +180,25 @@ class _Reading:
         if scores is None or self.is_part:
             ids_NJ = tokens.peek("student_topk_ids_NJ")
             ids_TJ = None if ids_NJ is None else ids_NJ.split([len(r.response_ids) for r in self.rollouts])
-            rows = top_k_rows(self.objective, tokens, context, margin, self.name)
-            scores = self.score(needs, student_topk_ids_TJ=ids_TJ, top_k_rows=rows)
+            if self._shows_top_k(needs):
+                more, rows, top_k = needs | Needs.TOPK, partial(_sampled, tokens), self.objective.student_top_k
+            else:
+                more, top_k = needs, self.objective.top_k_of(self.name)
+                rows = top_k_rows(self.objective, tokens, context, margin, self.name)
+            scores = self.score(more, student_topk_ids_TJ=ids_TJ, top_k_rows=rows, top_k=top_k)
         columns = self.objective.columns_of(self.name)
         tokens = add_scores(tokens, self.rollouts, scores, needs, reader=self.name, columns=columns)
         if Needs.REVERSE_KL in needs:
             tokens = tokens.told(self.name, reverse_kl_N=self._reverse_kl(learner))
         return self._heard(tokens, learner, context)
+
+    def _shows_top_k(self, needs: Needs) -> bool:
+        """Whether probes get its likeliest tokens beside the student's, for some rows that are in memory anyway."""
+        if self.name != READER or self.teacher.forward is None or Needs.TOPK not in self.teacher.capabilities:
+            return False
+        forward = self.teacher.forward
+        some = can_fuse(forward.head) and forward.tiling.tile_vocab is None and Needs.FULL not in needs
+        return some and Needs.STUDENT_TOPK in needs and Needs.TOPK not in needs
 
     def _heard(self, tokens: Tokens, learner: Learner, context: Context) -> Tokens:
         """The tokens with which responses it read."""
@@ -197,7 +211,7 @@ class _Reading:
         """For every rollout; zeros stand for what it does not read."""
         asked = self.asked
         whole = [text or own for own, text in zip(self.rollouts, self.texts, strict=True)]
-        how |= {"top_k": self.objective.top_k_of(self.name), "columns": self.objective.columns_of(self.name)}
+        how = {"top_k": self.objective.top_k_of(self.name), "columns": self.objective.columns_of(self.name)} | how
         request = ScoreRequest(whole, needs, **how)
         if len(asked) == len(whole):
             return self.teacher.score(request)
@@ -229,6 +243,12 @@ def with_every_top_k(part: ScoredBatch, objective: Objective, readers: Mapping[s
         top_k = ("teacher_topk_ids_NK", "teacher_topk_logprobs_NK")
         tokens = tokens.told(name, **{field: again.peek(field) for field in top_k})
     return replace(part, tokens=tokens)
+
+
+def _sampled(tokens: Tokens, rows_C: Tensor, teacher_logprobs_C: Tensor | None = None) -> Tensor:
+    """The rows for probes: a random eighth of the student's."""
+    part = tokens.rows(rows_C.to(tokens.token_ids_N.device))
+    return sampled_rows(part) & (part.authors_N == Author.STUDENT)
 
 
 def top_k_rows(

@@ -47,14 +47,15 @@ class Watched:
         self.student: dict[str, Tensor] = {}
 
     def __call__(self, seen: Seen) -> None:
-        rollouts, at_teacher = seen.part.rollouts, seen.view.peek("topk_logprobs_NK")
+        rollouts = seen.part.rollouts
         settings: dict[str, Any] = {"sampled": self.sampled, "sampling": self.sampling, "stale": self.stale}
-        self.sums += probe_batch(seen.tokens, rollouts, topk_logprobs_NK=at_teacher, **settings)
+        student = {"topk_logprobs_NK": seen.view.peek("topk_logprobs_NK"), "own_topk_ids_NJ": seen.own_topk_ids_NK}
+        self.sums += probe_batch(seen.tokens, rollouts, **student, **settings)
         for name in self.sums_of:
             rows_N = _rows_for(name, seen)
-            top_k = None if at_teacher is None else at_teacher[rows_N]
+            known = {what: None if x is None else x[rows_N] for what, x in student.items()}
             theirs = [rollout for rollout in rollouts if rollout.prompt.teacher == name]
-            self.sums_of[name] += probe_batch(seen.tokens.rows(rows_N), theirs, topk_logprobs_NK=top_k, **settings)
+            self.sums_of[name] += probe_batch(seen.tokens.rows(rows_N), theirs, **known, **settings)
         sight = Sight(step=self.step, rollouts=rollouts, tokens=seen.tokens, view=seen.view, plan=seen.plan)
         self.others.look(sight)
         for term, by_rollout in seen.weights().items():
