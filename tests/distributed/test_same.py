@@ -32,7 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "untied": {
         "student": {"path": "untied"},
         "method": {"name": "opd"},
-        "probes": ["geometry", f"{PACKAGE}/gentle/probe.py:Sure"],
+        "probes": ["change", "geometry", f"{PACKAGE}/gentle/probe.py:Sure"],
     },
     "hidden states": {"method": {"name": "tests.matched:Matched"}},
     "hidden states alone": {"method": {"name": "tests.matched:Matched", "reward": False, "layers": "last"}},

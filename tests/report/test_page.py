@@ -216,6 +216,16 @@ def test_a_long_run_is_thinned_and_says_so(tmp_path: Path) -> None:
     assert "most 5e+03 at step 70,001" in reward["captions"][0]
 
 
+def test_a_probe_that_rests_between_steps_is_drawn_as_one_line(tmp_path: Path) -> None:
+    run = read_history(write_folder(tmp_path / "run", steps=2))
+    run.steps = list(range(9))
+    rank = [float(step) if step % 4 == 0 else float("nan") for step in run.steps]
+    run.values = {"probe/change/stable_rank": rank}
+    chart = next(c for c in charts_of([run]) if c["id"] == "rank")
+    assert chart["runs"][0]["x"] == [0, 4, 8]
+    assert chart["runs"][0]["y"]["probe/change/stable_rank"] == [0.0, 4.0, 8.0]
+
+
 def test_chart_names_are_used_once() -> None:
     assert len({chart.id for chart in CHARTS}) == len(CHARTS)
 

@@ -9,7 +9,7 @@ from tropd.base.names import Own
 from tropd.base.reading import shortened
 from tropd.errors import ConfigError
 
-PROBES = {"geometry": "tropd.monitoring.geometry:Geometry"}
+PROBES = {"change": "tropd.monitoring.change:Change", "geometry": "tropd.monitoring.geometry:Geometry"}
 """tropd's own, by the names that a run file has for them."""
 
 

@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tropd.objective.evidence import Needs, StudentView, Tokens
+from tropd.objective.memory import Memory
 from tropd.objective.plan import Plan
 from tropd.types import Rollout
 
 Numbers = Mapping[str, tuple[float, float]]
 """By name: a total and its weight.  A weight of 0 says nothing."""
+PROBE = "probe."
+"""What the names of probes in a run's memory begin with."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,11 +48,18 @@ class Weight:
     value: Tensor
     gradient: Tensor | None
     """Of the whole batch, before it is clipped; `after_update` sees it clipped."""
+    laid: Tensor
+    """The tensor as it lies over the processes."""
+
+    def whole(self) -> Tensor:
+        """All parts of a sharded student's tensor.  Every process has to call it, in the same order."""
+        full = getattr(self.laid, "full_tensor", None)
+        return self.laid if full is None else full()
 
 
 class Probe:
-    """Override what you want to see.  Nothing that is seen may be changed, and nothing is kept in a checkpoint: what a
-    probe says of a step depends on that step alone."""
+    """Override what you want to see.  Nothing that is seen may be changed.  What a probe says of a step depends on that
+    step, on the student before training, and on what it keeps in `memory`, alone."""
 
     name: str = ""
     """Its numbers are recorded as NAME/NUMBER.  By default the name of the class in small letters."""
@@ -57,6 +67,16 @@ class Probe:
     """The evidence that it reads.  A run whose method does not read that too is refused: probes cost no evidence."""
     every: int = 1
     """It runs in steps 0, every, 2 * every, ...; a run file sets it."""
+
+    step: int = 0
+    """The step that it is asked about."""
+
+    def begin(self, student: nn.Module, memory: Memory) -> None:
+        """Called once, with the student before training, also where a run goes on.  `memory` is kept in checkpoints and
+        is the same on all processes; a probe's names there are probe.NAME/ANY, NAME its own."""
+
+    def go_on(self) -> None:
+        """Called after `begin` where a run goes on, when the memory is that of the checkpoint."""
 
     def look(self, sight: Sight) -> Numbers:
         """Called for each part of a step's rollouts."""

@@ -51,6 +51,8 @@ class Probing:
 
     def __init__(self, probes: Sequence[Probe], step: int) -> None:
         self.probes = [probe for probe in probes if step % probe.every == 0]
+        for probe in self.probes:
+            probe.step = step
         self.sums: dict[str, tuple[float, float]] = {}
 
     def look(self, sight: Sight) -> None:
@@ -97,6 +99,6 @@ def _sum(a: tuple[float, float] | None, b: Sequence[float]) -> tuple[float, floa
 
 def _weights(masters: Mapping[str, Tensor]) -> dict[str, Weight]:
     return {
-        name: Weight(value=local(x.detach()), gradient=None if x.grad is None else local(x.grad))
+        name: Weight(value=local(x.detach()), gradient=None if x.grad is None else local(x.grad), laid=x.detach())
         for name, x in masters.items()
     }

@@ -45,6 +45,8 @@ class Chart:
     log: bool = False
     zero: bool = True
     """Whether 0 belongs to the axis."""
+    rests: bool = False
+    """Whether its probe may rest between steps: the line goes on over those."""
 
 
 def fixed(**labels: str) -> Callable[[Sequence[History]], list[Line]]:
@@ -188,8 +190,13 @@ def _of_run(chart: Chart, lines: Sequence[Line], run: History, limit: int) -> di
         steps = average(np.asarray(run.steps, dtype=np.float64), 200)
         y = {name: shorten(average(column, 200)) for name, column in there.items()}
         return {"x": shorten(steps), "y": y, "shown": len(steps), "of": len(run.steps)}
-    packed = pack(run.steps, there, limit)
-    return {**packed, "shown": min(len(packed["x"]), len(run.steps)), "of": len(run.steps)}
+    steps = run.steps
+    if chart.rests:
+        asked_N = np.logical_or.reduce([np.isfinite(column) for column in there.values()])
+        steps = np.asarray(steps)[asked_N].tolist()
+        there = {name: column[asked_N] for name, column in there.items()}
+    packed = pack(steps, there, limit, gaps=not chart.rests)
+    return {**packed, "shown": min(len(packed["x"]), len(steps)), "of": len(steps)}
 
 
 def _scores(lines: Sequence[Line], run: History) -> dict[str, Any]:

@@ -31,20 +31,21 @@ def keep_extremes(columns: Sequence[np.ndarray], limit: int) -> np.ndarray:
     return np.asarray(sorted(chosen))
 
 
-def pack(steps: Sequence[int], columns: Mapping[str, np.ndarray], limit: int) -> dict[str, Any]:
-    """{"x": [...], "y": {name: [...]}}; null where there is no finite number, and between steps that are not there."""
+def pack(steps: Sequence[int], columns: Mapping[str, np.ndarray], limit: int, *, gaps: bool = True) -> dict[str, Any]:
+    """{"x": [...], "y": {name: [...]}}; null where there is no finite number and, with `gaps`, between steps that are
+    not there."""
     steps_N = np.asarray(steps, dtype=np.int64)
     index = keep_extremes(list(columns.values()), limit)
-    x, gaps = steps_N[index], np.array([], dtype=int)
-    if len(index):
+    x, missing = steps_N[index], np.array([], dtype=int)
+    if gaps and len(index):
         follows = np.diff(steps_N) == 1
         broken = np.concatenate([[0], np.cumsum(~follows)])  # steps that are missing in the records up to here
-        gaps = np.nonzero(np.diff(broken[index]) > 0)[0] + 1
-    packed_x = np.insert(x.astype(float), gaps, [(x[i - 1] + x[i]) / 2 for i in gaps]) if len(gaps) else x
+        missing = np.nonzero(np.diff(broken[index]) > 0)[0] + 1
+    packed_x = np.insert(x.astype(float), missing, [(x[i - 1] + x[i]) / 2 for i in missing]) if len(missing) else x
     packed = {"x": [int(v) if v == int(v) else float(v) for v in packed_x.tolist()], "y": {}}
     for name, column in columns.items():
         values = column[index]
-        packed["y"][name] = shorten(np.insert(values, gaps, np.nan) if len(gaps) else values)
+        packed["y"][name] = shorten(np.insert(values, missing, np.nan) if len(missing) else values)
     return packed
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from tropd.checkpoints import checkpoint as checkpoints
 from tropd.model.origins import check_same
 from tropd.monitoring.alarms import Alarms
+from tropd.monitoring.probe import PROBE
 from tropd.run.environment import changes, environment_of
 from tropd.teachers.following import whole
 from tropd.training.assembly import Parts
@@ -107,7 +108,11 @@ def restore(parts: Parts, state: State, alarms: Alarms, saved: checkpoints.Check
     alarms.load_state_dict(held["alarms"])
     parts.memory.load_state_dict(held.get("memory", {}))
     pieces = [piece.memory for piece in parts.run.method.objective.memories]
-    parts.memory.check_owners({*pieces, *parts.run.policy.memories, *(follower.key for follower in parts.followers)})
+    others = [follower.key for follower in parts.followers]
+    others += [name.rpartition("/")[0] for name in parts.memory if name.startswith(PROBE)]  # or left out since
+    parts.memory.check_owners({*pieces, *parts.run.policy.memories, *others})
+    for probe in parts.probes:
+        probe.go_on()
     parts.engine.sync(saved.step)
     state.step, state.best = saved.step, held["best"]
     state.before, state.latest = held["before"], held["latest"]

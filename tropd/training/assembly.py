@@ -129,6 +129,9 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE, given: Given = N
         origins = world.first(_origins(run, (loaded, tokenizer), teachers, held_out, given) if world.leads else {})
         texts = directory / world.own_name(loading.TEXTS)
         writer, remarks = writer_of(run, teachers, model, size, (tokenizer, stream), origins, texts)
+        memory = Memory()
+        for probe in probes:
+            probe.begin(model, memory)
         opened.pop_all()  # nothing was refused
     return Parts(
         run=run,
@@ -152,6 +155,7 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE, given: Given = N
         given=given,
         followers=engaged.followers,
         probes=probes,
+        memory=memory,
     )
 
 
