@@ -4,6 +4,7 @@ Each graded prompt is one line of items.jsonl, so an evaluation that was interru
 with the same numbers.  summary.json holds the numbers with everything they depend on.
 
 With --briefed the model answers twice: as the student reads a prompt, and with what the run's teacher is told of it.
+With --decay the run's teacher goes on where the student's answers are cut.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from tropd.config.stages import DataConfig, EvalConfig
 from tropd.config.tables import to_dict
 from tropd.errors import ConfigError, DataError
 from tropd.evaluation.briefed import check_reader, measure_gap
+from tropd.evaluation.decay import check_decay, measure_decay
 from tropd.evaluation.models import check_trust, data_of, judged, settings_of
 from tropd.model.loading import looks_local
 from tropd.types import READER
@@ -49,10 +51,14 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument(
         "model",
-        help="a Hugging Face folder or id, an exported adapter, or a run's folder; with --briefed also a run file",
+        help="a Hugging Face folder or id, an exported adapter, or a run's folder; with --briefed and --decay "
+        "also a run file",
     )
     parser.add_argument("--briefed", action="store_true", help="answer also with the briefing of the run's teacher")
     parser.add_argument("--reader", help="with --briefed: the reader of the run whose briefing is meant")
+    parser.add_argument(
+        "--decay", type=int, nargs="+", metavar="L", help="let the run's teacher go on after L tokens of the student"
+    )
     parser.add_argument("--data", help="a data file, folder or hub id; by default the run's held-out data")
     parser.add_argument("--step", type=int, help="a run's checkpoint; by default its finished model")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
@@ -67,6 +73,8 @@ def main(argv: list[str]) -> int:
         check_trust(run, config.grader, asked.trust_code)
     if asked.briefed and run is not None:
         check_reader(run, asked.reader or READER, asked.trust_code)
+    if asked.decay and run is not None:
+        check_decay(run, asked.decay, config.max_new_tokens)
     _evaluate(asked, config, run)
     return 0
 
@@ -75,7 +83,9 @@ def _run_of(source: Path, asked: Any) -> Run | None:
     """The run of a folder or a file; None for a model of no run."""
     if asked.reader is not None and not asked.briefed:
         raise ConfigError("--reader says whose briefing is meant, and without --briefed none is. Add --briefed.")
-    if asked.briefed and source.is_file() and source.suffix == ".toml":
+    if asked.briefed and asked.decay:
+        raise ConfigError("--briefed and --decay are two measurements. Ask for one of them at a time.")
+    if (asked.briefed or asked.decay) and source.is_file() and source.suffix == ".toml":
         if asked.step is not None:
             raise ConfigError(
                 f"--step {asked.step} was asked for, but {asked.model} is a run file. Give the run's folder."
@@ -88,6 +98,11 @@ def _run_of(source: Path, asked: Any) -> Run | None:
         raise ConfigError(
             f"--briefed asks what the teacher of a run is told, but {asked.model} is a model. Give a run file, or the "
             "folder of a run."
+        )
+    if asked.decay:
+        raise ConfigError(
+            f"--decay lets the teacher of a run go on, but {asked.model} is a model. Give a run file, or the folder of "
+            "a run."
         )
     return None
 
@@ -120,8 +135,9 @@ def _evaluate(asked: Any, config: Evaluation, run: Run | None) -> None:
     from tropd.data.graders import resolve_grader
 
     grader = resolve_grader(config.grader) if config.grader else None
-    if asked.briefed and grader is None:
-        raise ConfigError("--briefed compares accuracies, and there is no grader. Give --grader.")
+    if (asked.briefed or asked.decay) and grader is None:
+        said = "--briefed" if asked.briefed else "--decay"
+        raise ConfigError(f"{said} compares accuracies, and there is no grader. Give --grader.")
     if run is not None and Path(asked.model).expanduser().is_file():
         trained = student_of(run, asked.device, asked.dtype)
     else:
@@ -136,6 +152,8 @@ def _evaluate(asked: Any, config: Evaluation, run: Run | None) -> None:
     if asked.briefed and run is not None and grader is not None:
         reader = asked.reader or READER
         result, version = measure_gap(trained, run, config.data, config, grader, place, reader=reader, tell=tell)
+    elif asked.decay and run is not None and grader is not None:
+        result, version = measure_decay(trained, run, config.data, config, grader, asked.decay, place, tell=tell)
     else:
         result, version = judged(trained, config.data, config, grader, place, tell=tell)
     folder = place(version)
@@ -149,8 +167,8 @@ def _evaluate(asked: Any, config: Evaluation, run: Run | None) -> None:
 def _default_folder(asked: Any, config: Evaluation, version: str) -> Path:
     """Weights and settings name the folder, so that the same question finds its own answers again."""
     said = json.dumps([to_dict(config), version, *([asked.reader] if asked.briefed else [])], sort_keys=True)
-    briefed = "-briefed" if asked.briefed else ""
-    name = f"{Path(config.data.path).stem}{briefed}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
+    kind = "-briefed" if asked.briefed else "-decay" if asked.decay else ""
+    name = f"{Path(config.data.path).stem}{kind}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
     path = Path(asked.model).expanduser()
     return (
         path / "evaluations" / name

@@ -9,7 +9,11 @@ from tropd.base.names import Own
 from tropd.base.reading import shortened
 from tropd.errors import ConfigError
 
-PROBES = {"change": "tropd.monitoring.change:Change", "geometry": "tropd.monitoring.geometry:Geometry"}
+PROBES = {
+    "change": "tropd.monitoring.change:Change",
+    "geometry": "tropd.monitoring.geometry:Geometry",
+    "rock": "tropd.monitoring.rock:Rock",
+}
 """tropd's own, by the names that a run file has for them."""
 
 
