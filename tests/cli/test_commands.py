@@ -178,7 +178,7 @@ def test_users_errors_are_one_paragraph_and_start_nothing(
         "run.toml is a file. Give the folder": ["evaluate", run],
         "a model of the hub brings no held-out data": ["evaluate", "nobody/nothing"],
         "there is nothing to evaluate on": ["evaluate", str(world / "student")],
-        "required: --step": ["inspect", str(tmp_path)],
+        "a step to show is missing. Give --step N": ["inspect", str(tmp_path)],
         "no adapter_config.json": ["merge", str(world / "student"), "-o", str(tmp_path / "merged")],
         "line 1 of": ["score", run, str(world / "data.jsonl"), "-o", str(tmp_path / "scored.jsonl")],
     }.items():

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import html
 import json
+from array import array
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -219,11 +220,22 @@ def test_a_long_run_is_thinned_and_says_so(tmp_path: Path) -> None:
 def test_a_probe_that_rests_between_steps_is_drawn_as_one_line(tmp_path: Path) -> None:
     run = read_history(write_folder(tmp_path / "run", steps=2))
     run.steps = list(range(9))
-    rank = [float(step) if step % 4 == 0 else float("nan") for step in run.steps]
-    run.values = {"probe/change/stable_rank": rank}
+    rank = array("d", [step if step % 4 == 0 else float("nan") for step in run.steps])
+    run.values.clear()
+    run.values["probe/change/stable_rank"] = rank
     chart = next(c for c in charts_of([run]) if c["id"] == "rank")
     assert chart["runs"][0]["x"] == [0, 4, 8]
     assert chart["runs"][0]["y"]["probe/change/stable_rank"] == [0.0, 4.0, 8.0]
+
+
+def test_teachers_that_follow_are_drawn_by_name(tmp_path: Path) -> None:
+    run = read_history(write_folder(tmp_path / "run", steps=2))
+    run.values["probe/follow/kl"] = array("d", [0.1, 0.2])
+    run.values["probe/follow/readers.near/shock"] = array("d", [float("nan"), 0.3])
+    charts = {chart["id"]: chart for chart in charts_of([run])}
+    assert charts["followed"]["lines"] == [{"column": "probe/follow/kl", "label": "teacher"}]
+    assert charts["shock"]["lines"] == [{"column": "probe/follow/readers.near/shock", "label": "readers.near"}]
+    assert charts["shock"]["runs"][0]["x"] == [1]
 
 
 def test_chart_names_are_used_once() -> None:

@@ -95,6 +95,17 @@ def of_teachers(probe: str) -> Callable[[Sequence[History]], list[Line]]:
     return lines
 
 
+def of_followers(number: str) -> Callable[[Sequence[History]], list[Line]]:
+    """A number of each teacher that follows the student."""
+
+    def lines(runs: Sequence[History]) -> list[Line]:
+        names = dict.fromkeys(name for run in runs for name in run.names("probe/follow/"))
+        found = [name for name in names if name == number or name.endswith(f"/{number}")]
+        return [Line(column=f"probe/follow/{n}", label=n.removesuffix(number).strip("/") or "teacher") for n in found]
+
+    return lines
+
+
 def evaluated(runs: Sequence[History]) -> list[Line]:
     """Every score of a single run; of several runs the one that the verdict is about."""
     if len(runs) > 1:

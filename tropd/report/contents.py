@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from tropd.report.asked_for import ASKED_FOR
 from tropd.report.charts import (
     Chart,
     alarm_names,
@@ -13,6 +14,7 @@ from tropd.report.charts import (
     evaluated,
     every,
     fixed,
+    of_followers,
     of_teachers,
     positions,
     probes,
@@ -81,6 +83,23 @@ CHARTS = (
         about="Where a run has several teachers: how far the student is from each, on the prompts that are its own.",
         lines=of_teachers("trust/tv"),
         format="share",
+    ),
+    Chart(
+        id="followed",
+        section="Trust",
+        title="Divergence from a teacher that follows",
+        about="Estimated KL of the student to what its teacher has become: the mean of minus x.",
+        lines=of_followers("kl"),
+        format="nats",
+    ),
+    Chart(
+        id="shock",
+        section="Trust",
+        title="Jump when the teacher is copied",
+        about="By how much that divergence changes from the step before a copy to the step after it.",
+        lines=of_followers("shock"),
+        format="nats",
+        rests=True,
     ),
     Chart(
         id="ratio",
@@ -212,50 +231,7 @@ CHARTS = (
         about="The optimiser's learning rate at each step.",
         lines=fixed(learning_rate="learning rate"),
     ),
-    Chart(
-        id="unchanged",
-        section="Machine",
-        title="Weights that stay",
-        about="Share of the weights whose value in bfloat16 is as before, by the probes change and geometry.",
-        lines=probes(change__unchanged_bf16="since the start", geometry__unchanged_bf16="in an update"),
-        format="share",
-        rests=True,
-    ),
-    Chart(
-        id="moved",
-        section="Machine",
-        title="Size of the change",
-        about="Of a few matrices since the start: sum of all changes over the sum of all weights, and the norm of the "
-        "change of the singular values over theirs.",
-        lines=probes(change__moved="weights", change__drift="singular values"),
-        rests=True,
-    ),
-    Chart(
-        id="directions",
-        section="Machine",
-        title="Directions of the change",
-        about="How much of the strongest directions of the change since the start lies in those that it had at the "
-        "first look. 1 is all.",
-        lines=probes(change__sim="similarity"),
-        format="share",
-        rests=True,
-    ),
-    Chart(
-        id="angle",
-        section="Machine",
-        title="Turn of the matrices",
-        about="The largest angle in degrees between the strongest directions of a matrix at the start and now.",
-        lines=probes(change__angle="angle"),
-        rests=True,
-    ),
-    Chart(
-        id="rank",
-        section="Machine",
-        title="Stable rank of the change",
-        about="Squared Frobenius norm of the change since the start over that of its largest singular value.",
-        lines=probes(change__stable_rank="stable rank"),
-        rests=True,
-    ),
+    *ASKED_FOR,
     Chart(
         id="alarms",
         section="Alarms",
