@@ -17,6 +17,9 @@ from tropd.monitoring.overlap import shared
 from tropd.monitoring.sample import sampled_rows
 from tropd.objective.context import Context
 from tropd.objective.evidence import Needs
+from tropd.objective.support import NOTHING
+from tropd.teachers.teacher import ScoreRequest
+from tropd.training.batches import add_scores
 from tropd.training.step import train_step
 from tropd.training.watched import Watched
 from tropd.types import Author, Rollout
@@ -78,6 +81,20 @@ def test_it_is_that_of_both_models_own_top_k(folder: Path, method: str, tiles: s
     assert int(rows_N.sum()) > 0 and 0.0 < float(expected[0][rows_N].mean()) < 1.0
     for name, number_N in zip(NAMES, expected, strict=True):
         assert found[name] == pytest.approx(float(number_N[rows_N].double().mean()), rel=1e-5), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_teacher_says_does_not_depend_on_the_top_k_that_probes_get(folder: Path, dtype: str) -> None:
+    parts = parts_of(folder, METHODS["student's top-k"], teacher={"dtype": dtype})
+    rollouts = write(parts, 0.9)
+    tokens = judge(parts, rollouts).tokens
+    ids_TJ = tokens.student_topk_ids_NJ.split([len(r.response_ids) for r in rollouts])
+    request = ScoreRequest(rollouts, Needs.SAMPLED | Needs.STUDENT_TOPK, student_topk_ids_TJ=ids_TJ)
+    alone = add_scores(tokens, rollouts, parts.teacher.score(request))
+    known_N = tokens.teacher_topk_logprobs_NK[:, 0] > NOTHING
+    assert torch.equal(known_N, sampled_rows(tokens) & (tokens.authors_N == Author.STUDENT)) and bool(known_N.any())
+    for name in ("teacher_logprobs_N", "teacher_at_student_topk_NJ"):
+        assert torch.equal(getattr(alone, name), getattr(tokens, name)), name
 
 
 def test_shared_masses_by_hand() -> None:

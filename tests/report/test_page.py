@@ -5,8 +5,8 @@ import gzip
 import hashlib
 import html
 import json
-from array import array
 import re
+from array import array
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any

@@ -40,7 +40,8 @@ class Change(Probe):
                                space of those of the first look after step 0.  1 is all, K / columns is chance
 
     `matrices` is a number of trained matrices, spread over the model without its embeddings and its head, or a list of
-    patterns such as "*.layers.0.*".  With LoRA, W is the base with the adapter added.
+    patterns such as "*.layers.0.*".  With LoRA, W is the base with the adapter added.  Of several updates of a step the
+    numbers are means.
     """
 
     name = "change"
