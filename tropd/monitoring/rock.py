@@ -18,7 +18,8 @@ import torch
 from tropd.base.reading import check_file, refusing
 from tropd.errors import CheckpointError, ConfigError, require
 from tropd.monitoring.probe import Numbers, Probe, Sight
-from tropd.objective.evidence import Needs, as_heard
+from tropd.objective.evidence import Needs
+from tropd.objective.heard import as_heard
 from tropd.types import Author
 
 COMMON = 5
