@@ -29,6 +29,15 @@ from tropd.methods.opd_plus import OPDPlus as OPDPlus
 from tropd.methods.classics import GKD as GKD, MiniLLM as MiniLLM
 from tropd.methods.supervised import SeqKD as SeqKD, SFT as SFT
 from tropd.methods.topd import TOPD as TOPD
+from tropd.methods.gndpo import GNDPO as GNDPO
+from tropd.methods.power_opd import PowerOPD as PowerOPD
+from tropd.methods.vopd import VOPD as VOPD
+from tropd.methods.exopd import ExOPD as ExOPD
+from tropd.methods.fire import FiRe as FiRe
+from tropd.methods.sg_opd import OPDVR as OPDVR, SGOPD as SGOPD
+from tropd.methods.rg_opd import RGOPD as RGOPD
+from tropd.methods.scope import SCOPE as SCOPE
+from tropd.methods.kdrl import KDRL as KDRL
 from tropd.methods.opsd import OPSD as OPSD
 from tropd.methods.unisd import UniSD as UniSD
 from tropd.methods.sdft import SDFT as SDFT

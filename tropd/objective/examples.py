@@ -31,6 +31,7 @@ from tropd.objective.losses import (
 from tropd.objective.measures import EitherHigh, Normalised, ReverseKLAt, StudentEntropy
 from tropd.objective.objective import Objective
 from tropd.objective.places import FirstOf, LastPositions, PositionBelow, ShorterThan, Shortest, TokenIn
+from tropd.objective.power import PowerDifference
 from tropd.objective.rewards import (
     Clip,
     DivergenceWeight,
@@ -60,6 +61,8 @@ from tropd.objective.selectors import (
 )
 from tropd.objective.targets import GeometricBridge, Temperature
 from tropd.objective.terms import Term
+from tropd.objective.trajectories import BestResponses, EntropyWeight, TeacherLogprob
+from tropd.objective.verdicts import SignExtrapolation, SignGate, VerdictsAgree
 from tropd.types import Author, key_of
 
 __all__ = [
@@ -68,11 +71,13 @@ __all__ = [
     "Agreement",
     "AtMost",
     "Author",
+    "BestResponses",
     "Clip",
     "Context",
     "ContrastiveHinge",
     "DivergenceWeight",
     "EitherHigh",
+    "EntropyWeight",
     "Everywhere",
     "FirstOf",
     "ForwardKL",
@@ -93,6 +98,7 @@ __all__ = [
     "PlusFutureMean",
     "PolicyGradient",
     "PositionBelow",
+    "PowerDifference",
     "ProbabilityGapAbove",
     "ProximalTeacher",
     "ReaderEvidence",
@@ -105,16 +111,20 @@ __all__ = [
     "Schedule",
     "ShorterThan",
     "Shortest",
+    "SignExtrapolation",
+    "SignGate",
     "Standardise",
     "StateReward",
     "StudentEntropy",
     "StudentView",
     "TeacherEntropyAbove",
+    "TeacherLogprob",
     "Temperature",
     "Term",
     "TokenIn",
     "TopFraction",
     "TrustRegion",
+    "VerdictsAgree",
     "Verified",
     "chain",
     "distillation_loss",

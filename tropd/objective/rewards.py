@@ -243,7 +243,8 @@ class Scale(Reward):
 class ReverseKLBaseline(Reward):
     """+ KL(student || teacher) at the position: LogRatio then has mean 0 over the student's draws.
 
-    The gradient stays unbiased, since what is added does not depend on the drawn token.
+    The gradient stays unbiased, since what is added does not depend on the drawn token.  Where the divergence is
+    infinite nothing is added.
 
     >>> tokens = some_tokens(student_logprobs_N=[-0.5], teacher_logprobs_N=[-1.0], reverse_kl_N=[0.2])
     >>> chain(LogRatio(), ReverseKLBaseline())(torch.zeros(1), tokens, Context())
@@ -253,7 +254,7 @@ class ReverseKLBaseline(Reward):
     own_needs = Needs.REVERSE_KL
 
     def __call__(self, reward_N: Tensor, tokens: Tokens, context: Context) -> Tensor:
-        return reward_N + tokens.reverse_kl_N
+        return reward_N + tokens.reverse_kl_N.masked_fill(tokens.reverse_kl_N == torch.inf, 0.0)
 
 
 @dataclass(frozen=True)

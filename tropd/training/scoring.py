@@ -55,7 +55,9 @@ def check_evidence(objective: Objective, teacher: Teacher | Mapping[str, Teacher
                 "process, which can answer everything."
             )
     if Needs.REWARD in objective.needs and not grader:
-        raise EvidenceError(f"method {name!r} reads a grader's reward: set `grader`.")
+        raise EvidenceError(
+            f"method {name!r} reads a grader's reward, and the run has no grader. Set one, such as grader = 'exact'."
+        )
 
 
 def _offers(teacher: Teacher, lacking: Needs) -> str:

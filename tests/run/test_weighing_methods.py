@@ -1,0 +1,78 @@
+"""Methods that filter responses, gate by the grader or reshape the reward: each trains from its name in a run file,
+goes on exactly from a checkpoint, and asks for a grader where it reads one."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import run_case
+from tests.small_runs import values_of
+from tests.told import WORDS, write_world
+from tropd.cli.main import main
+from tropd.config.run import Run
+from tropd.doctor import examine
+from tropd.errors import EvidenceError
+from tropd.methods import METHODS
+from tropd.monitoring.records import read_records
+from tropd.objective.evidence import Needs
+from tropd.run.start import resume, train
+from tropd.training.assembly import load_parts
+
+NAMES = ("scope", "fire", "sg_opd", "opdvr", "rg_opd", "gndpo", "power_opd", "vopd", "exopd", "kdrl")
+GRADED = [name for name in NAMES if Needs.REWARD in METHODS[name]().needs]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+def write_file(world: Path, directory: Path, name: str, **changes: Any) -> Path:
+    """A run file as a user writes it: the method is its name."""
+    import tomli_w
+
+    values = values_of(world, "quick", output=str(directory), grader=WORDS, **changes)
+    values["method"] = {"name": name}
+    path = directory.with_name(directory.name + ".toml")
+    path.write_text(tomli_w.dumps(values))
+    return path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_file_that_names_a_method_trains_and_resumes_bit_for_bit(world: Path, tmp_path: Path, name: str) -> None:
+    directory = train(Run.load(write_file(world, tmp_path / "run", name, rollout={"num_rollouts": 3})))
+    records = read_records(directory / "records.jsonl").steps
+    assert len(records) == 2
+    assert all(math.isfinite(record.loss) and record.gradient_norm > 0 for record in records)
+    assert all(part.tokens > 0 for part in records[0].terms.values())
+    assert not any(text.startswith(("mismatch", "no_signal")) for record in records for text in record.alarms)
+    whole = run_case.trace(directory)
+    for later in (directory / "checkpoints" / "step_000002", directory / "model"):
+        shutil.rmtree(later)
+    assert run_case.trace(resume(directory)) == whole and len(whole["records"]) == 1 + 2
+
+
+def test_the_methods_that_read_a_grader_are_known() -> None:
+    assert GRADED == ["scope", "sg_opd", "opdvr", "rg_opd", "kdrl"]
+
+
+@pytest.mark.parametrize("name", GRADED)
+def test_a_method_that_reads_a_reward_without_a_grader_is_one_clear_error(
+    world: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_file(world, tmp_path / "run", name)
+    path.write_text(path.read_text().replace("grader = ", "seed = 0 # "))
+    run = Run.load(path)
+    with pytest.raises(
+        EvidenceError, match=f"method '{name}' reads a grader's reward, and the run has no grader. Set one"
+    ):
+        load_parts(run, tmp_path)
+    assert any(check.level == "error" and "has no grader" in check.found for check in examine(run, num_prompts=0))
+    assert main(["train", str(path)]) == 2
+    assert "has no grader" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run" / "records.jsonl").exists()
