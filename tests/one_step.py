@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from tests.small_runs import run_of
+from tropd.data.graders import graded
 from tropd.methods.drafts import RolloutJob
 from tropd.objective.context import Context
-from tropd.objective.evidence import StudentView
+from tropd.objective.evidence import Needs, StudentView
 from tropd.rollout.stage import roll_out
 from tropd.run.start import assemble
 from tropd.training.assembly import Parts
@@ -44,8 +45,12 @@ def write(parts: Parts, progress: float = 0.3, seed: int = 5) -> list[Rollout]:
 
 def judge(parts: Parts, rollouts: list[Rollout]) -> ScoredBatch:
     run = parts.run
-    recall = recall_needed(run.method.objective, run.optimizer.num_updates)
-    return score(rollouts, run.method.objective, parts.teacher, parts.learner, seed=run.seed, recall=recall)
+    objective = run.method.objective
+    recall = recall_needed(objective, run.optimizer.num_updates)
+    if Needs.REWARD in objective.needs:
+        assert parts.grader is not None
+        rollouts = graded(parts.grader, rollouts, parts.tokenizer)
+    return score(rollouts, objective, parts.readers, parts.learner, seed=run.seed, recall=recall)
 
 
 @dataclass(frozen=True, kw_only=True)

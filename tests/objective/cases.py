@@ -22,8 +22,9 @@ F64 = torch.float64
 ALL = ~Needs.NOTHING
 V, K = 11, 4
 LAYERS = ("all", "even", "odd")
-OTHERS = tuple(sorted({name for cls in METHODS.values() for name in cls().objective.readers} - {READER}))
-"""Readers beside the teacher that methods have by default."""
+_NAMES = {name for cls in METHODS.values() for name in cls().objective.readers} - {READER}
+OTHERS = tuple(sorted(_NAMES, key=lambda name: (name == "start", name)))
+"""Readers beside the teacher that methods have by default.  What each says depends on its place."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ GATE = {"min_steps": 2, "rise": 0.0, "tail": 9.0, "clipped": 1.0}
 ITSELF = {"teacher": {"path": "student"}}
 CASES: dict[str, dict[str, Any]] = {
     "cgtr": {"method": {"gate": GATE}},
-    "oprd": {"teacher": {"path": "teacher"}},
+    **{name: {"teacher": {"path": "teacher"}} for name in ("oprd", "exopd", "sg_opd")},
     "ogls": {"rollout": {"num_rollouts": 6}},
     "safesteer": {"method": {"direction": "direction.safetensors", "layer": 1, "ids": [40, 50, 60]}},
     "sft": {"data": {"response_column": "solution"}},
