@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.objective.cases import F64, close, make_case
-from tropd.methods import OPD, SCOPE, FiRe, TrOPD
+from tropd.methods import GNDPO, OPD, RGOPD, SCOPE, FiRe, TrOPD
 from tropd.methods.fire import FiReWeights
 from tropd.objective import Context, Tokens
 from tropd.objective.examples import some_tokens
@@ -182,3 +182,12 @@ def test_scope_has_empty_paths_where_everybody_succeeds_or_fails() -> None:
         for preset in ("paper", "code"):
             plan = SCOPE(preset=preset).objective.plan(case.tokens.with_(rewards_S=rewards_S))
             assert [name for name, weight_N in plan.weights.items() if not weight_N.any()] == [empty]
+
+
+@pytest.mark.parametrize("method", [FiRe(), FiRe(scope="batch"), SCOPE(), RGOPD(), GNDPO()], ids=str)
+@pytest.mark.parametrize("num_sequences", [0, 6])
+def test_a_rank_without_a_token_plans_nothing(method, num_sequences: int) -> None:
+    tokens = make_case().tokens.rows(slice(0, 0))
+    per_sequence = ("keys_S", "num_actions_S", "rewards_S", "groups_S")
+    tokens = tokens.with_(**{name: getattr(tokens, name)[:num_sequences] for name in per_sequence})
+    assert all(len(weight_N) == 0 for weight_N in method.objective.plan(tokens).weights.values())

@@ -24,6 +24,17 @@ from tropd.run.start import resume, train
 from tropd.training.assembly import load_parts
 
 NAMES = ("scope", "fire", "sg_opd", "opdvr", "rg_opd", "gndpo", "power_opd", "vopd", "exopd", "kdrl")
+START = {"readers": {"start": {"path": "start"}}}
+ON_TROPD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "fire": ({"drop": 0.4}, {}),
+    "gndpo": ({}, {}),
+    "opdvr": ({}, {}),
+    "rg_opd": ({}, {}),
+    "vopd": ({}, {}),
+    "sg_opd": ({"agree": 1.5}, START),
+    "exopd": ({}, START),
+}
+"""Extras on TrOPD, by name: knobs, and what the run file says beside the method."""
 GRADED = [name for name in NAMES if Needs.REWARD in METHODS[name]().needs]
 
 
@@ -32,29 +43,47 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_world(tmp_path_factory.mktemp("world"))
 
 
-def write_file(world: Path, directory: Path, name: str, **changes: Any) -> Path:
+def write_file(world: Path, directory: Path, method: str | dict[str, Any], **changes: Any) -> Path:
     """A run file as a user writes it: the method is its name."""
     import tomli_w
 
     values = values_of(world, "quick", output=str(directory), grader=WORDS, **changes)
-    values["method"] = {"name": name}
+    values["method"] = {"name": method} if isinstance(method, str) else method
     path = directory.with_name(directory.name + ".toml")
     path.write_text(tomli_w.dumps(values))
     return path
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_run_file_that_names_a_method_trains_and_resumes_bit_for_bit(world: Path, tmp_path: Path, name: str) -> None:
-    directory = train(Run.load(write_file(world, tmp_path / "run", name, rollout={"num_rollouts": 3})))
+def check_life(directory: Path) -> None:
+    """Two steps that teach, and a second that is the same again from the checkpoint of the first."""
     records = read_records(directory / "records.jsonl").steps
     assert len(records) == 2
     assert all(math.isfinite(record.loss) and record.gradient_norm > 0 for record in records)
-    assert all(part.tokens > 0 for part in records[0].terms.values())
     assert not any(text.startswith(("mismatch", "no_signal")) for record in records for text in record.alarms)
     whole = run_case.trace(directory)
     for later in (directory / "checkpoints" / "step_000002", directory / "model"):
         shutil.rmtree(later)
     assert run_case.trace(resume(directory)) == whole and len(whole["records"]) == 1 + 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_file_that_names_a_method_trains_and_resumes_bit_for_bit(world: Path, tmp_path: Path, name: str) -> None:
+    directory = train(Run.load(write_file(world, tmp_path / "run", name, rollout={"num_rollouts": 3})))
+    assert all(part.tokens > 0 for part in read_records(directory / "records.jsonl").steps[0].terms.values())
+    check_life(directory)
+
+
+@pytest.mark.parametrize("name", ON_TROPD)
+def test_the_same_on_tropd_trains_and_resumes_bit_for_bit(world: Path, tmp_path: Path, name: str) -> None:
+    knobs, beside = ON_TROPD[name]
+    method = {"name": "tropd", "top_k": 8, "beta": 0.1, "plus": [{"name": name, **knobs}]}
+    check_life(train(Run.load(write_file(world, tmp_path / "run", method, **beside))))
+
+
+def test_an_extra_whose_reference_nobody_is_says_which_section_is_missing(world: Path, tmp_path: Path) -> None:
+    path = write_file(world, tmp_path / "run", {"name": "opd", "plus": ["exopd"]})
+    with pytest.raises(EvidenceError, match=r"reads what reader 'start' says.*Add a section \[readers.start\]"):
+        load_parts(Run.load(path), tmp_path)
 
 
 def test_the_methods_that_read_a_grader_are_known() -> None:

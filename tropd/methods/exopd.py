@@ -37,6 +37,7 @@ class ExOPD(Method):
     such as the teacher before its own training (paper, for a small student of a large teacher)."""
 
     paper = "2602.12125"
+    idea = "whose distribution"
     summary = "OPD that goes beyond the teacher, away from the student before training"
     zero_at_teacher = False
 
@@ -61,6 +62,7 @@ class Extrapolated(Judge):
     reference: str = "start"
     """The reader that the teacher is compared with."""
 
+    idea = "whose distribution"
     summary = "ExOPD's reward for the teacher's change against a reference"
 
     @property

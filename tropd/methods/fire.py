@@ -52,6 +52,7 @@ class FiRe(Method):
     """PPO's clip of the importance ratio (code: 0.2).  It acts from the second update of a batch on. Above 0."""
 
     paper = "2606.02684"
+    idea = "which trajectories"
     summary = "OPD without the responses that the teacher finds least likely, weighed by both entropies"
     readings = (
         "The quantile is that of the whole batch, whatever the micro-batch. The released code takes it inside a "
@@ -83,6 +84,7 @@ class FiReWeights(Choose):
     scope: Scope = "sequence"
     """Where maxima and mean are taken: in each response or in the batch."""
 
+    idea = "which trajectories"
     summary = "FiRe-OPD's filter of responses and weights of tokens"
 
     @property

@@ -31,6 +31,7 @@ class GNDPO(Method):
     """PPO's clip of the importance ratio (code: verl's 0.2).  It acts from the second update of a batch on. Above 0."""
 
     paper = "2606.09091"
+    idea = "whose distribution"
     summary = "OPD with rewards clamped and standardised over the batch"
     readings = (
         "The mean is a baseline and changes no expected gradient; the deviation rescales the learning rate; only the "
@@ -52,6 +53,7 @@ class Whitened(Judge):
     clamp: Positive = 5.0
     """Largest size of a reward before it is standardised, in nats. Above 0."""
 
+    idea = "whose distribution"
     summary = "GNDPO's clamp and standardisation of rewards over the batch"
 
     @property

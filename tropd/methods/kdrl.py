@@ -40,6 +40,7 @@ class KDRL(Method):
     does both all along, with `weight` (paper). In [0, 1]."""
 
     paper = "2506.02208"
+    idea = "which trajectories"
     summary = "GRPO plus reverse KL to the teacher, at once or one after the other"
     zero_at_teacher = False
     readings = (

@@ -30,6 +30,7 @@ class PowerOPD(Method):
     """The larger, the more only likely tokens count (code: 5); towards 0, OPD with small rewards. Above 0."""
 
     paper = "2606.17199"
+    idea = "whose distribution"
     summary = "OPD whose reward is the difference of powers of both probabilities"
     readings = (
         "Rewards are small where both models find a token unlikely, the more so the larger alpha is: the learning rate "

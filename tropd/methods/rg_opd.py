@@ -31,6 +31,7 @@ class RGOPD(Method):
     """A response succeeded if its reward is above this [inferred]. Any finite number."""
 
     paper = "2607.04037"
+    idea = "which trajectories"
     summary = "OPD on the responses that teacher and grader judge alike"
     readings = ("The mean is over all tokens, gated responses included [inferred].",)
 
@@ -48,6 +49,7 @@ class VerdictGated(Choose):
     success: Finite = 0.0
     """A response succeeded if its reward is above this. Any finite number."""
 
+    idea = "which trajectories"
     summary = "RG-OPD's gate: only responses that teacher and grader judge alike"
 
     @property

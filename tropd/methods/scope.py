@@ -39,6 +39,7 @@ class SCOPE(Method):
     """PPO's clip on failures (code: verl's 0.2).  It acts from the second update of a batch on. Above 0."""
 
     paper = "2604.10688"
+    idea = "which trajectories"
     summary = "likelihood of the student's successes, OPD on its failures, weighed by perplexity in the group"
     zero_at_teacher = False
     readings = (

@@ -42,6 +42,7 @@ class SGOPD(Method):
     """A response succeeded if its reward is above this [inferred]. Any finite number."""
 
     paper = "2606.09304"
+    idea = "which tokens"
     summary = "OPD whose reward goes beyond the teacher where teacher and grader agree on a token"
     readings = (
         "The paper's equation was not found. Two accounts of it agree on lambda = 1.8 and 1 in the form of ExOPD, "
@@ -75,6 +76,7 @@ class SignExtrapolated(Judge):
     success: Finite = 0.0
     """A response succeeded if its reward is above this. Any finite number."""
 
+    idea = "which tokens"
     summary = "SG-OPD's gate: rewards go beyond the teacher where the grader agrees"
 
     @property
@@ -97,6 +99,7 @@ class OPDVR(Method):
     """A response succeeded if its reward is above this [inferred]. Any finite number."""
 
     paper = "2608.24696"
+    idea = "which tokens"
     summary = "OPD without the tokens on which teacher and grader disagree"
     readings = ("The mean is over all tokens, gated ones included [inferred]. The paper gates 40 to 51 % of them.",)
 
@@ -114,6 +117,7 @@ class SignGated(Judge):
     success: Finite = 0.0
     """A response succeeded if its reward is above this. Any finite number."""
 
+    idea = "which tokens"
     summary = "OPDVR's gate: no reward where it contradicts the grader"
 
     @property

@@ -25,6 +25,7 @@ class VOPD(Method):
     name: Literal["vopd"] = "vopd"
 
     paper = "2605.07865"
+    idea = "whose distribution"
     summary = "OPD with the exact reverse KL of each position as its reward's baseline"
     readings = (
         "The divergence is over the whole vocabulary. The paper's cheaper variant sums over the student's top-k; what "
@@ -42,6 +43,7 @@ class KLBaseline(Judge):
 
     name: Literal["vopd"] = "vopd"
 
+    idea = "whose distribution"
     summary = "vOPD's baseline: rewards plus the reverse KL of their position"
 
     @property
