@@ -29,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "two updates": {"optimizer": {"num_updates": 2}},
     "groups": {"method": {"name": "topd"}},
     "batch coin": {"method": {"name": "gkd"}},
+    "filter and whitening": {"method": {"name": "fire", "scope": "batch", "drop": 0.3, "plus": ["gndpo"]}},
     "untied": {
         "student": {"path": "untied"},
         "method": {"name": "opd"},
