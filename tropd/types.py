@@ -40,6 +40,9 @@ class Finish(StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
+    """The response came to rollout.max_new_tokens."""
+    HORIZON = "horizon"
+    """The rollout policy wanted no more of it; how it would have gone on is not known."""
     ABORT = "abort"
 
 

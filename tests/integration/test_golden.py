@@ -70,6 +70,7 @@ GOLDEN: dict[str, tuple[float, float]] = {
     "oprd": (2.708647561, 0.3447832037),
     "ogls": (0.3764506316, 0.04324935983),
     "safesteer": (1.028096346, 0.1235787189),
+    "esr": (-0.05767338599, 0.3765869895),
 }
 """Loss and gradient norm of every method with its defaults, at a third of training."""
 

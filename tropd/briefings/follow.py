@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # which needs torch, and a run file does not
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """The answers of a step, of all ranks in the same order."""
+    """The answers of a step, of all ranks in the same order, without those that a horizon cut."""
 
     rewards: Sequence[float]
     lengths: Sequence[int]
@@ -136,7 +136,8 @@ class Gated(Follow):
     reads_answers: ClassVar[bool] = True
 
     def moves(self, step: int, answers: Answers | None, memory: Memory, name: str) -> bool:
-        assert answers is not None
+        if answers is None:  # a horizon cut each of them, so there is nothing to go by
+            return False
         first = f"{name}/steps" not in memory
         reward = answers.reward if first else self._averaged(answers.reward, float(memory[f"{name}/reward"]))
         memory.put(f"{name}/reward", reward)

@@ -23,6 +23,7 @@ from tropd.config.run import Run
 from tropd.doctor.check import Check, error, ok, warning
 from tropd.doctor.subject import Subject
 from tropd.errors import ConfigError, TropdError
+from tropd.methods.horizon import horizons
 from tropd.model.head import causal_lm_of
 from tropd.model.loading import choose_device, choose_dtype, free_memory, wrap_student
 from tropd.objective.evidence import Needs
@@ -84,8 +85,9 @@ def need_of(subject: Subject, device: torch.device | None = None, processes: int
     widths = {name: choose_dtype(one.dtype, device).itemsize for name, one in local.items()}
     readers = [x for x in run.all_readers.values() if x.made_of is None and not shares_model(run, x)]
     reading = [x for x in readers if x.is_model and not x.servers and not x.follows]
-    longest = max((len(prompt.token_ids) for prompt in subject.prompts), default=0) + run.rollout.max_new_tokens
-    told = max((len(ids) for p in subject.prompts for ids in p.told.values()), default=0) + run.rollout.max_new_tokens
+    new = max(horizons(run.policy, run.rollout.max_new_tokens, run.steps))
+    longest = max((len(prompt.token_ids) for prompt in subject.prompts), default=0) + new
+    told = max((len(ids) for p in subject.prompts for ids in p.told.values()), default=0) + new
     rollouts = -(-run.rollout.num_prompts * run.rollout.num_rollouts // processes)
     batch = min(run.rollout.max_batch, rollouts)
     writers = [] if run.rollout.servers else [(subject.student.config, width, longest)]

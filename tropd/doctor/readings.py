@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from tropd.doctor.check import Check, error, ok, warning
 from tropd.doctor.readers import says_as_teacher
 from tropd.doctor.sample import Diagnosis, Sample
+from tropd.methods.horizon import horizons
 from tropd.monitoring.alarms import Alarms
 from tropd.types import READER
 
@@ -172,9 +174,9 @@ def check_seconds(parts: Parts, sample: Sample) -> Iterator[Check]:
     """Seconds per step, scaled up by tokens from a small sample: an upper bound on a GPU, where batches are cheap."""
     run = parts.run
     num_rollouts = run.rollout.num_prompts * run.rollout.num_rollouts
+    horizon = fmean(horizons(run.policy, run.rollout.max_new_tokens, run.steps))
     lengths = [
-        len(r.response_ids) if len(r.response_ids) < sample.limit else run.rollout.max_new_tokens
-        for r in sample.rollouts
+        min(horizon, len(r.response_ids)) if len(r.response_ids) < sample.limit else horizon for r in sample.rollouts
     ]
     written = num_rollouts * sum(lengths) / len(lengths)
     read = written + num_rollouts * sum(len(r.prompt.token_ids) for r in sample.rollouts) / len(lengths)

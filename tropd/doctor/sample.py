@@ -139,15 +139,18 @@ def _prompts(parts: Parts, num_prompts: int) -> list[tuple[Prompt, int]]:
 
 
 def _write(parts: Parts, prompts: Sequence[tuple[Prompt, int]], policy: RolloutPolicy, limit: int) -> list[Rollout]:
-    run = parts.run
+    run, grader = parts.run, parts.grader
     job = RolloutJob(
         prompts=prompts,
         num_rollouts=2 if parts.briefer.compares else 1,
-        max_new_tokens=limit,
+        max_new_tokens=min(limit, policy.horizon(run.rollout.max_new_tokens, run.steps - 1, 1.0, parts.memory)),
+        budget=limit,
         sampling=run.sampling,
         stop_ids=parts.stop_ids,
         seed=run.seed,
         progress=1.0,
+        memory=parts.memory,
+        grade=None if grader is None else lambda rollouts: graded(grader, rollouts, parts.tokenizer),
         teacher_sampling=run.rollout.teacher_sampling,
     )
     return roll_out(policy, job, parts.engine, parts.writer)

@@ -47,6 +47,7 @@ from tropd.methods.ptd import PTD as PTD
 from tropd.methods.oprd import OPRD as OPRD
 from tropd.methods.ogls import OGLS as OGLS
 from tropd.methods.safesteer import SafeSteer as SafeSteer
+from tropd.methods.esr import ESR as ESR
 # isort: on
 
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from tropd.errors import ConfigError
 from tropd.objective.memory import Memory
-from tropd.types import Completion, Finish, Prompt, Request, Rollout, Sampling, key_of
+from tropd.types import Author, Completion, Finish, Prompt, Request, Rollout, Sampling, key_of
 
 
 class Writer(Protocol):
@@ -53,6 +53,18 @@ class Draft:
         """With a text as the whole response."""
         return replace(self, prefix=text.token_ids, whole=True, finish=text.finish)
 
+    def rollout(self) -> Rollout:
+        """Of a whole draft."""
+        prompt, n = self.prompt, len(self.prefix)
+        return Rollout(
+            id=self.id,
+            prompt=prompt,
+            token_ids=prompt.token_ids + self.prefix,
+            authors=(Author.CONTEXT,) * len(prompt.token_ids) + (Author.TEACHER,) * n,
+            behavior_logprobs=(0.0,) * (len(prompt.token_ids) + n),
+            finish=self.finish,
+        )
+
     def begun(self, text: Text, length: int, max_new_tokens: int, keep: int = 1) -> Draft:
         """With the first `length` tokens of a text.  The student writes at least one token, and the last `keep` of the
         text: a stop token inside the prefix would leave nothing to write.  With `keep` = 0 a finished text may be the
@@ -74,6 +86,8 @@ class RolloutJob:
     num_rollouts: int
     max_new_tokens: int
     """Of a response, up to the policy's horizon."""
+    budget: int | None = None
+    """The same without a horizon, where there is one."""
     sampling: Sampling
     stop_ids: tuple[int, ...]
     seed: int
@@ -93,6 +107,11 @@ class RolloutJob:
     def draw(self, what: str, name: str) -> float:
         """A number in [0, 1) that belongs to a name, such as a draft's id, and to what it decides."""
         return (key_of(self.seed, what, name) & (2**53 - 1)) / 2**53
+
+    def end(self, finish: Finish) -> Finish:
+        """Why a response of this job ended: one that is as long as it may be may have come to the horizon alone."""
+        cut = finish == Finish.LENGTH and self.budget is not None and self.max_new_tokens < self.budget
+        return Finish.HORIZON if cut else finish
 
     @property
     def batch_name(self) -> str:

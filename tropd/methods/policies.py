@@ -75,8 +75,8 @@ class RolloutPolicy(Ranged):
         """What `begin` does on average, at this progress, with so many rollouts of a prompt."""
         return Shares()
 
-    def horizon(self, max_new_tokens: int, progress: float, memory: Memory) -> int:
-        """How many tokens of a response are written in the next step, of at most `max_new_tokens`."""
+    def horizon(self, max_new_tokens: int, step: int, progress: float, memory: Memory) -> int:
+        """How many tokens of a response are written in a step, of at most `max_new_tokens`."""
         return max_new_tokens
 
     def decoding(self, progress: float, memory: Memory) -> Decoding | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from tropd.errors import ConfigError
 from tropd.methods.decoding import Decoding
 from tropd.methods.drafts import Draft, RolloutJob, Writer
+from tropd.methods.horizon import Horizon
 from tropd.methods.policies import (
     Done,
     Mixture,
@@ -29,6 +30,7 @@ POLICIES: dict[str, type[RolloutPolicy]] = {
     "teacher_prefix": TeacherPrefix,
     "teacher_text": TeacherText,
     "mixture": Mixture,
+    "horizon": Horizon,
 }
 """By the names that a run file has for them."""
 
@@ -65,8 +67,8 @@ class Stacked(RolloutPolicy):
     def shares(self, progress: float, num_rollouts: int, max_new_tokens: int) -> Shares:
         return self._beginner.shares(progress, num_rollouts, max_new_tokens)
 
-    def horizon(self, max_new_tokens: int, progress: float, memory: Memory) -> int:
-        return min(p.horizon(max_new_tokens, progress, memory) for p in self.policies)
+    def horizon(self, max_new_tokens: int, step: int, progress: float, memory: Memory) -> int:
+        return min(p.horizon(max_new_tokens, step, progress, memory) for p in self.policies)
 
     def decoding(self, progress: float, memory: Memory) -> Decoding | None:
         return next((p.decoding(progress, memory) for p in self.policies if p.writes_jointly), None)

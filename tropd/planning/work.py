@@ -32,6 +32,7 @@ from tropd.config.run import Run
 from tropd.doctor.cost import Need, cached
 from tropd.doctor.readers import asked_of, has_teachers_model
 from tropd.doctor.subject import Subject
+from tropd.methods.horizon import horizons
 from tropd.model.loading import choose_dtype
 from tropd.planning.devices import Device
 from tropd.training.scoring import PASS_NEEDS
@@ -56,8 +57,8 @@ class Texts:
     """Tokens of a prompt."""
     told: float
     """Tokens of what the teacher reads instead, as far as that is known before the run."""
-    new: int
-    """Tokens of an answer."""
+    new: float
+    """Tokens of an answer, up to the horizon."""
     prefix: float
     """Tokens of an answer before the student begins, in rollouts that the student continues."""
     by_student: float
@@ -128,13 +129,14 @@ class Phase:
 
 def texts_of(run: Run, subject: Subject) -> Texts:
     policy, wanted, prompts = run.policy, run.rollout, subject.prompts
-    rollouts, new = wanted.num_prompts * wanted.num_rollouts, wanted.max_new_tokens
+    rollouts = wanted.num_prompts * wanted.num_rollouts
+    lengths = horizons(policy, wanted.max_new_tokens, run.steps)
     prompt = fmean(len(p.token_ids) for p in prompts)
     visits = wanted.num_prompts * run.steps
     kept = run.teacher.text_cache and not run.teacher.moves and not run.data.streaming
     fresh = sum(not p.response_ids for p in prompts) / len(prompts)
     fresh *= min(1.0, len(prompts) / visits) if kept else 1.0
-    each = [policy.shares(step / run.steps, wanted.num_rollouts, new) for step in range(run.steps)]
+    each = [policy.shares(step / run.steps, wanted.num_rollouts, new) for step, new in enumerate(lengths)]
     by_student = fmean(share.by_student for share in each)
     given = fmean(share.by_student * share.prefix for share in each)
     texts = wanted.num_prompts * fmean(share.texts for share in each)
@@ -142,7 +144,7 @@ def texts_of(run: Run, subject: Subject) -> Texts:
         rollouts=rollouts,
         prompt=prompt,
         told=fmean(len(p.told.get(READER) or p.token_ids) for p in prompts),
-        new=new,
+        new=fmean(lengths),
         prefix=given / by_student if by_student else 0.0,
         by_student=rollouts * by_student,
         by_teacher=texts * fresh,

@@ -160,8 +160,8 @@ CHARTS = (
         id="length",
         section="Text",
         title="Length of the answers",
-        about="Tokens of an answer: the mean and the longest of a step.",
-        lines=probes(length__mean="mean", length__max="longest"),
+        about="Tokens of an answer: the mean and the longest of a step, and the horizon where it was below the limit.",
+        lines=probes(length__mean="mean", length__max="longest", rollout__horizon="horizon"),
         format="tokens",
     ),
     Chart(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from tropd.errors import ConfigError
@@ -79,19 +80,8 @@ def carry_on(
         told = [(d.prompt.told.get("teacher") or d.prompt.token_ids) + d.prefix for d in open_drafts]
         completions = pair.write(requests, told, decoding) if requests else []
     written = iter(completions)
-    return [_finished(d) if d.whole else _continued(d, next(written)) for d in drafts]
-
-
-def _finished(draft: Draft) -> Rollout:
-    prompt, n = draft.prompt, len(draft.prefix)
-    return Rollout(
-        id=draft.id,
-        prompt=prompt,
-        token_ids=prompt.token_ids + draft.prefix,
-        authors=(Author.CONTEXT,) * len(prompt.token_ids) + (Author.TEACHER,) * n,
-        behavior_logprobs=(0.0,) * (len(prompt.token_ids) + n),
-        finish=draft.finish,
-    )
+    rollouts = [d.rollout() if d.whole else _continued(d, next(written)) for d in drafts]
+    return [replace(r, finish=job.end(r.finish)) for r in rollouts]
 
 
 def _continued(draft: Draft, completion: Completion) -> Rollout:

@@ -25,6 +25,7 @@ from tropd.data.rows import Table
 from tropd.data.stream import LazyPromptStream, PromptStream, name_of
 from tropd.distributed.ranks import ALONE, Ranks
 from tropd.errors import ConfigError
+from tropd.methods.horizon import horizons
 from tropd.model.forward import Forward
 from tropd.model.loading import choose_device, load_model, load_tokenizer, without_dropout, wrap_student
 from tropd.model.optimizer import Optimizer
@@ -274,6 +275,12 @@ def _cautions(run: Run, ends: tuple[int, ...]) -> list[str]:
             f"method {run.method.name!r} has a teacher that is told more than the student, but the run has a section "
             "[teacher], which stands in for that, and its teacher is told nothing. Give it a briefing, or leave the "
             "section out."
+        )
+    shortest = min(horizons(run.policy, run.rollout.max_new_tokens, run.steps))
+    if run.grader is not None and shortest < run.rollout.max_new_tokens:
+        notes.append(
+            f"the horizon of the rollouts is {shortest} tokens at the least. The grader is shown what is cut there as "
+            "it stands, and so is whoever reads rewards; the mean reward is that of the responses that ended before."
         )
     if not ends:
         notes.append("no stop token was found: every rollout will run to max_new_tokens.")

@@ -116,7 +116,7 @@ def iterate(parts: Parts, source: Source, directory: Path, step: int, alarms: Al
         policy_version=step,
         loss=sums.loss,
         terms=sums.terms,
-        probes={**probes, **drawn, **moved, **_probes_of_step(parts, sums, batch, behind)},
+        probes={**probes, **drawn, **moved, **_probes_of_step(parts, sums, batch, behind, written.horizon)},
         gradient_norm=max(sums.gradient_norms),
         learning_rate=sums.learning_rate,
         tokens=_count_tokens(batch, world),
@@ -208,17 +208,21 @@ def _over_ranks(sums: StepSums, world: Ranks) -> StepSums:
     return whole
 
 
-def _probes_of_step(parts: Parts, sums: StepSums, batch: ScoredBatch, behind: list[int]) -> dict[str, float]:
-    """Probes of the whole step: clipping, the age of the rollouts, their rewards, who did not read them."""
+def _probes_of_step(
+    parts: Parts, sums: StepSums, batch: ScoredBatch, behind: list[int], horizon: int
+) -> dict[str, float]:
+    """Probes of the whole step: clipping, horizon and age of the rollouts, their rewards, who did not read them."""
     limit = parts.run.optimizer.max_gradient_norm
     probes = {"gradient/clipped": sum(norm > limit for norm in sums.gradient_norms) / len(sums.gradient_norms)}
+    if horizon < parts.run.rollout.max_new_tokens:
+        probes["rollout/horizon"] = float(horizon)
     if parts.run.rollout.staleness:
         probes["staleness/mean"] = sum(behind) / len(behind) if behind else 0.0
         probes["staleness/max"] = float(max(behind, default=0))
     if parts.grader is not None:
-        own = [rollout.reward or 0.0 for rollout in batch.rollouts]
-        rewards = [reward for part in parts.world.gather_json(own) for reward in part]
-        probes["reward/mean"] = sum(rewards) / len(rewards)
+        own = [rollout.reward or 0.0 for rollout in _to_the_end(batch)]
+        if rewards := [reward for part in parts.world.gather_json(own) for reward in part]:
+            probes["reward/mean"] = sum(rewards) / len(rewards)
     for name in (name for name in batch.as_read if _is_told(parts, name)):
         own = [float(read is None) for read in batch.as_read[name]]
         unread = [each for part in parts.world.gather_json(own) for each in part]
@@ -235,12 +239,19 @@ def _is_told(parts: Parts, name: str) -> bool:
 
 
 def _answers(parts: Parts, batch: ScoredBatch) -> Answers | None:
-    """The answers of all ranks, if a teacher's moves depend on them."""
+    """The answers of all ranks, if a teacher's moves depend on them; None also where a horizon cut each of them."""
     if not any(follower.rule.reads_answers for follower in parts.followers):
         return None
-    own = [(r.reward or 0.0, len(r.response_ids), r.finish == Finish.LENGTH) for r in batch.rollouts]
-    rewards, lengths, cut = zip(*(row for part in parts.world.gather_json(own) for row in part), strict=True)
+    own = [(r.reward or 0.0, len(r.response_ids), r.finish == Finish.LENGTH) for r in _to_the_end(batch)]
+    if not (rows := [row for part in parts.world.gather_json(own) for row in part]):
+        return None
+    rewards, lengths, cut = zip(*rows, strict=True)
     return Answers(rewards=rewards, lengths=lengths, cut=cut)
+
+
+def _to_the_end(batch: ScoredBatch) -> list[Rollout]:
+    """The rollouts that no horizon cut: of the others nobody knows what they would have come to."""
+    return [rollout for rollout in batch.rollouts if rollout.finish != Finish.HORIZON]
 
 
 def _count_tokens(batch: ScoredBatch, world: Ranks) -> dict[str, int]:

@@ -39,6 +39,8 @@ class Written:
     """The rollouts of a step."""
 
     rollouts: list[Rollout]
+    horizon: int
+    """How many tokens a response could have."""
     scores: list[TeacherScores] | None = None
     """The teacher's scores, if it has been asked already."""
 
@@ -59,7 +61,9 @@ class Source:
         parts, run = self.parts, self.parts.run
         if self._next is None:
             self._taken = (parts.stream.state_dict(), None)
-            return Written(rollouts=roll_out(run.policy, self._job(step), parts.engine, parts.writer, parts.pair))
+            job = self._job(step)
+            rollouts = roll_out(run.policy, job, parts.engine, parts.writer, parts.pair)
+            return Written(rollouts=rollouts, horizon=job.max_new_tokens)
         self._taken = (self._cursor, None)
         written, self._next = self._next.result(), None
         self._taken = (self._cursor, written)
@@ -78,7 +82,9 @@ class Source:
             self._next = in_background(lambda: self._from_afar(job))
             return
         drafts = begin(run.policy, job, parts.writer)  # a teacher in this process writes in this thread
-        self._next = in_background(lambda: Written(rollouts=_aged(carry_on(drafts, job, parts.engine))))
+        self._next = in_background(
+            lambda: Written(rollouts=_aged(carry_on(drafts, job, parts.engine)), horizon=job.max_new_tokens)
+        )
 
     def wait(self) -> None:
         """Wait until the engine is idle.  `take` raises its errors, in the step that needs the batch."""
@@ -92,12 +98,12 @@ class Source:
         self.wait()
         if self._next.exception() is not None:
             return self._cursor
-        return {**self._cursor, "ahead": [_pack(rollout) for rollout in self._next.result().rollouts]}
+        return _with_ahead(self._cursor, self._next.result())
 
     def state_before(self) -> dict[str, Any]:
         """`state_dict` as it was before the last step, which failed."""
         cursor, written = self._taken
-        return cursor if written is None else {**cursor, "ahead": [_pack(rollout) for rollout in written.rollouts]}
+        return cursor if written is None else _with_ahead(cursor, written)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         stream, wanted = self.parts.stream, self.parts.run.rollout
@@ -113,9 +119,8 @@ class Source:
                 "checkpoint with --step."
             )
         self._next = Future()
-        self._next.set_result(
-            Written(rollouts=[_unpack(one, draft.prompt) for one, draft in zip(held, drafts, strict=True)])
-        )
+        rollouts = [_unpack(one, draft.prompt) for one, draft in zip(held, drafts, strict=True)]
+        self._next.set_result(Written(rollouts=rollouts, horizon=state.get("horizon", wanted.max_new_tokens)))
 
     def _from_afar(self, job: RolloutJob) -> Written:
         """Rollouts and scores, all by servers, so that nothing in this process is touched while it trains."""
@@ -123,18 +128,18 @@ class Source:
         rollouts = _aged(roll_out(parts.run.policy, job, parts.engine, parts.writer))
         needs = objective.needs_of(READER)
         if not needs & OF_TEACHER:
-            return Written(rollouts=rollouts)
+            return Written(rollouts=rollouts, horizon=job.max_new_tokens)
         if parts.briefer.needs(READER):  # the teacher is told what a grader will say of them
-            return Written(rollouts=rollouts)
+            return Written(rollouts=rollouts, horizon=job.max_new_tokens)
         as_read = [read for read in parts.briefer.as_read(READER, rollouts) if read is not None]
         if len(as_read) < len(rollouts):
-            return Written(rollouts=rollouts)
+            return Written(rollouts=rollouts, horizon=job.max_new_tokens)
         try:
             scores = parts.teacher.score(ScoreRequest(as_read, needs, top_k=objective.top_k_of(READER)))
         except TeacherError as error:
             log.warning("%s It is asked again when the step comes.", error)
             scores = None
-        return Written(rollouts=rollouts, scores=scores)
+        return Written(rollouts=rollouts, scores=scores, horizon=job.max_new_tokens)
 
     def _job(self, step: int) -> RolloutJob:
         parts, run = self.parts, self.parts.run
@@ -144,6 +149,7 @@ class Source:
             batch=prompts,
             num_rollouts=run.rollout.num_rollouts,
             max_new_tokens=_horizon(parts, step),
+            budget=run.rollout.max_new_tokens,
             sampling=run.sampling,
             stop_ids=parts.stop_ids,
             seed=run.seed,
@@ -163,7 +169,7 @@ def _grade(parts: Parts) -> Callable[[Sequence[Rollout]], Sequence[Rollout]] | N
 def _horizon(parts: Parts, step: int) -> int:
     """How many tokens the policy has written of each response in this step."""
     most = parts.run.rollout.max_new_tokens
-    asked = parts.run.policy.horizon(most, step / parts.run.steps, parts.memory)
+    asked = parts.run.policy.horizon(most, step, step / parts.run.steps, parts.memory)
     if not 1 <= asked <= most:
         raise ConfigError(
             f"the rollout policy asks for responses of {asked} tokens, but a response has 1 to {most} "
@@ -185,6 +191,11 @@ def lags(step: int, rollouts: Sequence[Rollout]) -> list[int]:
 def _aged(rollouts: list[Rollout]) -> list[Rollout]:
     """Drop the student's own log-probabilities: by the time of training the student has changed."""
     return [dataclasses.replace(rollout, model_logprobs=()) for rollout in rollouts]
+
+
+def _with_ahead(cursor: Mapping[str, Any], written: Written) -> dict[str, Any]:
+    ahead = [_pack(rollout) for rollout in written.rollouts]
+    return {**cursor, "ahead": ahead, "horizon": written.horizon}
 
 
 def _pack(rollout: Rollout) -> dict[str, Any]:
