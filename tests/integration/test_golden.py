@@ -71,6 +71,7 @@ GOLDEN: dict[str, tuple[float, float]] = {
     "ogls": (0.3764506316, 0.04324935983),
     "safesteer": (1.028096346, 0.1235787189),
     "esr": (-0.05767338599, 0.3765869895),
+    "adwin": (-0.05767338599, 0.3765869895),
 }
 """Loss and gradient norm of every method with its defaults, at a third of training."""
 

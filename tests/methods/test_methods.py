@@ -54,6 +54,7 @@ def test_every_file_of_a_method_is_in_the_list():
     in_files = {f.stem for f in Path(inspect.getfile(METHODS["opd"])).parent.glob("*.py")}
     other = {
         "__init__",
+        "adaptive_horizon",
         "base",
         "controls",
         "decoding",
@@ -61,6 +62,7 @@ def test_every_file_of_a_method_is_in_the_list():
         "drafts",
         "explain",
         "extras",
+        "horizon",
         "policies",
         "stacked",
     }

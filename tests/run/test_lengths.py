@@ -29,6 +29,7 @@ PLUS: dict[str, dict[str, Any]] = {
         "rollout": {"plus": [{"name": "horizon", "share": {"shape": "linear", "start": 0.2, "end": 1.0, "until": 0.5}}]}
     },
     "esr": {"method": {"name": "esr", "tokens": 9}},
+    "adwin": {"method": {"name": "adwin", "horizon": {"tokens": 3, "every": 2, "low": 0.999, "high": 1.0}}},
 }
 """What a case changes in TrOPD's run."""
 EVALUATED = {"every": 2, "num_samples": 1, "max_new_tokens": 20, "data": {"limit": 2}}

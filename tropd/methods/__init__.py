@@ -48,6 +48,7 @@ from tropd.methods.oprd import OPRD as OPRD
 from tropd.methods.ogls import OGLS as OGLS
 from tropd.methods.safesteer import SafeSteer as SafeSteer
 from tropd.methods.esr import ESR as ESR
+from tropd.methods.adwin import ADWIN as ADWIN
 # isort: on
 
 

@@ -79,6 +79,11 @@ class RolloutPolicy(Ranged):
         """How many tokens of a response are written in a step, of at most `max_new_tokens`."""
         return max_new_tokens
 
+    def split(self, step: int, progress: float, memory: Memory) -> int | None:
+        """Where a response is cut in two whose gradients are compared in this step: the probe "gradient/cosine" says
+        whether the tokens before that position pull the student where all of them do.  None: nowhere."""
+        return None
+
     def decoding(self, progress: float, memory: Memory) -> Decoding | None:
         """How tokens are drawn where the teacher has a say in each; None: the student draws alone."""
         return None

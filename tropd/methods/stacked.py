@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tropd.errors import ConfigError
+from tropd.methods.adaptive_horizon import AdaptiveHorizon
 from tropd.methods.decoding import Decoding
 from tropd.methods.drafts import Draft, RolloutJob, Writer
 from tropd.methods.horizon import Horizon
@@ -31,6 +32,7 @@ POLICIES: dict[str, type[RolloutPolicy]] = {
     "teacher_text": TeacherText,
     "mixture": Mixture,
     "horizon": Horizon,
+    "adaptive_horizon": AdaptiveHorizon,
 }
 """By the names that a run file has for them."""
 
@@ -69,6 +71,10 @@ class Stacked(RolloutPolicy):
 
     def horizon(self, max_new_tokens: int, step: int, progress: float, memory: Memory) -> int:
         return min(p.horizon(max_new_tokens, step, progress, memory) for p in self.policies)
+
+    def split(self, step: int, progress: float, memory: Memory) -> int | None:
+        found = (p.split(step, progress, memory) for p in self.policies)
+        return next((position for position in found if position is not None), None)
 
     def decoding(self, progress: float, memory: Memory) -> Decoding | None:
         return next((p.decoding(progress, memory) for p in self.policies if p.writes_jointly), None)

@@ -22,12 +22,13 @@ from tropd.monitoring.rollouts import write_rollouts
 from tropd.objective.context import Context
 from tropd.teachers.combined import Combined
 from tropd.teachers.following import follow
+from tropd.training.alignment import Alignment
 from tropd.training.assembly import Parts
 from tropd.training.batches import ScoredBatch, make_tokens
 from tropd.training.draw_probes import probes_of_student, probes_of_teacher
 from tropd.training.kept_batch import save_batch
 from tropd.training.scoring import asked_of, score
-from tropd.training.source import Source, Written, lags, own_prompts
+from tropd.training.source import Source, Written, lags, own_places
 from tropd.training.step import StepSums, recall_needed, train_step
 from tropd.training.watched import Watched
 from tropd.types import Author, Finish, Rollout, StepRecord, TermStats, key_of
@@ -62,7 +63,8 @@ def iterate(parts: Parts, source: Source, directory: Path, step: int, alarms: Al
     written = _write(parts, source, step, seconds)
     rollouts = written.rollouts
     with clock(seconds, "score"), _keeping(lambda: _unscored(parts, rollouts), parts, directory, step):
-        recall = recall_needed(objective, run.optimizer.num_updates)
+        split = _split(parts, step, written.horizon)
+        recall = recall_needed(objective, run.optimizer.num_updates, split)
         batch = score(
             rollouts,
             objective,
@@ -80,7 +82,7 @@ def iterate(parts: Parts, source: Source, directory: Path, step: int, alarms: Al
     behind = lags(step, batch.rollouts)
     stale = max(behind, default=0) > 0
     watched = Watched(batch, run.sampling, step=step, probes=parts.probes, teachers=tuple(run.teachers), stale=stale)
-    learner.optimizer.watch = watched.others.update
+    learner.optimizer.watch = split.beside(watched.others.update) if split else watched.others.update
     with clock(seconds, "train"), _keeping(lambda: batch, parts, directory, step):
         torch.manual_seed(key_of(run.seed, "train", step, *([world.rank] if world.rank else [])))  # for dropout
         sums = train_step(
@@ -92,12 +94,11 @@ def iterate(parts: Parts, source: Source, directory: Path, step: int, alarms: Al
             num_updates=run.optimizer.num_updates,
             watch=watched,
             teacher=parts.readers,
-            places=[
-                n * run.rollout.num_rollouts + i for n in own_prompts(parts) for i in range(run.rollout.num_rollouts)
-            ],
+            split=split,
+            places=own_places(parts),
         )
         sums = _over_ranks(sums, world)
-        probes = watched.probes(world)
+        probes = watched.probes(world) | (split.probes() if split else {})
         masters, answers = learner.optimizer.masters, _answers(parts, batch)
         moved = follow(parts.followers, step, masters, answers, probes, parts.memory)
     with clock(seconds, "record"), writing(directory):
@@ -133,6 +134,14 @@ def iterate(parts: Parts, source: Source, directory: Path, step: int, alarms: Al
     )
     messages = tuple(f"{alarm.name}: {alarm.message}" for alarm in raised)
     return Iteration(record=dataclasses.replace(record, alarms=messages), batch=batch, alarms=raised)
+
+
+def _split(parts: Parts, step: int, horizon: int) -> Alignment | None:
+    """Where the policy asks for it, and responses may go on from there."""
+    position = parts.run.policy.split(step, step / parts.run.steps, parts.memory)
+    if position is None or position >= horizon:
+        return None
+    return Alignment(position, parts.learner.optimizer, parts.world)
 
 
 def _remember(parts: Parts, batch: ScoredBatch, record: StepRecord, context: Context) -> None:

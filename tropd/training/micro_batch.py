@@ -63,6 +63,13 @@ class MicroBatch:
             live=live,
         )
 
+    def side(self, position: int, *, before: bool) -> MicroBatch:
+        """The same with weight on one side of a position in the responses alone; it has to be planned."""
+        assert self.plan is not None
+        there_N = (self.tokens.positions_N < position) == before
+        weights = {name: weight_N * there_N for name, weight_N in self.plan.weights.items()}
+        return replace(self, plan=replace(self.plan, weights=weights))
+
     def loss(self, rows: slice, view: StudentView, whole: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Piece]:
         """The loss of some live rows, and what is kept of them.  `whole` are whole distributions, which exist for these
         rows only, by reader."""

@@ -183,6 +183,12 @@ def own_prompts(parts: Parts) -> list[int]:
     return parts.world.share(range(parts.run.rollout.num_prompts))
 
 
+def own_places(parts: Parts) -> list[int]:
+    """The indices of this rank's rollouts within a step."""
+    each = parts.run.rollout.num_rollouts
+    return [n * each + i for n in own_prompts(parts) for i in range(each)]
+
+
 def lags(step: int, rollouts: Sequence[Rollout]) -> list[int]:
     """For each rollout of the student: how many steps its weights are behind."""
     return [step - r.policy_version[0] for r in rollouts if Author.STUDENT in r.authors]
