@@ -30,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     "groups": {"method": {"name": "topd"}},
     "batch coin": {"method": {"name": "gkd"}},
     "filter and whitening": {"method": {"name": "fire", "scope": "batch", "drop": 0.3, "plus": ["gndpo"]}},
+    "adaptive horizon": {"method": {"name": "adwin", "horizon": {"tokens": 3, "every": 2, "low": 1.0, "high": 1.0}}},
     "untied": {
         "student": {"path": "untied"},
         "method": {"name": "opd"},
@@ -110,7 +111,9 @@ def test_a_sharded_teacher_teaches_the_same(case: str, models: Path, alone: Alon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [CASES["tropd"], LORA], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "changes", [CASES["tropd"], CASES["adaptive horizon"], LORA], ids=["full", "adaptive horizon", "lora"]
+)
 def test_a_replicated_student_learns_the_same(
     changes: dict[str, Any], models: Path, alone: Alone, tmp_path: Path
 ) -> None:
