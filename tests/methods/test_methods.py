@@ -63,7 +63,10 @@ def test_every_file_of_a_method_is_in_the_list():
         "explain",
         "extras",
         "horizon",
+        "packed",
+        "phased",
         "policies",
+        "replay",
         "stacked",
     }
     assert {inspect.getmodule(cls).__name__.split(".")[-1] for cls in METHODS.values()} == in_files - other

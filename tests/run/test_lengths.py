@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,21 @@ PLUS: dict[str, dict[str, Any]] = {
         "rollout": {"plus": [{"name": "horizon", "share": {"shape": "linear", "start": 0.2, "end": 1.0, "until": 0.5}}]}
     },
     "esr": {"method": {"name": "esr", "tokens": 9}},
+    "replay": {"rollout": {"num_prompts": 4, "policy": {"name": "replay", "share": 0.5}}, "method": {"name": "opd"}},
+    "tropd and replay": {"rollout": {"plus": [{"name": "replay", "share": 0.4, "max_age": 3}]}},
+    "phased": {
+        "rollout": {"policy": {"name": "phased", "share": {"shape": "linear", "start": 1.0, "end": 0.0}}},
+        "grader": f"{__name__}:begins_early",
+    },
     "adwin": {"method": {"name": "adwin", "horizon": {"tokens": 3, "every": 2, "low": 0.999, "high": 1.0}}},
 }
 """What a case changes in TrOPD's run."""
 EVALUATED = {"every": 2, "num_samples": 1, "max_new_tokens": 20, "data": {"limit": 2}}
+
+
+def begins_early(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float]:
+    """Right are texts that begin in the first half of the alphabet of bytes."""
+    return [float(text[:1] < "P") for text in completions]
 
 
 @pytest.fixture(scope="module")

@@ -52,6 +52,20 @@ def check(run: Settings) -> None:
     _check_readers(run)
 
 
+def check_policy(run: Settings, graded: bool) -> None:
+    """Refuse before anything is loaded what a rollout policy could not do in this run; `graded`: it has a grader."""
+    if run.policy.needs_grader and not graded:
+        raise ConfigError(
+            "the rollout policy lets a grader decide what it takes (such as phased with verified = true), but there "
+            "is no grader. Set `grader`, or choose another policy."
+        )
+    if run.policy.oldest and run.data.streaming:
+        raise ConfigError(
+            "the rollout policy uses rollouts again (replay), whose prompts it looks up by their ids, but "
+            "data.streaming is true and no prompt is kept. Set data.streaming = false, or choose another policy."
+        )
+
+
 def _paths(run: Settings) -> dict[str, str | None]:
     """Everything in a run that is the name of a file."""
     found = {"output": run.output, "rollout.weights_folder": run.rollout.weights_folder}

@@ -8,6 +8,7 @@ words as well; those of tropd say whether an answer is right.
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,9 @@ from tropd.types import Prompt, Rollout
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
+_ONE_AT_A_TIME = threading.RLock()
+"""A grader may be asked of a batch that is written ahead while it grades the batch that is trained."""
 
 # What every grader gets by position: a column of that name cannot be handed over as well.
 _POSITIONAL = ("prompts", "completions")
@@ -194,7 +198,8 @@ def _grades(
     columns["answer"] = [prompt.answer for prompt in prompts]
     texts = [str(tokenizer.decode(list(prompt.token_ids))) for prompt in prompts]
     try:
-        scores = grader(texts, list(completions), **columns)
+        with _ONE_AT_A_TIME:
+            scores = grader(texts, list(completions), **columns)
     except Exception as error:
         error.add_note(f"raised by grader '{_name(grader)}'")
         raise

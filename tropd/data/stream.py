@@ -45,6 +45,10 @@ class PromptStream:
         """Prompts in an epoch."""
         return len(self._prompts)
 
+    def find(self, name: str) -> Prompt | None:
+        """The prompt with an id."""
+        return self._prompts.get(name)
+
     def next(self, num_prompts: int) -> list[tuple[Prompt, int]]:
         """The next prompts, each with its visit (the epoch, from 0)."""
         _check_count(num_prompts)

@@ -118,6 +118,8 @@ def remembered(directory: Path, step: int) -> list[str]:
 
 
 def _in_short(x: Tensor) -> str:
+    if x.dtype == torch.uint8:
+        return f"a text of {len(x)} bytes"
     return f"{x.item():g}" if x.dim() == 0 else f"{tuple(x.shape)} from {x.min():g} to {x.max():g}"
 
 

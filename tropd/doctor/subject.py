@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from tropd.config.checks import check_policy
 from tropd.config.models import ModelConfig, ReaderConfig, TeacherConfig
 from tropd.config.run import Run
 from tropd.config.stages import DataConfig
@@ -228,6 +229,7 @@ def _read_reader(config: ReaderConfig, student: Side | None) -> Side:
 
 def _briefer(run: Run, student: Side, sides: Mapping[str, Side | None], own: Mapping[str, Side | None]) -> Briefer:
     """What everybody reads, as in training."""
+    check_policy(run, run.grader is not None)
     check_briefings(run, run.grader is not None)
     told = {
         name: Candidate(

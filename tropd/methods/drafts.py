@@ -7,7 +7,7 @@ Everything a rollout draws belongs to its name (epoch / prompt / number), so it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -97,12 +97,19 @@ class RolloutJob:
     memory: Memory = field(default_factory=Memory)
     """What the run remembers, as of the last step that was trained.  A policy reads it here and changes it in
     `remember`."""
+    recall: Callable[[str], Prompt | None] | None = None
+    """A prompt of the data by its id; None where the data are streamed."""
     grade: Callable[[Sequence[Rollout]], Sequence[Rollout]] | None = None
     """The same rollouts with the grader's rewards; None where the run has no grader."""
 
     def drafts(self) -> list[Draft]:
         """All rollouts, none of them begun."""
         return drafts_of(self.prompts, self.num_rollouts)
+
+    def without(self, visits: Container[str]) -> RolloutJob:
+        """The same for its other prompts; a visit is called epoch / prompt."""
+        left = [(prompt, visit) for prompt, visit in self.prompts if f"{visit}/{prompt.id}" not in visits]
+        return replace(self, prompts=left, batch=self.batch or self.prompts)
 
     def draw(self, what: str, name: str) -> float:
         """A number in [0, 1) that belongs to a name, such as a draft's id, and to what it decides."""

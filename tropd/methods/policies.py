@@ -61,10 +61,20 @@ class RolloutPolicy(Ranged):
         return False
 
     @property
+    def needs_grader(self) -> bool:
+        """Whether the policy asks a grader, by `RolloutJob.grade`."""
+        return False
+
+    @property
     def description(self) -> str:
         """Who writes which token, for people.  By default the first paragraph of the class's docstring."""
         text, _, _ = (inspect.getdoc(type(self)) or type(self).__name__).partition("\n\n")
         return " ".join(text.split())
+
+    def again(self, job: RolloutJob) -> Mapping[str, Sequence[Rollout]]:
+        """Earlier rollouts that take the places of new ones: by the visit to a prompt, epoch / prompt, all of its
+        rollouts.  Of the whole batch, and the same on all ranks."""
+        return {}
 
     def begin(self, job: RolloutJob, writer: Writer | None) -> list[Draft]:
         """The job's drafts, each with what stands before the student's first token.  `writer` writes as the teacher;
@@ -90,6 +100,11 @@ class RolloutPolicy(Ranged):
 
     def remember(self, done: Done, memory: Memory) -> None:
         """After each step: what the policy keeps in `memory`, under `self.memory`/NAME; the same on all ranks."""
+
+    @property
+    def oldest(self) -> int:
+        """How many steps old the rollouts of `again` may be."""
+        return 0
 
     @property
     def memory(self) -> str:

@@ -7,7 +7,7 @@ tokens = 100
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tropd.errors import ConfigError
@@ -15,6 +15,7 @@ from tropd.methods.adaptive_horizon import AdaptiveHorizon
 from tropd.methods.decoding import Decoding
 from tropd.methods.drafts import Draft, RolloutJob, Writer
 from tropd.methods.horizon import Horizon
+from tropd.methods.phased import Phased
 from tropd.methods.policies import (
     Done,
     Mixture,
@@ -24,7 +25,9 @@ from tropd.methods.policies import (
     TeacherPrefix,
     TeacherText,
 )
+from tropd.methods.replay import Replay
 from tropd.objective.memory import Memory
+from tropd.types import Rollout
 
 POLICIES: dict[str, type[RolloutPolicy]] = {
     "on_policy": OnPolicy,
@@ -33,6 +36,8 @@ POLICIES: dict[str, type[RolloutPolicy]] = {
     "mixture": Mixture,
     "horizon": Horizon,
     "adaptive_horizon": AdaptiveHorizon,
+    "replay": Replay,
+    "phased": Phased,
 }
 """By the names that a run file has for them."""
 
@@ -45,7 +50,11 @@ class Stacked(RolloutPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for what, does in (("how rollouts begin", _begins), ("how tokens are drawn", _draws)):
+        for what, does in (
+            ("how rollouts begin", _begins),
+            ("how tokens are drawn", _draws),
+            ("what is used again", _repeats),
+        ):
             if len(several := [p for p in self.policies if does(p)]) > 1:
                 names = " and ".join(type(p).__name__ for p in several)
                 raise ConfigError(f"rollout.plus: {names} both say {what}. Keep one of them.")
@@ -59,12 +68,23 @@ class Stacked(RolloutPolicy):
         return self._beginner.needs_teacher_text
 
     @property
+    def needs_grader(self) -> bool:
+        return any(p.needs_grader for p in self.policies)
+
+    @property
     def description(self) -> str:
         plain = (OnPolicy,) if len(self.policies) > 1 else ()
         return " ".join(p.description for p in self.policies if not isinstance(p, plain)) or OnPolicy().description
 
     def begin(self, job: RolloutJob, writer: Writer | None) -> list[Draft]:
         return self._beginner.begin(job, writer)
+
+    def again(self, job: RolloutJob) -> Mapping[str, Sequence[Rollout]]:
+        return next((kept for p in self.policies if (kept := p.again(job))), {})
+
+    @property
+    def oldest(self) -> int:
+        return max(p.oldest for p in self.policies)
 
     def shares(self, progress: float, num_rollouts: int, max_new_tokens: int) -> Shares:
         return self._beginner.shares(progress, num_rollouts, max_new_tokens)
@@ -99,6 +119,10 @@ def stacked(policies: Sequence[RolloutPolicy]) -> RolloutPolicy:
 
 def _begins(policy: RolloutPolicy) -> bool:
     return type(policy).begin is not RolloutPolicy.begin
+
+
+def _repeats(policy: RolloutPolicy) -> bool:
+    return type(policy).again is not RolloutPolicy.again
 
 
 def _draws(policy: RolloutPolicy) -> bool:

@@ -18,7 +18,7 @@ from tropd.monitoring.probe import Numbers, Probe, Sight, Weight
 from tropd.monitoring.probes import HIGHS, LOWS, QUANTILES, mean_names
 
 TAKEN = {name.split("/")[0] for name in (*mean_names(1), *LOWS, *HIGHS, *QUANTILES)}
-TAKEN |= {"draws", "follow", "gradient", "readers", "reward", "teachers"}
+TAKEN |= {"draws", "follow", "gradient", "readers", "reward", "rollout", "teachers"}
 """What the numbers of every run are called."""
 
 

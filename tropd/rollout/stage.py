@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -29,7 +29,17 @@ def roll_out(
 ) -> list[Rollout]:
     """Carry out a policy.  `writer` is the teacher's engine, used only if the teacher writes; `pair` is used if it has
     a say in each token."""
-    return carry_on(begin(policy, job, writer), job, student, policy.decoding(job.progress, job.memory), pair)
+    kept, decoding = policy.again(job), policy.decoding(job.progress, job.memory)
+    new = job.without(kept)
+    return joined(job, kept, carry_on(begin(policy, new, writer), new, student, decoding, pair))
+
+
+def joined(job: RolloutJob, kept: Mapping[str, Sequence[Rollout]], new: Sequence[Rollout]) -> list[Rollout]:
+    """The rollouts of a job, in its order: those of some visits are kept from earlier steps, the others are new."""
+    rest, rollouts = iter(new), []
+    for prompt, visit in job.prompts:
+        rollouts += kept.get(f"{visit}/{prompt.id}") or [next(rest) for _ in range(job.num_rollouts)]
+    return rollouts
 
 
 def begin(policy: RolloutPolicy, job: RolloutJob, writer: Writer | None) -> list[Draft]:

@@ -14,6 +14,7 @@ import torch
 
 from tropd.base.names import shown
 from tropd.briefings.briefing import AsStudent
+from tropd.config.checks import check_policy
 from tropd.config.mixtures import unread_said
 from tropd.config.run import Run
 from tropd.config.stages import DataConfig
@@ -102,6 +103,7 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE, given: Given = N
     device = choose_device(run.device)
     grader = given.grader or (resolve_grader(run.grader) if run.grader else None)
     eval_grader = resolve_grader(run.evaluation.grader) if run.evaluation.grader else grader
+    check_policy(run, grader is not None)
     check_briefings(run, grader is not None)
     probes = open_probes(run)
     loaded, tokenizer = given.student or (None, load_tokenizer(run.student, "student"))
@@ -287,9 +289,11 @@ def _cautions(run: Run, ends: tuple[int, ...]) -> list[str]:
     if run.optimizer.num_updates > 1 and not torch.are_deterministic_algorithms_enabled():
         notes.append(f"{run.optimizer.num_updates} updates per batch: from the second on, rollouts are off-policy.")
     terms = run.method.objective.terms
-    if run.rollout.staleness and any(isinstance(t.loss, SampledReverseKL | SampledForwardKL) for t in terms):
+    older = "rollout.staleness = 1" if run.rollout.staleness else "the rollout policy uses rollouts again"
+    is_old = run.rollout.staleness or run.policy.oldest
+    if is_old and any(isinstance(t.loss, SampledReverseKL | SampledForwardKL) for t in terms):
         notes.append(
-            "rollout.staleness = 1, but this method's estimator has no importance ratio: its gradient takes tokens of "
+            f"{older}, but this method's estimator has no importance ratio: its gradient takes tokens of "
             "the older student for the student's own. Use estimator = 'policy_gradient'."
         )
     return notes

@@ -79,7 +79,7 @@ def iterate(parts: Parts, source: Source, directory: Path, step: int, alarms: Al
     with clock(seconds, "score"):
         drawn = probes_of_student(parts, batch.rollouts) | probes_of_teacher(parts, batch)
 
-    behind = lags(step, batch.rollouts)
+    behind = _behind(parts, step, batch)
     stale = max(behind, default=0) > 0
     watched = Watched(batch, run.sampling, step=step, probes=parts.probes, teachers=tuple(run.teachers), stale=stale)
     learner.optimizer.watch = split.beside(watched.others.update) if split else watched.others.update
@@ -170,7 +170,18 @@ def _write(parts: Parts, source: Source, step: int, seconds: dict[str, float]) -
     if parts.grader is None:
         return written
     with clock(seconds, "rollout"):
-        return dataclasses.replace(written, rollouts=graded(parts.grader, written.rollouts, parts.tokenizer))
+        new = [rollout for rollout in written.rollouts if rollout.reward is None]  # others are used again
+        grades = iter(graded(parts.grader, new, parts.tokenizer))
+        rollouts = [next(grades) if rollout.reward is None else rollout for rollout in written.rollouts]
+        return dataclasses.replace(written, rollouts=rollouts)
+
+
+def _behind(parts: Parts, step: int, batch: ScoredBatch) -> list[int]:
+    """By how many steps the student has moved on since it wrote its rollouts, of all ranks."""
+    own = lags(step, batch.rollouts)
+    if not parts.run.rollout.staleness and not parts.run.policy.oldest:
+        return own
+    return [lag for part in parts.world.gather_json(own) for lag in part]
 
 
 def hand_over(parts: Parts, source: Source, record: StepRecord) -> tuple[StepRecord, EngineError | None]:
@@ -225,7 +236,10 @@ def _probes_of_step(
     probes = {"gradient/clipped": sum(norm > limit for norm in sums.gradient_norms) / len(sums.gradient_norms)}
     if horizon < parts.run.rollout.max_new_tokens:
         probes["rollout/horizon"] = float(horizon)
-    if parts.run.rollout.staleness:
+    if parts.run.policy.oldest:
+        again = sum(lag > parts.run.rollout.staleness for lag in behind)
+        probes["rollout/replayed"] = again / len(behind) if behind else 0.0
+    if parts.run.rollout.staleness or parts.run.policy.oldest:
         probes["staleness/mean"] = sum(behind) / len(behind) if behind else 0.0
         probes["staleness/max"] = float(max(behind, default=0))
     if parts.grader is not None:

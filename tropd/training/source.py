@@ -22,14 +22,16 @@ from typing import Any
 from tropd.base.background import in_background
 from tropd.base.fast_paths import TAKEN, FastPath
 from tropd.data.graders import graded
-from tropd.data.stream import name_of
+from tropd.data.stream import PromptStream, name_of
 from tropd.errors import CheckpointError, ConfigError, TeacherError
 from tropd.methods.drafts import RolloutJob, drafts_of
+from tropd.methods.packed import pack, unpack
 from tropd.objective.evidence import OF_TEACHER
-from tropd.rollout.stage import begin, carry_on, roll_out
+from tropd.objective.memory import Memory
+from tropd.rollout.stage import begin, carry_on, joined, roll_out
 from tropd.teachers.teacher import ScoreRequest
 from tropd.training.assembly import Parts
-from tropd.types import READER, Author, Finish, Prompt, Rollout, TeacherScores
+from tropd.types import READER, Author, Prompt, Rollout, TeacherScores
 
 log = logging.getLogger("tropd.rollout")
 
@@ -67,7 +69,8 @@ class Source:
         self._taken = (self._cursor, None)
         written, self._next = self._next.result(), None
         self._taken = (self._cursor, written)
-        assert max(lags(step, written.rollouts), default=0) <= run.rollout.staleness, "staleness is bounded"
+        oldest = max(run.rollout.staleness, run.policy.oldest)
+        assert max(lags(step, written.rollouts), default=0) <= oldest, "staleness is bounded"
         return written
 
     def begin(self, step: int) -> None:
@@ -81,10 +84,15 @@ class Source:
         if parts.teacher.elsewhere:
             self._next = in_background(lambda: self._from_afar(job))
             return
-        drafts = begin(run.policy, job, parts.writer)  # a teacher in this process writes in this thread
-        self._next = in_background(
-            lambda: Written(rollouts=_aged(carry_on(drafts, job, parts.engine)), horizon=job.max_new_tokens)
-        )
+        kept = run.policy.again(job)
+        new = job.without(kept)
+        drafts = begin(run.policy, new, parts.writer)  # a teacher in this process writes in this thread
+
+        def write() -> Written:
+            rollouts = joined(job, kept, carry_on(drafts, new, parts.engine))
+            return Written(rollouts=_aged(rollouts), horizon=job.max_new_tokens)
+
+        self._next = in_background(write)
 
     def wait(self) -> None:
         """Wait until the engine is idle.  `take` raises its errors, in the step that needs the batch."""
@@ -113,14 +121,20 @@ class Source:
             return
         self._cursor = stream.state_dict()
         drafts = drafts_of(stream.next(wanted.num_prompts), wanted.num_rollouts)
-        if [(draft.id, name_of(draft.prompt)) for draft in drafts] != [(one["id"], one["prompt"]) for one in held]:
+        prompts = [d.prompt if d.id == one["id"] else self._recall(one) for d, one in zip(drafts, held, strict=False)]
+        if len(drafts) != len(held) or [name_of(p) if p else "" for p in prompts] != [one["prompt"] for one in held]:
             raise CheckpointError(
                 "the rollouts that were written ahead do not belong to the prompts that come next. Resume from another "
                 "checkpoint with --step."
             )
         self._next = Future()
-        rollouts = [_unpack(one, draft.prompt) for one, draft in zip(held, drafts, strict=True)]
+        rollouts = [unpack(one, prompt) for one, prompt in zip(held, prompts, strict=True) if prompt is not None]
         self._next.set_result(Written(rollouts=rollouts, horizon=state.get("horizon", wanted.max_new_tokens)))
+
+    def _recall(self, held: Mapping[str, Any]) -> Prompt | None:
+        """The prompt of a rollout that is used again."""
+        known = self.parts.stream if isinstance(self.parts.stream, PromptStream) else None
+        return known.find(held["prompt_id"]) if known and self.parts.run.policy.oldest else None
 
     def _from_afar(self, job: RolloutJob) -> Written:
         """Rollouts and scores, all by servers, so that nothing in this process is touched while it trains."""
@@ -155,7 +169,8 @@ class Source:
             seed=run.seed,
             progress=step / run.steps,
             step=step,
-            memory=parts.memory,
+            memory=Memory(parts.memory),  # as it is now, also where rollouts are written ahead
+            recall=parts.stream.find if isinstance(parts.stream, PromptStream) else None,
             grade=_grade(parts),
             teacher_sampling=run.rollout.teacher_sampling,
         )
@@ -200,32 +215,5 @@ def _aged(rollouts: list[Rollout]) -> list[Rollout]:
 
 
 def _with_ahead(cursor: Mapping[str, Any], written: Written) -> dict[str, Any]:
-    ahead = [_pack(rollout) for rollout in written.rollouts]
+    ahead = [{**pack(rollout), "prompt": name_of(rollout.prompt)} for rollout in written.rollouts]
     return {**cursor, "ahead": ahead, "horizon": written.horizon}
-
-
-def _pack(rollout: Rollout) -> dict[str, Any]:
-    """Without the prompt, which the stream gives again."""
-    start = len(rollout.prompt.token_ids)
-    return {
-        "id": rollout.id,
-        "prompt": name_of(rollout.prompt),
-        "token_ids": rollout.response_ids,
-        "authors": "".join(str(int(author)) for author in rollout.authors[start:]),
-        "behavior_logprobs": rollout.behavior_logprobs[start:],
-        "policy_version": rollout.policy_version,
-        "finish": rollout.finish,
-    }
-
-
-def _unpack(held: Mapping[str, Any], prompt: Prompt) -> Rollout:
-    given = len(prompt.token_ids)
-    return Rollout(
-        id=held["id"],
-        prompt=prompt,
-        token_ids=prompt.token_ids + tuple(held["token_ids"]),
-        authors=(Author.CONTEXT,) * given + tuple(Author(int(author)) for author in held["authors"]),
-        behavior_logprobs=(0.0,) * given + tuple(held["behavior_logprobs"]),
-        policy_version=tuple(held["policy_version"]),
-        finish=Finish(held["finish"]),
-    )
