@@ -31,6 +31,14 @@ CASES: dict[str, dict[str, Any]] = {
     "batch coin": {"method": {"name": "gkd"}},
     "filter and whitening": {"method": {"name": "fire", "scope": "batch", "drop": 0.3, "plus": ["gndpo"]}},
     "adaptive horizon": {"method": {"name": "adwin", "horizon": {"tokens": 3, "every": 2, "low": 1.0, "high": 1.0}}},
+    "replay": {
+        "method": {"name": "opd"},
+        "rollout": {"num_prompts": 4, "num_rollouts": 2, "policy": {"name": "replay", "share": 0.5}},
+    },
+    "phased": {
+        "method": {"name": "opd"},
+        "rollout": {"policy": {"name": "phased", "share": {"shape": "constant", "start": 0.5}, "passes": 0.0}},
+    },
     "untied": {
         "student": {"path": "untied"},
         "method": {"name": "opd"},
