@@ -20,8 +20,12 @@ from tropd.checkpoints import checkpoint as checkpoints
 from tropd.cli.main import main
 from tropd.config.run import Run
 from tropd.doctor import examine
-from tropd.errors import ConfigError
+from tropd.errors import CheckpointError, ConfigError
+from tropd.monitoring.alarms import Alarms
 from tropd.run.start import resume, train
+from tropd.run.state import State, restore
+from tropd.training.assembly import load_parts
+from tropd.training.source import Source
 
 OPD = {"name": "opd"}
 REPLAY = {"num_prompts": 4, "policy": {"name": "replay", "share": 0.5, "max_age": 2}}
