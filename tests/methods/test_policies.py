@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -15,10 +16,14 @@ from tropd.base.ranges import Count
 from tropd.doctor.method import check_guidance
 from tropd.doctor.subject import read_subject
 from tropd.errors import ConfigError, OutOfRange
-from tropd.methods import METHODS, Method, policies
+from tropd.methods import METHODS, Method
 from tropd.methods.drafts import Draft, RolloutJob, Writer, teacher_texts
 from tropd.methods.explain import explain, methods
+from tropd.methods.horizon import Horizon
+from tropd.methods.phased import Phased
 from tropd.methods.policies import Mixture, OnPolicy, RolloutPolicy, Shares, TeacherPrefix, TeacherText
+from tropd.methods.replay import Replay
+from tropd.methods.stacked import POLICIES as BY_NAME
 from tropd.objective.losses import NegativeLogLikelihood, PolicyGradient
 from tropd.objective.objective import Objective
 from tropd.objective.rewards import LogRatio
@@ -136,6 +141,9 @@ POLICIES: list[RolloutPolicy] = [
     TeacherPrefix(share=0.4, texts="own", draw="uniform"),
     TeacherPrefix(share=0.4, length=Schedule(start=0.6)),
     FirstTokens(),
+    Horizon(tokens=4),
+    Replay(),
+    Phased(verified=False),
 ]
 
 
@@ -175,7 +183,7 @@ def test_drafts_that_nobody_could_go_on_from_are_refused() -> None:
         roll_out(Broken(how="full"), job_of(), student(), None)
 
 
-@pytest.mark.parametrize("policy", [OnPolicy, TeacherPrefix, TeacherText, Mixture])
+@pytest.mark.parametrize("policy", BY_NAME.values())
 def test_each_policy_has_an_example_that_prints_what_it_shows(policy: type[RolloutPolicy]) -> None:
-    (example,) = doctest.DocTestFinder(recurse=False).find(policy, globs=dict(vars(policies)))
+    (example,) = doctest.DocTestFinder(recurse=False).find(policy, globs=dict(vars(inspect.getmodule(policy))))
     assert example.examples and doctest.DocTestRunner().run(example).failed == 0

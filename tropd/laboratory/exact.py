@@ -22,6 +22,7 @@ from tropd.laboratory.tabular import END, TabularLM, sequence_kl, total_variatio
 from tropd.methods import OPD, FullFKL, Method, SeqKD, TrOPD
 from tropd.methods.drafts import RolloutJob
 from tropd.objective.context import Context
+from tropd.objective.memory import Memory
 from tropd.rollout.stage import roll_out
 from tropd.training.scoring import score
 from tropd.training.step import recall_needed, train_step
@@ -108,7 +109,7 @@ def make_tables(setting: Setting, seed: int, learning_rate: float) -> tuple[Tabu
 
 def distil(method: Method, student: TabularLM, teacher: TabularLM, setting: Setting, seed: int) -> Iterator[float]:
     """Train, one step per iteration; yields the norm of its gradient before clipping."""
-    objective = method.objective
+    objective, memory = method.objective, Memory()
     for step in range(setting.num_steps):
         progress = step / setting.num_steps
         # A prompt of a table comes back at every step; named anew, its teacher texts are new too.
@@ -116,7 +117,8 @@ def distil(method: Method, student: TabularLM, teacher: TabularLM, setting: Sett
         job = RolloutJob(
             prompts=prompts,
             num_rollouts=setting.num_rollouts,
-            max_new_tokens=setting.max_new_tokens,
+            max_new_tokens=method.rollout.horizon(setting.max_new_tokens, step, progress, memory),
+            budget=setting.max_new_tokens,
             sampling=method.sampling or Sampling(),
             stop_ids=(END,),
             seed=seed,

@@ -53,7 +53,11 @@ class _Kept:
 @dataclass(frozen=True, kw_only=True)
 class Replay(RolloutPolicy):
     """A share of a step's prompts is not written: earlier rollouts of the student take their places (DistiLLM).  Their
-    importance ratios use the log-probabilities with which they were drawn, and their grades are kept."""
+    importance ratios use the log-probabilities with which they were drawn, and their grades are kept.
+
+    >>> Replay(share=0.25, max_age=4).oldest, Replay(share=0.0).oldest
+    (4, 0)
+    """
 
     share: Share = 0.5
     """[inferred] Share of the prompts of a step that earlier rollouts take the places of; 0 is on-policy. In [0, 1]."""
