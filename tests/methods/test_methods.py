@@ -62,6 +62,7 @@ def test_every_file_of_a_method_is_in_the_list():
         "drafts",
         "explain",
         "extras",
+        "guidance",
         "horizon",
         "packed",
         "phased",

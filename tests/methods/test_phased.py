@@ -9,9 +9,14 @@ from typing import Any
 import pytest
 
 from tropd.errors import ConfigError
+from tropd.methods import OPD, TrOPD
 from tropd.methods.drafts import RolloutJob
+from tropd.methods.guidance import Guidance
 from tropd.methods.phased import Phased
+from tropd.objective.losses import NegativeLogLikelihood
 from tropd.objective.schedules import Schedule
+from tropd.objective.selectors import TEACHER
+from tropd.objective.terms import Term
 from tropd.rollout.scripted import ScriptedEngine
 from tropd.rollout.stage import roll_out
 from tropd.types import Author, Finish, Prompt, Rollout, Sampling
@@ -92,3 +97,11 @@ def test_a_text_of_the_data_set_is_taken_instead() -> None:
 def test_a_share_beyond_one_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"a share lies in \[0, 1\]"):
         Phased(share=Schedule(start=1.5))
+
+
+def test_guidance_adds_the_likelihood_of_the_teachers_tokens_to_any_method_but_not_twice() -> None:
+    plain, guided = OPD().objective, OPD(plus=(Guidance(beta=0.5),)).objective
+    assert guided.terms[:-1] == plain.terms
+    assert guided.terms[-1] == Term("guidance", TEACHER, NegativeLogLikelihood(), weight=0.5)
+    with pytest.raises(ConfigError, match="the method has it already"):
+        _ = TrOPD(plus=(Guidance(),)).objective

@@ -35,6 +35,7 @@ PLUS: dict[str, dict[str, Any]] = {
     "phased": {
         "rollout": {"policy": {"name": "phased", "share": {"shape": "linear", "start": 1.0, "end": 0.0}}},
         "grader": f"{__name__}:begins_early",
+        "method": {"name": "opd", "plus": [{"name": "guidance"}]},
     },
     "adwin": {"method": {"name": "adwin", "horizon": {"tokens": 3, "every": 2, "low": 0.999, "high": 1.0}}},
 }

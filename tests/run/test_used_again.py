@@ -118,13 +118,15 @@ def test_texts_that_pass_are_the_teachers_while_their_share_fades_and_are_writte
     world: Path, tmp_path: Path
 ) -> None:
     changes = {**CUT["phased"], "data": {"path": str(world / "four.jsonl")}, "steps": 4}
-    directory = train(run_of(world, OPD, output=str(tmp_path / "run"), **changes))
+    guided = {**OPD, "plus": [{"name": "guidance"}]}
+    directory = train(run_of(world, guided, output=str(tmp_path / "run"), **changes))
     shares = []
     for record in steps_of(directory):
         rows = rows_of(directory, record.step)
         theirs = [row for row in rows if "teacher" in row["authors"]]
         assert all(row["reward"] == 1 and "student" not in row["authors"] for row in theirs)
         shares.append(len(theirs) / len(rows))
+        assert record.terms["guidance"].tokens == sum(row["authors"].count("teacher") for row in theirs)
     assert 0 < shares[0] < 1 and shares[0] + shares[1] > shares[2] + shares[3]
     texts = run_case.read_texts(directory / "teacher_texts.sqlite")
     assert 6 <= len(texts) <= 8, "two texts for each of four prompts, although each is visited three times"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import inspect
 
-import tropd.methods.controls  # noqa: F401  (extras register themselves)
+import tropd.methods.controls
+import tropd.methods.guidance  # noqa: F401
 from tropd.base.names import find, is_name, offered
 from tropd.errors import ConfigError
 from tropd.methods.base import Method as Method
