@@ -157,24 +157,24 @@ def test_the_doctor_tries_a_phased_run(world: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", ["replay", "phased"])
 def test_a_served_student_goes_on_bit_for_bit(world: Path, tmp_path: Path, case: str) -> None:
-    local = train(run_of(world, OPD, output=str(tmp_path / "local"), steps=4, **CUT[case]))
+    local = train(run_of(world, OPD, output=str(tmp_path / "local"), steps=3, **CUT[case]))
     with MiniServer(world / "student") as server:
-        changes = {**CUT[case], "rollout": {**CUT[case]["rollout"], "servers": [server.url]}, "steps": 4}
+        changes = {**CUT[case], "rollout": {**CUT[case]["rollout"], "servers": [server.url]}, "steps": 3}
         far = train(run_of(world, OPD, output=str(tmp_path / "far"), **changes))
         resume(copy := shutil.copytree(far, tmp_path / "copy"), step=2)
         assert run_case.trace(copy) == run_case.trace(far)
     for one, other in zip(rows_of(local, 1), rows_of(far, 1), strict=True):
         assert (one["id"], one["authors"][:8]) == (other["id"], other["authors"][:8])
     if case == "replay":
-        assert len(replayed(rows_of(far, 3))) == 4
+        assert len(replayed(rows_of(far, 2))) == 4
 
 
 def test_what_is_used_again_is_known_ahead_and_after_an_interruption(world: Path, tmp_path: Path) -> None:
     with MiniServer(world / "student") as server:
         rollout = {**REPLAY, "servers": [server.url], "staleness": 1}
         rollout["policy"] = {"name": "replay", "share": 0.5, "max_age": 4}
-        far = train(run_of(world, OPD, output=str(tmp_path / "far"), rollout=rollout, steps=6))
-        resume(copy := shutil.copytree(far, tmp_path / "copy"), step=4)
+        far = train(run_of(world, OPD, output=str(tmp_path / "far"), rollout=rollout, steps=4))
+        resume(copy := shutil.copytree(far, tmp_path / "copy"), step=3)
         assert run_case.trace(copy) == run_case.trace(far)
     for record in steps_of(far):
         again = replayed(rows_of(far, record.step))
