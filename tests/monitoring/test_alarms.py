@@ -96,6 +96,15 @@ def test_length_blow_up_needs_sudden_growth_and_cut_answers() -> None:
     assert after(20, {**blown, "finish/truncated": 0.5}) == []
 
 
+def test_a_whole_response_has_not_grown_from_those_that_a_horizon_cut() -> None:
+    cut = {**HEALTHY, "length/mean": 10.0, "finish/truncated": 0.0, "rollout/horizon": 10.0}
+    whole = {**HEALTHY, "length/mean": 400.0, "finish/truncated": 0.9}
+    alarms = Alarms()
+    for step in range(40):
+        assert check(alarms, whole if step % 5 == 0 else cut, step) == []
+    assert names(check(alarms, {**whole, "length/mean": 900.0}, 40)) == ["length_blow_up"]
+
+
 def test_length_blow_up_forgets_what_is_older_than_its_window() -> None:
     alarms = Alarms(AlarmConfig(length_window=5))
     for step in range(10):

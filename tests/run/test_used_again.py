@@ -186,6 +186,8 @@ def test_a_run_file_that_names_another_policy_does_not_take_over_its_memory(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = train(run_of(world, OPD, output=str(tmp_path / "run"), rollout=REPLAY, steps=3))
+    assert main(["inspect", str(directory), "--step", "2"]) == 0
+    assert "policy.Replay/00000002 = a text of" in " ".join(capsys.readouterr().out.split())
     shutil.rmtree(directory / "model")
     values = tomllib.loads((directory / "run.toml").read_text())
     values["rollout"]["policy"] = {"name": "adaptive_horizon"}

@@ -104,7 +104,7 @@ class Alarms:
     def _remember(self, probes: Mapping[str, float]) -> None:
         self._started = True
         length, entropy = probes.get("length/mean"), probes.get("entropy/student")
-        if length is not None and isfinite(length):
+        if length is not None and isfinite(length) and "rollout/horizon" not in probes:  # else it is the horizon's
             self._lengths.append(length)
         if self._first_entropy is None and entropy is not None and isfinite(entropy):
             self._first_entropy = entropy
