@@ -11,6 +11,7 @@ from tropd.config.mixtures import check_mixtures
 from tropd.config.models import ModelConfig, base_url
 from tropd.config.settings import Settings
 from tropd.errors import ConfigError
+from tropd.objective.evidence import Needs
 from tropd.types import READER
 
 
@@ -54,7 +55,7 @@ def check(run: Settings) -> None:
 
 def check_policy(run: Settings, graded: bool) -> None:
     """Refuse before anything is loaded what a rollout policy could not do in this run; `graded`: it has a grader."""
-    if run.policy.needs_grader and not graded:
+    if run.policy.needs_grader and not graded and Needs.REWARD not in run.method.needs:  # else the method says so
         raise ConfigError(
             "the rollout policy lets a grader decide what it takes (such as phased with verified = true), but there "
             "is no grader. Set `grader`, or choose another policy."

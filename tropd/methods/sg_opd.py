@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from tropd.base.ranges import Finite
+from tropd.base.ranges import Finite, NotNegative
 from tropd.briefings.reader import Reader
 from tropd.methods.base import Method
 from tropd.methods.extras import Judge
-from tropd.methods.policies import OnPolicy, RolloutPolicy
-from tropd.objective.losses import PolicyGradient
+from tropd.methods.phased import Phased
+from tropd.methods.policies import RolloutPolicy
+from tropd.objective.losses import NegativeLogLikelihood, PolicyGradient
 from tropd.objective.objective import Objective
 from tropd.objective.rewards import LogRatio, chain
-from tropd.objective.selectors import STUDENT
+from tropd.objective.selectors import STUDENT, TEACHER
 from tropd.objective.terms import Reward, Term
 from tropd.objective.verdicts import SignExtrapolation, SignGate
 
@@ -29,8 +30,10 @@ class SGOPD(Method):
         lambda_t = agree      sign r_t = +1 in a response that succeeded,
                               -1 in one that failed
                    conflict   otherwise
+        guidance -beta log pi_S(x) on texts of the teacher that the grader
+                 passed: the first steps have some among the rollouts
 
-    agree = conflict = 1 is OPD.
+    agree = conflict = 1, beta = 0 on the student's rollouts alone is OPD.
     """
 
     name: Literal["sg_opd"] = "sg_opd"
@@ -40,6 +43,10 @@ class SGOPD(Method):
     """lambda where they do not (reproduction: 1); below 1 holds the student nearer to its start. Any finite number."""
     success: Finite = 0.0
     """A response succeeded if its reward is above this [inferred]. Any finite number."""
+    phase: Phased = field(default_factory=Phased)
+    """How many rollouts the teacher may write, over training [inferred: half of them at first, none after 30 %]."""
+    beta: NotNegative = 1.0
+    """Weight of the likelihood of the teacher's texts; at 0 they teach nothing [inferred]. At least 0."""
 
     paper = "2606.09304"
     idea = "which tokens"
@@ -48,16 +55,20 @@ class SGOPD(Method):
         "The paper's equation was not found. Two accounts of it agree on lambda = 1.8 and 1 in the form of ExOPD, "
         'which makes its word "extrapolate" literal; another reading would multiply the reward by lambda.',
         'The reader "start" is the student before training [inferred].',
+        "At cold start a decaying share of each group is texts of the teacher that the verifier accepted. How they "
+        "are trained is not said: here by their likelihood, as TrOPD's prefixes.",
     )
 
     @property
     def objective(self) -> Objective:
         gate = SignExtrapolation(self.agree, self.conflict, above=self.success)
-        return Objective(Term("reverse_kl", STUDENT, PolicyGradient(chain(LogRatio(), gate))))
+        reward = Term("reverse_kl", STUDENT, PolicyGradient(chain(LogRatio(), gate)))
+        guidance = Term("guidance", TEACHER, NegativeLogLikelihood(), weight=self.beta)
+        return Objective(reward, guidance) if self.beta > 0 else Objective(reward)
 
     @property
     def rollout(self) -> RolloutPolicy:
-        return OnPolicy()
+        return self.phase
 
     @property
     def readers(self) -> Mapping[str, Reader]:
