@@ -40,6 +40,7 @@ class AOPD(Method):
 
     paper = "2605.06387"
     summary = "reward where the teacher likes the token more, teacher's top-k elsewhere"
+    idea = "which tokens"
     zero_at_teacher = False
     readings = (
         "The advantage is teacher against student; re-implementations that put a reference model there are wrong.",

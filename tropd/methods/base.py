@@ -19,6 +19,7 @@ from tropd.base.ranges import Ranged
 from tropd.briefings.reader import Reader
 from tropd.errors import ConfigError, MethodWarning
 from tropd.methods.extras import Extra
+from tropd.methods.ideas import Idea
 from tropd.methods.policies import OnPolicy, RolloutPolicy
 from tropd.objective.evidence import Needs
 from tropd.objective.objective import Objective
@@ -40,6 +41,8 @@ class Method(Ranged):
     """arXiv id or address."""
     summary: ClassVar[str] = ""
     """One line for `tropd methods`."""
+    idea: ClassVar[Idea | None] = None
+    """Under which it is listed."""
     readings: ClassVar[tuple[str, ...]] = ()
     """What the sources leave open, and the reading taken."""
     zero_at_teacher: ClassVar[bool] = True

@@ -38,6 +38,7 @@ class CGTR(Method):
 
     paper = "2606.03532"
     summary = "reverse KL on top-k and rest to a copy of the student, renewed when a gate opens"
+    idea = "what teaches"
     readings = (
         "The paper compares when the teacher moves: follow = { rule = 'copy', every = M }, with the failures that it "
         "finds for M = 1 and 2, and { rule = 'ema' } are the alternatives to the gate, as settings of [teacher].",

@@ -34,6 +34,7 @@ class GKD(Method):
 
     paper = "2306.13649"
     summary = "Jensen-Shannon over the whole vocabulary, on texts of student and teacher"
+    idea = "who writes"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,6 +85,7 @@ class MiniLLM(Method):
 
     paper = "2306.08543"
     summary = "reverse KL of whole sequences: return-to-go reward plus an exact single step"
+    idea = "whose distribution"
     readings = (
         "Left out: sampling from a mixture of both models, which needs the teacher in the decoding loop, and the "
         "language-modelling loss on a pre-training corpus.",

@@ -27,6 +27,7 @@ class RandomMask(Choose):
     """How much is kept. In (0, 1]."""
 
     summary = "control: a random share of the student's tokens"
+    idea = "which tokens"
 
     @property
     def selector(self) -> Selector:
@@ -42,6 +43,7 @@ class RandomlyPlacedWindow(Choose):
     """In tokens. At least 1."""
 
     summary = "control: a random window of each response"
+    idea = "which tokens"
 
     @property
     def selector(self) -> Selector:
@@ -57,6 +59,7 @@ class FirstWindow(Choose):
     """In tokens. At least 1."""
 
     summary = "control: the first tokens of each response"
+    idea = "which tokens"
 
     @property
     def selector(self) -> Selector:
@@ -70,6 +73,7 @@ class ShuffledWeights(Extra):
     name: Literal["shuffled_weights"] = "shuffled_weights"
 
     summary = "control: the method's own weights on random tokens"
+    idea = "which tokens"
 
     def apply(self, objective: Objective) -> Objective:
         return Objective(*(replace(term, where=Shuffled(term.where)) for term in objective.terms))

@@ -32,6 +32,7 @@ class EntropyOPD(Method):
 
     paper = "2606.01249"
     summary = "OPD on the 20 % of tokens where the student is least certain"
+    idea = "which tokens"
     readings = ("Neither the scope of the quantile nor the denominator is stated in the paper.",)
 
     @property

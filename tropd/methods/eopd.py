@@ -39,6 +39,7 @@ class EOPD(Method):
 
     paper = "2603.07079"
     summary = "OPD plus forward KL where the teacher's entropy is high"
+    idea = "which tokens"
     zero_at_teacher = False
     readings = (
         "Summaries say that the loss switches to forward KL; the paper's equation adds it.",

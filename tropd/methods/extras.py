@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 from tropd.base.names import name_of
 from tropd.base.ranges import Ranged
 from tropd.errors import ConfigError
+from tropd.methods.ideas import Idea
 from tropd.objective.objective import Objective
 from tropd.objective.rewards import chain
 from tropd.objective.selectors import STUDENT
@@ -41,6 +42,8 @@ class Extra(Ranged):
 
     summary: ClassVar[str] = ""
     """One line for `tropd explain`."""
+    idea: ClassVar[Idea | None] = None
+    """Under which it is listed."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

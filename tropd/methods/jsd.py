@@ -35,6 +35,7 @@ class JSD(Method):
 
     paper = "2606.01249"
     summary = "Jensen-Shannon: forward part on the teacher's top-k, reverse part as a reward"
+    idea = "whose distribution"
     zero_at_teacher = False
     readings = ("The divergence is printed without its minus sign; it is minimised here.",)
 

@@ -42,6 +42,7 @@ class LSM(Method):
 
     paper = "2603.25562"
     summary = "renormalised reverse KL on the teacher's top-k, rollouts with top-p"
+    idea = "whose distribution"
     readings = (
         "The paper's code masks the first occurrence of each special id in a response; later ones teach. Where an id "
         "should never teach, take special_occurrences = 'every'.",
@@ -86,6 +87,7 @@ class ManyFaces(Method):
 
     paper = "2605.11182"
     summary = "reverse KL on a chosen top-k support with a chosen correction"
+    idea = "whose distribution"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -34,6 +34,7 @@ class MOPD(Method):
 
     paper = "2606.30406"
     summary = "bias-corrected reverse KL on the teacher's top-k"
+    idea = "whose distribution"
     readings = ("Several teachers are a matter of routing prompts (docs/training.md), not of the objective.",)
 
     @property

@@ -51,6 +51,7 @@ class OGLS(Method):
 
     paper = "2605.12400"
     summary = "forward KL to logits steered by outcomes on failures, likelihood of the ends of short successes"
+    idea = "what teaches"
     zero_at_teacher = False
     readings = (
         "The paper takes the mean of readers that are told one response each; here one reader is told them together. "

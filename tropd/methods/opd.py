@@ -42,6 +42,7 @@ class OPD(Method):
 
     paper = "https://thinkingmachines.ai/blog/on-policy-distillation"
     summary = "every token rewarded with log pi_T - log pi_S"
+    idea = "whose distribution"
     readings = (
         "Tinker's code takes log pi_S in the reward from the sampler. Sampler and trainer differ by about 1e-2 nats in "
         "half precision, and that difference is noise in the reward, so the trainer's is the default here; "

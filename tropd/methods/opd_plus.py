@@ -34,6 +34,7 @@ class OPDPlus(Method):
 
     paper = "2606.01039"
     summary = "unbiased sampled-token gradient of forward KL, reverse KL or Jensen-Shannon"
+    idea = "whose distribution"
     zero_at_teacher = False
     readings = ("Do not whiten: it erases reverse KL's constant and rescales the weights.",)
 

@@ -41,6 +41,7 @@ class OPRD(Method):
 
     paper = "2606.06021"
     summary = "mean squared difference of hidden states, layer by layer"
+    idea = "whose distribution"
     readings = (
         "The paper's squared norm is H times the mean over the width that is taken here, as its code does.",
         "The paper takes states as they are, and the released code divides them by their norms: normalise = true, "

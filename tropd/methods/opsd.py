@@ -47,6 +47,7 @@ class OPSD(Method):
 
     paper = "2601.18734"
     summary = "Jensen-Shannon over the whole vocabulary with the student itself, told the solution"
+    idea = "what teaches"
     readings = (
         "The teacher is the student before training, which the authors recommend. They also have an average of the "
         'student and the student as it is: [teacher] with path = "start" and follow = { rule = "ema", decay = 0.999 }, '

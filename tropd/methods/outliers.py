@@ -29,6 +29,7 @@ class ClipOutlier(Method):
 
     paper = "2606.01249"
     summary = "OPD with the reward floored"
+    idea = "which tokens"
     readings = _FLOOR_READING
 
     @property
@@ -46,6 +47,7 @@ class MaskOutlier(Method):
 
     paper = "2606.01249"
     summary = "OPD with the worst tokens dropped"
+    idea = "which tokens"
     readings = _FLOOR_READING
 
     @property
@@ -68,6 +70,7 @@ class FullFKL(Method):
 
     paper = "2606.01249"
     summary = "teacher's top-k forward KL at every token"
+    idea = "whose distribution"
     zero_at_teacher = False
     readings = (
         "The paper reports a collapse (1.40 against 46.79). A reward that does not depend on the drawn token predicts "

@@ -53,6 +53,7 @@ class PTD(Method):
 
     paper = "2606.07000"
     summary = "GRPO, and Jensen-Shannon to the student before training, told a hint, on failures"
+    idea = "what teaches"
     zero_at_teacher = False
     readings = (
         "The paper's hints speak of images too; this is the part with text.",

@@ -46,6 +46,7 @@ class REOPOLD(Method):
 
     paper = "2603.11137"
     summary = "floored reward; first without the worst tokens, then on the uncertain ones"
+    idea = "which tokens"
     readings = (
         "In exploration a token below the floor is dropped, so the floor itself only acts in refinement.",
         "Eq. 7's brackets are read both ways; log(l + (1 - l) r) >= (1 - l) max(log r, log(l) / (1 - l)) decides.",

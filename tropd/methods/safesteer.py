@@ -41,6 +41,7 @@ class SafeSteer(Method):
 
     paper = "2606.02530"
     summary = "reverse KL on a fixed set of tokens to the student before training, shifted in a direction"
+    idea = "what teaches"
     readings = (
         "On a set of tokens the sum as the code has it does not vanish where both models agree: it takes probability "
         "away from the set. outside = 'generalised' or 'bucket' vanish there.",

@@ -48,6 +48,7 @@ class SDFT(Method):
 
     paper = "2601.19897"
     summary = "reverse KL over the whole vocabulary to the student's average, told a demonstration"
+    idea = "what teaches"
     readings = (
         "The paper derives reverse KL, and the released code computes forward KL and leaves out the first 3 tokens: "
         "divergence = 'forward_kl', skip = 3.",

@@ -54,6 +54,7 @@ class SDPO(Method):
 
     paper = "2601.20802"
     summary = "reverse KL on top-k and rest to the student's average, told the grader's words"
+    idea = "what teaches"
     readings = (
         "The defaults are those of the authors' runs with feedback. Their runs without: told = 'peers', beta = 0.5, "
         "top_k = 100, decay = 0.95.",
@@ -103,6 +104,7 @@ class MultiRollout(Method):
 
     paper = "2605.12652"
     summary = "Jensen-Shannon on top-k and rest to the student's average, told its other responses"
+    idea = "what teaches"
     readings = (
         "Where a response has fewer peers of a kind than asked, those that there are are told; one without any peer "
         "that says something else teaches nothing.",

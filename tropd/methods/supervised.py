@@ -25,6 +25,7 @@ class SeqKD(Method):
 
     paper = "1606.07947"
     summary = "supervised training on the teacher's texts"
+    idea = "who writes"
     zero_at_teacher = False
 
     @property
@@ -46,6 +47,7 @@ class SFT(Method):
 
     paper = "2203.02155"
     summary = "supervised training on the data set's responses: the control of self-teaching"
+    idea = "who writes"
     zero_at_teacher = False
 
     @property

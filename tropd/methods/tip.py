@@ -32,6 +32,7 @@ class TIP(Method):
 
     paper = "2604.14084"
     summary = "full reverse KL on tokens of high entropy or high divergence"
+    idea = "which tokens"
     readings = ("The soft-OR is the paper's; the released code samples tokens by another score.",)
 
     @property

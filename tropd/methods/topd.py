@@ -34,6 +34,7 @@ class TOPD(Method):
 
     paper = "2607.04751"
     summary = "reward against a mixture of teacher and student, bounded below"
+    idea = "whose distribution"
     readings = ("NeMo-RL's pull request calls this method 'tropd'; here that name belongs to arXiv 2606.01249.",)
 
     @property

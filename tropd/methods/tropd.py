@@ -68,6 +68,7 @@ class TrOPD(Method):
 
     paper = "2606.01249"
     summary = "log-ratio reward inside a trust region, teacher's top-k outside, teacher prefixes that fade"
+    idea = "which tokens"
     readings = (
         "Membership is a Bernoulli draw (section 3.1 writes M ~ Bernoulli(P)); summaries that call every token with "
         "P < 1 an outlier describe trust = 'threshold', trust_threshold = 1, which is AOPD's gate.",

@@ -39,6 +39,7 @@ class TrOPDPlusAOPD(Method):
 
     paper = "2606.01249"
     summary = "TrOPD plus AOPD's guidance on tokens that the teacher finds less likely"
+    idea = "which tokens"
     zero_at_teacher = False
     readings = (
         "R1 is the caption's letter (a positive token is one with a positive advantage); R2 is the only reading that "

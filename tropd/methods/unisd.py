@@ -77,6 +77,7 @@ class UniSD(Method):
 
     paper = "2605.06597"
     summary = "divergence to the student's average, told a solution; agreement, contrast, features, clip"
+    idea = "what teaches"
     zero_at_teacher = False
     readings = (
         "The defaults are UniSD*, as the paper reports it. The released code's defaults are other ones: gamma = 1, "
