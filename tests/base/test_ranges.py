@@ -26,7 +26,7 @@ from tropd.errors import ConfigError
 from tropd.laboratory.exact import Setting
 from tropd.laboratory.lab import Lab
 from tropd.methods import METHODS, Method, TrOPD
-from tropd.methods.describe import field_docstrings
+from tropd.methods.knobs import field_docstrings
 from tropd.methods.policies import RolloutPolicy
 from tropd.objective.terms import Piece
 from tropd.types import Sampling

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import io
 import json
+import re
 from functools import reduce
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from rich.console import Console
 
 from tropd.config.stages import RolloutConfig
+from tropd.errors import ConfigError
 from tropd.methods import METHODS, TrOPD
-from tropd.methods.describe import EVIDENCE, OVER, describe, field_docstrings
+from tropd.methods.describe import EVIDENCE, OVER, describe
 from tropd.methods.explain import explain, explain_as_data, methods, methods_as_data, page
+from tropd.methods.extras import EXTRAS
+from tropd.methods.ideas import IDEAS
+from tropd.methods.knobs import field_docstrings
 from tropd.methods.policies import TeacherPrefix
+from tropd.methods.stacked import POLICIES
 from tropd.objective.evidence import OF_TEACHER, Needs
 from tropd.objective.terms import Over
 from tropd.servers.dialects import DIALECTS
@@ -127,9 +134,55 @@ def test_the_data_survive_json():
     assert explain_as_data("opd")["terms"][0]["loss"] == "PolicyGradient(LogRatio)"
 
 
-def test_the_list_of_methods_names_each_once():
-    first = [line.split()[0] for line in shown(methods(), width=400).splitlines()[1:]]
-    assert first == list(METHODS)
+def test_the_list_of_methods_names_each_once_below_its_idea():
+    listed = shown(methods(), width=400)
+    lines = [line.split() for line in listed.splitlines()]
+    named = {idea: [name for name, cls in METHODS.items() if cls.idea == idea] for idea in IDEAS}
+    assert [words[0] for words in lines if words and words[0] in METHODS] == [
+        x for names in named.values() for x in names
+    ]
+    headings = [line for line in listed.splitlines() if line.lower() in IDEAS]
+    assert headings == [idea.capitalize() for idea in IDEAS if named[idea]]
+    assert [words[1] for words in lines if words[:1] == ["+"] and words[2] == "extra"] == list(EXTRAS)
+    assert {words[1] for words in lines if words[:1] == ["+"] and words[2] == "policy"} == set(POLICIES)
+
+
+@pytest.mark.parametrize("name", [*EXTRAS, *POLICIES])
+def test_an_extra_and_a_policy_explain_themselves(name):
+    text = " ".join(shown(explain(name), width=1000).split())
+    tables: Any = (EXTRAS, POLICIES)
+    for cls in (table[name] for table in tables if name in table):
+        assert " ".join(inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].split()) in text
+        for knob in dataclasses.fields(cls):
+            assert knob.name == "name" or knob.name in text
+        for meaning in field_docstrings(cls).values():
+            assert meaning in text
+    assert name in METHODS or explain_as_data(name)["kind"] in ("extra", "policy")
+
+
+def test_an_extra_and_a_policy_of_ones_own_explain_themselves(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\nfrom tropd import RolloutPolicy\n"
+        "from tropd.methods.extras import Choose\n\n"
+        '@dataclass(frozen=True, kw_only=True)\nclass Few(Choose):\n    """Few tokens."""\n    few: int = 3\n\n'
+        '@dataclass(frozen=True, kw_only=True)\nclass Late(RolloutPolicy):\n    """Late at night."""\n'
+    )
+    few, late = (shown(explain(f"{tmp_path}/mine.py:{name}"), width=1000) for name in ("Few", "Late"))
+    assert "Few tokens." in few and "few" in few and "[[method.plus]]" in few
+    assert "Late at night." in late and "[[rollout.plus]]" in late
+
+
+def test_a_near_miss_of_an_extra_is_named():
+    with pytest.raises(ConfigError, match="Did you mean 'random_mask'"):
+        explain("random_maks")
+
+
+def test_the_page_lists_every_name_below_its_idea_with_a_link_to_its_chapter():
+    text = page()
+    anchors = {re.sub(r"[^\w -]", "", line[3:]).lower().replace(" ", "-") for line in re.findall("^## .*$", text, re.M)}
+    linked = re.findall(r"^\| (?:\+ )?\[`(\w+)`\]\(#([\w-]+)\)", text, re.M)
+    assert sorted(name for name, _ in linked) == sorted([*METHODS, *EXTRAS, *POLICIES])
+    assert {anchor for _, anchor in linked} <= anchors
 
 
 def test_the_page_of_methods_is_up_to_date():

@@ -11,7 +11,9 @@ import pytest
 
 from tropd.errors import ConfigError
 from tropd.methods import METHODS, find_method
-from tropd.methods.describe import field_docstrings
+from tropd.methods.extras import EXTRAS
+from tropd.methods.ideas import IDEAS
+from tropd.methods.knobs import field_docstrings
 
 FORMULA = re.compile(r"log pi_|KL\(|sum_| = ")
 SOURCE = re.compile(r"\b(paper|code|inferred|open|TRL|verl|NeMo-RL|prime-rl|reproduction|benchmark)\b")
@@ -32,6 +34,12 @@ def test_the_docstring_holds_an_equation_and_the_paper_an_address(cls):
     assert FORMULA.search(inspect.cleandoc(cls.__doc__))
     assert re.fullmatch(r"\d{4}\.\d{5}|https://\S+", cls.paper)
     assert cls.summary and "\n" not in cls.summary and not cls.summary.endswith(".")
+
+
+@pytest.mark.parametrize("cls", [*METHODS.values(), *EXTRAS.values()], ids=[*METHODS, *(f"+{x}" for x in EXTRAS)])
+def test_every_method_and_extra_says_which_idea_it_belongs_to(cls):
+    assert vars(cls).get("idea") in IDEAS, f"give {cls.__name__} an idea of tropd/methods/ideas.py, as it has a summary"
+    assert cls.summary
 
 
 @pytest.mark.parametrize("cls", METHODS.values(), ids=METHODS)
@@ -55,6 +63,7 @@ def test_every_file_of_a_method_is_in_the_list():
     other = {
         "__init__",
         "adaptive_horizon",
+        "additions",
         "base",
         "controls",
         "decoding",
@@ -66,6 +75,8 @@ def test_every_file_of_a_method_is_in_the_list():
         "horizon",
         "packed",
         "phased",
+        "ideas",
+        "knobs",
         "policies",
         "replay",
         "stacked",

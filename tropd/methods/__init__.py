@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Sequence
 
 import tropd.methods.controls
 import tropd.methods.guidance  # noqa: F401
@@ -76,9 +77,10 @@ def find_method(name: str) -> type[Method]:
     return cls
 
 
-def check_name(name: str) -> None:
-    """Refuse a name that is neither one of METHODS nor of code of your own; a near miss is named in the error."""
-    known = [*METHODS, *offered("methods")]
+def check_name(name: str, others: Sequence[str] = ()) -> None:
+    """Refuse a name that is neither one of METHODS, nor of the others, nor of code of your own; a near miss is named in
+    the error."""
+    known = [*METHODS, *offered("methods"), *others]
     if name not in known and not is_name(name):
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""

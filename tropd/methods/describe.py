@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
-import textwrap
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
-from itertools import pairwise
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, fields
+from typing import Literal
 
 from tropd.briefings.reader import model_text, told_text
 from tropd.errors import ConfigError
 from tropd.methods import Method, find_method
+from tropd.methods.ideas import Idea
+from tropd.methods.knobs import Knob, knobs_of
 from tropd.objective.evidence import OF_TEACHER, Needs
 from tropd.objective.losses import NegativeLogLikelihood
 from tropd.objective.schedules import Schedule
@@ -87,20 +85,15 @@ class ReaderRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knob:
-    name: str
-    default: str
-    choices: str
-    meaning: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Description:
-    """Everything that `tropd explain` says, as plain data."""
+    """Everything that `tropd explain` says of a method, as plain data."""
+
+    kind: Literal["method"] = "method"
 
     name: str
     title: str
     summary: str
+    idea: Idea | None
     paper: str
     """An address."""
     definition: str
@@ -128,6 +121,7 @@ def describe(name: str) -> Description:
         name=name,
         title=cls.__name__,
         summary=cls.summary,
+        idea=cls.idea,
         paper=paper_link(cls.paper),
         definition=inspect.cleandoc(cls.__doc__ or ""),
         terms=tuple(map(_row, method.objective.terms)),
@@ -135,7 +129,7 @@ def describe(name: str) -> Description:
         evidence=tuple(Evidence(name=str(n.name), what=EVIDENCE[n][0], server=EVIDENCE[n][1]) for n in method.needs),
         teacher=_teacher_text(method),
         readers=tuple(_readers(method)),
-        knobs=tuple(_knobs(cls)),
+        knobs=tuple(knobs_of(cls)),
         readings=cls.readings,
         at_teacher=_at_teacher_text(method),
         texts=method.rollout.needs_teacher_text,
@@ -218,51 +212,3 @@ def needs_text(description: Description) -> str:
     if description.texts:
         short.append("texts")
     return ", ".join(short)
-
-
-def _knobs(cls: type[Method]) -> Iterator[Knob]:
-    hints, meanings = get_type_hints(cls), {}
-    for home in reversed(cls.__mro__):
-        meanings |= field_docstrings(home) if is_dataclass(home) else {}
-    for field in fields(cls):
-        if field.name not in ("name", "plus"):
-            yield Knob(
-                name=field.name,
-                default=_default(field),
-                choices=_choices(hints[field.name]),
-                meaning=meanings.get(field.name, ""),
-            )
-
-
-def field_docstrings(cls: type) -> dict[str, str]:
-    """The docstring below each field, which Python does not keep; none where there is no source."""
-    try:
-        (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    except (OSError, SyntaxError):
-        return {}
-    body, docstrings = getattr(node, "body", []), {}
-    for field, after in pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(after, ast.Expr):
-            docstrings[field.target.id] = " ".join(str(ast.literal_eval(after.value)).split())
-    return docstrings
-
-
-def _default(field: Field[Any]) -> str:
-    value = field.default if field.default_factory is MISSING else field.default_factory()
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    if is_dataclass(value) and not isinstance(value, Schedule):
-        return f"{type(value).__name__}()"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _choices(hint: Any) -> str:
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return " | ".join(map(str, args))
-    if origin in (Union, UnionType):
-        return " | ".join(map(_choices, args))
-    if origin is tuple:
-        return f"list of {_choices(args[0])}"
-    known = {NoneType: "none", bool: "true | false", int: "integer", float: "number", str: "text"}
-    return known.get(hint) or hint.__name__

@@ -7,7 +7,7 @@ python -m tropd.methods.explain --table                      the table in README
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,14 +18,20 @@ from rich.text import Text
 
 from tropd.base.names import offered, shown
 from tropd.errors import TropdError
-from tropd.methods import METHODS
+from tropd.methods import METHODS, check_name
+from tropd.methods.additions import Addition, additions, additions_called, names_of_additions
 from tropd.methods.describe import Description, describe, needs_text
+from tropd.methods.ideas import IDEAS, Idea
 
 TERMS = ("term", "where", "loss", "weight", "divided by")
 EVIDENCE = ("evidence", "what it is", "which server can give it")
 READERS = ("reader", "whose distributions", "told", "asked for")
 KNOBS = ("knob", "default", "choices", "meaning and source")
 METHODS_COLUMNS = ("method", "paper", "needs", "what it does")
+BESIDE = (
+    "A line with + is an addition to any method: an extra, in [[method.plus]] of a run file, changes the objective; a "
+    "policy says who writes or how far, beside the method's own in [[rollout.plus]], in its place in [rollout.policy]."
+)
 OVERRIDE = "A run's [teacher] and [readers.NAME] come first."
 AT_TEACHER = "From its terms, a student that equals its teacher gets"
 
@@ -33,8 +39,26 @@ Rows = list[tuple[str, ...]]
 
 
 def explain(name: str) -> RenderableType:
-    """One method in full."""
-    d = describe(name)
+    """A method, an extra or a policy in full; all of them where several have this name."""
+    return Group(
+        *(part for d in _called(name) for part in (_method(d) if isinstance(d, Description) else _addition(d)))
+    )
+
+
+def explain_as_data(name: str) -> dict[str, Any]:
+    first, *others = map(asdict, _called(name))
+    return {**first, "also": others}
+
+
+def _called(name: str) -> list[Description | Addition]:
+    added = list(additions_called(name))
+    if added and name not in METHODS and name not in offered("methods"):
+        return [*added]
+    check_name(name, names_of_additions())
+    return [describe(name), *added]
+
+
+def _method(d: Description) -> list[RenderableType]:
     parts: list[RenderableType] = [
         Text.assemble((d.title, "bold"), "  ", (d.name, "cyan"), "  ", (d.paper, f"link {d.paper}" if d.paper else "")),
         Padding(Text(d.definition), (1, 0, 0, 2)),
@@ -46,29 +70,46 @@ def explain(name: str) -> RenderableType:
     ]
     if d.readings:
         parts += _section("What the sources leave open, and what is done here", *(f"- {r}" for r in d.readings))
-    return Group(*parts, *_section(AT_TEACHER, d.at_teacher))
+    return [*parts, *_section(AT_TEACHER, d.at_teacher)]
 
 
-def explain_as_data(name: str) -> dict[str, Any]:
-    return asdict(describe(name))
+def _addition(d: Addition) -> list[RenderableType]:
+    return [
+        Text.assemble((d.title, "bold"), "  ", (shown(d.name), "cyan"), "  ", f"{d.kind}, {d.section} of a run file"),
+        Padding(Text(d.definition), (1, 0, 0, 2)),
+        *_section("Knobs", _table(KNOBS, _rows(d.knobs)) if d.knobs else "None."),
+    ]
 
 
 def methods(own: Sequence[str] = ()) -> RenderableType:
-    """All methods, one line each: those of tropd, those of installed packages, and `own`."""
-    return _table(METHODS_COLUMNS, list(_summaries(own)))
+    """All methods, extras and policies by their ideas, one line each: tropd's, installed packages', and `own`."""
+    rows = _summaries(own)
+    name_width, paper_width = (max(len(row[column]) for _, row in rows) for column in (0, 1))
+    parts: list[RenderableType] = []
+    for idea in (*IDEAS, None):
+        here = [row for found, row in rows if found == idea]
+        if here:
+            table = _table(METHODS_COLUMNS, here)
+            table.columns[0].min_width, table.columns[1].min_width = name_width, paper_width
+            parts += _section(_heading(idea), IDEAS[idea] if idea else None, table)
+    return Group(*parts, Text(f"\n{BESIDE}"))
 
 
 def methods_as_data(own: Sequence[str] = ()) -> list[dict[str, Any]]:
-    known = [explain_as_data(name) for name in METHODS]
-    others = [name for name in offered("methods") if not isinstance(_described(name), str)]
-    return known + [explain_as_data(name) for name in (*others, *own)]
+    others = [d for name in offered("methods") if not isinstance(d := _described(name), str)]
+    return [asdict(d) for d in (*map(describe, METHODS), *additions(), *others, *map(describe, own))]
 
 
-def _summaries(own: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    for name in (*METHODS, *offered("methods")):
-        d = _described(name)
-        yield (name, "", "", d) if isinstance(d, str) else _summary(d)
-    yield from map(_summary, map(describe, own))
+def _heading(idea: Idea | None) -> str:
+    return idea.capitalize() if idea else "Others"
+
+
+def _summaries(own: Sequence[str]) -> list[tuple[Idea | None, tuple[str, ...]]]:
+    found: list[tuple[Idea | None, tuple[str, ...]]] = []
+    for name in (*METHODS, *offered("methods"), *own):
+        d = describe(name) if name in own else _described(name)
+        found.append((None, (name, "", "", d)) if isinstance(d, str) else (d.idea, _summary(d)))
+    return found + [(d.idea, (f"+ {d.name}", d.kind, "", d.summary)) for d in additions()]
 
 
 def _summary(d: Description) -> tuple[str, ...]:
@@ -113,7 +154,7 @@ def methods_markdown() -> str:
     """The table of methods as Markdown."""
     rows = []
     for d in map(describe, METHODS):
-        rows.append((f"`{d.name}`", f"[{_citation(d.paper)}]({d.paper})", needs_text(d), d.summary))
+        rows.append((f"`{d.name}`", _cited(d), needs_text(d), d.summary))
     return _markdown_table(METHODS_COLUMNS, rows)
 
 
@@ -122,9 +163,37 @@ def page() -> str:
     head = (
         "# Methods\n\n<!-- python -m tropd.methods.explain > docs/methods.md -->\n\n"
         "Every method with its default knobs, read off its source; `tropd explain METHOD` shows it in a terminal.\n"
-        "An objective is a sum of terms; *where* selects tokens, `~` is the rest, `&` is both.\n"
+        "An objective is a sum of terms; *where* selects tokens, `~` is the rest, `&` is both.\n\n"
+        f"Methods are listed here by the idea that they are about. {BESIDE}\n"
     )
-    return "\n".join([head, methods_markdown(), *(_chapter(describe(name)) for name in METHODS)])
+    described = [describe(name) for name in METHODS]
+    groups = [_group(idea, described) for idea in IDEAS]
+    return "\n".join([head, *groups, *map(_chapter, described), *map(_short_chapter, additions())])
+
+
+def _group(idea: Idea, described: Sequence[Description]) -> str:
+    rows = [(_link(d.name, d.title), _cited(d), needs_text(d), d.summary) for d in described if d.idea == idea]
+    for d in additions():
+        if d.idea == idea:
+            rows.append((f"+ {_link(d.name, f'{d.kind} {d.name}')}", d.kind, "", d.summary))
+    return f"## {_heading(idea)}\n\n{IDEAS[idea]}\n\n{_markdown_table(METHODS_COLUMNS, rows)}" if rows else ""
+
+
+def _link(name: str, heading: str) -> str:
+    return f"[`{name}`](#{heading.lower().replace(' ', '-')})"
+
+
+def _cited(d: Description) -> str:
+    return f"[{_citation(d.paper)}]({d.paper})"
+
+
+def _short_chapter(d: Addition) -> str:
+    coded = [(_code(name), _code(default), *rest) for name, default, *rest in _rows(d.knobs)]
+    knobs = [_markdown_table(KNOBS, coded)] if coded else []
+    definition = ["```text", d.definition, "```", ""]
+    return "\n".join(
+        [f"## {d.kind.capitalize()} `{d.name}`", "", f"`{d.section}` of a run file.", "", *definition, *knobs]
+    )
 
 
 def _chapter(d: Description) -> str:
