@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import threading
 import warnings
 
 import pytest
 import torch
 
 from tests.objective.cases import Case, K, close, describe, make_case
+from tests.objective.ranks import on_ranks
 from tests.objective.variants import VARIANTS
 from tropd.methods import (
     EOPD,
@@ -60,49 +60,17 @@ def test_any_order_of_rows_gives_the_same_gradient(case, name):
     close(torch.autograd.grad(loss, case.logits)[0], whole(case, objective), 1e-12)
 
 
-class Ranks:
-    """World of real threads: each rank meets the others in `gather`, as with a collective."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.barrier, self.slots = size, threading.Barrier(size), [None] * size
-
-    def member(self, rank: int):
-        world = self
-
-        class Member:
-            def gather(self, x: torch.Tensor) -> torch.Tensor:
-                world.slots[rank] = x
-                world.barrier.wait(timeout=20)
-                out = torch.cat(list(world.slots))
-                world.barrier.wait(timeout=20)
-                return out
-
-        return Member()
-
-
-def local(case: Case, rows: torch.Tensor) -> torch.Tensor:
-    """Renumber a rank's sequences from 0, as its own loader would."""
-    tokens = case.tokens.rows(rows)
-    names, index = torch.unique(tokens.sequences_N, return_inverse=True)
-    per_sequence = {f: getattr(tokens, f)[names] for f in ("keys_S", "num_actions_S", "rewards_S", "groups_S")}
-    return tokens.with_(sequences_N=index, **per_sequence)
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("split", [[[0, 1, 2], [3, 4, 5]], [[5], [0, 3], [1, 2, 4]]])
 def test_any_number_of_ranks_gives_the_same_gradient(case, name, split):
-    objective, world = VARIANTS[name].objective, Ranks(len(split))
-    rows = [torch.isin(case.tokens.sequences_N, torch.tensor(s)).nonzero().flatten() for s in split]
-    plans: list = [None] * len(split)
+    objective = VARIANTS[name].objective
 
-    def plan(rank: int) -> None:
-        tokens = local(case, rows[rank])
-        plans[rank] = tokens, objective.plan(tokens, Context(progress=0.3, world=world.member(rank)))
+    def planned(tokens, world):
+        return tokens, objective.plan(tokens, Context(progress=0.3, world=world))
 
-    threads = [threading.Thread(target=plan, args=(r,)) for r in range(len(split))]
-    [t.start() for t in threads]
-    [t.join() for t in threads]
-    loss = sum(objective(plans[r][0], case.view(rows[r]), plans[r][1]).loss for r in range(len(split)))
+    loss = sum(
+        objective(tokens, case.view(rows), plan).loss for rows, (tokens, plan) in on_ranks(case.tokens, split, planned)
+    )
     close(torch.autograd.grad(loss, case.logits)[0], whole(case, objective), 1e-12)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import time
 from importlib.util import find_spec
 from pathlib import Path
 
+from tropd.base.reading import nearest
 from tropd.cli.arguments import Arguments
 from tropd.cli.console import make_console
 from tropd.errors import ConfigError
@@ -21,33 +23,44 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--into", type=Path, metavar="PAGE.md", help="also put the tables between <!-- lab NAME --> and <!-- /lab -->"
     )
+    parser.add_argument("--methods", nargs="+", default=[], metavar="NAME", help="run these only, by their names there")
+    parser.add_argument("--minutes", type=float, help="start no trial after that; the same line goes on later")
     parser.add_argument("--no-figures", action="store_true", help="draw no learning curves")
     asked = parser.parse_args(argv)
     if asked.workers < 0:
         raise ConfigError(f"--workers is {asked.workers}: give a number of processes, or 0 for one for each core.")
     if asked.into is not None:
         _marks(asked.into, asked.lab.stem)  # refused now, not after an hour
-    _compare(asked.lab, asked.workers or len(os.sched_getaffinity(0)), asked.tables, not asked.no_figures, asked.into)
+    _compare(asked)
     return 0
 
 
-def _compare(path: Path, workers: int, only_tables: bool, figures: bool, page: Path | None) -> None:
+def _compare(asked: argparse.Namespace) -> None:
     import torch
 
     from tropd.laboratory.lab import load_lab, trials
     from tropd.laboratory.runner import compare, read_outcomes
     from tropd.laboratory.tables import sheets
 
+    path, page, figures = asked.lab, asked.into, not asked.no_figures
     if figures and find_spec("matplotlib") is None:
         raise ConfigError("figures need matplotlib: pip install 'tropd[plot]', or --no-figures.")
     torch.set_num_threads(1)
     lab, console, started = load_lab(path), make_console(), time.perf_counter()
     directory = Path(lab.output)
-    if only_tables:
+    if unknown := [name for name in asked.methods if name not in lab.methods]:
+        raise ConfigError(f"{path} has no method {unknown[0]!r}{nearest(unknown[0], lab.methods)}.")
+    if asked.tables:
         known = read_outcomes(directory / "results.jsonl")
         outcomes = [known[trial.key] for trial in trials(lab) if trial.key in known]
     else:
-        outcomes = compare(lab, workers=workers, tell=lambda line: console.print(line, soft_wrap=True, markup=False))
+        outcomes = compare(
+            lab,
+            workers=asked.workers or len(os.sched_getaffinity(0)),
+            tell=lambda line: console.print(line, soft_wrap=True, markup=False),
+            only=asked.methods,
+            minutes=asked.minutes,
+        )
     if not outcomes:
         raise ConfigError(f"{directory} holds no outcomes yet. Run: tropd compare {path}")
     found = sheets(lab, outcomes)

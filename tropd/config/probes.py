@@ -13,6 +13,7 @@ PROBES = {
     "change": "tropd.monitoring.change:Change",
     "geometry": "tropd.monitoring.geometry:Geometry",
     "rock": "tropd.monitoring.rock:Rock",
+    "trained": "tropd.monitoring.trained:Trained",
 }
 """tropd's own, by the names that a run file has for them."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 from tropd.laboratory.lab import Lab, file_name
@@ -21,9 +22,10 @@ def draw(lab: Lab, outcomes: Sequence[Outcome], directory: Path) -> list[Path]:
 
     matplotlib.use("Agg")
     written = []
-    for testbed in lab.testbeds:
-        if arms := arms_of(lab, outcomes, testbed):
+    for testbed, budget in product(lab.testbeds, lab.budgets or ("",)):
+        if arms := arms_of(lab, outcomes, testbed, budget):
             name = Path(testbed).stem if testbed.endswith(".toml") else testbed
+            name += f", equal {budget}" if budget else ""
             written.append(_draw_one(name, arms, directory / f"curves-{file_name(name)}.svg"))
     return written
 

@@ -21,10 +21,11 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from tropd.base.ranges import Count, PositiveShare, Ranged, Whole
+from tropd.base.ranges import Count, Positive, PositiveShare, Ranged, Whole
 from tropd.base.reading import nearest, read_toml
 from tropd.config.methods import MethodTable, located_method, read_method
 from tropd.config.run import Run
@@ -58,6 +59,11 @@ class Lab(Ranged):
     """Every method is tried at each rate; if empty, the testbed's. Each in (0, 1]."""
     seeds: tuple[Whole, ...] = (0, 1, 2, 3, 4)
     """Each makes another teacher and student, the same for every method. Each at least 0."""
+    budgets: dict[Literal["tokens", "seconds"], Positive] = field(default_factory=dict)
+    """Give every method as many steps as so many tokens trained allow, or so many CPU seconds; with both, every trial
+    is run for each. Each above 0."""
+    controls: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """By a method's name, the methods that it has to beat: the same budget without its idea."""
     baseline: str = ""
     """The method that the others are compared with; by default the first."""
     steps: Count | None = None
@@ -89,6 +95,9 @@ class Lab(Ranged):
                 raise ConfigError(f"{name} = {list(values)} says something twice. Give each once.")
         if self.baseline and self.baseline not in self.methods:
             raise ConfigError(f"baseline {self.baseline!r} is none of the methods: {', '.join(self.methods)}.")
+        named = [name for arm, others in self.controls.items() for name in (arm, *others)]
+        if unknown := [name for name in named if name not in self.methods]:
+            raise ConfigError(f"controls name {unknown[0]!r}, none of the methods{nearest(unknown[0], self.methods)}.")
         if unknown := [name for name in self.runs if name not in self.methods]:
             raise ConfigError(f"runs.{unknown[0]} is for none of the methods: {', '.join(self.methods)}.")
         for testbed in self.testbeds:
@@ -107,10 +116,14 @@ class Trial:
     method: str
     learning_rate: float
     seed: int
+    budget: Literal["", "tokens", "seconds"] = ""
+    steps: int | None = None
+    """As many as the budget allows; None: as many as the comparison or the testbed says."""
 
     @property
     def key(self) -> str:
-        return f"{self.testbed} | {self.method} | {self.learning_rate:g} | {self.seed}"
+        of = f" | {self.budget}" if self.budget else ""
+        return f"{self.testbed} | {self.method} | {self.learning_rate:g} | {self.seed}{of}"
 
     @property
     def folder(self) -> str:
@@ -127,9 +140,9 @@ def trials(lab: Lab) -> Iterator[Trial]:
     """The trials in the order of their start: whole seeds first, so that an interrupted comparison is a smaller one."""
     for testbed in lab.testbeds:
         for seed in lab.seeds:
-            for rate in rates_of(lab, testbed):
+            for rate, budget in product(rates_of(lab, testbed), lab.budgets or ("",)):
                 for method in lab.methods:
-                    yield Trial(testbed=testbed, method=method, learning_rate=rate, seed=seed)
+                    yield Trial(testbed=testbed, method=method, learning_rate=rate, seed=seed, budget=budget)
 
 
 def rates_of(lab: Lab, testbed: str) -> tuple[float, ...]:
@@ -138,6 +151,13 @@ def rates_of(lab: Lab, testbed: str) -> tuple[float, ...]:
     if testbed.endswith(".toml"):
         return (Run.load(Path(testbed)).optimizer.learning_rate,)
     return (bed_of(testbed).learning_rate,)
+
+
+def steps_of(lab: Lab, testbed: str) -> int:
+    """How many steps a run has where no budget says it."""
+    if lab.steps is not None:
+        return lab.steps
+    return Run.load(Path(testbed)).steps if testbed.endswith(".toml") else bed_of(testbed).steps
 
 
 def bed_of(testbed: str) -> Testbed:

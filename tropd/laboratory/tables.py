@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from rich.table import Table
 from rich.text import Text
@@ -61,9 +62,9 @@ def mean_score(outcomes: Sequence[Outcome]) -> float:
     return statistics.fmean(o.score for o in outcomes)
 
 
-def arms_of(lab: Lab, outcomes: Iterable[Outcome], testbed: str) -> list[Arm]:
+def arms_of(lab: Lab, outcomes: Iterable[Outcome], testbed: str, budget: str = "") -> list[Arm]:
     """The methods that have outcomes."""
-    here = [o for o in outcomes if o.testbed == testbed]
+    here = [o for o in outcomes if (o.testbed, o.budget) == (testbed, budget)]
     arms = []
     for method in lab.methods:
         of_rate = {r: [o for o in here if (o.method, o.learning_rate) == (method, r)] for r in rates_of(lab, testbed)}
@@ -76,10 +77,12 @@ def arms_of(lab: Lab, outcomes: Iterable[Outcome], testbed: str) -> list[Arm]:
 def sheets(lab: Lab, outcomes: Sequence[Outcome]) -> list[Sheet]:
     """All tables of a comparison: for each testbed, then over all testbeds."""
     found = []
-    for testbed in lab.testbeds:
-        if arms := arms_of(lab, outcomes, testbed):
-            found += [score_sheet(lab, testbed, arms), probe_sheet(testbed, arms), cost_sheet(testbed, arms)]
-    if len(lab.testbeds) > 1:
+    for testbed, budget in product(lab.testbeds, lab.budgets or ("",)):
+        if arms := arms_of(lab, outcomes, testbed, budget):
+            name = f"{testbed}, equal {budget}" if budget else testbed
+            found += [score_sheet(lab, testbed, arms), *control_sheet(lab, name, arms)]
+            found += [probe_sheet(name, arms), cost_sheet(name, arms)]
+    if not lab.budgets and len(lab.testbeds) > 1:
         found += improvement_sheet(lab, outcomes)
     return found
 
@@ -98,14 +101,38 @@ def score_sheet(lab: Lab, testbed: str, arms: Sequence[Arm]) -> Sheet:
     first = [o for arm in arms for found in arm.by_rate.values() for o in found]
     starts = {o.seed: o.scores[0] for o in first}
     heads = [f"rate {rate:g}" for rate in rates] + ([] if len(rates) == 1 else ["best rate"])
-    num_steps = max(o.steps[-1] for o in first)
     return Sheet(
-        title=f"{testbed}: accuracy after {num_steps} steps, {len(starts)} seed{'s' if len(starts) > 1 else ''}",
+        title=f"{testbed}: accuracy after {_amount(lab, first)}, {len(starts)} seed{'s' if len(starts) > 1 else ''}",
         columns=("method", *heads, f"minus {lab.compared_with}, paired", f"P(better than {lab.compared_with})"),
         rows=tuple(rows),
         note=f"Before training: {_interval(list(starts.values()))}."
         + (" In brackets: 95 % bootstrap interval over seeds." if len(starts) > 1 else ""),
     )
+
+
+def _amount(lab: Lab, outcomes: Sequence[Outcome]) -> str:
+    """How long the runs are."""
+    budget = outcomes[0].budget
+    if budget == "tokens":
+        return f"about {lab.budgets[budget]:,.0f} tokens trained"
+    if budget == "seconds":
+        return f"about {lab.budgets[budget]:g} CPU seconds of training"
+    return f"{max(o.steps[-1] for o in outcomes)} steps"
+
+
+def control_sheet(lab: Lab, testbed: str, arms: Sequence[Arm]) -> list[Sheet]:
+    """Each method that has controls minus each of them, seed by seed, both at their best learning rates."""
+    there = {arm.method: arm for arm in arms}
+    pairs = [(a, b) for a, controls in lab.controls.items() for b in controls if a in there and b in there]
+    if not pairs:
+        return []
+    rows = []
+    for method, control in pairs:
+        arm, other = there[method], there[control]
+        gain, chance = _against(arm, other)
+        rows.append((method, control, f"{mean_score(arm.best):.3f}", f"{mean_score(other.best):.3f}", gain, chance))
+    columns = ("method", "its control", "accuracy", "the control's", "minus the control, paired", "P(better)")
+    return [Sheet(title=f"{testbed}: methods against their controls", columns=columns, rows=tuple(rows))]
 
 
 def _against(arm: Arm, base: Arm | None) -> tuple[str, str]:
@@ -160,6 +187,8 @@ def _ends(outcomes: Sequence[Outcome], name: str) -> str:
 
 def cost_sheet(testbed: str, arms: Sequence[Arm]) -> Sheet:
     """The cost of one run.  Only the seconds depend on the machine."""
+    if any(o.budget for arm in arms for o in arm.best):
+        return _budget_sheet(testbed, arms)
     rows = []
     for arm in arms:
         means = [statistics.fmean(o.tokens[a] for o in arm.best) for a in ("student", "teacher")]
@@ -173,6 +202,31 @@ def cost_sheet(testbed: str, arms: Sequence[Arm]) -> Sheet:
             "CPU seconds, evaluation included",
         ),
         rows=tuple(rows),
+    )
+
+
+def _budget_sheet(testbed: str, arms: Sequence[Arm]) -> Sheet:
+    """What was trained, what was written for it, and how long that took."""
+    rows = []
+    for arm in arms:
+        steps, trained, seconds = (
+            statistics.fmean(of(o) for o in arm.best)
+            for of in (lambda o: o.steps[-1], lambda o: o.trained, lambda o: o.training_seconds)
+        )
+        written = [f"{statistics.fmean(o.tokens[author] for o in arm.best):,.0f}" for author in ("student", "teacher")]
+        rows.append((arm.method, f"{steps:.0f}", f"{trained:,.0f}", *written, f"{seconds:.1f}"))
+    return Sheet(
+        title=f"{testbed}: cost of one run",
+        columns=(
+            "method",
+            "steps",
+            "tokens trained",
+            "written by the student",
+            "written by the teacher",
+            "CPU seconds of training",
+        ),
+        rows=tuple(rows),
+        note="A token is trained if some term weighs it, whoever wrote it.",
     )
 
 

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tropd.base.names import Own
 from tropd.config.models import StudentConfig, TeacherConfig
 from tropd.config.run import Run
 from tropd.config.stages import CheckpointConfig, DataConfig, OptimizerConfig, RolloutConfig, RunEvalConfig
 from tropd.config.tables import to_dict
 from tropd.errors import TrainingDiverged
-from tropd.laboratory.lab import EMBEDDED, Lab, Trial, bed_of
+from tropd.laboratory.lab import EMBEDDED, Lab, Trial, bed_of, steps_of
+from tropd.monitoring.callbacks import Callback
 from tropd.monitoring.display import Display
 from tropd.monitoring.records import read_records
 from tropd.testbeds import Pair, embedded, make_pair
@@ -55,6 +57,11 @@ class Outcome:
     seconds: float
     """CPU seconds, evaluation included."""
     error: str = ""
+    budget: Literal["", "tokens", "seconds"] = ""
+    trained: float = 0.0
+    """Tokens that some term weighed, whoever wrote them; known where there is a budget."""
+    training_seconds: float = 0.0
+    """CPU seconds of the steps, evaluations left out."""
 
     @property
     def score(self) -> float:
@@ -68,6 +75,25 @@ class Silent(Display):
     def update(self, record: StepRecord) -> None: ...
     def note(self, text: str) -> None: ...
     def close(self) -> None: ...
+
+
+class Stopwatch(Callback):
+    """CPU seconds of the steps: not of the first one, which warms up, nor of those after which the student was
+    evaluated."""
+
+    def __init__(self) -> None:
+        self.last: float | None = None
+        self.each: list[float] = []
+
+    def on_step(self, record: StepRecord) -> None:
+        now = time.process_time()
+        if self.last is not None and not record.evaluation:
+            self.each.append(now - self.last)
+        self.last = now
+
+    @property
+    def per_step(self) -> float:
+        return statistics.fmean(self.each) if self.each else 0.0
 
 
 def pair_of(lab: Lab, testbed: str, seed: int) -> Pair | None:
@@ -97,7 +123,7 @@ def _changed(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
 
 def _run_of_pair(lab: Lab, trial: Trial, pair: Pair) -> Run:
     bed = bed_of(trial.testbed)
-    steps = lab.steps or bed.steps
+    steps = trial.steps or steps_of(lab, trial.testbed)
     return Run(
         student=StudentConfig(path=str(pair.student)),
         teacher=TeacherConfig(path=str(pair.teacher)),
@@ -119,6 +145,7 @@ def _run_of_pair(lab: Lab, trial: Trial, pair: Pair) -> Run:
         ),
         checkpoint=CheckpointConfig(every=steps),
         grader=pair.grader,
+        probes=_probes(lab, ()),
         steps=steps,
         seed=trial.seed,
         output=str(Path(lab.output) / "trials" / trial.folder),
@@ -132,10 +159,17 @@ def _run_of_file(lab: Lab, trial: Trial) -> Run:
         run,
         method=lab.methods[trial.method],
         optimizer=dataclasses.replace(run.optimizer, learning_rate=trial.learning_rate),
-        steps=lab.steps or run.steps,
+        steps=trial.steps or steps_of(lab, trial.testbed),
+        probes=_probes(lab, run.probes),
         seed=trial.seed,
         output=str(Path(lab.output) / "trials" / trial.folder),
     )
+
+
+def _probes(lab: Lab, own: tuple[Own, ...]) -> tuple[Own, ...]:
+    """Where trained tokens are counted, the probe that counts them."""
+    there = any(probe.name == "trained" for probe in own)
+    return own if there or not lab.budgets else (*own, Own(name="trained"))
 
 
 def _every(lab: Lab, steps: int) -> int:
@@ -160,9 +194,9 @@ def run_trial(lab: Lab, trial: Trial) -> Outcome | None:
     shutil.rmtree(directory, ignore_errors=True)
     from tropd.run.start import train
 
-    started, error = time.process_time(), ""
+    started, error, watch = time.process_time(), "", Stopwatch()
     try:
-        train(run, display=Silent())
+        train(run, callbacks=[watch], display=Silent())
     except TrainingDiverged as diverged:
         error = str(diverged)
     seconds = time.process_time() - started
@@ -170,7 +204,8 @@ def run_trial(lab: Lab, trial: Trial) -> Outcome | None:
     if not error and len(records.steps) < run.steps:
         return None
     _slim(directory)
-    return _outcome(trial, run, records.header["before"], records.steps, seconds, error)
+    found = _outcome(trial, run, records.header["before"], records.steps, seconds, error)
+    return dataclasses.replace(found, training_seconds=watch.per_step * len(records.steps))
 
 
 def _outcome(
@@ -195,7 +230,14 @@ def _outcome(
         probes=_ends(records),
         seconds=seconds,
         error=error,
+        budget=trial.budget,
+        trained=trained_tokens(records),
     )
+
+
+def trained_tokens(records: list[StepRecord]) -> float:
+    """In all; 0 where nobody counted them."""
+    return sum(r.probes.get("trained/share", 0.0) * (r.tokens["student"] + r.tokens["teacher"]) for r in records)
 
 
 def _ends(records: list[StepRecord]) -> dict[str, tuple[float, float]]:

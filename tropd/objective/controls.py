@@ -19,7 +19,7 @@ from tropd.objective.selectors import as_weight
 from tropd.objective.terms import Measure, Selector
 from tropd.types import Author
 
-_ORDER, _WINDOW = 11, 12
+_ORDER, _WINDOW, _DEAL = 11, 12, 13
 """Streams of `tropd.objective.draws`."""
 
 
@@ -72,7 +72,7 @@ class Shuffled(Selector):
         keys_N = tokens.keys_S[tokens.sequences_N]
         gather = context.world.gather
         keys, places, weights = (gather(x[member_N]) for x in (keys_N, tokens.positions_N, weight_N))
-        draws = gather(AtRandom()(tokens, context)[member_N])
+        draws = gather(uniform(keys_N, tokens.positions_N, _DEAL)[member_N])
         # By its place in the batch, which is the same in every cut and order, and by its draw.
         named = torch.argsort(places, stable=True)
         named = named[torch.argsort(keys[named], stable=True)]

@@ -13,6 +13,7 @@ from torch import Tensor
 from tropd.objective.agreement import Agreement, ContrastiveHinge
 from tropd.objective.borrow import distillation_loss, positions_of
 from tropd.objective.context import Context
+from tropd.objective.controls import AtRandom, RandomWindow, Shuffled
 from tropd.objective.evidence import StudentView, Tokens, around
 from tropd.objective.handed import ReaderEvidence
 from tropd.objective.hidden import HiddenMatch
@@ -70,6 +71,7 @@ __all__ = [
     "TEACHER",
     "Agreement",
     "AtMost",
+    "AtRandom",
     "Author",
     "BestResponses",
     "Clip",
@@ -101,6 +103,7 @@ __all__ = [
     "PowerDifference",
     "ProbabilityGapAbove",
     "ProximalTeacher",
+    "RandomWindow",
     "ReaderEvidence",
     "ReverseKL",
     "ReverseKLAt",
@@ -113,6 +116,7 @@ __all__ = [
     "Shortest",
     "SignExtrapolation",
     "SignGate",
+    "Shuffled",
     "Standardise",
     "StateReward",
     "StudentEntropy",

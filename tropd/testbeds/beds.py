@@ -97,6 +97,25 @@ LONG = Testbed(
     learning_rate=1e-3,
 )
 
+_SHORTER = Dialects(steps=(6, 8), most=9, dialects="abcdef")
+
+
+_SHORTER_LESSONS = (
+    Lesson(task=dataclasses.replace(_SHORTER, steps=(1, 3)), steps=300, learning_rate=8e-3, mix=_FLUENT),
+    Lesson(task=dataclasses.replace(_SHORTER, steps=(3, 6)), steps=80, learning_rate=6e-3, mix=_FLUENT, batch=32),
+    Training(steps=100, learning_rate=5e-3, mix=_FLUENT, batch=24),
+)
+MIDDLE = dataclasses.replace(
+    LONG,
+    name="middle",
+    task=_SHORTER,
+    teacher_training=_SHORTER_LESSONS,
+    student=None,
+    student_training=(Training(steps=60, learning_rate=1e-3, mix=_FOREIGN, batch=24, warmup=10),),
+    max_new_tokens=100,
+    steps=30,
+)
+
 _WORKED = ((1.0, GymStyle()),)
 GYM = Testbed(
     name="gym",
@@ -118,4 +137,6 @@ GYM = Testbed(
     max_new_tokens=48,
 )
 
-TESTBEDS: dict[str, Testbed] = {bed.name: bed for bed in (NANO_MILD, NANO_HARD, MAIN_MILD, MAIN_HARD, LONG, GYM, TOLD)}
+TESTBEDS: dict[str, Testbed] = {
+    bed.name: bed for bed in (NANO_MILD, NANO_HARD, MAIN_MILD, MAIN_HARD, MIDDLE, LONG, GYM, TOLD)
+}
