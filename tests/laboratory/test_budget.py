@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from tests.small_runs import write_models
 from tropd.cli.main import main
 from tropd.errors import ConfigError
 from tropd.laboratory.budget import MOST, Pilot, read_pilots, with_steps
-from tropd.laboratory.lab import Lab, trials
+from tropd.laboratory.lab import Lab, load_lab, trials
 from tropd.laboratory.runner import compare
 from tropd.laboratory.tables import arms_of, sheets
 from tropd.laboratory.trial import Outcome
@@ -25,6 +24,7 @@ from tropd.run.start import train
 
 HALF = OPD(plus=(RandomMask(share=0.5),))
 TRAINED = 400.0
+ROOT = Path(__file__).parents[2]
 
 
 def budgeted(folder: Path, bed: str, **changes) -> Lab:  # noqa: F811
@@ -123,13 +123,6 @@ def test_what_is_no_budget_or_no_control_is_told(tmp_path):
     assert main(["compare", str(lab), "--no-figures", "--methods", "odp"]) == 2
 
 
-def test_the_survey_has_an_arm_for_every_method_that_needs_a_teacher_alone():
-    """A method that is missing there is either taught by itself, or its line is missing."""
-    from tropd.laboratory.lab import load_lab
-    from tropd.methods import METHODS
-
-    lab = load_lab(Path(__file__).parents[2] / "labs" / "survey.toml")
-    elsewhere = {name for name, cls in METHODS.items() if cls.idea == "what teaches" or name in ("sft", "oprd")}
-    assert {method.name for method in lab.methods.values()} >= set(METHODS) - elsewhere
-    told = tomllib.loads((Path(__file__).parents[2] / "labs" / "survey.toml").read_text())
-    assert set(told["controls"]) <= set(told["methods"])
+def test_the_survey_can_be_read():
+    lab = load_lab(ROOT / "labs" / "survey.toml")
+    assert len(lab.learning_rates) == 2 and len(lab.seeds) == 3 and set(lab.budgets) == {"tokens", "seconds"}
