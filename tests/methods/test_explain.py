@@ -143,7 +143,8 @@ def test_the_list_of_methods_names_each_once_below_its_idea():
     ]
     headings = [line for line in listed.splitlines() if line.lower() in IDEAS]
     assert headings == [idea.capitalize() for idea in IDEAS if named[idea]]
-    assert [words[1] for words in lines if words[:1] == ["+"] and words[2] == "extra"] == list(EXTRAS)
+    extras = [name for idea in IDEAS for name, cls in EXTRAS.items() if cls.idea == idea]
+    assert [words[1] for words in lines if words[:1] == ["+"] and words[2] == "extra"] == extras
     assert {words[1] for words in lines if words[:1] == ["+"] and words[2] == "policy"} == set(POLICIES)
 
 
@@ -170,6 +171,15 @@ def test_an_extra_and_a_policy_of_ones_own_explain_themselves(tmp_path):
     few, late = (shown(explain(f"{tmp_path}/mine.py:{name}"), width=1000) for name in ("Few", "Late"))
     assert "Few tokens." in few and "few" in few and "[[method.plus]]" in few
     assert "Late at night." in late and "[[rollout.plus]]" in late
+
+
+def test_a_method_and_an_extra_of_one_name_are_explained_together():
+    both = [name for name in METHODS if name in EXTRAS]
+    for name in both:
+        text = " ".join(shown(explain(name), width=1000).split())
+        assert METHODS[name].__name__ in text and EXTRAS[name].__name__ in text and "[[method.plus]]" in text
+        assert [d["kind"] for d in explain_as_data(name)["also"]] == ["extra"]
+    assert "gndpo" in both
 
 
 def test_a_near_miss_of_an_extra_is_named():
