@@ -40,9 +40,8 @@ Rows = list[tuple[str, ...]]
 
 def explain(name: str) -> RenderableType:
     """A method, an extra or a policy in full; all of them where several have this name."""
-    return Group(
-        *(part for d in _called(name) for part in (_method(d) if isinstance(d, Description) else _addition(d)))
-    )
+    first, *others = [_method(d) if isinstance(d, Description) else _addition(d) for d in _called(name)]
+    return Group(*first, *(part for other in others for part in (Text(), *other)))
 
 
 def explain_as_data(name: str) -> dict[str, Any]:
