@@ -33,6 +33,7 @@ class ADWIN(Method):
 
     paper = "2605.28396"
     summary = "OPD on the first tokens, more of them where their gradient leaves that of whole responses"
+    idea = "how far"
     readings = (
         "Known is the abstract alone: the horizon follows a delayed comparison of the gradients of prefix and whole "
         "response, with a control of staleness. Its rule and its numbers are inferred.",

@@ -32,6 +32,7 @@ class ESR(Method):
 
     paper = "2605.27028"
     summary = "OPD on the first 100 tokens, which are all that is written"
+    idea = "how far"
     readings = (
         "No code is published. Reverse KL at a token is estimated from the token that was drawn, as in `opd`, which "
         "every server can score.",

@@ -24,6 +24,7 @@ class Guidance(Extra):
     """Weight of the likelihood; 1 counts a token of the teacher as much as one of the student [inferred]. Above 0."""
 
     summary = "likelihood of the tokens that the teacher wrote"
+    idea = "who writes"
 
     def apply(self, objective: Objective) -> Objective:
         if any(term.name == "guidance" for term in objective.terms):
