@@ -184,6 +184,8 @@ class TeacherScores:
     at_student_topk_TJ: Tensor | None = None
     full_logprobs_TV: Tensor | None = None
     hidden_TH: Tensor | None = None
+    lookahead_TJ: Tensor | None = None
+    """The log-probability of its likeliest next token after each candidate of the request, NOTHING where none is."""
     read_T: Tensor | None = None
     """Which tokens it says something of; None: all.  Numbers of the others mean nothing."""
     teacher: str = "default"

@@ -125,6 +125,23 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationCo
     return tuple(dict.fromkeys(int(token) for token in ends if token is not None))
 
 
+def token_id(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the one token that is this text; "eos_token" and its like are those of the tokenizer."""
+    text = str(tokenizer.special_tokens_map.get(text, text))
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    own = tokenizer.get_vocab().get(text)
+    if len(ids) != 1 and own is not None and tokenizer.decode([own]) == text:  # a piece that begins no word
+        ids = [own]
+    if len(ids) == 1 and (ids[0] != tokenizer.unk_token_id or text == tokenizer.unk_token):
+        return int(ids[0])
+    pieces = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(ids)))
+    raise ConfigError(
+        f"a token was named by its text {text!r}, but to the student's tokenizer it is "
+        + (f"{len(ids)} tokens: {pieces}" if len(ids) != 1 else "unknown")
+        + ". Name a text that is one token, or give its id."
+    )
+
+
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The special token that the chat template writes right after an assistant's text, such as <|im_end|>."""
     if not tokenizer.chat_template:

@@ -25,7 +25,14 @@ from tropd.doctor.prompts import check_graders, check_lengths, check_prompts, ch
 from tropd.doctor.readers import check_needs, check_readers, nobody_teaches, says_as_teacher
 from tropd.doctor.servers import check_servers
 from tropd.doctor.subject import Subject, read_subject, subject_of
-from tropd.doctor.texts import check_briefing, check_generation, check_stops, check_templates, check_tokenizers
+from tropd.doctor.texts import (
+    check_briefing,
+    check_generation,
+    check_named_tokens,
+    check_stops,
+    check_templates,
+    check_tokenizers,
+)
 from tropd.errors import ConfigError, TropdError
 from tropd.model.loading import model_fingerprint
 from tropd.version import outside
@@ -53,6 +60,7 @@ QUICK: tuple[Look, ...] = (
 READ: tuple[Look, ...] = (
     *QUICK,
     check_generation,
+    check_named_tokens,
     check_needs,
     check_readers,
     check_objections,

@@ -19,8 +19,10 @@ from torch import Tensor
 from tropd.base.reading import check_file, refusing
 from tropd.checkpoints import checkpoint as checkpoints
 from tropd.config.run import Run
+from tropd.data.chat import token_id
 from tropd.errors import CheckpointError, ConfigError, EvidenceError, TrainingDiverged, require
 from tropd.methods import NamedMethod
+from tropd.model.loading import load_tokenizer
 from tropd.monitoring.records import find_step
 from tropd.objective.context import Context
 from tropd.objective.evidence import StudentView, Tokens
@@ -165,10 +167,11 @@ def _not_finite(kept: Kept, tokens: Tokens) -> list[str]:
 def _plan_again(tokens: Tokens, run: Run, step: int) -> tuple[dict[str, Tensor], dict[str, float | str], list[str]]:
     if isinstance(run.method, NamedMethod):
         return {}, {}, [f"method {run.method.name!r} is not imported here. Read it, then add --trust-code."]
-    objective, context = run.method.objective, Context(progress=step / run.steps)
+    context = Context(progress=step / run.steps)
     try:
+        objective = run.method.objective.with_ids(lambda text: token_id(text, load_tokenizer(run.student, "student")))
         plan = objective.plan(tokens, context)
-    except EvidenceError as error:
+    except (ConfigError, EvidenceError) as error:
         return {}, {}, [f"planning method {run.method.name!r} again on this evidence is refused: {error}"]
     own = tokens.peek("student_logprobs_N")
     losses: dict[str, float | str] = {}

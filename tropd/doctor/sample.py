@@ -158,7 +158,7 @@ def _write(parts: Parts, prompts: Sequence[tuple[Prompt, int]], policy: RolloutP
 
 def _diagnose(parts: Parts, teacher: Teacher, rollouts: list[Rollout], as_read: list[Rollout], limit: int) -> Diagnosis:
     """The numbers of both models for these answers, as probes."""
-    top_k = min(parts.run.method.objective.teacher_top_k or _TOP_K, parts.vocab_size)
+    top_k = min(parts.objective.teacher_top_k or _TOP_K, parts.vocab_size)
     request = ScoreRequest(as_read, _EVIDENCE & teacher.capabilities, top_k=top_k)
     tokens = make_tokens(rollouts, parts.run.seed, parts.learner.device, parts.vocab_size)
     tokens = add_scores(tokens, rollouts, teacher.score(request), request.needs)
@@ -222,7 +222,7 @@ def _repeat(teacher: Teacher, rollouts: list[Rollout]) -> float:
 
 
 def _step(parts: Parts, rollouts: list[Rollout], seconds: dict[str, float]) -> StepSums:
-    run, objective, learner = parts.run, parts.run.method.objective, parts.learner
+    run, objective, learner = parts.run, parts.objective, parts.learner
     with clock(seconds, "score"):
         recall = recall_needed(objective, run.optimizer.num_updates)
         asked = asked_of(objective, parts.readers)

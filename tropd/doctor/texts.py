@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from tropd.briefings.briefing import AsStudent
@@ -50,6 +51,14 @@ def check_tokenizers(subject: Subject) -> Iterator[Check]:
         )
     else:
         yield ok("vocabulary", f"{said}; both are cut to the {ids} ids that are tokens, so padded rows take no part")
+
+
+def check_named_tokens(subject: Subject) -> Iterator[Check]:
+    """Each token that the method names by its text is one token of the student's."""
+    try:
+        subject.run.method.objective.with_ids(partial(chat.token_id, tokenizer=subject.student.tokenizer))
+    except ConfigError as refusal:
+        yield error("named tokens", str(refusal))
 
 
 def check_stops(subject: Subject) -> Iterator[Check]:

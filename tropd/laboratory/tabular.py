@@ -30,7 +30,7 @@ END = 0
 class TabularLM(Engine, Teacher):
     """A table of next-token logits, float64."""
 
-    capabilities = OF_TEACHER & ~Needs.HIDDEN
+    capabilities = OF_TEACHER & ~Needs.HIDDEN & ~Needs.LOOKAHEAD
     device = torch.device("cpu")
     expands = frozenset[str]()
     margin: float | None = 1e-6

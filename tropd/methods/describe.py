@@ -55,6 +55,10 @@ EVIDENCE: dict[Needs, tuple[str, str]] = {
     ),
     Needs.STUDENT_HIDDEN: ("the student's hidden states", "nothing: the student's own pass gives them"),
     Needs.STUDENT_ENTROPY: ("the student's entropy at each token", "nothing: the student's own pass gives it"),
+    Needs.LOOKAHEAD: (
+        "how sure the teacher would be after each of the student's likeliest tokens",
+        "no server: the teacher must be in this process, which reads the text once more with these tokens as branches",
+    ),
     Needs.REWARD: ("a grader's number for each sequence", "nothing: the `grader` of the run gives it"),
 }
 """What each kind of evidence is, and which server can give it.  A teacher in this process gives all of it."""

@@ -84,7 +84,7 @@ class Forward:
             raise ConfigError(f"layout = {layout!r} was asked for; there are 'padded', 'packed' and 'best'.")
         self.model, self.tiling, self.within = model, tiling or Tiling(), within
         self.layout: Arrangement = "packed" if layout == "packed" else "padded"
-        with self._at_rest():
+        with self.resting():
             self.head = Head.of(model, vocab_size)
             self.backbone: nn.Module = causal_lm_of(model).get_decoder()
             self.run_backbone: Callable[..., Any] = self.backbone
@@ -157,7 +157,7 @@ class Forward:
         wanted_ids = [self._response_ids(rollouts).unsqueeze(1), *([] if at_ids_NJ is None else [at_ids_NJ])]
         top_k, tile_tokens = min(top_k, self.vocab_size), self.tiling.tile_tokens
         entropy, full = bool(needs & (Needs.TEACHER_ENTROPY | Needs.STUDENT_ENTROPY)), Needs.FULL in needs
-        with self._at_rest():
+        with self.resting():
             hidden_NH, states = self.states(rollouts, columns)
             ids_NM = self._wanted(wanted_ids)
             if full or not can_fuse(self.head):
@@ -193,7 +193,7 @@ class Forward:
     @torch.no_grad()
     def full_logprobs(self, hidden_CH: Tensor, written_C: Tensor) -> Tensor:
         """[C, V]: whole distributions from hidden states, such as those of `measure`, before these tokens."""
-        with self._at_rest():
+        with self.resting():
             return self.head.wide_logits(hidden_CH, written_C.to(hidden_CH.device)).log_softmax(-1)
 
     @torch.no_grad()
@@ -209,9 +209,9 @@ class Forward:
                 f"a divergence between vocabularies of {self.vocab_size} and {teacher.vocab_size} tokens was asked "
                 "for. Build both with the same vocab_size (see tropd.teachers.local.shared_vocab_size)."
             )
-        with self._at_rest():
+        with self.resting():
             student_NH = self.hidden(rollouts)
-        with teacher._at_rest():
+        with teacher.resting():
             teacher_NH = teacher.hidden(as_read)
         ids_N, found = self._response_ids(rollouts), [student_NH.new_zeros(0, dtype=at_least_float32(student_NH).dtype)]
         for tile in tiles(student_NH.shape[0], self.tiling.tile_tokens):
@@ -257,7 +257,8 @@ class Forward:
         return not differ(packed, self._layers(lay_out(sequences, num_prompts))[0])
 
     @contextmanager
-    def _at_rest(self) -> Iterator[None]:
+    def resting(self) -> Iterator[None]:
+        """As the model is measured: without dropout, and `within` its context."""
         with at_rest(self.model), self.within():
             yield
 

@@ -19,6 +19,7 @@ _LOGPROBS = (
     "teacher_at_student_topk_NJ",
     "student_topk_logprobs_NJ",
     "student_at_topk_NK",
+    "teacher_lookahead_NJ",
     "teacher_full_logprobs_NV",
 )
 _SLACK = 1e-2  # a bfloat16 log-softmax can exceed 0 by rounding; logits exceed it by far more

@@ -10,7 +10,7 @@ from torch import Tensor
 from tropd.base.ranges import Count, Positive, Whole
 from tropd.errors import ConfigError
 from tropd.objective.evidence import Needs, StudentView, Tokens
-from tropd.objective.support import Outside, Support, add_bucket, at_ids, on_support
+from tropd.objective.support import NOTHING, Outside, Support, add_bucket, at_ids, on_support
 from tropd.objective.targets import Target
 from tropd.objective.terms import TokenLoss
 
@@ -53,6 +53,7 @@ class DivergenceLoss(TokenLoss):
             "student_top_k": own,
             "union": top | own,
             "intersection": top | own,
+            "difference": top | own,
         }[self.support]
 
     @property
@@ -72,7 +73,8 @@ class DivergenceLoss(TokenLoss):
         if self.outside == "renormalise":
             log_t, log_s = log_t.log_softmax(-1), log_s.log_softmax(-1)
         elif self.outside == "renormalise_teacher":
-            log_t = log_t.log_softmax(-1)
+            empty = (log_t <= NOTHING).all(-1, keepdim=True)
+            log_t = torch.where(empty, log_t, log_t.log_softmax(-1))
         elif self.outside == "bucket":
             log_t, log_s = add_bucket(log_t), add_bucket(log_s)
         return self.between(log_t, log_s)

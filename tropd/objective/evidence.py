@@ -51,6 +51,9 @@ class Needs(Flag):
     """The student's hidden states, with gradient.  Terms that read them are computed for all tokens at once."""
     REWARD = auto()
     """A grader's number for each sequence."""
+    LOOKAHEAD = auto()
+    """How sure the teacher would be of the next token after each of some of the student's likeliest tokens: one more
+    pass of the teacher, with these tokens as branches of the text."""
 
 
 OF_TEACHER = (
@@ -61,6 +64,7 @@ OF_TEACHER = (
     | Needs.HIDDEN
     | Needs.TEACHER_ENTROPY
     | Needs.REVERSE_KL
+    | Needs.LOOKAHEAD
 )
 """The part of Needs that only a teacher can answer."""
 
@@ -81,6 +85,7 @@ _SOURCE = {
     "teacher_at_student_topk_NJ": Needs.STUDENT_TOPK,
     "student_topk_logprobs_NJ": Needs.STUDENT_TOPK,
     "student_at_topk_NK": Needs.STUDENT_AT_TOPK,
+    "teacher_lookahead_NJ": Needs.LOOKAHEAD,
     "teacher_full_logprobs_NV": Needs.FULL,
     "full_logprobs_NV": Needs.FULL,
     "teacher_hidden_NH": Needs.HIDDEN,
@@ -172,7 +177,7 @@ class Tokens(Evidence):
     of_reader: ClassVar[tuple[str, ...]] = (
         *("teacher_logprobs_N", "teacher_topk_ids_NK", "teacher_topk_logprobs_NK", "teacher_at_student_topk_NJ"),
         *("teacher_full_logprobs_NV", "teacher_hidden_NH", "teacher_entropy_N", "reverse_kl_N", "columns"),
-        *("student_at_topk_NK", "read_S", "read_N", "num_read_S"),
+        *("student_at_topk_NK", "teacher_lookahead_NJ", "read_S", "read_N", "num_read_S"),
     )
 
     token_ids_N: Tensor
@@ -203,6 +208,9 @@ class Tokens(Evidence):
     teacher_at_student_topk_NJ: Tensor = ABSENT
     student_at_topk_NK: Tensor = ABSENT
     """The student's log-probabilities at `teacher_topk_ids_NK`, as of planning."""
+    teacher_lookahead_NJ: Tensor = ABSENT
+    """log max_v pi_T(v | what stands before, candidate), the candidates being the first J of `student_topk_ids_NJ`;
+    NOTHING where nobody asked."""
     teacher_full_logprobs_NV: Tensor = ABSENT
     teacher_hidden_NH: Tensor = ABSENT
     teacher_entropy_N: Tensor = ABSENT

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tropd.objective.acceptance import Accepted, Rejected
 from tropd.objective.agreement import Agreement, ContrastiveHinge
 from tropd.objective.borrow import distillation_loss, positions_of
 from tropd.objective.context import Context
@@ -17,6 +18,7 @@ from tropd.objective.controls import AtRandom, RandomWindow, Shuffled
 from tropd.objective.evidence import StudentView, Tokens, around
 from tropd.objective.handed import ReaderEvidence
 from tropd.objective.hidden import HiddenMatch
+from tropd.objective.lookahead import LookaheadBonus
 from tropd.objective.losses import (
     AtMost,
     ForwardKL,
@@ -30,8 +32,9 @@ from tropd.objective.losses import (
     StateReward,
 )
 from tropd.objective.measures import EitherHigh, Normalised, ReverseKLAt, StudentEntropy
+from tropd.objective.near_future import FalseAlarm, FutureGap, HighLoss
 from tropd.objective.objective import Objective
-from tropd.objective.places import FirstOf, LastPositions, PositionBelow, ShorterThan, Shortest, TokenIn
+from tropd.objective.places import FirstOf, LastPositions, Near, PositionBelow, ShorterThan, Shortest, TokenIn
 from tropd.objective.power import PowerDifference
 from tropd.objective.rewards import (
     Clip,
@@ -60,7 +63,9 @@ from tropd.objective.selectors import (
     TrustRegion,
     Verified,
 )
+from tropd.objective.support_gradient import SupportGradient
 from tropd.objective.targets import GeometricBridge, Temperature
+from tropd.objective.teachability import Teachability, TeacherMassOnStudent, UnionForwardKL
 from tropd.objective.terms import Term
 from tropd.objective.trajectories import BestResponses, EntropyWeight, TeacherLogprob
 from tropd.objective.verdicts import SignExtrapolation, SignGate, VerdictsAgree
@@ -69,6 +74,7 @@ from tropd.types import Author, key_of
 __all__ = [
     "STUDENT",
     "TEACHER",
+    "Accepted",
     "Agreement",
     "AtMost",
     "AtRandom",
@@ -81,18 +87,23 @@ __all__ = [
     "EitherHigh",
     "EntropyWeight",
     "Everywhere",
+    "FalseAlarm",
     "FirstOf",
     "ForwardKL",
     "FromProgress",
+    "FutureGap",
     "FutureSum",
     "GeometricBridge",
     "GroupAdvantage",
     "HiddenMatch",
+    "HighLoss",
     "ImportanceWeighted",
     "JensenShannon",
     "LastPositions",
     "LogRatio",
     "LogRatioAbove",
+    "LookaheadBonus",
+    "Near",
     "NegativeLogLikelihood",
     "Normalised",
     "Objective",
@@ -105,6 +116,7 @@ __all__ = [
     "ProximalTeacher",
     "RandomWindow",
     "ReaderEvidence",
+    "Rejected",
     "ReverseKL",
     "ReverseKLAt",
     "ReverseKLBaseline",
@@ -121,13 +133,17 @@ __all__ = [
     "StateReward",
     "StudentEntropy",
     "StudentView",
+    "SupportGradient",
+    "Teachability",
     "TeacherEntropyAbove",
     "TeacherLogprob",
+    "TeacherMassOnStudent",
     "Temperature",
     "Term",
     "TokenIn",
     "TopFraction",
     "TrustRegion",
+    "UnionForwardKL",
     "VerdictsAgree",
     "Verified",
     "chain",

@@ -140,7 +140,7 @@ class ForwardKL(DivergenceLoss):
 
 @dataclass(frozen=True)
 class ReverseKL(DivergenceLoss):
-    """sum_v S log(S / T): KL(student || teacher).
+    """sum_v S log(S / T): KL(student || teacher).  With `skew` a: against a S + (1 - a) T instead of T.
 
     On a top-k support `ignore` is not a divergence: its fixed point is S / T = 1/e, and probability leaks out of the
     support.  `stop_gradient` S (sg[log S] - log T), `generalised` (- S + T) and `bucket` have the teacher as their
@@ -152,12 +152,17 @@ class ReverseKL(DivergenceLoss):
     tensor([0.1920])
     """
 
+    skew: Annotated[float, Range(at_least=0, below=1)] = 0.0
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.outside == "renormalise_teacher":
             raise ConfigError("outside='renormalise_teacher' belongs to forward KL; for reverse KL use 'renormalise'.")
+        if self.outside == "stop_gradient" and self.skew:
+            raise ConfigError("outside='stop_gradient' corrects plain reverse KL; with a skew use 'generalised'.")
 
     def entries(self, log_t: Tensor, log_s: Tensor) -> Tensor:
+        log_t = log_mixture(log_t, log_s, 1.0 - self.skew) if self.skew else log_t
         t, s = log_t.exp(), log_s.exp()
         if self.outside == "stop_gradient":
             return weighed_gaps(s, log_s.detach(), log_t)

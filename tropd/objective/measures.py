@@ -51,6 +51,8 @@ class Normalised(Measure):
         min_max   (x - min) / (max - min) of the finite values, 1 or 0 for an infinite one; a single huge value makes
               all others small
         rank      the share of tokens that score lower
+        robust    (x - Q05) / (Q95 - Q05) of the finite values' quantiles, cut to [0, 1]; where both are the same, 1 at
+              or above them.  0 stays 0 where no value is negative
 
     >>> tokens = some_tokens(student_entropy_N=[0.0, 1.0, 0.5, 2.0])
     >>> Normalised(StudentEntropy())(tokens, Context())
@@ -60,7 +62,7 @@ class Normalised(Measure):
     """
 
     measure: Measure
-    by: Literal["min_max", "rank"] = "min_max"
+    by: Literal["min_max", "rank", "robust"] = "min_max"
     own_reach = Reach.BATCH
 
     def __call__(self, tokens: Tokens, context: Context) -> Tensor:
@@ -74,6 +76,10 @@ class Normalised(Measure):
             return lower_N.to(x_N.dtype) / everyone.numel()
         finite = everyone[everyone.isfinite()]
         low, high = finite.aminmax() if len(finite) else (x_N.new_zeros(()),) * 2
+        if self.by == "robust":
+            low, high = (quantile(finite, share) if len(finite) else low for share in (0.05, 0.95))
+            if low == high:
+                return ((x_N >= high) & (x_N != 0)).to(x_N.dtype)
         return ((x_N - low) / (high - low).clamp_min(torch.finfo(x_N.dtype).tiny)).clamp(0.0, 1.0)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -113,6 +113,10 @@ class Objective:
                 f"many. Give the piece that reads them `{whose}_top_k = 16`, as a class attribute or a property."
             )
         return width
+
+    def with_ids(self, id_of: Callable[[str], int]) -> Objective:
+        """The objective with the ids of tokens that it names by their text; each text is one token."""
+        return Objective(*(term.with_ids(id_of) for term in self.terms))
 
     def plan(self, tokens: Tokens, context: Context | None = None, counts: Counts | None = None) -> Plan:
         return make_plan(self.terms, tokens, context or Context(), counts)

@@ -139,7 +139,7 @@ class TopFraction(Selector):
     """1 on the `fraction` of the student's tokens with the highest score, rounded up; ties at the cut are kept.
 
     `scope` "batch" compares all tokens of the batch on all ranks, "sequence" those of each sequence.  A micro-batch is
-    never cut alone: the top 20 % of one token is that token.
+    never cut alone: the top 20 % of one token is that token.  Only scores above `least` are kept, if it is given.
 
     >>> tokens = some_tokens(student_entropy_N=[0.1, 2.0, 0.7, 1.2])
     >>> TopFraction(StudentEntropy(), 0.5)(tokens, Context())
@@ -149,6 +149,7 @@ class TopFraction(Selector):
     score: Measure
     fraction: PositiveShare
     scope: Literal["batch", "sequence"] = "batch"
+    least: Finite | None = None
 
     @property
     def reach(self) -> Reach:
@@ -164,7 +165,8 @@ class TopFraction(Selector):
         if scores.numel() == 0:
             return torch.zeros_like(score_N)
         cut_G = kth_highest(scores, groups, self.fraction)
-        return as_weight((score_N >= cut_G[group_N.clamp(max=len(cut_G) - 1)]) & member_N, score_N)
+        kept_N = (score_N >= cut_G[group_N.clamp(max=len(cut_G) - 1)]) & member_N
+        return as_weight(kept_N if self.least is None else kept_N & (score_N > self.least), score_N)
 
 
 @dataclass(frozen=True)

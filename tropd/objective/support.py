@@ -13,7 +13,8 @@ from torch import Tensor
 from tropd.errors import ConfigError, EvidenceError, TopKLeftOut
 from tropd.objective.evidence import StudentView, Tokens, at_least_float32
 
-Support = Literal["full", "teacher_top_k", "student_top_k", "union", "intersection"]
+Support = Literal["full", "teacher_top_k", "student_top_k", "union", "intersection", "difference"]
+"""Over which tokens; "difference" is the union without the intersection: what one of both models considers."""
 Outside = Literal["ignore", "stop_gradient", "generalised", "bucket", "renormalise", "renormalise_teacher"]
 """What happens to the probability outside the support; the losses say what each choice converges to."""
 
@@ -57,7 +58,19 @@ def on_support(kind: Support, top_k: int, tokens: Tokens, student: StudentView) 
         outside_NK = ~same_NKJ.any(-1)
         return _drop(teacher_t, outside_NK), _drop(teacher_s, outside_NK)
     twice_NJ = same_NKJ.any(-2)
+    if kind == "difference":
+        twice_NK = same_NKJ.any(-1)
+        teacher_t, teacher_s = _drop(teacher_t, twice_NK), _drop(teacher_s, twice_NK)
     return torch.cat([teacher_t, _drop(own_t, twice_NJ)], -1), torch.cat([teacher_s, _drop(own_s, twice_NJ)], -1)
+
+
+def as_planned(tokens: Tokens) -> StudentView:
+    """The student's likeliest tokens and the teacher's as of planning: what a selector can see of a support."""
+    return StudentView(
+        logprobs_N=tokens.student_logprobs_N,
+        topk_logprobs_NK=tokens.student_at_topk_NK,
+        student_topk_logprobs_NJ=tokens.student_topk_logprobs_NJ,
+    )
 
 
 def ids_in(path: Path | str) -> tuple[int, ...]:

@@ -17,10 +17,11 @@ Evidence comes from readers.  A piece with `reader="peer"` sees the evidence of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from copy import copy
+from dataclasses import dataclass, field, fields, replace
 from functools import reduce, wraps
 from operator import or_
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
@@ -96,6 +97,18 @@ class Piece(Ranged):
         reader = self.reader or around
         own = {(reader, name) for name in self.own_columns}
         return own.union(*(part.columns(reader) for part in self.parts()))
+
+    def with_ids(self, id_of: Callable[[str], int]) -> Self:
+        """The piece with the ids of tokens that its parts name by their text."""
+        changed = copy(self)
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if isinstance(value, Piece):
+                object.__setattr__(changed, f.name, value.with_ids(id_of))
+            elif isinstance(value, tuple) and any(isinstance(part, Piece) for part in value):
+                parts = tuple(part.with_ids(id_of) if isinstance(part, Piece) else part for part in value)
+                object.__setattr__(changed, f.name, parts)
+        return changed
 
     @property
     def needs(self) -> Needs:
@@ -266,6 +279,10 @@ class Term(Ranged):
     def reach(self) -> Reach:
         wide = Reach.BATCH if self.over == "members" else Reach.TOKEN
         return max(self.where.reach, self.loss.reach, wide)
+
+    def with_ids(self, id_of: Callable[[str], int]) -> Term:
+        """The term with the ids of tokens that it names by their text."""
+        return replace(self, where=self.where.with_ids(id_of), loss=self.loss.with_ids(id_of))
 
     def coefficient(self, progress: float) -> float:
         return self.weight(progress) if isinstance(self.weight, Schedule) else self.weight

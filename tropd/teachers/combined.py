@@ -37,7 +37,7 @@ def wholes_of(readers: Mapping[str, Teacher]) -> dict[str, Whole]:
 class Combined(Teacher):
     """A reader made of others, which are asked for their hidden states in its place."""
 
-    capabilities = OF_TEACHER & ~Needs.HIDDEN & ~Needs.REVERSE_KL
+    capabilities = OF_TEACHER & ~Needs.HIDDEN & ~Needs.REVERSE_KL & ~Needs.LOOKAHEAD
 
     def __init__(self, name: str, mixture: Mixture, readers: Mapping[str, Teacher], tile_tokens: int) -> None:
         self.name, self.mixture, self.tile_tokens = name, mixture, tile_tokens

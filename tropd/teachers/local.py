@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, arange, cat, float32, float64, nn
@@ -16,6 +17,7 @@ from torch import Tensor, arange, cat, float32, float64, nn
 from tropd.errors import ConfigError, TeacherError, TrainingDiverged, VocabularyError
 from tropd.model.forward import Forward, Measured, similar_lengths
 from tropd.model.head import causal_lm_of
+from tropd.model.lookahead import look_ahead, passes_of, takes_branches
 from tropd.model.one_pass import TopRows
 from tropd.model.tiling import Tiling
 from tropd.objective.evidence import OF_TEACHER, Needs
@@ -57,6 +59,8 @@ class LocalTeacher(Teacher):
         self.context = self.forward.context
         self.noise = _NOISE.get(next(model.parameters()).dtype, _NOISE_OF_HALF_PRECISION)
         self.shards: ShardedTeacher | None = None
+        self.branches: bool | None = None
+        """Whether it reads branches of a text in one pass; None before anybody asked."""
 
     def score(self, request: ScoreRequest) -> list[TeacherScores]:
         """Scores batches of similar length, and returns to the order of the rollouts."""
@@ -81,7 +85,22 @@ class LocalTeacher(Teacher):
             except TrainingDiverged as error:
                 raise TeacherError(f"teacher {self.name}: {error}") from error
             scores.update(zip(batch, _split(measured, part.rollouts, self.name), strict=True))
-        return [scores[index] for index in range(len(request.rollouts))]
+        found = [scores[index] for index in range(len(request.rollouts))]
+        return self._beyond(request, found) if Needs.LOOKAHEAD in request.needs else found
+
+    def _beyond(self, request: ScoreRequest, scores: list[TeacherScores]) -> list[TeacherScores]:
+        """The scores with what lies beyond the request's candidates."""
+        assert request.candidates_TJ is not None
+        if self.branches is None:
+            self.branches = takes_branches(self.forward)
+        passes = passes_of(request.rollouts, request.candidates_TJ, self.forward, self.branches)
+        for _ in range(self.more_passes(len(passes))):
+            self.forward.measure([request.rollouts[0]], Needs.SAMPLED)
+        try:
+            found = look_ahead(self.forward, passes, request.candidates_TJ)
+        except TrainingDiverged as error:
+            raise TeacherError(f"teacher {self.name}: {error}") from error
+        return [replace(score, lookahead_TJ=beyond) for score, beyond in zip(scores, found, strict=True)]
 
     def steered(self, by: Callable[[], AbstractContextManager[Any]]) -> LocalTeacher:
         """The same weights, read inside one more context, such as a direction added to a layer."""

@@ -44,6 +44,9 @@ class ScoreRequest:
     top_k_rows: TopKRows | None = None
     """A teacher may leave out the top-k of rows that this does not want, with NOTHING as their log-probabilities."""
 
+    candidates_TJ: Sequence[Tensor] | None = None
+    """Per rollout, the [T, J] ids in the place of each token to look beyond for Needs.LOOKAHEAD; -1 is no candidate."""
+
     columns: Sequence[str] = ()
     """What else the objective reads by name (`TeacherScores.columns`), such as hidden states of several layers."""
 
@@ -66,10 +69,15 @@ class ScoreRequest:
                 )
             lengths = [len(ids_TJ) for ids_TJ in self.student_topk_ids_TJ]
             assert lengths == self._lengths, "student_topk_ids_TJ: a row per token"
+        if Needs.LOOKAHEAD in self.needs and self.candidates_TJ is None:
+            raise EvidenceError(
+                f"Needs.LOOKAHEAD was asked of teacher {teacher.name} without candidates; "
+                "give candidates_TJ, a [T, J] tensor per rollout."
+            )
 
     def take(self, chosen: Sequence[int]) -> ScoreRequest:
         """The same request for some of the rollouts, in the given order."""
-        ids_TJ, top_k_rows = self.student_topk_ids_TJ, self.top_k_rows
+        ids_TJ, candidates_TJ, top_k_rows = self.student_topk_ids_TJ, self.candidates_TJ, self.top_k_rows
         if top_k_rows is not None:
             rows_by_rollout = torch.arange(sum(self._lengths)).split(self._lengths)
             top_k_rows = _within(top_k_rows, torch.cat([rows_by_rollout[i] for i in chosen]))
@@ -77,6 +85,7 @@ class ScoreRequest:
             self,
             rollouts=[self.rollouts[i] for i in chosen],
             student_topk_ids_TJ=None if ids_TJ is None else [ids_TJ[i] for i in chosen],
+            candidates_TJ=None if candidates_TJ is None else [candidates_TJ[i] for i in chosen],
             top_k_rows=top_k_rows,
         )
 

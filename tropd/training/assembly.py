@@ -19,7 +19,7 @@ from tropd.config.mixtures import unread_said
 from tropd.config.run import Run
 from tropd.config.stages import DataConfig
 from tropd.data.briefer import Briefer, check_briefings
-from tropd.data.chat import stop_ids
+from tropd.data.chat import stop_ids, token_id
 from tropd.data.graders import Grader, resolve_grader
 from tropd.data.prompts import load_prompts
 from tropd.data.rows import Table
@@ -37,6 +37,7 @@ from tropd.monitoring.probing import open_probes
 from tropd.objective.evidence import OF_TEACHER
 from tropd.objective.losses import SampledForwardKL, SampledReverseKL
 from tropd.objective.memory import Memory
+from tropd.objective.objective import Objective
 from tropd.rollout.engine import Engine
 from tropd.rollout.stage import Pair
 from tropd.rollout.transformers import TransformersEngine
@@ -64,6 +65,8 @@ class Parts:
     """The parts of a run, loaded.  Training changes most of them: weights, moments, the cursor, the engine."""
 
     run: Run
+    objective: Objective
+    """That of the run's method, with the ids of tokens that it names by their text."""
     tokenizer: PreTrainedTokenizerBase
     model: Any
     learner: ModelLearner
@@ -107,6 +110,7 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE, given: Given = N
     check_briefings(run, grader is not None)
     probes = open_probes(run)
     loaded, tokenizer = given.student or (None, load_tokenizer(run.student, "student"))
+    objective = run.method.objective.with_ids(partial(token_id, tokenizer=tokenizer))
     teachers = loading.find(run, tokenizer, given.teacher)  # cheap to refuse before any weights are read
     loaded = load_model(run.student, "student", device) if loaded is None else loaded.to(device).eval()
     loading.load(teachers, device)
@@ -121,7 +125,7 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE, given: Given = N
     learner = _learner(run, model, size, tiling, engaged.readers, world)
     for follower in engaged.followers:
         follower.check(learner.optimizer.masters)
-    check_evidence(run.method.objective, engaged.readers, shown(run.method.name), grader is not None)
+    check_evidence(objective, engaged.readers, shown(run.method.name), grader is not None)
     engine = _engine(run, model, tokenizer, size, directory, world)
     with ExitStack() as opened:
         opened.callback(engine.close)
@@ -138,6 +142,7 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE, given: Given = N
         opened.pop_all()  # nothing was refused
     return Parts(
         run=run,
+        objective=objective,
         tokenizer=tokenizer,
         model=model,
         learner=learner,

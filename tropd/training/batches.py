@@ -118,6 +118,7 @@ _OF_SCORES = {
     "teacher_at_student_topk_NJ": ("at_student_topk_TJ", Needs.STUDENT_TOPK),
     "teacher_full_logprobs_NV": ("full_logprobs_TV", Needs.FULL),
     "teacher_hidden_NH": ("hidden_TH", Needs.HIDDEN),
+    "teacher_lookahead_NJ": ("lookahead_TJ", Needs.LOOKAHEAD),
 }
 
 

@@ -56,7 +56,7 @@ class Iteration:
 
 def iterate(parts: Parts, source: Source, directory: Path, step: int, alarms: Alarms) -> Iteration:
     """One step, from the prompts to the updated student."""
-    run, world, learner, objective = parts.run, parts.world, parts.learner, parts.run.method.objective
+    run, world, learner, objective = parts.run, parts.world, parts.learner, parts.objective
     seconds: dict[str, float] = dict.fromkeys(("rollout", "score", "train", "sync", "record"), 0.0)
     context = Context(progress=step / run.steps, world=world, memory=parts.memory)
 

@@ -20,6 +20,7 @@ from tropd.model.one_pass import can_fuse
 from tropd.monitoring.sample import sampled_rows
 from tropd.objective.context import Context, Reach
 from tropd.objective.evidence import OF_TEACHER, Needs, Tokens
+from tropd.objective.lookahead import candidates_of
 from tropd.objective.objective import Objective
 from tropd.teachers.combined import Combined
 from tropd.teachers.teacher import ScoreRequest, Teacher, TopKRows
@@ -180,19 +181,25 @@ class _Reading:
             tokens = tokens.told(self.name, **self.teacher.evidence(tokens, needs, top_k))
             return self._heard(tokens, learner, context)
         if scores is None or self.is_part:
-            ids_NJ = tokens.peek("student_topk_ids_NJ")
-            ids_TJ = None if ids_NJ is None else ids_NJ.split([len(r.response_ids) for r in self.rollouts])
+            looks = Needs.LOOKAHEAD in needs
+            how = {
+                "student_topk_ids_TJ": self._by_rollout(tokens.peek("student_topk_ids_NJ")),
+                "candidates_TJ": self._by_rollout(candidates_of(self.objective, tokens, self.name) if looks else None),
+            }
             if self._shows_top_k(needs):
                 more, rows, top_k = needs | Needs.TOPK, partial(_sampled, tokens), self.objective.student_top_k
             else:
                 more, top_k = needs, self.objective.top_k_of(self.name)
                 rows = top_k_rows(self.objective, tokens, context, margin, self.name)
-            scores = self.score(more, student_topk_ids_TJ=ids_TJ, top_k_rows=rows, top_k=top_k)
+            scores = self.score(more, top_k_rows=rows, top_k=top_k, **how)
         columns = self.objective.columns_of(self.name)
         tokens = add_scores(tokens, self.rollouts, scores, needs, reader=self.name, columns=columns)
         if Needs.REVERSE_KL in needs:
             tokens = tokens.told(self.name, reverse_kl_N=self._reverse_kl(learner))
         return self._heard(tokens, learner, context)
+
+    def _by_rollout(self, x_N: Tensor | None) -> Sequence[Tensor] | None:
+        return None if x_N is None else x_N.split([len(r.response_ids) for r in self.rollouts])
 
     def _shows_top_k(self, needs: Needs) -> bool:
         """Whether probes get its likeliest tokens beside the student's, for some rows that are in memory anyway."""

@@ -138,7 +138,7 @@ class Source:
 
     def _from_afar(self, job: RolloutJob) -> Written:
         """Rollouts and scores, all by servers, so that nothing in this process is touched while it trains."""
-        parts, objective = self.parts, self.parts.run.method.objective
+        parts, objective = self.parts, self.parts.objective
         rollouts = _aged(roll_out(parts.run.policy, job, parts.engine, parts.writer))
         needs = objective.needs_of(READER)
         if not needs & OF_TEACHER:
