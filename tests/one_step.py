@@ -45,7 +45,7 @@ def write(parts: Parts, progress: float = 0.3, seed: int = 5) -> list[Rollout]:
 
 def judge(parts: Parts, rollouts: list[Rollout]) -> ScoredBatch:
     run = parts.run
-    objective = run.method.objective
+    objective = parts.objective
     recall = recall_needed(objective, run.optimizer.num_updates)
     if Needs.REWARD in objective.needs:
         assert parts.grader is not None
@@ -85,7 +85,7 @@ def step_of(parts: Parts, rollouts: list[Rollout] | None = None, progress: float
 
     sums = train_step(
         batch,
-        parts.run.method.objective,
+        parts.objective,
         parts.learner,
         Context(progress=progress),
         tokens_per_micro_batch=parts.run.tokens_per_micro_batch,

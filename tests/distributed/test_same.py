@@ -26,6 +26,9 @@ CASES: dict[str, dict[str, Any]] = {
     "tropd": {},
     "entropy_opd": {"method": {"name": "entropy_opd"}},
     "tip": {"method": {"name": "tip"}, "tile_tokens": 3},
+    "teachable": {"method": {"name": "ta_opd", "fraction": 0.2}},
+    "near future": {"method": {"name": "near_future", "separation": 3, "window": 4}},
+    "lookahead": {"method": {"name": "lgr", "top_k": 4}},
     "two updates": {"optimizer": {"num_updates": 2}},
     "groups": {"method": {"name": "topd"}},
     "batch coin": {"method": {"name": "gkd"}},
@@ -112,9 +115,9 @@ def test_four_processes_train_the_student_of_one(case: str, models: Path, alone:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["tropd", "tip"])
+@pytest.mark.parametrize("case", ["tropd", "tip", "lookahead"])
 def test_a_sharded_teacher_teaches_the_same(case: str, models: Path, alone: Alone, tmp_path: Path) -> None:
-    """It writes prefixes for tropd, and gives tip whole distributions."""
+    """It writes prefixes for tropd, gives tip whole distributions, and reads branches for a lookahead."""
     compare(models, alone, tmp_path / "run", 2, {"teacher": "sharded"}, **CASES[case])
 
 

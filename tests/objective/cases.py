@@ -52,7 +52,9 @@ class Case:
 def borrowable(method: Any) -> bool:
     """Whether `distillation_loss` can be given all that it reads: one teacher's probabilities."""
     objective = method.objective
-    return set(objective.readers) <= {READER} and not objective.needs & (Needs.HIDDEN | Needs.STUDENT_HIDDEN)
+    return set(objective.readers) <= {READER} and not objective.needs & (
+        Needs.HIDDEN | Needs.STUDENT_HIDDEN | Needs.LOOKAHEAD
+    )
 
 
 def states_of(full_NV: Tensor) -> dict[str, Any]:
@@ -77,6 +79,7 @@ def describe(
         columns=hidden["columns"],
         token_ids_N=token_ids,
         num_before_N=num_before_N,
+        teacher_lookahead_NJ=full_t.roll(1, -1).gather(-1, evidence["student_topk_ids_NJ"]),
         num_after_N=num_after_N,
         authors_N=authors,
         sequences_N=sequences,

@@ -37,6 +37,7 @@ _FIELDS = {
     "teacher_at_student_topk_NJ": Needs.STUDENT_TOPK,
     "student_topk_logprobs_NJ": Needs.STUDENT_TOPK,
     "student_at_topk_NK": Needs.STUDENT_AT_TOPK,
+    "teacher_lookahead_NJ": Needs.LOOKAHEAD,
     "teacher_full_logprobs_NV": Needs.FULL,
     "teacher_hidden_NH": Needs.HIDDEN,
     "teacher_entropy_N": Needs.TEACHER_ENTROPY,
@@ -248,7 +249,7 @@ def test_all_needs_are_known_to_this_file():
     declared = set(_FIELDS.values()) | set(_VIEW.values())
     assert {need for need in ALL} == declared
     of_itself = {"behavior_logprobs_N", "student_logprobs_N", "groups_S", "vocab_size", "num_before_N", "num_after_N"}
-    of_itself |= {"columns", "read_S"}
+    of_itself |= {"columns", "read_S", "read_N", "num_read_S"}
     assert set(_FIELDS) == {f.name for f in dataclasses.fields(Tokens) if f.default is None} - of_itself
     own = {"logprobs_N", "columns", "reader", "others"}
     assert set(_VIEW) == {f.name for f in dataclasses.fields(StudentView)} - own

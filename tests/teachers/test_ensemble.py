@@ -75,7 +75,7 @@ def test_it_says_what_the_mean_of_probabilities_says() -> None:
 
 def test_what_cannot_be_mixed_is_not_offered_and_refused() -> None:
     mixture = ensemble(members())
-    assert OF_TEACHER & ~mixture.capabilities == Needs.HIDDEN | Needs.REVERSE_KL
+    assert OF_TEACHER & ~mixture.capabilities == Needs.HIDDEN | Needs.REVERSE_KL | Needs.LOOKAHEAD
     with pytest.raises(EvidenceError, match=r"HIDDEN was asked of teacher m0 \+ m1"):
         mixture.score(ScoreRequest(some_rollouts(VOCAB), Needs.HIDDEN))
     served = members()

@@ -25,10 +25,17 @@ from tropd.methods.entropy_opd import EntropyOPD as EntropyOPD
 from tropd.methods.reopold import REOPOLD as REOPOLD
 from tropd.methods.aopd import AOPD as AOPD
 from tropd.methods.local_support import LSM as LSM, ManyFaces as ManyFaces
+from tropd.methods.rethinking import Rethinking as Rethinking
 from tropd.methods.tip import TIP as TIP
+from tropd.methods.ta_opd import TAOPD as TAOPD
+from tropd.methods.rock import Rock as Rock
+from tropd.methods.near_future import NearFuture as NearFuture
+from tropd.methods.draft_opd import DraftOPD as DraftOPD
+from tropd.methods.lgr import LGR as LGR
 from tropd.methods.mopd import MOPD as MOPD
 from tropd.methods.opd_plus import OPDPlus as OPDPlus
 from tropd.methods.classics import GKD as GKD, MiniLLM as MiniLLM
+from tropd.methods.distillm import DistiLLM as DistiLLM
 from tropd.methods.supervised import SeqKD as SeqKD, SFT as SFT
 from tropd.methods.topd import TOPD as TOPD
 from tropd.methods.gndpo import GNDPO as GNDPO

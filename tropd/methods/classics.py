@@ -7,10 +7,10 @@ from typing import Literal
 
 from tropd.base.ranges import NotNegative, Positive, Share
 from tropd.methods.base import Method, warn
-from tropd.methods.policies import Mixture, RolloutPolicy
-from tropd.objective.losses import PolicyGradient, ReverseKL, divergence_at
+from tropd.methods.policies import Mixture, OnPolicy, RolloutPolicy
+from tropd.objective.losses import NegativeLogLikelihood, PolicyGradient, ReverseKL, divergence_at
 from tropd.objective.objective import Objective
-from tropd.objective.rewards import FutureSum, LogRatio, Standardise, chain
+from tropd.objective.rewards import Clip, FutureSum, LogRatio, Standardise, chain
 from tropd.objective.selectors import STUDENT, TEACHER
 from tropd.objective.terms import Term
 from tropd.types import Sampling
@@ -66,6 +66,7 @@ class MiniLLM(Method):
         long    PPO-clipped, standardised over the batch:
                 a_t = mean_{i > t} discount^(i - t) (log pi_T - log pi_S)_i
         single  KL(student || teacher) over the whole vocabulary
+        text    -log pi_S on the data set's responses, if text_share is above 0
     """
 
     name: Literal["minillm"] = "minillm"
@@ -82,13 +83,22 @@ class MiniLLM(Method):
     as well (the authors' code)."""
     ratio_clip: Positive | None = 0.2
     """PPO clip (code: 0.2).  It acts from the second update of a batch on: see optimizer.num_updates. Above 0."""
+    reward_clip: Positive | None = None
+    """The most that a token's log-ratio counts before the sum, in nats, up or down (code: a knob; none [inferred]).
+    Above 0."""
+    text_share: Share = 0.0
+    """Share of the rollouts that are the data set's responses, or the teacher's where it has none, for a
+    language-model loss (paper: a corpus beside the prompts; 0 leaves it out [inferred]). In [0, 1]."""
+    text_weight: NotNegative = 1.0
+    """Of that loss (paper: 1). At least 0."""
 
     paper = "2306.08543"
     summary = "reverse KL of whole sequences: return-to-go reward plus an exact single step"
     idea = "whose distribution"
     readings = (
-        "Left out: sampling from a mixture of both models, which needs the teacher in the decoding loop, and the "
-        "language-modelling loss on a pre-training corpus.",
+        "Tokens drawn from a mixture of both models are weighed by pi_S / mixture, token by token as in the code: a "
+        "rollout says with which probability each token was drawn. The mixture is a policy (rollout.policy).",
+        "The language-model loss of the paper is on a pre-training corpus; here it is on responses of the data set.",
         "With single_step the reward excludes the token itself, as in the paper's decomposition. The authors' code "
         "sums rewards from the token itself on and adds the exact single step, so the token's own part counts twice "
         "there, as in TRL at discount 0: own_reward = 'twice'.",
@@ -98,8 +108,16 @@ class MiniLLM(Method):
     def objective(self) -> Objective:
         current = not self.single_step or self.own_reward == "twice"
         future = FutureSum(self.discount, current=current, mean=self.length_normalised)
-        links = [LogRatio(), future, *([Standardise()] if self.standardised else [])]
-        terms = [Term("long", STUDENT, PolicyGradient(chain(*links), clip=self.ratio_clip))]
+        limit = [] if self.reward_clip is None else [Clip(-self.reward_clip, self.reward_clip)]
+        links = [LogRatio(), *limit, future, *([Standardise()] if self.standardised else [])]
+        over = "student" if self.text_share else "actions"
+        terms = [Term("long", STUDENT, PolicyGradient(chain(*links), clip=self.ratio_clip), over=over)]
         if self.single_step:
-            terms.append(Term("single", STUDENT, ReverseKL()))
+            terms.append(Term("single", STUDENT, ReverseKL(), over=over))
+        if self.text_share:
+            terms.append(Term("text", TEACHER, NegativeLogLikelihood(), weight=self.text_weight, over="teacher"))
         return Objective(*terms)
+
+    @property
+    def rollout(self) -> RolloutPolicy:
+        return Mixture(student_share=1.0 - self.text_share, coin="rollout") if self.text_share else OnPolicy()
