@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from tropd.base.ranges import Range
 from tropd.methods.base import Method
+from tropd.methods.policies import RolloutPolicy
+from tropd.methods.replay import Replay
 from tropd.objective.losses import ForwardKL, ReverseKL
 from tropd.objective.objective import Objective
 from tropd.objective.selectors import STUDENT, TEACHER
@@ -31,8 +33,9 @@ class DistiLLM(Method):
     summary = "skew reverse or forward KL: against a mixture of both models, which bounds it"
     idea = "whose distribution"
     readings = (
-        "The paper trains on the student's own texts of earlier steps more and more as training goes on: set "
-        "rollout.policy for that. By default the student writes every batch anew.",
+        "The paper trains on the student's own texts of earlier steps more and more as training goes on. Here a share "
+        "of the prompts is answered by texts of up to eight steps ago [inferred]; rollout.policy = 'on_policy' writes "
+        "every batch anew.",
         "Texts of the teacher or the data set, where a policy brings some, are trained on like the student's.",
     )
 
@@ -40,3 +43,7 @@ class DistiLLM(Method):
     def objective(self) -> Objective:
         kind = ReverseKL if self.divergence == "skew_reverse" else ForwardKL
         return Objective(Term(self.divergence, STUDENT | TEACHER, kind(skew=self.skew)))
+
+    @property
+    def rollout(self) -> RolloutPolicy:
+        return Replay()

@@ -17,12 +17,9 @@ from tropd.briefings.briefing import AsStudent
 from tropd.config.checks import check_policy
 from tropd.config.mixtures import unread_said
 from tropd.config.run import Run
-from tropd.config.stages import DataConfig
 from tropd.data.briefer import Briefer, check_briefings
 from tropd.data.chat import stop_ids, token_id
 from tropd.data.graders import Grader, resolve_grader
-from tropd.data.prompts import load_prompts
-from tropd.data.rows import Table
 from tropd.data.stream import LazyPromptStream, PromptStream, name_of
 from tropd.distributed.ranks import ALONE, Ranks
 from tropd.errors import ConfigError
@@ -46,11 +43,11 @@ from tropd.teachers.combined import wholes_of
 from tropd.teachers.directions import origins_of
 from tropd.teachers.following import Follower
 from tropd.teachers.loading import TeacherParts
-from tropd.teachers.routed import share_prompts
 from tropd.teachers.teacher import Teacher
 from tropd.teachers.writing import writer_of
 from tropd.training.given import NOTHING_GIVEN, Given
 from tropd.training.learner import ModelLearner
+from tropd.training.prompts import open_stream, read_held_out
 from tropd.training.scoring import check_evidence
 from tropd.types import READER, Prompt
 
@@ -131,8 +128,8 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE, given: Given = N
         opened.callback(engine.close)
         briefer = loading.briefer_of(run, teachers, engaged, tokenizer)
         shortest = _shortest(learner.forward, engine, *engaged.readers.values())
-        stream, notes = _open_stream(run, tokenizer, shortest, given.prompts, briefer)
-        held_out, eval_notes = _held_out(run, tokenizer, _shortest(learner.forward, engine), given.held_out)
+        stream, notes = open_stream(run, tokenizer, shortest, given.prompts, briefer)
+        held_out, eval_notes = read_held_out(run, tokenizer, _shortest(learner.forward, engine), given.held_out)
         origins = world.first(_origins(run, (loaded, tokenizer), teachers, held_out, given) if world.leads else {})
         texts = directory / world.own_name(loading.TEXTS)
         writer, remarks = writer_of(run, teachers, model, size, (tokenizer, stream), origins, texts)
@@ -235,43 +232,6 @@ def _shards(run: Run, model: Any, world: Ranks) -> Shards | None:
 def _shortest(*readers: Forward | Engine | Teacher) -> int | None:
     """The longest text that all models can read."""
     return min((reader.context for reader in readers if reader.context is not None), default=None)
-
-
-def _limit_prompts(data: DataConfig, context: int | None, max_new_tokens: int, section: str) -> DataConfig:
-    """A prompt must leave room for the response in the model's context."""
-    if context is None:
-        return data
-    room = context - max_new_tokens
-    if room < 1:
-        raise ConfigError(
-            f"{section}.max_new_tokens = {max_new_tokens} leaves no room for a prompt in a context of {context} "
-            "tokens, the shortest of the models that read it. Lower it."
-        )
-    return dataclasses.replace(data, max_prompt_tokens=min(room, data.max_prompt_tokens or room))
-
-
-def _open_stream(
-    run: Run, tokenizer: PreTrainedTokenizerBase, context: int | None, table: Table | None, briefer: Briefer
-) -> tuple[PromptStream | LazyPromptStream, list[str]]:
-    data = _limit_prompts(run.data, context, run.rollout.max_new_tokens, "rollout")
-    if data.streaming:
-        return LazyPromptStream(data, tokenizer, table, briefer), []
-    loaded = load_prompts(data, tokenizer, table, briefer)
-    notes, number = [f"{data.path}: {loaded.report}"], share_prompts(run, loaded.prompts)
-    if run.teachers:
-        notes.append("prompts for " + ", ".join(f"teacher {name!r}: {n}" for name, n in number.items()))
-    notes += briefer.check_lengths(loaded.prompts, run.policy.needs_teacher_text)
-    return PromptStream(loaded.prompts, run.seed), notes
-
-
-def _held_out(
-    run: Run, tokenizer: PreTrainedTokenizerBase, context: int | None, table: Table | None
-) -> tuple[tuple[Prompt, ...], list[str]]:
-    if run.evaluation.data is None:
-        return (), []
-    data = _limit_prompts(run.evaluation.data, context, run.evaluation.max_new_tokens, "evaluation")
-    loaded = load_prompts(data, tokenizer, table)
-    return loaded.prompts, [f"{run.evaluation.data.path}: {loaded.report}"]
 
 
 def _cautions(run: Run, ends: tuple[int, ...]) -> list[str]:
