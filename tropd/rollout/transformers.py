@@ -1,6 +1,6 @@
 """In-process generation with any causal `transformers` model: CPU, one GPU, full weights or LoRA.
 
-`tropd.rollout.rows` is the loop, `tropd.rollout.decoding` a step of it.  On CUDA a step has a fixed shape and is
+`tropd.rollout.rows` is the loop, `tropd.rollout.decoding` a step of a model.  On CUDA a step has a fixed shape and is
 recorded and replayed (`tropd.rollout.slots`, `tropd.rollout.graphs`) for families whose masks can be made for them.
 
 A request draws token t of *its own new tokens* with uniform(key=seed, position=t), so its tokens do not depend on
@@ -12,8 +12,8 @@ Axes: B live rows, T tokens of a prompt, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from tropd.rollout.fixed import FixedShapes
 from tropd.rollout.rows import Batch
 from tropd.rollout.sampling import check_request
 from tropd.rollout.slots import SlotCache
+from tropd.rollout.voices import Voice
 from tropd.types import Completion, Request
 
 _REREADS = "reads each text whole for every token, since no key-value cache works"
@@ -37,7 +38,8 @@ _REREADS = "reads each text whole for every token, since no key-value cache work
 class TransformersEngine(Engine):
     """Writes tokens with the trainer's own model.  `vocab_size` leaves out padded rows of the head.
 
-    `fixed`: steps of fixed shape, the same tokens; None: on CUDA, where they can be recorded.
+    `fixed`: steps of fixed shape, the same tokens; None: on CUDA, where they can be recorded.  `within`: the context in
+    which the model is read, such as its adapter switched off.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class TransformersEngine(Engine):
         pad_id: int = 0,
         version: int = 0,
         fixed: bool | None = None,
+        within: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         base: Any = _base_model(model)
         _check_model(base)
@@ -62,6 +65,7 @@ class TransformersEngine(Engine):
         if max_batch < 1:
             raise ConfigError(f"max_batch is {max_batch}, but a batch needs at least one row.")
         self.model, self.max_batch, self.pad_id, self.version = model, max_batch, pad_id, version
+        self.within = within
         self.context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
         self._cache_argument = hf.cache_argument(base)
         self._last_only = {"logits_to_keep": 1} if hf.takes(base, "logits_to_keep") else {}
@@ -69,39 +73,31 @@ class TransformersEngine(Engine):
         unknown = f"none of its arguments is {' or '.join(hf.CACHE_ARGUMENTS)}"
         self.rereads = "" if self._cache_argument else "; ".join(hf.missing) or unknown
         """Why each text is read whole for every token; empty if keys and values are cached."""
-        self._has_written = False
+        self.has_written = False
         self.stepper = Stepper(model, base, self._own_step)
         self.fixed_shapes = FixedShapes(fixed)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion per request, in order."""
         for i, request in enumerate(requests):
-            self._check(request, i)
-        with generating(self.model):
-            if self.rereads:
-                return Batch(self, requests, rereads=True).run()
-            try:
-                completions = self._write(requests)
-            except Exception as error:  # whatever a cache that is read or filled in another way may raise
-                if self._has_written or isinstance(error, TropdError | torch.OutOfMemoryError):
-                    raise
-                completions = Batch(self, requests, rereads=True).run()
-                self.rereads = hf.step_aside(f"{type(self.model).__name__} {_REREADS}", error)
-            self._has_written = True
-            return completions
+            self.check(request, i)
+        num_steps = [request.max_new_tokens for request in requests]
+        return written([self], num_steps, lambda rereads: Batch([Voice(self, rereads=rereads)], requests).run())
 
-    def _write(self, requests: Sequence[Request]) -> list[Completion]:
-        num_steps = [r.max_new_tokens for r in requests]
-        long = max(num_steps, default=0) >= MIN_STEPS
-        self.stepper.slots = self.fixed_shapes.cache_for(self, _base_model(self.model)) if long else None
-        try:
-            with self.stepper.ready(num_steps):
-                return Batch(self, requests).run()
-        except Misread:
-            return self._write(requests)
-        finally:
-            if self.fixed_shapes.give_back():
-                self.stepper.graphs.forget()
+    @contextmanager
+    def ready(self, num_steps: Sequence[int]) -> Iterator[None]:
+        """Inside the block the engine has the copies and the cache for so many steps of each text."""
+        with ExitStack() as stack:
+            with self.within():
+                long = max(num_steps, default=0) >= MIN_STEPS
+                self.stepper.slots = self.fixed_shapes.cache_for(self, _base_model(self.model)) if long else None
+                stack.callback(self._give_back)
+                stack.enter_context(self.stepper.ready(num_steps))
+            yield
+
+    def _give_back(self) -> None:
+        if self.fixed_shapes.give_back():
+            self.stepper.graphs.forget()
 
     @property
     def notes(self) -> Sequence[str]:
@@ -140,7 +136,8 @@ class TransformersEngine(Engine):
     def _own_step(self, last_ids_B1: Tensor, cache: RowCache | SlotCache) -> Tensor:
         return self.last_logits(last_ids_B1, cache.mask(), cache.positions(), cache)
 
-    def _check(self, request: Request, index: int) -> None:
+    def check(self, request: Request, index: int) -> None:
+        """Refuse a request that this model cannot continue."""
         check_request(request, index)
         num_prompt, num_new = len(request.token_ids), request.max_new_tokens
         if self.context is not None and num_prompt + num_new > self.context:
@@ -161,6 +158,46 @@ class TransformersEngine(Engine):
             )
         if not -(2**63) <= request.seed < 2**63:
             raise DataError(f"request {index} has seed {request.seed}, which is no signed 64-bit number.")
+
+
+def written(
+    engines: Sequence[TransformersEngine],
+    num_steps: Sequence[int],
+    write: Callable[[bool], list[Completion]],
+    *,
+    copies: bool = True,
+) -> list[Completion]:
+    """What `write` writes with these engines; `write(True)` reads each text whole for every token, which is how it goes
+    on where a first call fails with caches.  `copies`: whether the engines may use copies of their weights."""
+    with ExitStack() as stack:
+        for engine in engines:
+            stack.enter_context(generating(engine.model))
+        if any(engine.rereads for engine in engines):
+            return write(True)
+        new = [engine for engine in engines if not engine.has_written]
+        try:
+            completions = _with_caches(engines, num_steps if copies else (), write)
+        except Exception as error:  # whatever a cache that is read or filled in another way may raise
+            if not new or isinstance(error, TropdError | torch.OutOfMemoryError):
+                raise
+            completions = write(True)
+            for engine in new:
+                engine.rereads = hf.step_aside(f"{type(engine.model).__name__} {_REREADS}", error)
+        for engine in new:
+            engine.has_written = True
+        return completions
+
+
+def _with_caches(
+    engines: Sequence[TransformersEngine], num_steps: Sequence[int], write: Callable[[bool], list[Completion]]
+) -> list[Completion]:
+    try:
+        with ExitStack() as stack:
+            for engine in engines:
+                stack.enter_context(engine.ready(num_steps))
+            return write(False)
+    except Misread:
+        return _with_caches(engines, num_steps, write)
 
 
 @contextmanager
