@@ -40,7 +40,7 @@ def write(parts: Parts, progress: float = 0.3, seed: int = 5) -> list[Rollout]:
         seed=seed,
         progress=progress,
     )
-    return roll_out(run.policy, job, parts.engine, parts.writer)
+    return roll_out(run.policy, job, parts.engine, parts.writer, parts.pair)
 
 
 def judge(parts: Parts, rollouts: list[Rollout]) -> ScoredBatch:

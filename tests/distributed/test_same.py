@@ -49,6 +49,17 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "hidden states": {"method": {"name": "tests.matched:Matched"}},
     "hidden states alone": {"method": {"name": "tests.matched:Matched", "reward": False, "layers": "last"}},
+    "student and teacher interleaved": {"method": {"name": "skd"}},
+    "student and teacher blended": {
+        "method": {"name": "trb", "epsilon": {"shape": "switch", "start": 0.1, "end": 0.0, "until": 0.5}}
+    },
+    "responses that end early": {
+        "method": {
+            "name": "kat",
+            "mode": "online",
+            "trap": {"window": 2, "streak": 2, "eta": 0.7, "exempt": 3, "entries": 4, "steps": 1},
+        }
+    },
     "several teachers": {
         "teacher": {"path": "base"},
         "teachers": {"even": {"path": "teacher"}, "odd": {"path": "untied"}},
@@ -115,9 +126,10 @@ def test_four_processes_train_the_student_of_one(case: str, models: Path, alone:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["tropd", "tip", "lookahead"])
+@pytest.mark.parametrize("case", ["tropd", "tip", "lookahead", "student and teacher blended"])
 def test_a_sharded_teacher_teaches_the_same(case: str, models: Path, alone: Alone, tmp_path: Path) -> None:
-    """It writes prefixes for tropd, gives tip whole distributions, and reads branches for a lookahead."""
+    """It writes prefixes for tropd, gives tip whole distributions, reads branches for a lookahead, and writes with the
+    student."""
     compare(models, alone, tmp_path / "run", 2, {"teacher": "sharded"}, **CASES[case])
 
 

@@ -81,6 +81,8 @@ def test_the_teachers_texts_need_its_keys_and_values_and_servers_have_their_own(
     away = {"servers": ["http://127.0.0.1:1"]}
     assert need_of(subject_of(world, tmp_path, method={"name": "opd"}, rollout=away)).keys_and_values == 0
     assert need_of(subject_of(world, tmp_path, method={"name": "tropd"}, rollout=away)).keys_and_values > 0
+    together = need_of(subject_of(world, tmp_path, method={"name": "skd"}))
+    assert together.keys_and_values == 2 * opd.keys_and_values, "both write at the same time"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

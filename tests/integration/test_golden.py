@@ -79,6 +79,9 @@ GOLDEN: dict[str, tuple[float, float]] = {
     "safesteer": (1.028096346, 0.1235787189),
     "esr": (-0.05767338599, 0.3765869895),
     "adwin": (-0.05767338599, 0.3765869895),
+    "trb": (1.028096346, 0.1235787189),
+    "skd": (1.383538991, 0.1095709112),
+    "kat": (-0.05767338599, 0.3765869895),
 }
 """Loss and gradient norm of every method with its defaults, at a third of training."""
 

@@ -63,6 +63,15 @@ def imported_policy(named: NamedPolicy | None) -> NamedPolicy | None:
     return _with(named.name, _made(cls, named))
 
 
+def writes_alone(policy: RolloutPolicy, problem: str) -> str:
+    """Why a policy cannot draw its tokens from both models."""
+    return (
+        f"{type(policy).__name__} draws each token with student and teacher together, which takes two models in this "
+        f"process, but {problem}. Set teacher.path to a model, without servers, a bridge or a direction, leave out "
+        "rollout.servers and rollout.engine, or use another policy."
+    )
+
+
 def _made(cls: type[RolloutPolicy], named: Own, where: str = WHERE) -> RolloutPolicy:
     return read(cls, on_defaults(cls, named.knobs), f"policy {shown(named.name)}", where)
 

@@ -15,6 +15,7 @@ from tropd.briefings.reader import Reader
 from tropd.config.alarms import AlarmConfig
 from tropd.config.methods import MethodTable, as_table, named, read_method
 from tropd.config.models import GIVEN, ReaderConfig, StudentConfig, TeacherConfig
+from tropd.config.policies import writes_alone
 from tropd.config.probes import PROBES, read_probes
 from tropd.config.stages import (
     CheckpointConfig,
@@ -106,6 +107,7 @@ class Settings(Ranged):
         for name, reader in self.all_readers.items():
             if problem := reader.lacks(self.student, graded):
                 raise ConfigError(f"reader {name!r}: {problem}")
+        _check_jointly(self)
 
     @property
     def all_teachers(self) -> dict[str, TeacherConfig]:
@@ -196,6 +198,28 @@ class Settings(Ranged):
     def sampling(self) -> Sampling:
         """How rollouts are drawn: asked for, else prescribed by the method, else from the student itself."""
         return self.rollout.sampling or self.method.sampling or Sampling()
+
+
+def _check_jointly(run: Settings) -> None:
+    """Refuse a policy that draws tokens from both models where one of them is not a model of this process; a policy or
+    a method of the user's own once it is imported."""
+    wanted = run.rollout
+    of_method = None if isinstance(run.method, NamedMethod) else run.method.rollout
+    policies = (of_method if wanted.policy is None else wanted.policy.made, *(more.made for more in wanted.plus))
+    joint = next((policy for policy in policies if policy is not None and policy.writes_jointly), None)
+    if joint is None:
+        return
+    problems = {"rollout.servers write as the student": wanted.servers, "a rollout.engine does": wanted.engine}
+    for name, teacher in run.all_teachers.items() if "teacher" not in run.given else ():
+        said = f"teacher {name!r}" if run.teachers else "the teacher"
+        problems |= {
+            f"{said} is on servers": teacher.servers,
+            f"{said} is one of your own": teacher.is_own,
+            f"{said} has a bridge to another tokenizer": teacher.bridge,
+            f"{said} has a direction, with which it reads and cannot write": teacher.direction,
+        }
+    if problem := next((said for said, found in problems.items() if found), ""):
+        raise ConfigError(writes_alone(joint, problem))
 
 
 def _shared(reader: Reader) -> dict[str, Any]:

@@ -84,7 +84,8 @@ class RolloutConfig(Ranged):
     """What writes them instead of this process's own engine: yours, as "package.module:Class" or "file.py:Class"."""
     policy: Annotated[Any, PlainValidator(read_policy), Fixed, Suppress] = None
     """Who writes which token, where that is not left to the method: on_policy, teacher_prefix, teacher_text, mixture,
-    phased, replay, or your own as "package.module:Class" or "file.py:Class"."""
+    phased, replay, blended, mixed_sampling, interleaved, agreement_stop, or your own as "package.module:Class" or
+    "file.py:Class"."""
     plus: Annotated[Any, PlainValidator(read_policies), Fixed, Suppress] = ()
     """Policies beside that one, such as a horizon: how far the student writes, how its tokens are drawn."""
     sampling: Sampling | None = None

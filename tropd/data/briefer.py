@@ -257,10 +257,11 @@ def check_briefings(run: Run, graded: bool) -> None:
                 f"{said} is told other responses to the same prompt (briefing {kind!r}), but rollout.num_rollouts is "
                 f"{run.rollout.num_rollouts}. Set it to 2 or more."
             )
-        if needs and run.policy.needs_teacher_text and said not in readers:
+        writes = run.policy.needs_teacher_text or run.policy.writes_jointly
+        if needs and writes and said not in readers:
             raise ConfigError(
                 f"{said} is told of responses (briefing {kind!r}), but the method, or rollout.policy, lets the "
-                "teacher write before there are any. Use one without texts of the teacher."
+                "teacher write before there are any. Use one without texts or tokens of the teacher."
             )
 
 

@@ -90,12 +90,13 @@ def need_of(subject: Subject, device: torch.device | None = None, processes: int
     told = max((len(ids) for p in subject.prompts for ids in p.told.values()), default=0) + new
     rollouts = -(-run.rollout.num_prompts * run.rollout.num_rollouts // processes)
     batch = min(run.rollout.max_batch, rollouts)
-    writers = [] if run.rollout.servers else [(subject.student.config, width, longest)]
-    if run.policy.needs_teacher_text:  # None is the base, which is as large as the student
+    own, theirs = [] if run.rollout.servers else [batch * longest * cached(subject.student.config, width)], [0]
+    if run.policy.needs_teacher_text or run.policy.writes_jointly:  # None is the base, as large as the student
         here = {
             name: side or subject.student for name, side in subject.teachers.items() if side is None or name in local
         }
-        writers += [(side.config, widths.get(name, width), max(longest, told)) for name, side in here.items()]
+        length = batch * max(longest, told)
+        theirs += [length * cached(side.config, widths.get(name, width)) for name, side in here.items()]
     copies = trained * (4 if run.student.lora else width)
     following = [
         copies + (trained * 4 if width < 4 and rule.averages and not run.student.lora else 0)
@@ -112,7 +113,7 @@ def need_of(subject: Subject, device: torch.device | None = None, processes: int
         masters=trained * 4 if width < 4 else 0,
         logits=_logits(subject, student, width),
         activations=_activations(subject, min(run.tokens_per_micro_batch, rollouts * longest), width),
-        keys_and_values=max((batch * length * cached(config, size) for config, size, length in writers), default=0),
+        keys_and_values=sum([*own, max(theirs)]) if run.policy.writes_jointly else max([*own, *theirs]),
         following=sum(following),
     )
 

@@ -57,7 +57,7 @@ def has_teachers_model(run: Run, name: str) -> bool:
 
 def nobody_teaches(run: Run) -> bool:
     """Whether the method learns from texts of the data set alone."""
-    return not asked_of(run) and not run.policy.needs_teacher_text
+    return not asked_of(run) and not run.policy.needs_teacher_text and not run.policy.writes_jointly
 
 
 def says_as_teacher(run: Run, name: str) -> bool:

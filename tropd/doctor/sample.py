@@ -153,7 +153,7 @@ def _write(parts: Parts, prompts: Sequence[tuple[Prompt, int]], policy: RolloutP
         grade=None if grader is None else lambda rollouts: graded(grader, rollouts, parts.tokenizer),
         teacher_sampling=run.rollout.teacher_sampling,
     )
-    return roll_out(policy, job, parts.engine, parts.writer)
+    return roll_out(policy, job, parts.engine, parts.writer, parts.pair)
 
 
 def _diagnose(parts: Parts, teacher: Teacher, rollouts: list[Rollout], as_read: list[Rollout], limit: int) -> Diagnosis:

@@ -19,6 +19,7 @@ import torch
 from tropd.base.ranges import Count, Positive, Range, Ranged, Share
 from tropd.errors import ConfigError
 from tropd.laboratory.tabular import END, TabularLM, sequence_kl, total_variation
+from tropd.laboratory.tabular_pair import TabularPair
 from tropd.methods import OPD, FullFKL, Method, SeqKD, TrOPD
 from tropd.methods.drafts import RolloutJob
 from tropd.objective.context import Context
@@ -124,7 +125,7 @@ def distil(method: Method, student: TabularLM, teacher: TabularLM, setting: Sett
             seed=seed,
             progress=progress,
         )
-        rollouts = roll_out(method.rollout, job, student, teacher)
+        rollouts = roll_out(method.rollout, job, student, teacher, TabularPair(student, teacher))
         batch = score(rollouts, objective, teacher, student, seed=seed, recall=recall_needed(objective, 1))
         sums = train_step(
             batch,

@@ -58,6 +58,9 @@ from tropd.methods.ogls import OGLS as OGLS
 from tropd.methods.safesteer import SafeSteer as SafeSteer
 from tropd.methods.esr import ESR as ESR
 from tropd.methods.adwin import ADWIN as ADWIN
+from tropd.methods.trb import TRB as TRB
+from tropd.methods.skd import SKD as SKD
+from tropd.methods.kat import KAT as KAT
 # isort: on
 
 

@@ -26,6 +26,11 @@ class Decoding(Ranged):
         token is the student's, and its behavior log-probability is that of what it was drawn from."""
         return student_BV
 
+    @property
+    def blends(self) -> bool:
+        """Whether the student's tokens may be drawn from something else than the student."""
+        return type(self).blend is not Decoding.blend
+
     def overwritten(self, student_BV: Tensor, teacher_BV: Tensor, ids_B: Tensor) -> Tensor | None:
         """Where the teacher writes its own token instead, a bool for each text; None: nowhere.  The token is the
         teacher's, drawn from `teacher_BV` with the teacher's sampling."""

@@ -167,6 +167,8 @@ def _rollout_text(method: Method) -> str:
 def _teacher_text(method: Method) -> str:
     needs = method.needs & OF_TEACHER
     texts = " It also writes text, unless the dataset brings responses." if method.rollout.needs_teacher_text else ""
+    if method.rollout.writes_jointly:
+        return "A model in this process: it has a say in each token that is written." + texts
     if not needs:
         return "The teacher is never asked for a probability." + texts
     here = [str(n.name) for n in needs if EVIDENCE[n][1].startswith("no server")]

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 from tropd.errors import ConfigError
 from tropd.methods.adaptive_horizon import AdaptiveHorizon
+from tropd.methods.agreement_stop import AgreementStop
 from tropd.methods.decoding import Decoding
 from tropd.methods.drafts import Draft, RolloutJob, Writer
 from tropd.methods.horizon import Horizon
+from tropd.methods.joint import Blended, Interleaved, MixedSampling
 from tropd.methods.phased import Phased
 from tropd.methods.policies import (
     Done,
@@ -38,6 +40,10 @@ POLICIES: dict[str, type[RolloutPolicy]] = {
     "adaptive_horizon": AdaptiveHorizon,
     "replay": Replay,
     "phased": Phased,
+    "blended": Blended,
+    "mixed_sampling": MixedSampling,
+    "interleaved": Interleaved,
+    "agreement_stop": AgreementStop,
 }
 """By the names that a run file has for them."""
 

@@ -148,15 +148,16 @@ def probe_batch(
     topk_logprobs_NK: Tensor | None = None,
     own_topk_ids_NJ: Tensor | None = None,
     sampled: bool = False,
-    sampling: Sampling = NEUTRAL,
+    sampling: Sampling | None = NEUTRAL,
     stale: bool = False,
 ) -> Sums:
     """The probes of these rows and these whole rollouts, which need not belong together.  What is said of the teacher
     leaves out responses that it did not read.
 
     `topk_logprobs_NK` is the student at `tokens.teacher_topk_ids_NK`; `own_topk_ids_NJ` are the student's likeliest
-    tokens where `tokens` lack them, -1 in rows that were not looked at; `sampling` is how the rollouts were drawn;
-    `sampled` says that the top-k is there for a sample of the tokens (`tropd.monitoring.sample`) and those of need.
+    tokens where `tokens` lack them, -1 in rows that were not looked at; `sampling` is how the rollouts were drawn,
+    None if not from the student alone; `sampled` says that the top-k is there for a sample of the tokens
+    (`tropd.monitoring.sample`) and those of need.
 
         trust/share      mean min(exp x, 1)            trust/tv   1 - trust/share, which estimates TV(pi_T, pi_S)
         ratio/mean       mean x, min, max: of finite x; ratio/infinite: the share of others (teacher probability 0)
@@ -179,7 +180,7 @@ def probe_batch(
     for name, values_N in support_numbers(tokens, heard_N, shown_N, topk_logprobs_NK, own_topk_ids_NJ).items():
         sums.add(name, values_N)
     _probe_entropy(sums, tokens, student_N, heard_N)
-    if not sampling.truncates and sampling.temperature == 1.0:
+    if sampling is not None and not sampling.truncates and sampling.temperature == 1.0:
         behavior_N = _pick(tokens.peek("behavior_logprobs_N"), student_N)
         student_logprobs_N = _pick(tokens.peek("student_logprobs_N"), student_N)
         if behavior_N is not None and student_logprobs_N is not None:

@@ -32,6 +32,7 @@ from tropd.objective.losses import (
     StateReward,
 )
 from tropd.objective.measures import EitherHigh, Normalised, ReverseKLAt, StudentEntropy
+from tropd.objective.memory import Memory
 from tropd.objective.near_future import FalseAlarm, FutureGap, HighLoss
 from tropd.objective.objective import Objective
 from tropd.objective.places import FirstOf, LastPositions, Near, PositionBelow, ShorterThan, Shortest, TokenIn
@@ -68,6 +69,7 @@ from tropd.objective.targets import GeometricBridge, Temperature
 from tropd.objective.teachability import Teachability, TeacherMassOnStudent, UnionForwardKL
 from tropd.objective.terms import Term
 from tropd.objective.trajectories import BestResponses, EntropyWeight, TeacherLogprob
+from tropd.objective.trap import BeforeTrap, Trap, smoothed
 from tropd.objective.verdicts import SignExtrapolation, SignGate, VerdictsAgree
 from tropd.types import Author, key_of
 
@@ -79,6 +81,7 @@ __all__ = [
     "AtMost",
     "AtRandom",
     "Author",
+    "BeforeTrap",
     "BestResponses",
     "Clip",
     "Context",
@@ -103,6 +106,7 @@ __all__ = [
     "LogRatio",
     "LogRatioAbove",
     "LookaheadBonus",
+    "Memory",
     "Near",
     "NegativeLogLikelihood",
     "Normalised",
@@ -142,12 +146,14 @@ __all__ = [
     "Term",
     "TokenIn",
     "TopFraction",
+    "Trap",
     "TrustRegion",
     "UnionForwardKL",
     "VerdictsAgree",
     "Verified",
     "chain",
     "distillation_loss",
+    "smoothed",
     "some_tokens",
     "torch",
 ]

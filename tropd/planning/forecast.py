@@ -25,7 +25,8 @@ from tropd.doctor.subject import Subject, read_subject
 from tropd.errors import ConfigError
 from tropd.planning.devices import Device
 from tropd.planning.readers import reader_sizes
-from tropd.planning.work import Phase, Size, Texts, at_once, is_sharded, phases_of, sizes_of, texts_of
+from tropd.planning.work import Phase, Size, Texts, at_once, phases_of, sizes_of, texts_of
+from tropd.training.assembly import shards_student
 
 BY_TEACHER = ("prefix", "score")
 
@@ -180,9 +181,9 @@ def make_forecast(run: Run, device: Device, num_devices: int = 1) -> Forecast:
 def _on_each(run: Run, subject: Subject, share: Need, student: Size, number: int, texts: Texts) -> Need:
     """The need of each device.  A sharded student is whole while it writes; in training only the parts outside the
     layers are whole.  Its gradients and masters are float32."""
-    if run.parallel.teacher == "sharded" and not texts.by_teacher:  # whole while it writes
+    if run.parallel.teacher == "sharded" and not (texts.by_teacher or texts.jointly):  # whole while it writes
         share = replace(share, teacher=ceil(share.teacher / number))
-    if not is_sharded(run, number):
+    if not shards_student(run, number):
         return share
     part = ceil(share.moments / 2 / number)
     tied = subject.student.config.get_text_config().tie_word_embeddings

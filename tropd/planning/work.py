@@ -13,7 +13,7 @@ and never less than its floor: the time of this process for each token and for s
 step consists of little else.
 
 P are the parameters that a token uses: always those of the layers, the head's if a token is written, and never those of
-the input embedding, which is only looked up.
+the input embedding, which is only looked up; those of both models where they write together.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ from tropd.doctor.readers import asked_of, has_teachers_model
 from tropd.doctor.subject import Subject
 from tropd.methods.horizon import horizons
 from tropd.model.loading import choose_dtype
+from tropd.objective.memory import Memory
 from tropd.planning.devices import Device
+from tropd.training.assembly import shards_student
 from tropd.training.scoring import PASS_NEEDS
 from tropd.training.step import recall_needed
 from tropd.types import READER
@@ -63,6 +65,8 @@ class Texts:
     """Tokens of an answer before the student begins, in rollouts that the student continues."""
     by_student: float
     """Rollouts in which the student writes."""
+    jointly: float = 0.0
+    """The share of them that it writes with the teacher."""
     by_teacher: float
     """Texts that the teacher has to write, because they are not cached yet."""
     told_to: Mapping[str, float] = field(default_factory=dict)
@@ -147,6 +151,7 @@ def texts_of(run: Run, subject: Subject) -> Texts:
         new=fmean(lengths),
         prefix=given / by_student if by_student else 0.0,
         by_student=rollouts * by_student,
+        jointly=fmean(policy.decoding(step / run.steps, Memory()) is not None for step in range(run.steps)),
         by_teacher=texts * fresh,
         told_to={name: fmean(len(p.told.get(name) or p.token_ids) for p in prompts) for name in run.all_readers},
     )
@@ -192,9 +197,13 @@ def phases_of(
     theirs = at_once(run, texts, run.teacher.server if run.teacher.servers else None)
     objective = run.method.objective
     theirs_too = [name for name in asked_of(run) if has_teachers_model(run, name)]
+    writing = [
+        _writing(student, texts.by_student, texts.prompt + texts.prefix, new, own, run.rollout.servers),
+        _writing(teacher, texts.by_student * texts.jointly, texts.told + texts.prefix, new, own),
+    ]
     phases = {
-        "prefix": _writing(teacher, texts.by_teacher, texts.told, texts.new, theirs, _how(run.teacher.servers)),
-        "write": _writing(student, texts.by_student, texts.prompt + texts.prefix, new, own, _how(run.rollout.servers)),
+        "prefix": _writing(teacher, texts.by_teacher, texts.told, texts.new, theirs, run.teacher.servers),
+        "write": _together(writing),
         "score": _together([_scoring(run, teacher, texts, texts.read_by(name)) for name in theirs_too]),
         "readers": _together([_scoring(run, size, texts, texts.read_by(name)) for name, size in readers.items()]),
         "measure": _scoring(run, student, texts, texts.read),
@@ -212,10 +221,6 @@ def phases_of(
         "measure": bool(objective.needs & PASS_NEEDS) or recall_needed(objective, run.optimizer.num_updates),
     }
     return {name: phase for name, phase in phases.items() if asked.get(name, True)}
-
-
-def _how(servers: tuple[str, ...]) -> str:
-    return "replayed" if servers else "started"
 
 
 def _scoring(run: Run, model: Size, texts: Texts, read: float) -> Phase:
@@ -237,7 +242,7 @@ def _scoring(run: Run, model: Size, texts: Texts, read: float) -> Phase:
 def _together(parts: Sequence[Phase]) -> Phase:
     """One after another."""
     return Phase(
-        kind="score",
+        kind=parts[0].kind if parts else "score",
         operations=sum(part.operations for part in parts),
         traffic=lambda number: sum(part.traffic(number) for part in parts),
         starts=lambda number: sum(part.starts(number) for part in parts),
@@ -245,7 +250,9 @@ def _together(parts: Sequence[Phase]) -> Phase:
     )
 
 
-def _writing(model: Size, number_of_texts: float, given: float, new: float, batch: int, how: str) -> Phase:
+def _writing(
+    model: Size, number_of_texts: float, given: float, new: float, batch: int, servers: tuple[str, ...] = ()
+) -> Phase:
     """The work of writing answers of `new` tokens after `given` ones."""
 
     def batches(number: int) -> tuple[int, int]:
@@ -263,7 +270,7 @@ def _writing(model: Size, number_of_texts: float, given: float, new: float, batc
         kind="write",
         operations=operations,
         traffic=traffic,
-        starts=lambda number: batches(number)[0] * new * model.starts(how),
+        starts=lambda number: batches(number)[0] * new * model.starts("replayed" if servers else "started"),
         tokens=number_of_texts * new,
     )
 
@@ -275,12 +282,12 @@ def _training(run: Run, texts: Texts, model: Size, need: Need, trainers: int) ->
     operations = (4 * model.layers + again + 2 * layers) * texts.read + (4 * model.head + 2 * head) * texts.answered
     updates = run.optimizer.num_updates
     passes = max(updates, ceil(texts.read / trainers / run.tokens_per_micro_batch))
-    if is_sharded(run, trainers):
+    if shards_student(run, trainers):
         # Weights twice a pass, gradients in float32 once, and the whole once a step for the rollouts.
         received = (passes * (2 * need.student + 4 * trained) + need.student) * (1 - 1 / trainers)
     else:
         received = updates * 2 * 4 * trained * (1 - 1 / trainers)
-    moments = 2 * need.moments * updates / (trainers if is_sharded(run, trainers) else 1)
+    moments = 2 * need.moments * updates / (trainers if shards_student(run, trainers) else 1)
     traffic = passes * 3 * need.student + moments
     starts = passes * TRAINING * model.starts()
     return Phase(
@@ -291,8 +298,3 @@ def _training(run: Run, texts: Texts, model: Size, need: Need, trainers: int) ->
         starts=lambda number: starts,
         tokens=2 * texts.read,  # forward and backward
     )
-
-
-def is_sharded(run: Run, trainers: int) -> bool:
-    """Whether each trainer holds only a part of the student."""
-    return trainers > 1 and run.parallel.student != "replicated" and run.student.lora is None

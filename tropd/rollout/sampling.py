@@ -22,8 +22,8 @@ from tropd.errors import DataError
 from tropd.objective.draws import uniform
 from tropd.types import Request, Sampling
 
-STREAM = 1
-"""The stream of `tropd.objective.draws` for token sampling."""
+STREAM, OVERWRITING = 1, 3
+"""The streams of `tropd.objective.draws` for token sampling, and for tokens that a teacher writes in their place."""
 _BLOCK = 512
 _BELOW_ONE = 1 - 2.0**-48
 _IN_CACHE = 2**20
@@ -35,12 +35,14 @@ def draw_uniforms(seed: int, first: int, count: int) -> list[float]:
     return draw_uniform_rows([seed], [first], count)[0]
 
 
-def draw_uniform_rows(seeds: Sequence[int], firsts: Sequence[int], count: int) -> list[list[float]]:
+def draw_uniform_rows(
+    seeds: Sequence[int], firsts: Sequence[int], count: int, stream: int = STREAM
+) -> list[list[float]]:
     """`draw_uniforms` for several seeds at once, each from its own first position on."""
     keys_B1, first_B1 = torch.tensor(seeds)[:, None], torch.tensor(firsts)[:, None]
     positions_BT = first_B1 + torch.arange(count)
-    high_BT = uniform(keys_B1, positions_BT, STREAM).double()
-    low_BT = uniform(keys_B1, -2 - positions_BT, STREAM).double()  # positions that no token has
+    high_BT = uniform(keys_B1, positions_BT, stream).double()
+    low_BT = uniform(keys_B1, -2 - positions_BT, stream).double()  # positions that no token has
     return (high_BT + low_BT * 2.0**-24).tolist()
 
 

@@ -76,6 +76,7 @@ def carry_on(
             seed=key_of(job.seed, "student", d.id),
             sampling=job.sampling,
             stop_ids=job.stop_ids,
+            teacher=d.prompt.teacher,
         )
         for d in open_drafts
     ]

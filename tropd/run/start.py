@@ -152,7 +152,7 @@ def _checkpoint_of(run: Run, directory: Path, step: int | None, world: Ranks) ->
     path = world.first(str(newest or ""))
     if not path:
         return None
-    saved = checkpoints.load(Path(path), tensors=not shards_student(run, world))
+    saved = checkpoints.load(Path(path), tensors=not shards_student(run, world.size))
     # A run that was made longer since has another number of steps, and is the same run.
     then = dataclasses.replace(run, steps=saved.state.get("steps", run.steps))
     if saved.state["fingerprint"] != then.fingerprint():

@@ -13,8 +13,10 @@ import torch
 from tropd.base.background import in_background
 from tropd.config.run import Run
 from tropd.errors import ConfigError, DataError
+from tropd.methods.decoding import Decoding
 from tropd.objective.evidence import Needs
 from tropd.rollout.engine import Engine
+from tropd.rollout.stage import Pair
 from tropd.teachers.teacher import ScoreRequest, Teacher
 from tropd.types import Completion, Prompt, Request, Rollout, TeacherScores
 
@@ -101,6 +103,22 @@ class RoutedWriter(Engine):
     def close(self) -> None:
         for writer in self.writers.values():
             writer.close()
+
+
+class RoutedPair:
+    """Each text is written by the student with the teacher that its request names."""
+
+    def __init__(self, pairs: Mapping[str, Pair]) -> None:
+        self.pairs = dict(pairs)
+
+    def write(
+        self, requests: Sequence[Request], told: Sequence[tuple[int, ...]], decoding: Decoding
+    ) -> list[Completion]:
+        texts: dict[int, Completion] = {}
+        for name, chosen in _shares(self.pairs, [request.teacher for request in requests]).items():
+            mine = self.pairs[name].write([requests[i] for i in chosen], [told[i] for i in chosen], decoding)
+            texts.update(zip(chosen, mine, strict=True))
+        return [texts[index] for index in range(len(requests))]
 
 
 def _shares(known: Mapping[str, object], names: Sequence[str]) -> dict[str, list[int]]:

@@ -1,4 +1,4 @@
-"""The engines that write the teachers' texts, where a method begins with them."""
+"""The engines that write the teachers' texts, where a method begins with them, or each token with the student."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tropd.bridge.translation import Bridge
+from tropd.config.policies import writes_alone
 from tropd.config.run import Run
 from tropd.data.stream import LazyPromptStream, PromptStream
 from tropd.errors import ConfigError, EngineError, TeacherError
 from tropd.model.origins import Origin, name_of
 from tropd.rollout.engine import Engine
+from tropd.rollout.joint import JointEngine
+from tropd.rollout.stage import Pair
 from tropd.rollout.transformers import TransformersEngine
 from tropd.teachers.bridged import BridgedWriter
 from tropd.teachers.loading import TeacherParts, own_size
 from tropd.teachers.local import without_adapter
-from tropd.teachers.routed import RoutedWriter
+from tropd.teachers.routed import RoutedPair, RoutedWriter
 from tropd.teachers.served import serve_writer
 from tropd.teachers.teacher import Teacher
 from tropd.teachers.texts import CachedTexts
@@ -79,6 +82,24 @@ def writer_of(
     return (RoutedWriter(writers) if run.teachers else writers["default"]), notes
 
 
+def pair_of(run: Run, teachers: Sequence[TeacherParts], student: Engine, size: int) -> Pair | None:
+    """Student and teachers as they write together, if the policy asks for that."""
+    if not run.policy.writes_jointly:
+        return None
+    pairs: dict[str, Pair] = {}
+    for teacher in (x for x in teachers if not x.reader):
+        if teacher.own is not None:
+            raise ConfigError(writes_alone(run.policy, f"the teacher is a {type(teacher.own).__name__}"))
+        if not isinstance(student, TransformersEngine):
+            raise ConfigError(writes_alone(run.policy, f"a {type(student).__name__} writes as the student"))
+        model, within = _model_of(teacher, student.model)
+        with teacher.named():
+            engine = TransformersEngine(model, vocab_size=size, max_batch=run.rollout.max_batch, within=within)
+        sampling, copies = run.rollout.teacher_sampling, teacher.swapped is None
+        pairs[teacher.name] = JointEngine(student, engine, sampling, copies=copies)
+    return RoutedPair(pairs) if run.teachers else pairs["default"]
+
+
 def _own_writer(teacher: Teacher, run: Run) -> Engine:
     """The teacher itself, if it is an engine too; it is not used if the data set brings all texts."""
     if isinstance(teacher, Engine):
@@ -100,7 +121,14 @@ def _local_writer(teacher: TeacherParts, run: Run, student: Any, size: int) -> E
             f"teacher {teacher.name!r} has a direction, with which it reads and cannot write, but method "
             f"{run.method.name!r} needs its texts. Give the direction to a reader [readers.NAME]."
         )
-    model, within = student if teacher.model is None else teacher.model, nullcontext
-    if teacher.config.path == "base" and teacher.model is None:
-        within = teacher.swapped or partial(without_adapter, student)
+    model, within = _model_of(teacher, student)
     return TeacherEngine(TransformersEngine(model, vocab_size=size, max_batch=run.rollout.max_batch), within)
+
+
+def _model_of(teacher: TeacherParts, student: Any) -> tuple[Any, Callable[[], AbstractContextManager[Any]]]:
+    """The model that writes as a teacher, and the context in which it does."""
+    if teacher.model is not None:
+        return teacher.model, nullcontext
+    if teacher.config.path != "base":
+        return student, nullcontext
+    return student, teacher.swapped or partial(without_adapter, student)

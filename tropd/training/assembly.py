@@ -44,7 +44,7 @@ from tropd.teachers.directions import origins_of
 from tropd.teachers.following import Follower
 from tropd.teachers.loading import TeacherParts
 from tropd.teachers.teacher import Teacher
-from tropd.teachers.writing import writer_of
+from tropd.teachers.writing import pair_of, writer_of
 from tropd.training.given import NOTHING_GIVEN, Given
 from tropd.training.learner import ModelLearner
 from tropd.training.prompts import open_stream, read_held_out
@@ -136,6 +136,7 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE, given: Given = N
         memory = Memory()
         for probe in probes:
             probe.begin(model, memory)
+        pair = pair_of(run, teachers, engine, size)
         opened.pop_all()  # nothing was refused
     return Parts(
         run=run,
@@ -147,7 +148,7 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE, given: Given = N
         teacher=engaged.teacher,
         readers=engaged.readers,
         writer=writer,
-        pair=None,
+        pair=pair,
         stream=stream,
         stop_ids=ends,
         grader=grader,
@@ -209,13 +210,14 @@ def _learner(
     return ModelLearner(model, optimizer, vocab_size=vocab_size, tiling=tiling, readers=wholes, shards=shards)
 
 
-def shards_student(run: Run, world: Ranks) -> bool:
-    return world.size > 1 and run.parallel.student != "replicated" and run.student.lora is None
+def shards_student(run: Run, processes: int) -> bool:
+    """Whether each process holds only a part of the student."""
+    return processes > 1 and run.parallel.student != "replicated" and run.student.lora is None
 
 
 def _shards(run: Run, model: Any, world: Ranks) -> Shards | None:
     """The sharded student, if there are several processes and no adapter, which would make sharding pointless."""
-    if not shards_student(run, world):
+    if not shards_student(run, world.size):
         return None
     readers = (*run.all_teachers.values(), *run.all_readers.values()) if run.method.needs & OF_TEACHER else ()
     if any(x.path == "student" for x in readers):

@@ -16,6 +16,7 @@ from tropd.checkpoints.checkpoint import writing
 from tropd.data.graders import graded
 from tropd.distributed.ranks import Ranks
 from tropd.errors import EngineError, TeacherError, TrainingDiverged
+from tropd.methods.decoding import Decoding
 from tropd.methods.policies import Done
 from tropd.monitoring.alarms import Alarm, Alarms
 from tropd.monitoring.rollouts import write_rollouts
@@ -31,7 +32,7 @@ from tropd.training.scoring import asked_of, score
 from tropd.training.source import Source, Written, lags, own_places
 from tropd.training.step import StepSums, recall_needed, train_step
 from tropd.training.watched import Watched
-from tropd.types import Author, Finish, Rollout, StepRecord, TermStats, key_of
+from tropd.types import Author, Finish, Rollout, Sampling, StepRecord, TermStats, key_of
 
 
 @contextmanager
@@ -80,8 +81,8 @@ def iterate(parts: Parts, source: Source, directory: Path, step: int, alarms: Al
         drawn = probes_of_student(parts, batch.rollouts) | probes_of_teacher(parts, batch)
 
     behind = _behind(parts, step, batch)
-    stale = max(behind, default=0) > 0
-    watched = Watched(batch, run.sampling, step=step, probes=parts.probes, teachers=tuple(run.teachers), stale=stale)
+    sampling, stale = _sampling(parts, step), max(behind, default=0) > 0
+    watched = Watched(batch, sampling, step=step, probes=parts.probes, teachers=tuple(run.teachers), stale=stale)
     learner.optimizer.watch = split.beside(watched.others.update) if split else watched.others.update
     with clock(seconds, "train"), _keeping(lambda: batch, parts, directory, step):
         torch.manual_seed(key_of(run.seed, "train", step, *([world.rank] if world.rank else [])))  # for dropout
@@ -159,10 +160,21 @@ def _remember(parts: Parts, batch: ScoredBatch, record: StepRecord, context: Con
     run.policy.remember(done, parts.memory)
 
 
+def _decoding(parts: Parts, step: int) -> Decoding | None:
+    return parts.run.policy.decoding(step / parts.run.steps, parts.memory)
+
+
+def _sampling(parts: Parts, step: int) -> Sampling | None:
+    """How the step's tokens were drawn from the student; None if they were drawn from a blend."""
+    decoding = _decoding(parts, step)
+    return None if decoding is not None and decoding.blends else parts.run.sampling
+
+
 def _write(parts: Parts, source: Source, step: int, seconds: dict[str, float]) -> Written:
     """The rollouts of a step, graded if there is a grader.  With staleness, starts the rollouts of the next step."""
     # A sharded teacher that writes is whole for a while: ranks ask it different numbers of times.
-    with clock(seconds, "rollout"), nullcontext() if parts.writer is None else parts.teacher.whole():
+    writes = parts.writer is not None or _decoding(parts, step) is not None
+    with clock(seconds, "rollout"), parts.teacher.whole() if writes else nullcontext():
         written = source.take(step)
         source.begin(step + 1)
     with clock(seconds, "sync"):

@@ -42,7 +42,7 @@ def open_stream(
     notes, number = [f"{data.path}: {loaded.report}"], share_prompts(run, loaded.prompts)
     if run.teachers:
         notes.append("prompts for " + ", ".join(f"teacher {name!r}: {n}" for name, n in number.items()))
-    notes += briefer.check_lengths(loaded.prompts, run.policy.needs_teacher_text)
+    notes += briefer.check_lengths(loaded.prompts, run.policy.needs_teacher_text or run.policy.writes_jointly)
     return PromptStream(loaded.prompts, run.seed), notes
 
 

@@ -29,7 +29,7 @@ class Watched:
     def __init__(
         self,
         batch: ScoredBatch,
-        sampling: Sampling,
+        sampling: Sampling | None,
         *,
         step: int = 0,
         probes: Sequence[Probe] = (),
