@@ -211,7 +211,6 @@ def _learner(
 
 
 def shards_student(run: Run, processes: int) -> bool:
-    """Whether each process holds only a part of the student."""
     return processes > 1 and run.parallel.student != "replicated" and run.student.lora is None
 
 
