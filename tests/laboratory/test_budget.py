@@ -17,7 +17,7 @@ from tropd.laboratory.lab import Lab, load_lab, trials
 from tropd.laboratory.runner import compare
 from tropd.laboratory.tables import arms_of, sheets
 from tropd.laboratory.trial import Outcome
-from tropd.methods import OPD
+from tropd.methods import METHODS, OPD
 from tropd.methods.controls import FirstWindow, RandomMask
 from tropd.monitoring.records import read_records
 from tropd.run.start import train
@@ -123,6 +123,10 @@ def test_what_is_no_budget_or_no_control_is_told(tmp_path):
     assert main(["compare", str(lab), "--no-figures", "--methods", "odp"]) == 2
 
 
-def test_the_survey_can_be_read():
+def test_the_survey_has_an_arm_for_every_method_that_needs_no_more_than_a_teacher():
+    """A method that is missing there needs a line in labs/survey.toml, unless its student teaches itself."""
     lab = load_lab(ROOT / "labs" / "survey.toml")
+    elsewhere = {name for name, cls in METHODS.items() if cls.idea == "what teaches"} | {"sft"}
+    missing = set(METHODS) - elsewhere - {method.name for method in lab.methods.values()}
+    assert not missing, f"labs/survey.toml has no arm for {', '.join(sorted(missing))}"
     assert len(lab.learning_rates) == 2 and len(lab.seeds) == 3 and set(lab.budgets) == {"tokens", "seconds"}

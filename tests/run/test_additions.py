@@ -47,6 +47,9 @@ TROPD = {"name": "tropd", "top_k": 8, "beta": 0.1}
 COMBINATIONS: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "a random mask": ({**TROPD, "plus": [{"name": "random_mask", "share": 0.5}]}, []),
     "AOPD": ({"name": "tropd_aopd", "tropd": {"top_k": 8}}, []),
+    "ESR": (TROPD, [{"name": "horizon", "tokens": 6}]),
+    "TRB": (TROPD, [{"name": "blended"}]),
+    "four at once": ({**TROPD, "plus": ["fire", "gndpo"]}, [{"name": "blended"}, {"name": "horizon", "tokens": 6}]),
     "FiRe and GNDPO": ({**TROPD, "plus": ["fire", "gndpo"]}, []),
     "a mixture of writers": ({"name": "opd"}, [{"name": "mixture", "student_share": 0.5}]),
 }
