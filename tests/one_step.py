@@ -20,6 +20,7 @@ from tropd.training.assembly import Parts
 from tropd.training.batches import ScoredBatch
 from tropd.training.micro_batch import Seen
 from tropd.training.scoring import score
+from tropd.training.source import grade_of
 from tropd.training.step import StepSums, recall_needed, train_step
 from tropd.types import Rollout
 
@@ -39,6 +40,7 @@ def write(parts: Parts, progress: float = 0.3, seed: int = 5) -> list[Rollout]:
         stop_ids=parts.stop_ids,
         seed=seed,
         progress=progress,
+        grade=grade_of(parts),
     )
     return roll_out(run.policy, job, parts.engine, parts.writer, parts.pair)
 

@@ -131,7 +131,7 @@ def test_public_names_are_there_and_unknown_ones_are_refused():
     for name in tropd.__all__:
         assert getattr(tropd, name) is not None
     assert dir(tropd) == tropd.__all__
-    with pytest.raises(AttributeError, match="it has AOPD, .*METHODS"):
+    with pytest.raises(AttributeError, match="it has ADWIN, AOPD, .*METHODS"):
         _ = tropd.Trainer
 
 

@@ -26,7 +26,7 @@ from tropd.training.scoring import score
 from tropd.training.step import train_step
 from tropd.types import Author, Rollout
 
-ON_POLICY = {"tropd": {"guidance": False}, "gkd": {"student_share": 1.0}}
+ON_POLICY = {"tropd": {"guidance": False}, "gkd": {"student_share": 1.0}, "sg_opd": {"beta": 0.0}}
 SILENT = sorted(name for name, method in METHODS.items() if method.zero_at_teacher)
 REWARDED = [n for n in SILENT if all(isinstance(t.loss, PolicyGradient) for t in METHODS[n]().objective.terms)]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}

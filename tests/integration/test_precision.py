@@ -28,6 +28,7 @@ from tropd.run.start import assemble, resume, train
 from tropd.testbeds import embedded
 from tropd.training.assembly import Parts
 from tropd.training.scoring import score
+from tropd.training.source import grade_of
 from tropd.training.step import recall_needed, train_step
 from tropd.types import READER
 
@@ -122,8 +123,9 @@ def scored(parts: Parts) -> Any:
         stop_ids=parts.stop_ids,
         seed=3,
         progress=0.9,
+        grade=grade_of(parts),
     )
-    rollouts = roll_out(run.policy, job, parts.engine, parts.writer)
+    rollouts = roll_out(run.policy, job, parts.engine, parts.writer, parts.pair)
     assert parts.grader is not None
     rollouts = graded(parts.grader, rollouts, parts.tokenizer)
     recall = recall_needed(run.method.objective, 1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.objective.cases import F64, close, make_case
-from tests.objective.test_invariance import Ranks, local
+from tests.objective.ranks import Ranks, local
 from tropd.errors import ConfigError
 from tropd.objective import (
     Agreement,
@@ -94,8 +94,7 @@ def test_the_quantile_is_that_of_the_whole_batch_on_any_number_of_ranks() -> Non
     found: list = [None, None]
 
     def weigh(rank: int) -> None:
-        case = make_case()
-        part = local(type(case)(case.logits, case.teacher, tokens), rows[rank])
+        part = local(tokens, rows[rank])
         found[rank] = piece(part, Context(world=world.member(rank)))
 
     threads = [threading.Thread(target=weigh, args=(rank,)) for rank in range(2)]

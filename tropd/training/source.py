@@ -171,12 +171,12 @@ class Source:
             step=step,
             memory=Memory(parts.memory),  # as it is now, also where rollouts are written ahead
             recall=parts.stream.find if isinstance(parts.stream, PromptStream) else None,
-            grade=_grade(parts),
+            grade=grade_of(parts),
             teacher_sampling=run.rollout.teacher_sampling,
         )
 
 
-def _grade(parts: Parts) -> Callable[[Sequence[Rollout]], Sequence[Rollout]] | None:
+def grade_of(parts: Parts) -> Callable[[Sequence[Rollout]], Sequence[Rollout]] | None:
     grader = parts.grader
     return None if grader is None else lambda rollouts: graded(grader, rollouts, parts.tokenizer)
 
