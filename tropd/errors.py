@@ -88,6 +88,10 @@ class TeacherRefused(TeacherError):
     """Raised where the teacher answers that it cannot do what it was asked."""
 
 
+class BudgetSpent(TeacherError):
+    """Raised where the teacher may cost no more."""
+
+
 class ServerError(TropdError, RuntimeError):
     """Raised where an inference server fails."""
 

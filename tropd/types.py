@@ -14,7 +14,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum, StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tropd.base.ranges import NotNegative, PositiveShare, Ranged, Share, Whole
 
@@ -177,7 +177,8 @@ class Rollout:
 class TeacherScores:
     """A teacher's opinion of one rollout.  Rows T run over the response (teacher's and student's tokens) only."""
 
-    logprobs_T: Tensor
+    logprobs_T: Tensor = cast("Tensor", None)
+    """None where it was not asked for (Needs.SAMPLED)."""
     topk_ids_TK: Tensor | None = None
     topk_logprobs_TK: Tensor | None = None
     entropy_T: Tensor | None = None
@@ -186,6 +187,8 @@ class TeacherScores:
     hidden_TH: Tensor | None = None
     lookahead_TJ: Tensor | None = None
     """The log-probability of its likeliest next token after each candidate of the request, NOTHING where none is."""
+    chunks_T: Tensor | None = None
+    support_T: Tensor | None = None
     read_T: Tensor | None = None
     """Which tokens it says something of; None: all.  Numbers of the others mean nothing."""
     teacher: str = "default"

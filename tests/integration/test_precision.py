@@ -34,6 +34,8 @@ from tropd.types import READER
 
 PAIR = embedded("nano-hard")
 HALVES = ["bfloat16", "float16"]
+READ = [name for name, cls in METHODS.items() if Needs.CHUNKS not in cls().needs]
+"""A teacher that only writes has no weights to be halved: tests/servers/test_omniopd.py halves its student."""
 
 
 def run_of(folder: Path, method: str, student: str, teacher: str, **changes: Any) -> Run:
@@ -58,7 +60,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "run" / "records.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", READ)
 @pytest.mark.parametrize("dtype", HALVES)
 def test_every_method_trains_and_evaluates(tmp_path: Path, method: str, dtype: str) -> None:
     train(run_of(tmp_path, method, dtype, dtype, steps=1))
@@ -91,7 +93,7 @@ def weights(model: Path) -> dict[str, torch.Tensor]:
     return load_file(model / "model.safetensors")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", READ)
 @pytest.mark.parametrize("dtype", HALVES)
 def test_a_teacher_that_is_the_student_gives_no_signal_and_no_log_probability_is_above_0(
     tmp_path: Path, method: str, dtype: str

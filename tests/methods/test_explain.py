@@ -27,6 +27,7 @@ from tropd.methods.stacked import POLICIES
 from tropd.objective.evidence import OF_TEACHER, Needs
 from tropd.objective.terms import Over
 from tropd.servers.dialects import DIALECTS
+from tropd.teachers.chat import ChatTeacher
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,7 +83,7 @@ def test_no_server_is_promised_where_none_can_do_it():
 
 def test_the_server_that_is_promised_for_some_evidence_is_one_that_gives_it():
     """What `tropd explain` says of servers is what the clients of servers say of themselves."""
-    offered = reduce(Needs.__or__, (dialect.capabilities for dialect in DIALECTS.values()))
+    offered = reduce(Needs.__or__, (dialect.capabilities for dialect in DIALECTS.values()), ChatTeacher.capabilities)
     for need in OF_TEACHER & ~Needs.HIDDEN:
         if need in EVIDENCE:
             assert EVIDENCE[need][1].startswith("no server") == (need not in offered), need.name

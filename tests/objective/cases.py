@@ -62,6 +62,12 @@ def states_of(full_NV: Tensor) -> dict[str, Any]:
     return {"hidden_NH": full_NV[:, :5], "columns": {f"states_{layers}": full_NV[:, None, :5] for layers in LAYERS}}
 
 
+def audited(positions: Tensor) -> dict[str, Tensor]:
+    """What a teacher that only writes says: a chunk of two tokens, supported by 3 of 10, and one without an answer."""
+    chunk = torch.where(positions // 2 == 1, 1, torch.where(positions == 5, -2, 0))
+    return {"teacher_chunks_N": chunk.double(), "teacher_support_N": 3.0 * (chunk == 1).double()}
+
+
 def describe(
     logits: Tensor, teacher: Tensor, token_ids: Tensor, authors: Tensor, sequences: Tensor, top_k: int = K
 ) -> Tokens:
@@ -77,6 +83,7 @@ def describe(
     tokens = Tokens(
         teacher_hidden_NH=hidden["hidden_NH"],
         columns=hidden["columns"],
+        **audited(positions),
         token_ids_N=token_ids,
         num_before_N=num_before_N,
         teacher_lookahead_NJ=full_t.roll(1, -1).gather(-1, evidence["student_topk_ids_NJ"]),

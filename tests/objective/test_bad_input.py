@@ -41,6 +41,8 @@ _FIELDS = {
     "teacher_full_logprobs_NV": Needs.FULL,
     "teacher_hidden_NH": Needs.HIDDEN,
     "teacher_entropy_N": Needs.TEACHER_ENTROPY,
+    "teacher_chunks_N": Needs.CHUNKS,
+    "teacher_support_N": Needs.CHUNKS,
     "student_entropy_N": Needs.STUDENT_ENTROPY,
     "reverse_kl_N": Needs.REVERSE_KL,
     "rewards_S": Needs.REWARD,

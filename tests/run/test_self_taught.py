@@ -25,7 +25,8 @@ from tropd.monitoring.records import read_records
 from tropd.run.start import train
 from tropd.training.assembly import load_parts
 
-TAUGHT = [name for name, cls in METHODS.items() if cls().readers or name == "oprd"]
+TAUGHT = [name for name, cls in METHODS.items() if (cls().readers or name == "oprd") and name != "omniopd"]
+"""A chat endpoint teaches the one that is left out: tests/servers/test_omniopd.py."""
 GATE = {"min_steps": 2, "rise": 0.0, "tail": 9.0, "clipped": 1.0}
 ITSELF = {"teacher": {"path": "student"}}
 CASES: dict[str, dict[str, Any]] = {

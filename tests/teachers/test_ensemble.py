@@ -17,7 +17,7 @@ from tropd.errors import ConfigError, EvidenceError
 from tropd.methods import METHODS, TrOPD
 from tropd.model.optimizer import Optimizer
 from tropd.objective.context import Context
-from tropd.objective.evidence import OF_TEACHER, Needs
+from tropd.objective.evidence import OF_MODEL, Needs
 from tropd.servers.dialects import dialect_of
 from tropd.teachers.local import LocalTeacher
 from tropd.teachers.teacher import ScoreRequest, Teacher
@@ -75,7 +75,7 @@ def test_it_says_what_the_mean_of_probabilities_says() -> None:
 
 def test_what_cannot_be_mixed_is_not_offered_and_refused() -> None:
     mixture = ensemble(members())
-    assert OF_TEACHER & ~mixture.capabilities == Needs.HIDDEN | Needs.REVERSE_KL | Needs.LOOKAHEAD
+    assert OF_MODEL & ~mixture.capabilities == Needs.HIDDEN | Needs.REVERSE_KL | Needs.LOOKAHEAD
     with pytest.raises(EvidenceError, match=r"HIDDEN was asked of teacher m0 \+ m1"):
         mixture.score(ScoreRequest(some_rollouts(VOCAB), Needs.HIDDEN))
     served = members()

@@ -101,6 +101,9 @@ def _amounts(forecast: Forecast) -> list[Row]:
     rows = [("tokens by the student", f"{forecast.texts.written:,.0f}", "at most")]
     if forecast.teachers:
         rows.append(("answers of the teacher's servers", gib(int(forecast.score_bytes)), "over the network"))
+    if (calls := forecast.calls) is not None:
+        said = f"{calls.read:,.0f} tokens read, {calls.written:,.0f} written, their time is not counted"
+        rows.append(("calls of the teacher's endpoint", f"{calls.number:,.0f}", said))
     if forecast.num_devices > 1:
         rows.append(("weights and gradients", gib(int(forecast.phases["train"].received)), "to each trainer"))
     return rows
@@ -108,6 +111,9 @@ def _amounts(forecast: Forecast) -> list[Row]:
 
 def _run(forecast: Forecast, dollars: float | None) -> list[Row]:
     rows = [(f"{forecast.run.steps} steps", spell(forecast.run_seconds), "")]
+    if (calls := forecast.calls) is not None:
+        whole = f"{calls.tokens * forecast.run.steps:,.0f} tokens, as the student counts them"
+        rows.append(("calls of the teacher's endpoint", f"{calls.number * forecast.run.steps:,.0f}", whole))
     if dollars is not None:
         cost = forecast.run_seconds / 3600 * forecast.all_devices * dollars
         rows.append(("cost", f"${cost:,.2f}", f"{forecast.all_devices} devices"))
@@ -142,9 +148,12 @@ def _sum_of(forecast: Forecast) -> str:
 def _remarks(forecast: Forecast) -> Iterator[str]:
     """What to do about it."""
     from tropd.doctor.cost import CURE, following_said, gib
+    from tropd.planning.calls import budget_said
 
     yield from forecast.cautions
     yield from following_said(forecast.run, forecast.need)
+    if forecast.calls is not None:
+        yield from budget_said(forecast.run, forecast.calls)
     for name, size in forecast.served.items():
         if size > forecast.device.memory:
             yield (

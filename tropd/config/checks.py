@@ -82,10 +82,23 @@ def _paths(run: Settings) -> dict[str, str | None]:
 def _check_teacher(run: Settings) -> None:
     teacher = run.teacher
     teacher.check_follow(run.student)
-    if teacher.path in ("base", "start", "student") and teacher.servers and not teacher.follows:
+    if teacher.only_writes:
+        more = teacher.bridge or teacher.follows or teacher.score_cache or teacher.direction
+        if more or not isinstance(teacher.briefing, AsStudent):
+            raise ConfigError(
+                "the teacher is a chat endpoint, which only writes: it has no tokenizer to bridge and no layers, "
+                "follows nobody, scores nothing and gets the student's messages. Leave bridge, direction, follow, "
+                "score_cache and briefing out of the section."
+            )
+    elif teacher.path in ("base", "start", "student") and teacher.servers and not teacher.follows:
         raise ConfigError(
             "teacher.servers names servers, but teacher.path does not say what they serve. Set it to the folder or "
             "hub id of that model: its tokenizer is compared, its weights are not read."
+        )
+    if teacher.chat is not None and not teacher.only_writes:
+        raise ConfigError(
+            "there is a section [teacher.chat], which is for a teacher that only writes, but nothing says where it is. "
+            "Set teacher.servers, or leave the section out."
         )
     if not isinstance(teacher.briefing, AsStudent) and teacher.server.text == "chat":
         raise ConfigError(

@@ -18,6 +18,7 @@ from tropd.briefings.follow import Follow, Frozen, read_follow
 from tropd.briefings.mixtures import Mixture, Steered, mixture_of
 from tropd.briefings.reader import Direction
 from tropd.config.bridge import BridgeConfig
+from tropd.config.chat import ChatConfig
 from tropd.errors import ConfigError
 from tropd.types import READER
 
@@ -146,6 +147,9 @@ class TeacherConfig(ModelConfig):
     """How the student before training follows the student, such as { rule = "ema", decay = 0.999 }."""
     direction: Annotated[Direction | None, Fixed, Suppress] = None
     """What is added to one of its layers while it reads, such as { file = "refusal.npy", layer = 12 }."""
+    chat: ChatConfig | None = None
+    """It only writes, on a chat endpoint: how it is asked to continue answers, and what that may cost.  Then `path` is
+    not read."""
     bridge: BridgeConfig | None = None
     """It has another tokenizer than the student: how its log-probabilities cross."""
     text_cache: bool = True
@@ -164,12 +168,27 @@ class TeacherConfig(ModelConfig):
     @property
     def is_model(self) -> bool:
         """Whether `path` names a model of transformers."""
-        return not self.is_student and not self.is_own
+        return not self.is_student and not self.is_own and not self.only_writes
+
+    @property
+    def title(self) -> str:
+        """What people know it by."""
+        return (self.server.model or self.servers[0]) if self.only_writes else self.path
+
+    @property
+    def only_writes(self) -> bool:
+        """Whether it is a chat endpoint that is asked for texts alone; `path` is not read then."""
+        return bool(self.servers) and self.chat is not None
+
+    @property
+    def chats(self) -> bool:
+        """Whether its texts are asked for as messages."""
+        return self.only_writes or self.server.text == "chat"
 
     @property
     def is_student(self) -> bool:
         """Whether its weights are those that are trained: it has none of its own."""
-        return self.path in ("base", "student")
+        return self.path in ("base", "student") and not self.only_writes
 
     @property
     def follows(self) -> bool:
@@ -213,7 +232,7 @@ class TeacherConfig(ModelConfig):
 
     def lacks(self, student: StudentConfig, graded: bool) -> str:
         """What a complete run has and this one does not; `graded`: it has a grader."""
-        if self.path == "base" and student.lora is None:
+        if self.path == "base" and student.lora is None and not self.only_writes:
             return (
                 'teacher.path is "base", the student without its adapter, but the student has no adapter: it would be '
                 "its own teacher and learn nothing. Set teacher.path, or a [student.lora] section."

@@ -158,6 +158,8 @@ class Run(Settings):
         several = (*values["teachers"].values(), *values["readers"].values())
         for served in (values["rollout"], values["teacher"], *several):
             served["servers"] = bool(served["servers"])
+            if chat := served.get("chat"):
+                served["chat"] = {name: x for name, x in chat.items() if not name.startswith("max_")}
             served["server"] = {name: served["server"].get(name) for name in ("kind", "model", "text")}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -159,9 +159,8 @@ class Settings(Ranged):
         known = not isinstance(self.method, NamedMethod) and self.rollout.policy is None
         if known and not (self.method.objective.readers or self.method.rollout.needs_teacher_text):
             return "nobody"
-        return ", ".join(f"{name}: {shown(x.path)}" for name, x in self.teachers.items()) or shown(
-            self._only_teacher.path
-        )
+        each = ", ".join(f"{name}: {shown(x.title)}" for name, x in self.teachers.items())
+        return each or shown(self._only_teacher.title)
 
     @property
     def readers_said(self) -> str:

@@ -92,6 +92,8 @@ def draw_sample(parts: Parts, num_prompts: int, max_new_tokens: int) -> Sample:
     rollouts, as_read = _read(parts, rollouts)
     diagnoses = {}
     for chosen, teacher in parts.teacher.parts(rollouts):
+        if Needs.SAMPLED not in teacher.capabilities:  # it only writes: there are no numbers to look at
+            continue
         answers, told = [rollouts[i] for i in chosen], [as_read[i] for i in chosen]
         diagnoses[answers[0].prompt.teacher] = _diagnose(parts, teacher, answers, told, limit)
     step_rollouts = rollouts
@@ -99,6 +101,8 @@ def draw_sample(parts: Parts, num_prompts: int, max_new_tokens: int) -> Sample:
         step_rollouts = _write(parts, prompts, parts.run.policy, limit)
         if parts.grader is not None:
             step_rollouts = graded(parts.grader, step_rollouts, parts.tokenizer)
+    if Needs.CHUNKS in parts.objective.needs:  # every call may cost something
+        step_rollouts = step_rollouts[:1]
     return Sample(
         rollouts=rollouts,
         limit=limit,

@@ -30,7 +30,7 @@ def check_servers(subject: Subject, *, weights: bool) -> Iterator[Check]:
     """All checks of servers, from reachable to fast; checks that need a missing answer are left out.  `weights`:
     compare with a forward pass in this process, if the teacher's weights are in a local folder."""
     config, teacher = subject.run.teacher, subject.teacher
-    if not config.servers or teacher is None:
+    if not config.servers or (teacher is None and not config.only_writes):
         return
     patience = min(config.server.deadline_seconds, _PATIENCE)
     settings = dataclasses.replace(config.server, deadline_seconds=patience)
@@ -43,6 +43,8 @@ def check_servers(subject: Subject, *, weights: bool) -> Iterator[Check]:
         return
     root = f" ({card.root})" if card.root and card.root != card.id else ""
     yield ok("servers", f"{len(config.servers)} answer, and serve {card.id}{root}")
+    if teacher is None:
+        return
     tokenizers = list(_check_tokenizers(config.servers, settings, card.id, teacher))
     yield from tokenizers
     if refusal := dialect_of(settings).no_scores:

@@ -25,6 +25,7 @@ from tropd.model.loading import load_tokenizer
 from tropd.objective.evidence import Needs
 from tropd.servers.dialects import dialect_of
 from tropd.teachers.bridged import Bridged
+from tropd.teachers.chat import ChatTeacher
 from tropd.teachers.loading import shares_model
 from tropd.teachers.local import LocalTeacher, same_vocabulary
 from tropd.teachers.routed import shared_by
@@ -191,6 +192,8 @@ def read_subject(run: Run) -> tuple[Subject | None, list[Check]]:
 
 def offered_by(config: TeacherConfig) -> Needs:
     """The evidence that such a teacher offers."""
+    if config.only_writes:
+        return ChatTeacher.capabilities
     if config.servers:
         return dialect_of(config.server).capabilities
     return LocalTeacher.capabilities

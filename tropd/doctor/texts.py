@@ -25,6 +25,7 @@ def check_tokenizers(subject: Subject) -> Iterator[Check]:
     if teacher is None:
         whose = "is your own" if subject.run.teacher.is_own else "is the base under the student's adapter"
         whose = "is the student itself" if subject.run.teacher.path == "student" else whose
+        whose = "only writes, and has its own" if subject.run.teacher.only_writes else whose
         yield ok("tokenizers", f"{num_tokens} tokens; the teacher {whose}")
     elif subject.run.teacher.bridge is not None:
         return  # `check_bridge` says more
@@ -77,7 +78,8 @@ def check_stops(subject: Subject) -> Iterator[Check]:
     if teacher is None:
         whose = "your own" if subject.run.teacher.is_own else "the student's base"
         whose = "the student" if subject.run.teacher.path == "student" else whose
-        teaches = "" if nobody_teaches(subject.run) else f"; the teacher is {whose}"
+        silent = nobody_teaches(subject.run) or subject.run.teacher.only_writes
+        teaches = "" if silent else f"; the teacher is {whose}"
         yield ok("stop tokens", f"answers end with {names}{teaches}")
         return
     if subject.run.teacher.bridge is not None:
@@ -118,6 +120,7 @@ def check_templates(subject: Subject) -> Iterator[Check]:
         return
     if teacher is None:
         said = "whose texts the teacher reads" if subject.run.teacher.is_own else "which is the teacher's as well"
+        said = "and a chat endpoint has its own" if subject.run.teacher.only_writes else said
         yield ok("chat template", f"the student's, {said}")
         return
     if not teacher.tokenizer.chat_template:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tropd.model.one_pass import wanted
 from tropd.objective.context import World
 from tropd.objective.draws import uniform
-from tropd.objective.evidence import OF_TEACHER, Needs, StudentView, Tokens
+from tropd.objective.evidence import OF_MODEL, Needs, StudentView, Tokens
 from tropd.objective.handed import teacher_evidence
 from tropd.objective.support import expected_gap
 from tropd.rollout.engine import Engine
@@ -30,7 +30,7 @@ END = 0
 class TabularLM(Engine, Teacher):
     """A table of next-token logits, float64."""
 
-    capabilities = OF_TEACHER & ~Needs.HIDDEN & ~Needs.LOOKAHEAD
+    capabilities = OF_MODEL & ~Needs.HIDDEN & ~Needs.LOOKAHEAD
     device = torch.device("cpu")
     expands = frozenset[str]()
     margin: float | None = 1e-6

@@ -61,6 +61,7 @@ from tropd.methods.adwin import ADWIN as ADWIN
 from tropd.methods.trb import TRB as TRB
 from tropd.methods.skd import SKD as SKD
 from tropd.methods.kat import KAT as KAT
+from tropd.methods.omniopd import OmniOPD as OmniOPD
 # isort: on
 
 

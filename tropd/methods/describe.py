@@ -48,6 +48,10 @@ EVIDENCE: dict[Needs, tuple[str, str]] = {
         "KL(student || teacher) over the whole vocabulary at each token",
         "no server: the teacher must be in this process",
     ),
+    Needs.CHUNKS: (
+        "how much what the teacher writes in place of some chunks resembles them",
+        "any chat endpoint with OpenAI's API",
+    ),
     Needs.HIDDEN: ("the teacher's hidden states", "no server: the teacher must be one model in this process"),
     Needs.STUDENT_AT_TOPK: (
         "the student's log-probabilities at the teacher's likeliest tokens, before the gradient pass",
@@ -171,6 +175,8 @@ def _teacher_text(method: Method) -> str:
         return "A model in this process: it has a say in each token that is written." + texts
     if not needs:
         return "The teacher is never asked for a probability." + texts
+    if Needs.CHUNKS in needs:
+        return "A teacher that only writes, on any chat endpoint; it says no probability." + texts
     here = [str(n.name) for n in needs if EVIDENCE[n][1].startswith("no server")]
     if here:
         return f"A teacher in this process: no server gives {' or '.join(here)}." + texts

@@ -3,6 +3,7 @@
 from tropd.objective.agreement import Agreement, ContrastiveHinge
 from tropd.objective.borrow import distillation_loss
 from tropd.objective.bridge import Bridge
+from tropd.objective.chunks import Audited, ChunkSupport, WeighedLikelihood
 from tropd.objective.context import Context, Reach
 from tropd.objective.evidence import Needs, StudentView, Tokens
 from tropd.objective.handed import ReaderEvidence
@@ -27,7 +28,9 @@ from tropd.objective.terms import Reward, Selector, Term, TokenLoss
 __all__ = [
     "Agreement",
     "AtMost",
+    "Audited",
     "Bridge",
+    "ChunkSupport",
     "Context",
     "ContrastiveHinge",
     "Counts",
@@ -54,5 +57,6 @@ __all__ = [
     "Term",
     "TokenLoss",
     "Tokens",
+    "WeighedLikelihood",
     "distillation_loss",
 ]

@@ -44,6 +44,8 @@ class Needs(Flag):
     HIDDEN = auto()
     """The teacher's last hidden states: with the teacher's head, FULL is computed from them a tile at a time."""
     TEACHER_ENTROPY = auto()
+    CHUNKS = auto()
+    """How much what the teacher writes in place of some chunks resembles them (`tropd.objective.chunks`)."""
     STUDENT_ENTROPY = auto()
     REVERSE_KL = auto()
     """KL(student || teacher) over the whole vocabulary at each token, as a number without gradient."""
@@ -56,17 +58,10 @@ class Needs(Flag):
     pass of the teacher, with these tokens as branches of the text."""
 
 
-OF_TEACHER = (
-    Needs.SAMPLED
-    | Needs.TOPK
-    | Needs.STUDENT_TOPK
-    | Needs.FULL
-    | Needs.HIDDEN
-    | Needs.TEACHER_ENTROPY
-    | Needs.REVERSE_KL
-    | Needs.LOOKAHEAD
-)
+OF_TEACHER = ~(Needs.STUDENT_AT_TOPK | Needs.STUDENT_ENTROPY | Needs.STUDENT_HIDDEN | Needs.REWARD)
 """The part of Needs that only a teacher can answer."""
+OF_MODEL = OF_TEACHER & ~Needs.CHUNKS
+"""What of it a model in this process answers."""
 
 
 def joined(*asks: Mapping[str, Needs]) -> dict[str, Needs]:
@@ -90,6 +85,8 @@ _SOURCE = {
     "full_logprobs_NV": Needs.FULL,
     "teacher_hidden_NH": Needs.HIDDEN,
     "teacher_entropy_N": Needs.TEACHER_ENTROPY,
+    "teacher_chunks_N": Needs.CHUNKS,
+    "teacher_support_N": Needs.CHUNKS,
     "student_entropy_N": Needs.STUDENT_ENTROPY,
     "reverse_kl_N": Needs.REVERSE_KL,
     "hidden_NH": Needs.STUDENT_HIDDEN,
@@ -178,6 +175,7 @@ class Tokens(Evidence):
         *("teacher_logprobs_N", "teacher_topk_ids_NK", "teacher_topk_logprobs_NK", "teacher_at_student_topk_NJ"),
         *("teacher_full_logprobs_NV", "teacher_hidden_NH", "teacher_entropy_N", "reverse_kl_N", "columns"),
         *("student_at_topk_NK", "teacher_lookahead_NJ", "read_S", "read_N", "num_read_S"),
+        *("teacher_chunks_N", "teacher_support_N"),
     )
 
     token_ids_N: Tensor
@@ -215,6 +213,10 @@ class Tokens(Evidence):
     teacher_hidden_NH: Tensor = ABSENT
     teacher_entropy_N: Tensor = ABSENT
     reverse_kl_N: Tensor = ABSENT
+    teacher_chunks_N: Tensor = ABSENT
+    """n > 0 in the n-th chunk of a response, -n where the teacher was asked and did not answer, 0 elsewhere."""
+    teacher_support_N: Tensor = ABSENT
+    """How much what the teacher wrote resembles the token's chunk, summed over its continuations; else 0."""
     columns: Mapping[str, Tensor] = cast("Mapping[str, Tensor]", None)
     """What else the teacher says of each token, by name: a row per token."""
     read_S: Tensor = ABSENT

@@ -13,6 +13,7 @@ from torch import Tensor
 from tropd.objective.acceptance import Accepted, Rejected
 from tropd.objective.agreement import Agreement, ContrastiveHinge
 from tropd.objective.borrow import distillation_loss, positions_of
+from tropd.objective.chunks import Audited, ChunkSupport, WeighedLikelihood
 from tropd.objective.context import Context
 from tropd.objective.controls import AtRandom, RandomWindow, Shuffled
 from tropd.objective.evidence import StudentView, Tokens, around
@@ -80,9 +81,11 @@ __all__ = [
     "Agreement",
     "AtMost",
     "AtRandom",
+    "Audited",
     "Author",
     "BeforeTrap",
     "BestResponses",
+    "ChunkSupport",
     "Clip",
     "Context",
     "ContrastiveHinge",
@@ -151,6 +154,7 @@ __all__ = [
     "UnionForwardKL",
     "VerdictsAgree",
     "Verified",
+    "WeighedLikelihood",
     "chain",
     "distillation_loss",
     "smoothed",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tropd.errors import ConfigError, EvidenceError, TrainingDiverged
+from tropd.objective.chunks import Audit, audits
 from tropd.objective.context import Context, Reach
 from tropd.objective.evidence import Needs, StudentView, Tokens, at_least_float32, joined
 from tropd.objective.plan import Counts, Plan, make_plan
@@ -102,6 +103,14 @@ class Objective:
     @property
     def student_top_k(self) -> int:
         return self._width("student", Needs.STUDENT_TOPK)
+
+    def audit_of(self, reader: str) -> Audit | None:
+        """Which chunks a reader is to write anew, if any."""
+        asked = set().union(*(audits(piece, READER) for term in self.terms for piece in (term.where, term.loss)))
+        own = {audit for who, audit in asked if who == reader}
+        if len(own) > 1:
+            raise ConfigError(f"reader {reader!r} is asked for chunks in {len(own)} ways at once. Ask for them in one.")
+        return next(iter(own), None)
 
     def _width(self, whose: str, need: Needs, reader: str | None = None) -> int:
         pieces = [(term, piece) for term in self.terms for piece in (term.where, term.loss)]

@@ -23,6 +23,7 @@ from tropd.doctor.prompts import check_lengths
 from tropd.doctor.readers import readers_said
 from tropd.doctor.subject import Subject, read_subject
 from tropd.errors import ConfigError
+from tropd.planning.calls import Calls, calls_of
 from tropd.planning.devices import Device
 from tropd.planning.readers import reader_sizes
 from tropd.planning.work import Phase, Size, Texts, at_once, phases_of, sizes_of, texts_of
@@ -51,6 +52,8 @@ class Forecast:
     """Bytes of the weights that every rollout server gets after a step."""
     score_bytes: float
     """Bytes that the teacher's servers send in a step."""
+    calls: Calls | None = None
+    """What a teacher that only writes is asked for in a step."""
     cautions: tuple[str, ...] = ()
     """Notes on prompts that would be skipped."""
 
@@ -61,8 +64,8 @@ class Forecast:
 
     @property
     def teachers(self) -> int:
-        """The number of teacher servers; if 0, the trainers hold the teacher."""
-        return len(self.run.teacher.servers)
+        """The number of teacher servers; if 0, the trainers hold the teacher, or an endpoint that nobody counts."""
+        return 0 if self.run.teacher.only_writes else len(self.run.teacher.servers)
 
     @property
     def all_devices(self) -> int:
@@ -171,8 +174,9 @@ def make_forecast(run: Run, device: Device, num_devices: int = 1) -> Forecast:
         each=_on_each(run, subject, share, student, num_devices, texts),
         texts=texts,
         phases=phases_of(run, texts, student, teacher, need, num_devices, reader_sizes(run, student, where)),
-        served={name: float(size) for name, (servers, size) in held.items() if servers},
+        served={name: float(size) for name, (servers, size) in held.items() if servers and size},
         weights_bytes=weights,
+        calls=calls_of(run, texts),
         score_bytes=texts.answered * per_token if run.teacher.servers else 0.0,
         cautions=(*map(str, lengths), *readers_said(run, where)),
     )

@@ -196,7 +196,7 @@ def phases_of(
     own = at_once(run, texts, run.rollout.server if run.rollout.servers else None)
     theirs = at_once(run, texts, run.teacher.server if run.teacher.servers else None)
     objective = run.method.objective
-    theirs_too = [name for name in asked_of(run) if has_teachers_model(run, name)]
+    theirs_too = [name for name in asked_of(run) if has_teachers_model(run, name) and not run.teacher.only_writes]
     writing = [
         _writing(student, texts.by_student, texts.prompt + texts.prefix, new, own, run.rollout.servers),
         _writing(teacher, texts.by_student * texts.jointly, texts.told + texts.prefix, new, own),

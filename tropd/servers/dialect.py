@@ -6,7 +6,7 @@ for everything that it cannot do.  No other code in tropd depends on the kind of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +96,8 @@ class Dialect:
     """The flag that allows a larger top-k, if it needs one."""
     context_flag: ClassVar[str] = "its context"
     """The flag that allows longer texts."""
+    goes_on: ClassVar[Mapping[str, Any]] = {}
+    """What a chat request needs beside the assistant's unfinished turn, for the server to go on with it."""
     raw_flag: ClassVar[str] = ""
     """The flag, if any, without which log-probabilities may depend on the request's temperature."""
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar, cast
 
 from tropd.config.models import ServerConfig
-from tropd.errors import ServerGarbled, ServerUnavailable
+from tropd.errors import ServerError, ServerGarbled, ServerRefused, ServerUnavailable
 from tropd.servers.client import Client
 
 T = TypeVar("T")
@@ -47,6 +47,8 @@ class Job(Generic[T]):
     num_tokens: int = 1
     """Its load: tokens to read and tokens that may be written."""
     limit_bytes: int = 2**20
+    otherwise: Callable[[ServerError], T | None] | None = None
+    """Its value where it failed for good while others may not: refused, or never usable.  None: the failure stands."""
 
     def then(self, change: Callable[[T], U]) -> Job[U]:
         """The same request, with its value passed through `change`; a ServerGarbled of `change` repeats the request."""
@@ -105,7 +107,7 @@ class Pool:
                 if job is None:
                     return
                 try:
-                    results[index] = self._carry_out(job, stop)
+                    results[index] = self._value(job, stop)
                 except BaseException as failure:  # handed to the caller below
                     failures.append(failure)
                     stop.set()
@@ -130,6 +132,15 @@ class Pool:
         for client in self.clients:
             client.close()
 
+    def _value(self, job: Job[T], stop: threading.Event) -> T:
+        try:
+            return self._carry_out(job, stop)
+        except (ServerGarbled, ServerRefused) as failure:
+            value = None if job.otherwise is None else job.otherwise(failure)
+            if value is None:
+                raise
+            return value
+
     def _carry_out(self, job: Job[T], stop: threading.Event) -> T:
         until: float | None = None
         avoided: list[_Server] = []
@@ -149,7 +160,7 @@ class Pool:
                 failure = error
                 garbled += 1
                 avoided.append(server)
-                log.warning("%s: %s", job.name, error)
+                log.log(logging.WARNING if job.otherwise is None else logging.DEBUG, "%s: %s", job.name, error)
                 if garbled >= GARBLED:
                     raise ServerGarbled(
                         f"{job.name}: {garbled} answers could not be used, the last from {server.client.url}: {error}"

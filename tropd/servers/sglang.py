@@ -67,6 +67,7 @@ class SGLang(Dialect):
     """Token ids in and out."""
 
     kind = "sglang"
+    goes_on = {"continue_final_message": True}  # noqa: RUF012
     capabilities = Needs.SAMPLED | Needs.TOPK
     no_weights = "weights can be given to vLLM servers only."
     program = ("python", "-m", "sglang.launch_server", "--model-path")

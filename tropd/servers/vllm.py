@@ -86,6 +86,7 @@ class Vllm(Dialect):
     """Token ids in and out; takes weights while it runs."""
 
     kind = "vllm"
+    goes_on = {"continue_final_message": True, "add_generation_prompt": False}  # noqa: RUF012
     capabilities = Needs.SAMPLED | Needs.TOPK
     weights = VllmWeights()
     program = ("vllm", "serve")

@@ -16,7 +16,7 @@ from tropd.errors import ConfigError
 from tropd.model.forward import Forward
 from tropd.model.head import tiles
 from tropd.model.likeliest import likeliest
-from tropd.objective.evidence import OF_TEACHER, Needs, Tokens
+from tropd.objective.evidence import OF_MODEL, Needs, Tokens
 from tropd.teachers.teacher import Teacher
 
 Whole = Callable[[Tokens], Tensor]
@@ -37,7 +37,7 @@ def wholes_of(readers: Mapping[str, Teacher]) -> dict[str, Whole]:
 class Combined(Teacher):
     """A reader made of others, which are asked for their hidden states in its place."""
 
-    capabilities = OF_TEACHER & ~Needs.HIDDEN & ~Needs.REVERSE_KL & ~Needs.LOOKAHEAD
+    capabilities = OF_MODEL & ~Needs.HIDDEN & ~Needs.REVERSE_KL & ~Needs.LOOKAHEAD
 
     def __init__(self, name: str, mixture: Mixture, readers: Mapping[str, Teacher], tile_tokens: int) -> None:
         self.name, self.mixture, self.tile_tokens = name, mixture, tile_tokens

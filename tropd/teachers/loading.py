@@ -30,6 +30,7 @@ from tropd.model.origins import Origin, origin_of, origin_of_objects
 from tropd.model.tiling import Tiling
 from tropd.objective.evidence import Needs
 from tropd.teachers.bridged import Bridged
+from tropd.teachers.chat import meet_chat
 from tropd.teachers.combined import Combined
 from tropd.teachers.directions import added
 from tropd.teachers.following import Follower, Swapped
@@ -135,7 +136,7 @@ def find(run: Run, tokenizer: PreTrainedTokenizerBase, given: Any = None) -> lis
                 teacher.model, teacher.tokenizer = of
             elif teacher.config.is_own:
                 teacher.own = make_teacher(teacher.config)
-            else:
+            elif not teacher.config.only_writes:
                 teacher.tokenizer = load_tokenizer(teacher.config, "teacher")
             if teacher.tokenizer is not None and not teacher.config.bridge:
                 same_vocabulary(tokenizer, teacher.tokenizer)
@@ -185,7 +186,7 @@ def shared_size(teachers: Sequence[TeacherParts], student: Any, tokenizer: PreTr
     for teacher in (x for x in teachers if not x.config.bridge):
         if teacher.model is not None:
             sizes.append(shared_vocab_size(student, tokenizer, teacher.model, teacher.tokenizer))
-        elif teacher.config.servers and not teacher.config.follows:
+        elif teacher.tokenizer is not None and teacher.config.servers and not teacher.config.follows:
             sizes.append(served_size(teacher.config, teacher.tokenizer))
     return min(sizes)
 
@@ -214,7 +215,12 @@ def engage(
         size = own_size(teacher) if teacher.config.bridge else vocab_size
         local = partial(LocalTeacher, name=teacher.name, vocab_size=size, tiling=tiling)
         top_k = objective.top_k_of(teacher.name if teacher.reader else READER)
-        if teacher.config.servers and not teacher.config.follows:
+        if teacher.config.only_writes:
+            with teacher.named():
+                teacher.served = meet_chat(teacher.config, directory, world, teacher.name)
+            ready[teacher.origin] = teacher.served.teacher
+            notes += teacher.says(teacher.served.notes)
+        elif teacher.config.servers and not teacher.config.follows:
             with teacher.named():
                 teacher.served = meet_teacher(
                     teacher.config, top_k, size, teacher.tokenizer, directory, world, name=teacher.name

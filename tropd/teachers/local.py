@@ -20,7 +20,7 @@ from tropd.model.head import causal_lm_of
 from tropd.model.lookahead import look_ahead, passes_of, takes_branches
 from tropd.model.one_pass import TopRows
 from tropd.model.tiling import Tiling
-from tropd.objective.evidence import OF_TEACHER, Needs
+from tropd.objective.evidence import OF_MODEL, Needs
 from tropd.objective.hidden import STATES
 from tropd.teachers.teacher import ScoreRequest, Teacher, TopKRows
 from tropd.types import Rollout, TeacherScores
@@ -38,7 +38,7 @@ class LocalTeacher(Teacher):
     """A model in this process.  It is frozen (evaluation mode, no gradients), unless it is the student's model: then
     `within` is the context for scoring, such as the adapter switched off, and the model is restored afterwards."""
 
-    capabilities = OF_TEACHER
+    capabilities = OF_MODEL
     forward: Forward
 
     def __init__(

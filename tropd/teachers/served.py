@@ -144,7 +144,13 @@ def serve_writer(
 ) -> tuple[Engine, list[str]]:
     """The engine that writes the teacher's texts, and notes on it.  `tokenizer` is the student's."""
     pool = Pool(config.servers, config.server)
-    if config.server.text == "chat":
+    chat = config.chat
+    if chat is not None and (chat.max_calls or chat.max_tokens):
+        raise ConfigError(
+            "teacher.chat has a limit, which counts continuations alone, but the method asks for the teacher's whole "
+            "texts. Leave max_calls and max_tokens out, or use a method without such texts."
+        )
+    if config.chats:
         return ChatWriter(pool, served.model, vocab_size, tokenizer, conversations(stream), name), [
             "the teacher's texts come from a chat endpoint and are tokenised again: their tokens may be cut otherwise "
             "than the teacher wrote them, and its own template is used."

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tropd.errors import EvidenceError
+from tropd.objective.chunks import Audit
 from tropd.objective.evidence import OF_TEACHER, Needs
 from tropd.types import Rollout, TeacherScores
 
@@ -46,7 +47,10 @@ class ScoreRequest:
 
     candidates_TJ: Sequence[Tensor] | None = None
     """Per rollout, the [T, J] ids in the place of each token to look beyond for Needs.LOOKAHEAD; -1 is no candidate."""
-
+    audit: Audit | None = None
+    """How Needs.CHUNKS compares chunks with what the teacher writes."""
+    chunks: Sequence[Sequence[range]] | None = None
+    """Per rollout, the chunks of its response that Needs.CHUNKS means, in ascending order."""
     columns: Sequence[str] = ()
     """What else the objective reads by name (`TeacherScores.columns`), such as hidden states of several layers."""
 
@@ -60,6 +64,10 @@ class ScoreRequest:
         if Needs.TOPK in self.needs and self.top_k < 1:
             raise EvidenceError(
                 f"Needs.TOPK was asked of teacher {teacher.name} with top_k = {self.top_k}; give top_k >= 1."
+            )
+        if Needs.CHUNKS in self.needs and (self.audit is None or self.chunks is None):
+            raise EvidenceError(
+                f"Needs.CHUNKS was asked of teacher {teacher.name} without chunks; give audit and chunks."
             )
         if Needs.STUDENT_TOPK in self.needs:
             if self.student_topk_ids_TJ is None:
@@ -86,6 +94,7 @@ class ScoreRequest:
             rollouts=[self.rollouts[i] for i in chosen],
             student_topk_ids_TJ=None if ids_TJ is None else [ids_TJ[i] for i in chosen],
             candidates_TJ=None if candidates_TJ is None else [candidates_TJ[i] for i in chosen],
+            chunks=None if self.chunks is None else [self.chunks[i] for i in chosen],
             top_k_rows=top_k_rows,
         )
 

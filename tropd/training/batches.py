@@ -119,6 +119,8 @@ _OF_SCORES = {
     "teacher_full_logprobs_NV": ("full_logprobs_TV", Needs.FULL),
     "teacher_hidden_NH": ("hidden_TH", Needs.HIDDEN),
     "teacher_lookahead_NJ": ("lookahead_TJ", Needs.LOOKAHEAD),
+    "teacher_chunks_N": ("chunks_T", Needs.CHUNKS),
+    "teacher_support_N": ("support_T", Needs.CHUNKS),
 }
 
 
@@ -141,7 +143,10 @@ def add_scores(
             joined[evidence] = torch.cat(rows).to(tokens.token_ids_N.device)
     if any(s.read_T is not None for s in scores):
         read_N = torch.cat(
-            [torch.ones_like(s.logprobs_T, dtype=torch.bool) if s.read_T is None else s.read_T for s in scores]
+            [
+                torch.ones(len(r.response_ids), dtype=torch.bool) if s.read_T is None else s.read_T.cpu()
+                for r, s in zip(rollouts, scores, strict=True)
+            ]
         )
         joined["read_N"] = read_N = read_N.to(tokens.token_ids_N.device)
         counted_N = (read_N & trained(tokens)).long()
@@ -170,7 +175,7 @@ def check_scores(rollouts: Sequence[Rollout], scores: Any, asked: Needs, columns
                 )
         for name, need in _OF_SCORES.values():
             value = getattr(score, name)
-            if value is None and not (need in asked or name == "logprobs_T"):
+            if value is None and need not in asked:
                 continue
             said, axes = f"teacher {score.teacher!r} gives {name}", len(name.rpartition("_")[2])
             if not isinstance(value, Tensor):

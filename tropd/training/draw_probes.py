@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
+from tropd.monitoring.chunks import probes_of_chunks
 from tropd.objective.heard import as_heard
 from tropd.rollout import draws
 from tropd.rollout.draw_check import MOST_TOKENS, alike
 from tropd.rollout.draw_check import read as read_draws
 from tropd.training.assembly import Parts
 from tropd.training.batches import ScoredBatch
-from tropd.types import Author, Rollout, Sampling
+from tropd.types import READER, Author, Rollout, Sampling
 
 
 def probes_of_student(parts: Parts, rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -34,9 +35,12 @@ def probes_of_student(parts: Parts, rollouts: Sequence[Rollout]) -> dict[str, fl
 
 
 def probes_of_teacher(parts: Parts, batch: ScoredBatch) -> dict[str, float]:
-    """Probes of the texts that the teacher's servers drew, on the first visit to a prompt: later visits repeat them."""
+    """Probes of what the teacher wrote: its continuations, if it only writes, else the texts that its servers drew, on
+    the first visit to a prompt, because later visits repeat them."""
     run, tokens = parts.run, batch.tokens
-    drawn = {n for n, t in run.all_teachers.items() if t.servers and t.server.text == "tokens"}
+    if (audit := parts.objective.audit_of(READER)) is not None:
+        return probes_of_chunks(tokens, audit, parts.world)
+    drawn = {n for n, t in run.all_teachers.items() if t.servers and not t.chats}
     if not drawn or run.rollout.teacher_sampling != Sampling():
         return {}
     evidence: draws.Evidence = {}

@@ -18,6 +18,7 @@ from tropd.base.reading import nearest
 from tropd.errors import EvidenceError
 from tropd.model.one_pass import can_fuse
 from tropd.monitoring.sample import sampled_rows
+from tropd.objective.chunks import asked_chunks
 from tropd.objective.context import Context, Reach
 from tropd.objective.evidence import OF_TEACHER, Needs, Tokens
 from tropd.objective.lookahead import candidates_of
@@ -28,8 +29,9 @@ from tropd.training.batches import AsRead, ScoredBatch, add_scores, check_scores
 from tropd.training.protocols import Learner
 from tropd.types import READER, Author, Rollout, TeacherScores
 
-PASS_NEEDS = Needs.STUDENT_ENTROPY | Needs.STUDENT_TOPK | Needs.REVERSE_KL
+PASS_NEEDS = Needs.STUDENT_ENTROPY | Needs.STUDENT_TOPK | Needs.REVERSE_KL | Needs.CHUNKS
 """The student's evidence that must exist before the gradient pass."""
+CHAT = "a teacher that only writes: teacher.servers and a section [teacher.chat]."
 
 
 def by_name(teacher: Teacher | Mapping[str, Teacher]) -> Mapping[str, Teacher]:
@@ -52,8 +54,8 @@ def check_evidence(objective: Objective, teacher: Teacher | Mapping[str, Teacher
             whose = "" if reader == READER else f"reader {reader!r}: "
             raise EvidenceError(
                 f"{whose}term {', '.join(map(repr, terms))} of method {name!r} needs {_names(lacking)} from "
-                f"{_offers(readers[reader], lacking)}. Use another method (`tropd methods`), or a teacher in this "
-                "process, which can answer everything."
+                f"{_offers(readers[reader], lacking)}. Use another method (`tropd methods`), or "
+                + (CHAT if Needs.CHUNKS in lacking else "a teacher in this process, which can answer everything.")
             )
     if Needs.REWARD in objective.needs and not grader:
         raise EvidenceError(
@@ -112,7 +114,8 @@ def score(
         tokens = tokens.with_(groups_S=tokens.groups_S * context.world.size + context.world.rank)
     student: dict[str, Tensor] = {}
     if recall or objective.needs & PASS_NEEDS:
-        student = learner.measure(rollouts, objective.needs, objective.student_top_k)
+        peaks = Needs.STUDENT_ENTROPY if Needs.CHUNKS in objective.needs else Needs.NOTHING
+        student = learner.measure(rollouts, objective.needs | peaks, objective.student_top_k)
     tokens, read, measured = tokens.with_(**student), dict(as_read or {}), bool(student)
     asked = asked_of(objective, readers)
     parts = {part for x in map(readers.get, asked) if isinstance(x, Combined) for part in x.mixture.readers}
@@ -182,7 +185,8 @@ class _Reading:
             return self._heard(tokens, learner, context)
         if scores is None or self.is_part:
             looks = Needs.LOOKAHEAD in needs
-            how = {
+            how: dict[str, Any] = {
+                **asked_chunks(self.objective.audit_of(self.name), tokens),
                 "student_topk_ids_TJ": self._by_rollout(tokens.peek("student_topk_ids_NJ")),
                 "candidates_TJ": self._by_rollout(candidates_of(self.objective, tokens, self.name) if looks else None),
             }
