@@ -29,7 +29,16 @@ def test_text_that_a_teacher_cannot_write_is_shown(tmp_path: Path) -> None:
     assert any("'fox ⅷ fox' becomes 'fox <unk>" in text for text in said)
 
 
-def test_a_bridge_without_a_tokenizer_on_its_other_side_is_refused(tmp_path: Path) -> None:
-    run = bridged(world_of(tmp_path, "characters"), teacher={"path": "base"}, student={"lora": {"rank": 2}})
-    (found,) = [check for check in examine(run, num_prompts=0) if check.name == "bridge"]
-    assert found.level == "error" and "reads the student's tokens" in str(found)
+def test_what_a_reader_gets_across_its_bridge_is_shown(tmp_path: Path) -> None:
+    world = world_of(tmp_path, "characters")
+    readers = {"second": {"path": str(world / "other"), "bridge": {"longest": 2}}, "told": {"path": "teacher"}}
+    checks = examine(bridged(world, readers=readers), num_prompts=0)
+    (special, chunks) = [str(check) for check in checks if check.name == "readers.second.bridge"]
+    assert "readers.second.bridge.special" in special and "stand against one" in chunks
+    briefed = [str(check) for check in checks if check.name == "briefing"]
+    assert len(briefed) == 3 and all("the same in its own tokens" in text for text in briefed)
+
+
+def test_the_doctor_refuses_a_method_whose_evidence_does_not_cross(tmp_path: Path) -> None:
+    run = bridged(world_of(tmp_path, "characters"), method={"name": "tropd", "guidance": False})
+    assert any(check.level == "error" and "needs TOPK" in str(check) for check in examine(run, num_prompts=0))

@@ -78,7 +78,8 @@ def _cut(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list
     if not tokenizer.is_fast:
         raise VocabularyError(
             f"the tokenizer {type(tokenizer).__name__} does not say which characters a token stands for, which a "
-            "bridge between tokenizers needs. Use a fast tokenizer of the teacher (a folder with tokenizer.json)."
+            "bridge between tokenizers needs. Use a fast one (a folder with tokenizer.json)."
         )
-    cut = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    # What a model spelled out in letters is no special token, whatever it is called.
+    cut = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)
     return list(cut["input_ids"]), [(start, end) for start, end in cut["offset_mapping"]]

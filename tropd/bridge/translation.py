@@ -6,13 +6,13 @@ turn becomes the token that ends the teacher's, whatever they are called.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tropd.bridge.chunks import Chunk, chunks_of, is_read
-from tropd.bridge.spelling import decode, encoded, spelled
+from tropd.bridge.spelling import BROKEN, decode, encoded, spelled
 from tropd.config.bridge import BridgeConfig
 from tropd.data import chat
 from tropd.errors import VocabularyError
@@ -51,10 +51,7 @@ class Bridge:
     @cached_property
     def special(self) -> Mapping[int, int | None]:
         """The student's special tokens, and what the teacher has for each; None: nothing."""
-        theirs = {str(token): index for index, token in self.teacher.added_tokens_decoder.items()}
-        theirs |= dict(zip(self.teacher.all_special_tokens, self.teacher.all_special_ids, strict=True))
-        own = {index: str(token) for index, token in self.student.added_tokens_decoder.items()}
-        own |= dict(zip(self.student.all_special_ids, self.student.all_special_tokens, strict=True))
+        own, theirs = _special_of(self.student), {name: index for index, name in _special_of(self.teacher).items()}
         wanted = dict(self.config.special)
         for name, other in wanted.items():
             if name not in own.values() or other not in theirs:
@@ -65,12 +62,18 @@ class Bridge:
                 )
         return {index: theirs.get(wanted.get(name, name)) for index, name in own.items()}
 
+    @cached_property
+    def special_back(self) -> Mapping[int, int | None]:
+        """The teacher's special tokens, and what the student has for each; None: nothing."""
+        known = {theirs: own for own, theirs in reversed(self.special.items()) if theirs is not None}
+        return {index: known.get(index) for index in _special_of(self.teacher)}
+
     def translate(self, response_ids: Sequence[int], prompt_ids: Sequence[int], ended: bool) -> Translation:
         """The response behind the teacher's prompt.  `ended`: its last token ends the turn."""
         ids, chunks, read = list[int](), list[Chunk](), list[Chunk]()
         place = 0
         after = self._opening(prompt_ids)
-        for part, special in self._parts(response_ids, ended):
+        for part, special in _parts(response_ids, self.special, ended):
             if special:
                 mapped = self.end if ended and place + 1 == len(response_ids) else self.special[part[0]]
                 text, theirs = decode(self.student, part), () if mapped is None else (mapped,)
@@ -91,27 +94,40 @@ class Bridge:
         return Translation(token_ids=tuple(ids), chunks=tuple(chunks), read=tuple(read))
 
     def back(self, token_ids: Sequence[int], ended: bool, end: int | None) -> tuple[int, ...]:
-        """A text that the teacher wrote, in the student's tokens; `end` ends the student's turn."""
-        own = token_ids[:-1] if ended else token_ids
-        text = decode(self.teacher, own)
-        ids = self.student.encode(text, add_special_tokens=False)
-        return (*ids, end) if ended and end is not None else tuple(ids)
-
-    def _parts(self, ids: Sequence[int], ended: bool) -> Iterator[tuple[tuple[int, ...], bool]]:
-        """Stretches of text, and special tokens one by one."""
-        text: list[int] = []
-        for n, index in enumerate(ids):
-            if index in self.special or (ended and n + 1 == len(ids)):
-                if text:
-                    yield tuple(text), False
-                    text = []
-                yield (index,), True
+        """A text that the teacher wrote, in the student's tokens; `end` ends the student's turn.  Special tokens that
+        the student lacks are left out, and so is the character in which a text was cut."""
+        own, ids = token_ids[:-1] if ended else token_ids, list[int]()
+        for part, special in _parts(own, self.special_back, ended=False):
+            if special:
+                mapped = self.special_back[part[0]]
+                ids += [] if mapped is None else [mapped]
             else:
-                text.append(index)
-        if text:
-            yield tuple(text), False
+                text = decode(self.teacher, part)
+                ids += encoded(self.student, text if ended else text.rstrip(BROKEN)).token_ids
+        return (*ids, end) if ended and end is not None else tuple(ids)
 
     def _opening(self, prompt_ids: Sequence[int]) -> str:
         last = [*prompt_ids[-_OPENING:]]
         text = decode(self.teacher, last)
         return text if self.teacher.encode(text, add_special_tokens=False) == last else ""
+
+
+def _special_of(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Tokens that stand for themselves, and their names."""
+    added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
+    return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+
+
+def _parts(ids: Sequence[int], special: Container[int], ended: bool) -> Iterator[tuple[tuple[int, ...], bool]]:
+    """Stretches of text, and special tokens one by one; `ended`: the last one is special in any case."""
+    text: list[int] = []
+    for n, index in enumerate(ids):
+        if index in special or (ended and n + 1 == len(ids)):
+            if text:
+                yield tuple(text), False
+                text = []
+            yield (index,), True
+        else:
+            text.append(index)
+    if text:
+        yield tuple(text), False

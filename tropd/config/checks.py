@@ -51,6 +51,7 @@ def check(run: Settings) -> None:
         _check_teacher(run)
     check_mixtures(run)
     _check_readers(run)
+    _check_bridges(run)
 
 
 def check_policy(run: Settings, graded: bool) -> None:
@@ -184,6 +185,28 @@ def _check_readers(run: Settings) -> None:
                 f'reader {name!r} has the path "teacher", the model of [teacher], so it has no servers, no knobs and '
                 "no rule to follow the student of its own. Leave them out, or set its path."
             )
+
+
+def _check_bridges(run: Settings) -> None:
+    teachers = {f"teachers.{name}": x for name, x in run.teachers.items()} or {"teacher": run.teacher}
+    for section, x in (teachers | {f"readers.{name}": x for name, x in run.readers.items()}).items():
+        if x.bridge is not None and x.server.text == "chat":
+            raise ConfigError(
+                f'{section}.server.text is "chat", whose texts come in the student\'s tokens, but {section}.bridge is '
+                f'for texts in the teacher\'s own. Set {section}.server.text = "tokens".'
+            )
+    sharing = [name for name, x in run.said_readers.items() if x.made_of is None and x.path == READER]
+    own = [name for name in sharing if name in run.readers and run.readers[name].bridge is not None]
+    if own:
+        raise ConfigError(
+            f"reader {own[0]!r} has a bridge, but it has the model of [teacher], and that one's tokenizer with it. "
+            f"Take [readers.{own[0]}.bridge] out; the reader has the bridge of its teacher."
+        )
+    if sharing and any(x.bridge is not None for x in run.teachers.values()):
+        raise ConfigError(
+            f"reader {sharing[0]!r} reads as the teacher of each prompt, but some of these have a tokenizer of their "
+            f"own, and a reader has one. Set readers.{sharing[0]}.path to a model."
+        )
 
 
 def _check_name(name: str, column: str) -> None:

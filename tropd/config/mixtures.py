@@ -82,7 +82,13 @@ def _check_part(run: Settings, name: str, part: str, readers: Mapping[str, Reade
             f"{', '.join(run.teachers)}. Make it of readers with a model: [readers.NAME] with a path."
         )
     shared = part == READER or readers[part].path == READER
-    if (run.all_teachers.get("default", TeacherConfig()) if shared else readers[part]).servers:
+    model = run.all_teachers.get("default", TeacherConfig()) if shared else readers[part]
+    if model.bridge is not None:
+        raise ConfigError(
+            f"reader {name!r} is made of reader {part!r}, which has a tokenizer of its own, and only the "
+            "log-probabilities of written tokens cross a bridge. Make it of readers that share the student's tokenizer."
+        )
+    if model.servers:
         raise ConfigError(
             f"reader {name!r} is made of reader {part!r}, which is on a server, and servers give no hidden states. "
             "Leave its servers out: the model is then in this process."
@@ -110,10 +116,11 @@ def _check_directions(run: Settings) -> None:
             continue
         shares = whose.startswith("reader") and x.path == READER
         model = run.all_teachers.get("default") if shares else x
-        if model is None or model.servers or model.is_own:
+        if model is None or model.servers or model.is_own or (shares and model.bridge):
             raise ConfigError(
                 f"{whose} has a direction, which is added to a layer of a model in this process, but its model is on a "
-                "server, code of your own, or one of several teachers. Set its path to a model, without servers."
+                "server, code of your own, behind a bridge, or one of several teachers. Set its path to a model, "
+                "without servers."
             )
         if run.parallel.teacher == "sharded":
             raise ConfigError(

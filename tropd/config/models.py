@@ -232,6 +232,11 @@ class TeacherConfig(ModelConfig):
 
     def lacks(self, student: StudentConfig, graded: bool) -> str:
         """What a complete run has and this one does not; `graded`: it has a grader."""
+        if self.bridge is not None and not self.is_model:
+            return (
+                f"it has a bridge, which is for a model with a tokenizer of its own, but its path is {self.path!r}, "
+                "which reads the student's tokens. Leave the bridge out, or set its path to a model."
+            )
         if self.path == "base" and student.lora is None and not self.only_writes:
             return (
                 'teacher.path is "base", the student without its adapter, but the student has no adapter: it would be '

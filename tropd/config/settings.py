@@ -130,8 +130,12 @@ class Settings(Ranged):
     @property
     def all_readers(self) -> dict[str, ReaderConfig]:
         """Those beside "teacher": as they are set, or else as the method prescribes.  One whose path is "teacher" has
-        the teacher's model, and only its own briefing."""
-        return {name: self._read_from(x) for name, x in self.said_readers.items()}
+        the teacher's model and tokenizer, and only its own briefing."""
+        readers = {name: self._read_from(x) for name, x in self.said_readers.items()}
+        if self.teachers or (bridge := self._only_teacher.bridge) is None:
+            return readers
+        own = {name for name, x in readers.items() if x.path != READER or x.mean or x.steered}
+        return {name: x if name in own else replace(x, bridge=bridge) for name, x in readers.items()}
 
     @property
     def said_readers(self) -> dict[str, ReaderConfig]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from tropd.bridge.spelling import decode
 from tropd.bridge.translation import Bridge, Translation
+from tropd.config.bridge import BridgeConfig
 from tropd.doctor.check import Check, error, ok, warning
 from tropd.doctor.subject import Side, Subject
 from tropd.errors import VocabularyError
@@ -16,23 +17,27 @@ _FEW = 0.5
 
 def check_bridge(subject: Subject) -> Iterator[Check]:
     """How the student's tokens map to those of a teacher with a tokenizer of its own."""
-    student, teacher, config = subject.student, subject.teacher, subject.run.teacher.bridge
-    if config is None:
-        return
-    if teacher is None:
-        yield error(
-            "bridge",
-            "teacher.bridge is for a teacher with a tokenizer of its own, but this one reads the student's tokens.",
-            "Leave teacher.bridge out.",
-        )
-        return
+    config, teacher = subject.run.teacher.bridge, subject.teacher
+    if config is not None and teacher is not None:
+        yield from _looked_at(subject, config, teacher, "teacher")
+
+
+def check_bridges_of_readers(subject: Subject) -> Iterator[Check]:
+    """The same for readers that have a model of their own."""
+    for name, side in subject.readers.items():
+        if (config := subject.run.all_readers[name].bridge) is not None:
+            yield from _looked_at(subject, config, side, f"readers.{name}")
+
+
+def _looked_at(subject: Subject, config: BridgeConfig, teacher: Side, section: str) -> Iterator[Check]:
+    student, name = subject.student, "bridge" if section == "teacher" else f"{section}.bridge"
     bridge = Bridge(student=student.tokenizer, teacher=teacher.tokenizer, config=config)
     try:
-        yield ok("bridge", _special(bridge, student, teacher))
+        yield ok(name, _special(bridge, student, teacher, section))
         texts = [text for prompt in subject.prompts if (text := _text_of(prompt.token_ids, bridge))]
         found = [(text, bridge.translate(_ids(text, bridge), (), False)) for text in dict.fromkeys(texts)]
     except VocabularyError as refusal:
-        yield error("bridge", str(refusal))
+        yield error(name, str(refusal))
         return
     if not found:
         return
@@ -48,17 +53,17 @@ def check_bridge(subject: Subject) -> Iterator[Check]:
     if longest is not None:
         said += f"; the longest chunk, {longest.sizes[0]} tokens against {longest.sizes[1]}, is {longest.text[:60]!r}"
     few = read < _FEW * tokens
-    yield (warning if few else ok)("bridge", said + ".", *(["Raise teacher.bridge.longest."] if few else []))
+    yield (warning if few else ok)(name, said + ".", *([f"Raise {section}.bridge.longest."] if few else []))
     if lost := next((pair for one in found if (pair := _lost(*one, bridge))), None):
         yield warning(
-            "bridge",
+            name,
             f"the teacher's tokenizer does not write every text: {lost[0]!r} becomes {lost[1]!r}. What it cannot "
             "write teaches nothing, and what it writes otherwise is read as the teacher writes it.",
             "Take a teacher whose tokenizer keeps text, or clean the data.",
         )
 
 
-def _special(bridge: Bridge, student: Side, teacher: Side) -> str:
+def _special(bridge: Bridge, student: Side, teacher: Side, section: str) -> str:
     """The map of special tokens, in words."""
     end = "nothing" if bridge.end is None else teacher.token(bridge.end)
     pairs = [
@@ -67,7 +72,7 @@ def _special(bridge: Bridge, student: Side, teacher: Side) -> str:
     lone = [student.token(own) for own, other in bridge.special.items() if other is None]
     parts = [f"the teacher has a tokenizer of its own; the end of a turn is {end} to it"]
     parts += [", ".join(pairs)] * bool(pairs)
-    parts += [f"it has nothing for {', '.join(lone)} (teacher.bridge.special)"] * bool(lone)
+    parts += [f"it has nothing for {', '.join(lone)} ({section}.bridge.special)"] * bool(lone)
     return "; ".join(parts)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tropd.briefings.briefing import AsStudent
 from tropd.config.run import Run
-from tropd.doctor.bridge import check_bridge
+from tropd.doctor.bridge import check_bridge, check_bridges_of_readers
 from tropd.doctor.check import Check, error, ok, warning
 from tropd.doctor.cost import check_disk, check_memory
 from tropd.doctor.method import (
@@ -46,6 +46,7 @@ OF_A_TEACHER: tuple[Look, ...] = (check_tokenizers, check_bridge, check_stops, c
 """Checks that run for each teacher."""
 
 QUICK: tuple[Look, ...] = (
+    check_bridges_of_readers,
     check_lengths,
     check_prompts,
     check_unknown,

@@ -194,6 +194,8 @@ def offered_by(config: TeacherConfig) -> Needs:
     """The evidence that such a teacher offers."""
     if config.only_writes:
         return ChatTeacher.capabilities
+    if config.bridge is not None:
+        return Bridged.capabilities
     if config.servers:
         return dialect_of(config.server).capabilities
     return LocalTeacher.capabilities

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from tropd.briefings.briefing import AsStudent
+from tropd.config.models import TeacherConfig
 from tropd.data import chat
 from tropd.doctor.check import Check, error, ok, warning
 from tropd.doctor.readers import nobody_teaches
@@ -163,11 +164,10 @@ def check_briefing(subject: Subject) -> Iterator[Check]:
     if subject.briefer is None or not subject.prompts:
         return
 
-    def shown(ids: Sequence[int], name: str = "") -> str:
-        teacher = subject.teacher if name == READER and subject.run.teacher.bridge is not None else None
-        tokenizer = (teacher or subject.student).tokenizer
-        return repr(str(tokenizer.decode(list(ids))))
+    def shown(ids: Sequence[int], side: Side | None = None) -> str:
+        return repr(str((side or subject.student).tokenizer.decode(list(ids))))
 
+    readers: dict[str, TeacherConfig] = {READER: subject.run.teacher, **subject.run.all_readers}
     prompt = subject.prompts[0]
     for name, who, ids, of_responses in subject.briefer.preview(prompt):
         if of_responses:
@@ -175,10 +175,12 @@ def check_briefing(subject: Subject) -> Iterator[Check]:
         else:
             lengths = sorted(len(one.told[name]) for one in subject.prompts)
             how = f"more, in prompts of {lengths[0]} to {lengths[-1]} tokens; a prompt"
+        config = readers[name]
         told = f"{who} is told {how}"
-        if isinstance(subject.run.teacher.briefing, AsStudent) and subject.run.teacher.bridge is not None:
+        if isinstance(config.briefing, AsStudent) and config.bridge is not None:
             told = f"{who} is told the same in its own tokens; a prompt"
-        both = f"as the student reads it: {shown(prompt.token_ids)}\nas {who} reads it: {shown(ids, name)}"
+        own = None if config.bridge is None else subject.readers.get(name) or subject.teacher
+        both = f"as the student reads it: {shown(prompt.token_ids)}\nas {who} reads it: {shown(ids, own)}"
         yield ok("briefing", f"{told}\n{both}")
 
 

@@ -40,6 +40,7 @@ class Bridged(Teacher):
         self.inner, self.tokenizer, self.size, self.config = inner, tokenizer, size, config
         self.name, self.noise, self.elsewhere = inner.name, inner.noise, inner.elsewhere
         self.bridge: Bridge | None = None
+        self.sharded = False
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, device: torch.device) -> None:
         self.bridge = Bridge(student=tokenizer, teacher=self.tokenizer, config=self.config)
@@ -51,7 +52,9 @@ class Bridged(Teacher):
         texts = [self._translated(rollout) for rollout in request.rollouts]
         sent = [i for i, text in enumerate(texts) if self._fits(request.rollouts[i], text)]
         rollouts = [_in_tokens_of(request.rollouts[i], texts[i]) for i in sent]
-        scores = self.inner.score(ScoreRequest(rollouts, Needs.SAMPLED)) if rollouts else []
+        if self.sharded and not rollouts:  # all processes ask a sharded teacher together
+            self.inner.score(ScoreRequest([_anything(request.rollouts[0])]))
+        scores = self.inner.score(ScoreRequest(rollouts)) if rollouts else []
         found = dict(zip(sent, scores, strict=True))
         return [self._back(rollout, texts[i], found.get(i)) for i, rollout in enumerate(request.rollouts)]
 
@@ -76,7 +79,8 @@ class Bridged(Teacher):
         return TeacherScores(logprobs_T=logprobs_T, read_T=read_T, teacher=score.teacher)
 
     def shard(self, world: Ranks) -> bool:
-        return self.inner.shard(world)
+        self.sharded = self.inner.shard(world)
+        return self.sharded
 
     def more_passes(self, number: int) -> int:
         return self.inner.more_passes(number)
@@ -100,6 +104,13 @@ def _in_tokens_of(rollout: Rollout, text: Translation) -> Rollout:
     )
 
 
+def _anything(rollout: Rollout) -> Rollout:
+    """A shortest text."""
+    first = rollout.prompt.token_ids[:1]
+    short = replace(rollout, prompt=replace(rollout.prompt, token_ids=first), token_ids=first)
+    return _in_tokens_of(short, Translation(token_ids=first, chunks=(), read=()))
+
+
 class BridgedWriter(Engine):
     """The teacher writes in its own tokens, and the text comes back in the student's."""
 
@@ -114,9 +125,10 @@ class BridgedWriter(Engine):
 
     def _back(self, request: Request, text: Completion) -> Completion:
         ids = self.bridge.back(text.token_ids, text.finish == Finish.STOP, self.end)
-        cut = ids[: request.max_new_tokens]
+        ends = next((n + 1 for n, index in enumerate(ids) if index in request.stop_ids), None)
+        cut = ids[: min(ends or len(ids), request.max_new_tokens)]
         silent = (0.0,) * len(cut)
-        finish = text.finish if len(cut) == len(ids) else Finish.LENGTH
+        finish = Finish.STOP if len(cut) == ends else Finish.LENGTH
         return Completion(token_ids=cut, behavior_logprobs=silent, model_logprobs=silent, finish=finish)
 
     def close(self) -> None:

@@ -141,7 +141,7 @@ def find(run: Run, tokenizer: PreTrainedTokenizerBase, given: Any = None) -> lis
             if teacher.tokenizer is not None and not teacher.config.bridge:
                 same_vocabulary(tokenizer, teacher.tokenizer)
             if teacher.own is not None:
-                _check_own(teacher.own)
+                _check_own(teacher.own, teacher.config)
     return teachers
 
 
@@ -160,9 +160,14 @@ def make_teacher(config: TeacherConfig) -> Teacher:
     return Own(name=config.path, knobs=config.knobs).make(Teacher, "teacher")
 
 
-def _check_own(teacher: Teacher) -> None:
+def _check_own(teacher: Teacher, config: TeacherConfig) -> None:
     """What a class of the user's own can get wrong before it is asked anything."""
     said = f"teacher {type(teacher).__name__}"
+    if config.bridge is not None:
+        raise ConfigError(
+            f"{said} has a bridge, which is for a model with a tokenizer of its own, but a class reads the student's "
+            "tokens. Give the model and its tokenizer, or leave the bridge out."
+        )
     if type(teacher).score is Teacher.score:
         raise ConfigError(f"{said} scores nothing. Define score(self, request) in it.")
     if not isinstance(teacher.capabilities, Needs):

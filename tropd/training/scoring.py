@@ -55,7 +55,7 @@ def check_evidence(objective: Objective, teacher: Teacher | Mapping[str, Teacher
             raise EvidenceError(
                 f"{whose}term {', '.join(map(repr, terms))} of method {name!r} needs {_names(lacking)} from "
                 f"{_offers(readers[reader], lacking)}. Use another method (`tropd methods`), or "
-                + (CHAT if Needs.CHUNKS in lacking else "a teacher in this process, which can answer everything.")
+                + (CHAT if Needs.CHUNKS in lacking else "a teacher in this process with the student's tokenizer, which can answer all.")
             )
     if Needs.REWARD in objective.needs and not grader:
         raise EvidenceError(
