@@ -65,7 +65,7 @@ class Bridge:
     @cached_property
     def special_back(self) -> Mapping[int, int | None]:
         """The teacher's special tokens, and what the student has for each; None: nothing."""
-        known = {theirs: own for own, theirs in reversed(self.special.items()) if theirs is not None}
+        known = {theirs: own for own, theirs in reversed([*self.special.items()]) if theirs is not None}
         return {index: known.get(index) for index in _special_of(self.teacher)}
 
     def translate(self, response_ids: Sequence[int], prompt_ids: Sequence[int], ended: bool) -> Translation:

@@ -26,11 +26,12 @@ from tropd.model.loading import load_tokenizer
 from tropd.monitoring.records import find_step
 from tropd.objective.context import Context
 from tropd.objective.evidence import StudentView, Tokens
+from tropd.objective.heard import as_heard
 from tropd.objective.memory import Memory
 from tropd.objective.objective import Objective
 from tropd.training.batches import ScoredBatch
 from tropd.training.kept_batch import load_batch
-from tropd.types import Author, StepRecord
+from tropd.types import READER, Author, StepRecord
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -139,7 +140,7 @@ def _of_batch(source: Path, batch: ScoredBatch, run: Run, step: int) -> Kept:
         token_ids=[r.token_ids for r in batch.rollouts],
         sequences_N=tokens.sequences_N.tolist(),
         places_N=places_N,
-        authors_N=[Author(a) for a in tokens.authors_N.tolist()],
+        authors_N=[Author(a) for a in as_heard(tokens, [READER]).authors_N.tolist()],
         student_N=student_N,
         teacher_N=(unknown_N if teacher_N is None else teacher_N).double(),
     )
@@ -209,14 +210,22 @@ def _of_rows(path: Path, rows: list[dict[str, Any]]) -> Kept:
         values = [row[column][t] if column in row else None for row, at in zip(rows, places, strict=True) for t in at]
         return torch.tensor([float("nan") if x is None else x for x in values], dtype=torch.float64)
 
+    def author(row: dict[str, Any], t: int) -> Author:
+        """What nobody could say anything of is nobody's, as in training."""
+        teaches = not known or any(row[column][t] for column in known)
+        return Author[row["authors"][t].upper()] if teaches else Author.ENVIRONMENT
+
     names = [name.removeprefix("weight_") for name in rows[0] if name.startswith("weight_")] if rows else []
+    known = (
+        ["teacher_logprobs", *(f"weight_{name}" for name in names)] if names and "teacher_logprobs" in rows[0] else []
+    )
     return Kept(
         source=path,
         ids=[row["id"] for row in rows],
         token_ids=[tuple(row["token_ids"]) for row in rows],
         sequences_N=[s for s, at in enumerate(places) for _ in at],
         places_N=[t for at in places for t in at],
-        authors_N=[of[t] for of, at in zip(authors, places, strict=True) for t in at],
+        authors_N=[author(row, t) for row, at in zip(rows, places, strict=True) for t in at],
         student_N=flat("behavior_logprobs"),
         teacher_N=flat("teacher_logprobs"),
         weights={name: flat(f"weight_{name}") for name in names},
