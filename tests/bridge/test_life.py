@@ -14,6 +14,7 @@ from tests.distributed.launch import distance
 from tests.distributed.launch import run as run_ranks
 from tests.small_runs import run_of, write_rows, write_run
 from tests.tiny import tiny_model
+from tests.told import COLUMN
 from tropd.bridge.translation import Bridge
 from tropd.cli.main import main
 from tropd.config.bridge import BridgeConfig
@@ -145,6 +146,24 @@ def test_a_step_is_inspected_by_the_tokens_that_are_taught(
     assert main(["inspect", str(tmp_path / "run"), "--step", "0"]) == 0
     said = capsys.readouterr().out
     assert "x = " in said and "x = unknown" not in said
+
+
+def test_a_teacher_with_another_tokenizer_is_evaluated_only_by_what_it_is_told(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model itself reads the briefing, in its own tokens."""
+    briefings = {}
+    for name, changes in (("bridged", {}), ("plain", {"bridge": None, "path": str(world / "teacher")})):
+        data = {"path": str(world / "told.jsonl")}
+        held_out = {"data": {"path": str(world / "told.jsonl"), "limit": 2}, "max_new_tokens": 4}
+        run = bridged(world, teacher={"briefing": COLUMN, **changes}, data=data, evaluation=held_out)
+        (tmp_path / f"{name}.toml").write_text(run.dump())
+        argv = ["evaluate", str(tmp_path / f"{name}.toml"), "--briefed", "-o", str(tmp_path / name)]
+        assert main(argv) == 0, capsys.readouterr().err
+        briefings[name] = (tmp_path / name / "briefed.jsonl").read_text()
+    assert briefings["bridged"] == briefings["plain"]
+    assert main(["evaluate", str(tmp_path / "bridged.toml"), "--decay", "0"]) == 2
+    assert "(teacher.bridge)" in capsys.readouterr().err
 
 
 def test_two_processes_that_share_a_teacher_across_a_bridge_train_the_student_of_one(

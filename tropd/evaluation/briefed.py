@@ -167,4 +167,6 @@ def _candidate(run: Run, config: TeacherConfig) -> Candidate:
                 "split 'train' of what data.path names, without data.name. Name a data set in briefing.source."
             )
         briefing = dataclasses.replace(briefing, source=run.data.path)
-    return Candidate(config=dataclasses.replace(config, briefing=briefing))
+    return Candidate(
+        config=dataclasses.replace(config, briefing=briefing, bridge=None)
+    )  # the model reads its own tokens

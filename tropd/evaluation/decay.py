@@ -132,6 +132,11 @@ def check_decay(run: Run, lengths: Sequence[int], most: int) -> TeacherConfig:
             f"--decay lets the teacher go on in this process, and teacher.path = {config.path!r} is no model that is "
             "read here. Set teacher.path to a model, and teacher.servers to none."
         )
+    if config.bridge is not None:
+        raise ConfigError(
+            "--decay lets the teacher go on after the student's tokens, and the teacher of the run has a tokenizer of "
+            "its own (teacher.bridge). Measure it with a teacher that shares the student's tokenizer."
+        )
     if config.briefing != AsStudent():
         raise ConfigError(
             "--decay lets the teacher go on from what the student reads, and the teacher of the run is told more. "
