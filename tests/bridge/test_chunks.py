@@ -46,7 +46,7 @@ def test_chunks_cover_the_text_in_order_and_keep_every_sum(own: str, theirs: str
             assert "".join(chunk.text for chunk in chunks) == student.text
         generator = torch.Generator().manual_seed(n)
         given = [-5 * torch.rand(len(x), generator=generator) for x in (teacher.token_ids, ids)]
-        for credit in ("proportional", "uniform"):
+        for credit in ("proportional", "additive", "uniform"):
             logprobs_T, read_T = credited(chunks, *given, len(ids), credit, torch.inf)
             assert bool((logprobs_T <= 0).all())
             for chunk in chunks:
@@ -106,3 +106,24 @@ def test_broken_characters_unknown_words_and_long_chunks_teach_nothing() -> None
     assert is_read(Chunk((0, 1), (0, 3), "dog"), whole, 3, None)
     assert not is_read(Chunk((0, 1), (0, 3), "dog"), whole, 2, None)
     assert not is_read(Chunk((0, 1), (0, 3), "dog"), whole, 3, whole.token_ids[1])
+
+
+def test_additive_credit_is_the_nearest_to_the_student_that_keeps_the_sum_and_is_a_log_probability() -> None:
+    """(L_T - L_S) / m to each token, as in the paper, and what would be above 0 goes to the others."""
+
+    def shared(teacher: float, *student: float) -> list[float]:
+        chunk = [Chunk((0, len(student)), (0, 1), "dog")]
+        found, _ = credited(chunk, torch.tensor([teacher]), torch.tensor(student), len(student), "additive", torch.inf)
+        return found.tolist()
+
+    assert shared(-9.0, -1.0, -2.0) == [-4.0, -5.0]
+    assert shared(-2.0, -1.0, -4.0, -4.0) == pytest.approx([0.0, -1.0, -1.0])  # not +1, -2, -2 made 0, -2, -2
+    assert shared(0.0, -1.0, -3.0) == [0.0, 0.0]
+    assert shared(-1.0, 0.0, 0.0) == [-0.5, -0.5]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        own = -3 * torch.rand(4, generator=generator)
+        total = -4 * float(torch.rand(1, generator=generator))
+        best = float((torch.tensor(shared(total, *own.tolist())) - own).square().sum())
+        weights = torch.rand(500, 4, generator=generator).log().mul(3).softmax(1)
+        assert best <= float((total * weights - own).square().sum(1).min()) + 1e-5

@@ -7,7 +7,10 @@
 Each of the student's tokens gets a log-probability of the teacher such that the sum over the chunk is L_T:
 
     proportional   log pi_T(y_i) = log pi_S(y_i) * L_T / L_S      the student's own surprise says where it belongs
-    uniform        log pi_T(y_i) = L_T / m                        m tokens of the student in the chunk
+    additive       log pi_T(y_i) = log pi_S(y_i) + (L_T - L_S) / m   all m tokens of the chunk gain or lose alike
+    uniform        log pi_T(y_i) = L_T / m
+
+A log-probability is never above 0: where the additive one would be, it is 0, and the other tokens share what is left.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from torch import Tensor
 
 from tropd.bridge.spelling import BROKEN, Spelled
 
-Credit = Literal["proportional", "uniform"]
+Credit = Literal["proportional", "additive", "uniform"]
 _SURE = 1e-8
 """Nats of a chunk below which there are no shares to speak of."""
 
@@ -83,14 +86,23 @@ def credited(
     for chunk in chunks:
         own = slice(*chunk.student)
         total = teacher_T[slice(*chunk.teacher)].double().sum()
-        shares = torch.full((chunk.sizes[0],), 1 / chunk.sizes[0], dtype=torch.float64)
-        if credit == "proportional" and student_T is not None:
-            spent = student_T[own].double().clamp_max(0.0)
-            if float(-spent.sum()) > _SURE:
-                shares = spent / spent.sum()
-        theirs = total * shares
+        theirs = total.expand(chunk.sizes[0]) / chunk.sizes[0]
         if student_T is not None:
             spent = student_T[own].double().clamp_max(0.0)
+            if credit == "additive":
+                theirs = _nearest(spent, total)
+            elif credit == "proportional" and float(-spent.sum()) > _SURE:
+                theirs = total * (spent / spent.sum())
             theirs = theirs.clamp(spent - most, spent + most).clamp_max(0.0)
         logprobs_T[own], read_T[own] = theirs.float(), True
     return logprobs_T, read_T
+
+
+def _nearest(spent_M: Tensor, total: Tensor) -> Tensor:
+    """The log-probabilities with this sum that are nearest to the student's, by least squares."""
+    free_M = torch.ones_like(spent_M, dtype=torch.bool)
+    while True:
+        near_M = torch.where(free_M, spent_M + (total - spent_M[free_M].sum()) / free_M.sum(), 0.0)
+        if not bool((above_M := near_M > 0).any()):
+            return near_M
+        free_M &= ~above_M

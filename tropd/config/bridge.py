@@ -14,8 +14,9 @@ class BridgeConfig(Ranged):
 
     section = "bridge"
 
-    credit: Literal["proportional", "uniform"] = "proportional"
-    """How a chunk's sum is shared among the student's tokens: by the student's own surprise (paper), or equally."""
+    credit: Literal["proportional", "additive", "uniform"] = "proportional"
+    """How a chunk's sum is shared among the student's tokens: by the student's own surprise (paper), so that all differ
+    from the student by the same, or equally."""
     longest: Count = 6
     """Longer chunks, in tokens of either side, teach nothing (paper: 6). At least 1."""
     most_nats: Annotated[float, Range(above=0, unbounded=True)] = 10.0
