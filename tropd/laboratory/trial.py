@@ -109,7 +109,9 @@ def run_of(lab: Lab, trial: Trial, pair: Pair | None) -> Run:
     """The run of a trial."""
     run = _run_of_file(lab, trial) if pair is None else _run_of_pair(lab, trial, pair)
     changes = {**lab.run, **lab.runs.get(trial.method, {})}
-    return Run.from_dict(_changed(to_dict(run), changes), f"method {trial.method!r}") if changes else run
+    run = Run.from_dict(_changed(to_dict(run), changes), f"method {trial.method!r}") if changes else run
+    other = None if pair is None else pair.others.get(run.teacher.path)
+    return run if other is None else dataclasses.replace(run, teacher=dataclasses.replace(run.teacher, path=str(other)))
 
 
 def _changed(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,7 +184,9 @@ def fingerprint_of(run: Run) -> str:
     for name in ("output", "trackers", "device"):
         values.pop(name, None)
     for part in ("student", "data", *(() if run.teacher.path in _OF_STUDENT else ("teacher",))):
-        values[part].pop("path")
+        path = Path(values[part].pop("path"))
+        if path.name.startswith("teacher-"):  # one of several teachers of a pair
+            values[part]["path"] = path.name
     values["evaluation"].get("data", {}).pop("path", None)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 

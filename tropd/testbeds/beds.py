@@ -7,6 +7,7 @@ import dataclasses
 from tropd.testbeds.chain import Chain, ChainStyle
 from tropd.testbeds.dialects import Dialects, DialectStyle
 from tropd.testbeds.gym import Gym, GymStyle
+from tropd.testbeds.pairs import Pairs
 from tropd.testbeds.task import Lesson, Shape, Testbed, Training
 from tropd.testbeds.told import Told
 
@@ -62,6 +63,8 @@ TOLD = Testbed(
     ),
     max_new_tokens=28,
 )
+
+FOREIGN = dataclasses.replace(NANO_MILD, name="foreign", others={"pairs": Pairs(operations=(2, 4))})
 
 _FLUENT = ((1.0, DialectStyle()),)
 _FOREIGN = (
@@ -137,6 +140,5 @@ GYM = Testbed(
     max_new_tokens=48,
 )
 
-TESTBEDS: dict[str, Testbed] = {
-    bed.name: bed for bed in (NANO_MILD, NANO_HARD, MAIN_MILD, MAIN_HARD, MIDDLE, LONG, GYM, TOLD)
-}
+_ALL = (NANO_MILD, NANO_HARD, MAIN_MILD, MAIN_HARD, MIDDLE, LONG, GYM, TOLD, FOREIGN)
+TESTBEDS: dict[str, Testbed] = {bed.name: bed for bed in _ALL}

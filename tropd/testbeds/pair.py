@@ -36,6 +36,7 @@ EMBEDDED = Path(__file__).parent / "nano"
 """The models that come with the package; `tropd.testbeds.embed` makes them."""
 _ATTEMPTS, _EXTENSIONS = 3, 2
 _WRITTEN_LAST = "pair.json"
+_OTHER = "teacher-{}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,8 @@ class Pair:
     """For evaluation: different prompts from those for training."""
     grader: str
     max_new_tokens: int
+    others: dict[str, Path]
+    """More teachers, by the names of their folders: "teacher-" and the testbed's name for it."""
     facts: dict[str, float]
     """Accuracies at temperature 1 and greedy, parameters, CPU seconds."""
 
@@ -97,6 +100,11 @@ def _make(testbed: Testbed, seed: int, folder: Path, given: Path | None) -> dict
     facts = {f"teacher_{name}": value for name, value in measure(testbed, teacher, folder).items()}
     facts["teacher_seconds"] = time.process_time() - started
     save(teacher, testbed.task, folder / "teacher")
+    for name, task in testbed.others.items():
+        other = dataclasses.replace(testbed, task=task, others={})
+        model = make_teacher(other, seed, folder)
+        save(model, task, folder / _OTHER.format(name))
+        facts |= {f"teacher_{name}_{of}": value for of, value in measure(other, model, folder).items()}
     student = make_student(testbed, seed, teacher)
     save(student, testbed.task, folder / "student")
     facts |= {f"student_{name}": value for name, value in measure(testbed, student, folder).items()}
@@ -203,7 +211,8 @@ def _longest(testbed: Testbed) -> int:
 def _recipe(testbed: Testbed) -> str:
     """A hash of everything that the files depend on besides the seed."""
     made_of = dataclasses.replace(testbed, facts={}, steps=1, num_prompts=1, learning_rate=1.0)
-    return hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
+    others = repr(testbed.others) if testbed.others else ""
+    return hashlib.sha256((repr(made_of) + others).encode()).hexdigest()[:16]
 
 
 def _read(testbed: Testbed, seed: int, directory: Path) -> Pair:
@@ -225,5 +234,6 @@ def _pair(testbed: Testbed, folder: Path, student: Path, facts: dict[str, float]
         held_out=folder / "held_out.jsonl",
         grader=testbed.task.grader,
         max_new_tokens=testbed.max_new_tokens,
+        others={(other := _OTHER.format(name)): folder / other for name in testbed.others},
         facts=facts,
     )

@@ -113,6 +113,8 @@ class Testbed:
     """Suggested for a distillation run."""
     learning_rate: float = 3e-4
     """Suggested for a distillation run."""
+    others: Mapping[str, Task] = field(default_factory=dict, repr=False)
+    """More teachers by name, and the same task in other words: each has a tokenizer of its own."""
     facts: Mapping[str, float] = field(default_factory=dict)
     """Measured at seed 0, for comparison."""
 

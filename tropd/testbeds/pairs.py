@@ -1,0 +1,44 @@
+"""The chain for a model whose tokens are pairs: a digit and the mark behind it are one word.
+
+student  4 + 5 = 4 ; 4 - 1 = 3 ; # 3
+teacher  4+  5=  4;  4-  1=  3;  # 3
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tropd.testbeds.chain import Chain, ChainStyle
+from tropd.testbeds.task import Problem, Word
+
+_DIGITS, _MARKS = "0123456789", "+-=,;|?"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs(Chain):
+    @property
+    def words(self) -> tuple[str, ...]:
+        return (*super().words, *(digit + mark for digit in _DIGITS for mark in _MARKS))
+
+    def problem(self, rng: random.Random) -> Problem:
+        plain = super().problem(rng)
+        return dataclasses.replace(
+            plain, question=tuple(word for word, _ in _joined([(x, True) for x in plain.question]))
+        )
+
+    def write(self, rng: random.Random, problem: Problem, style: ChainStyle) -> list[Word]:
+        return _joined(super().write(rng, problem, style))
+
+
+def _joined(words: Sequence[Word]) -> list[Word]:
+    """A pair is learnt where both of its words are."""
+    found: list[Word] = []
+    for word, learnt in words:
+        if found and word in _MARKS and found[-1][0] in _DIGITS:
+            found[-1] = (found[-1][0] + word, found[-1][1] and learnt)
+        else:
+            found.append((word, learnt))
+    return found
