@@ -42,3 +42,9 @@ def test_what_a_reader_gets_across_its_bridge_is_shown(tmp_path: Path) -> None:
 def test_the_doctor_refuses_a_method_whose_evidence_does_not_cross(tmp_path: Path) -> None:
     run = bridged(world_of(tmp_path, "characters"), method={"name": "tropd", "guidance": False})
     assert any(check.level == "error" and "needs TOPK" in str(check) for check in examine(run, num_prompts=0))
+
+
+def test_a_sample_of_which_a_teacher_reads_nothing_is_no_crash(tmp_path: Path) -> None:
+    run = bridged(world_of(tmp_path, "characters"), rollout={"max_new_tokens": 1, "num_rollouts": 1})
+    checks = {check.name: check for check in examine(run, num_prompts=1, max_new_tokens=1)}
+    assert "says nothing of what the student wrote" in str(checks["teacher"]) and "agreement" not in checks

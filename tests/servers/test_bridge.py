@@ -37,15 +37,11 @@ def test_a_teacher_across_a_bridge_scores_and_writes_on_a_server_as_in_this_proc
         asked = [json.dumps(body) for body in server.requests]
         again = train(run_at(world, tmp_path / "again", [server.url], steps=1))
         resume(again, steps=2)
-        refused = [
-            x
-            for x in examine(run_at(world, tmp_path / "x", [server.url]), num_prompts=2, max_new_tokens=4)
-            if x.level == "error"
-        ]
+        checks = examine(run_at(world, tmp_path / "x", [server.url]), num_prompts=8, max_new_tokens=12)
     assert any('"max_tokens": 12' in body for body in asked), "the server wrote the prefixes too"
     for a, b in zip(*(read_records(folder / "records.jsonl").steps for folder in (near, far)), strict=True):
         assert a.loss == pytest.approx(b.loss, abs=1e-4) and a.loss != 0
         assert a.gradient_norm == pytest.approx(b.gradient_norm, rel=1e-3) and a.tokens == b.tokens
     files = [(folder / "model" / "model.safetensors").read_bytes() for folder in (far, again)]
     assert files[0] == files[1] and (far / "teacher_scores.sqlite").exists()
-    assert not refused, refused
+    assert {x.name for x in checks if x.level == "error"} <= {"teacher"}  # a random one knows nothing, says the doctor

@@ -26,6 +26,13 @@ _STOP_WARNING, _STOP_ERROR = -8.0, -15.0
 def check_scores(parts: Parts, found: Diagnosis) -> Iterator[Check]:
     """Does the teacher know anything, and are its scores repeatable?"""
     probes, uniform = found.probes, math.log(parts.vocab_size)
+    if not _heard(found):
+        yield warning(
+            "teacher",
+            "the teacher says nothing of what the student wrote in the sample, so what it knows was not measured.",
+            "Let the doctor sample more: --sample-prompts, --sample-tokens.",
+        )
+        return
     said = (
         f"mean log-probability of the student's tokens {probes['teacher/mean_logprob']:.2f}, entropy "
         f"{_shown(probes, 'entropy/teacher')} (a teacher that knows nothing: {-uniform:.2f} and "
@@ -47,6 +54,8 @@ def check_scores(parts: Parts, found: Diagnosis) -> Iterator[Check]:
 def check_agreement(parts: Parts, found: Diagnosis) -> Iterator[Check]:
     """How far apart the two models are on the student's texts."""
     p, readers = found.probes, parts.run.method.objective.readers
+    if not _heard(found):
+        return
     others = [name for name in readers if name != READER and not says_as_teacher(parts.run, name)]
     overlap = f"top-k overlap {p['overlap/top_k']:.1%}, " if "overlap/top_k" in p else ""
     said = (
@@ -97,6 +106,11 @@ def check_agreement(parts: Parts, found: Diagnosis) -> Iterator[Check]:
     alarm = _alarm(parts, found, "support_collapse")
     if alarm is not None:
         yield warning("support", alarm, "")
+
+
+def _heard(found: Diagnosis) -> bool:
+    """Whether the teacher read any of the student's tokens."""
+    return "teacher/mean_logprob" in found.probes
 
 
 def check_ends(parts: Parts, found: Diagnosis) -> Iterator[Check]:
