@@ -19,6 +19,7 @@ from tropd.bridge.translation import Bridge
 from tropd.cli.main import main
 from tropd.config.bridge import BridgeConfig
 from tropd.errors import ConfigError
+from tropd.methods.explain import explain_as_data
 from tropd.rollout.engine import Engine
 from tropd.run.start import assemble, resume, train
 from tropd.teachers.bridged import BridgedWriter
@@ -190,3 +191,16 @@ def test_a_bridged_teacher_reads_in_half_precision(world: Path, tmp_path: Path) 
     rollouts = parts.briefer.as_read("teacher", Source(parts).take(0).rollouts)
     for score in parts.teacher.score(ScoreRequest([x for x in rollouts if x is not None])):
         assert score.logprobs_T.dtype == torch.float32 and bool((score.logprobs_T <= 0).all())
+
+
+def test_tokenizer_barrier_is_opd_until_ratios_leave_its_clip(world: Path, tmp_path: Path) -> None:
+    """From the second update of a batch on, ratios above 1.28 or below .8 gain nothing more."""
+    weights = {}
+    for updates, rate in ((1, 1e-3), (2, 3e-2)):
+        for name in ("opd", "tokenizer_barrier"):
+            optimizer = {"num_updates": updates, "learning_rate": rate}
+            run = bridged(world, method={"name": name}, optimizer=optimizer, output=str(tmp_path / f"{name} {updates}"))
+            weights[name, updates] = (train(run) / "model" / "model.safetensors").read_bytes()
+    assert weights["opd", 1] == weights["tokenizer_barrier", 1]
+    assert weights["opd", 2] != weights["tokenizer_barrier", 2]
+    assert "[teacher.bridge]" in str(explain_as_data("tokenizer_barrier"))

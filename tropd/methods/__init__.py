@@ -38,6 +38,7 @@ from tropd.methods.classics import GKD as GKD, MiniLLM as MiniLLM
 from tropd.methods.distillm import DistiLLM as DistiLLM
 from tropd.methods.supervised import SeqKD as SeqKD, SFT as SFT
 from tropd.methods.topd import TOPD as TOPD
+from tropd.methods.tokenizer_barrier import TokenizerBarrier as TokenizerBarrier
 from tropd.methods.gndpo import GNDPO as GNDPO
 from tropd.methods.power_opd import PowerOPD as PowerOPD
 from tropd.methods.vopd import VOPD as VOPD

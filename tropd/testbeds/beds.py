@@ -64,7 +64,11 @@ TOLD = Testbed(
     max_new_tokens=28,
 )
 
-FOREIGN = dataclasses.replace(NANO_MILD, name="foreign", others={"pairs": Pairs(operations=(2, 4))})
+FOREIGN = dataclasses.replace(
+    NANO_MILD,
+    name="foreign",
+    others={"apart": NANO_MILD.task, "some": Pairs(operations=(2, 4), marks="=;"), "pairs": Pairs(operations=(2, 4))},
+)
 
 _FLUENT = ((1.0, DialectStyle()),)
 _FOREIGN = (

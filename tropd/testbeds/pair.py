@@ -102,7 +102,7 @@ def _make(testbed: Testbed, seed: int, folder: Path, given: Path | None) -> dict
     save(teacher, testbed.task, folder / "teacher")
     for name, task in testbed.others.items():
         other = dataclasses.replace(testbed, task=task, others={})
-        model = make_teacher(other, seed, folder)
+        model = make_teacher(other, seed_of(seed, "teacher", name), folder)
         save(model, task, folder / _OTHER.format(name))
         facts |= {f"teacher_{name}_{of}": value for of, value in measure(other, model, folder).items()}
     student = make_student(testbed, seed, teacher)

@@ -114,7 +114,7 @@ class Testbed:
     learning_rate: float = 3e-4
     """Suggested for a distillation run."""
     others: Mapping[str, Task] = field(default_factory=dict, repr=False)
-    """More teachers by name, and the same task in other words: each has a tokenizer of its own."""
+    """More teachers by name, and the task in the words of each, which makes its tokenizer."""
     facts: Mapping[str, float] = field(default_factory=dict)
     """Measured at seed 0, for comparison."""
 
