@@ -26,8 +26,8 @@ from tropd.run.start import train
 from tropd.teachers.local import LocalTeacher
 from tropd.teachers.teacher import ScoreRequest
 from tropd.teachers.texts import CachedTexts
+from tropd.training.asked import check_evidence
 from tropd.training.batches import add_scores
-from tropd.training.scoring import check_evidence
 from tropd.types import Author, Request
 
 ROOT = Path(__file__).parents[2]

@@ -27,8 +27,9 @@ from tropd.teachers.combined import whole_of
 from tropd.teachers.local import LocalTeacher
 from tropd.teachers.routed import Routed
 from tropd.teachers.teacher import Teacher
+from tropd.training.asked import check_evidence
 from tropd.training.learner import ModelLearner
-from tropd.training.scoring import check_evidence, score
+from tropd.training.scoring import score
 from tropd.training.step import train_step
 from tropd.types import Rollout
 

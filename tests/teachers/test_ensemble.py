@@ -22,8 +22,9 @@ from tropd.servers.dialects import dialect_of
 from tropd.teachers.local import LocalTeacher
 from tropd.teachers.teacher import ScoreRequest, Teacher
 from tropd.testing import check_teacher, some_rollouts
+from tropd.training.asked import check_evidence
 from tropd.training.learner import ModelLearner
-from tropd.training.scoring import check_evidence, score
+from tropd.training.scoring import score
 from tropd.training.step import recall_needed, train_step
 
 SHARES = [0.8, 0.2]

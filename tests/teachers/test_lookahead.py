@@ -23,7 +23,7 @@ from tropd.servers.dialects import DIALECTS
 from tropd.teachers.local import LocalTeacher
 from tropd.teachers.routed import Routed
 from tropd.teachers.teacher import ScoreRequest, Teacher
-from tropd.training.scoring import check_evidence
+from tropd.training.asked import check_evidence
 from tropd.types import READER, Author
 
 

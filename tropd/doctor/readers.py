@@ -23,7 +23,7 @@ from tropd.teachers.combined import Combined
 from tropd.teachers.loading import shares_model
 from tropd.teachers.routed import Routed
 from tropd.teachers.teacher import Teacher
-from tropd.training.scoring import check_evidence
+from tropd.training.asked import check_evidence
 from tropd.types import READER
 
 

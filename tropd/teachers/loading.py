@@ -26,7 +26,6 @@ from tropd.data.listener import Candidate
 from tropd.distributed.ranks import Ranks
 from tropd.errors import ConfigError, TropdError
 from tropd.model.loading import load_model, load_tokenizer
-from tropd.model.origins import Origin, origin_of, origin_of_objects
 from tropd.model.tiling import Tiling
 from tropd.objective.evidence import Needs
 from tropd.teachers.bridged import Bridged
@@ -292,12 +291,3 @@ def briefer_of(
         if x.made_of is None
     }
     return Briefer(run, tokenizer, told, readers)
-
-
-def origin_of_teacher(teacher: TeacherParts) -> Origin:
-    """The hashes of its files, or the names of its servers or of the user's code."""
-    if teacher.own is not None:
-        return {"class": type(teacher.own).__qualname__}
-    if teacher.given:
-        return origin_of_objects(teacher.model, teacher.tokenizer, weights=True)
-    return origin_of(teacher.config, teacher.model) if teacher.served is None else {"server": teacher.served.identity}

@@ -45,10 +45,10 @@ from tropd.teachers.following import Follower
 from tropd.teachers.loading import TeacherParts
 from tropd.teachers.teacher import Teacher
 from tropd.teachers.writing import pair_of, writer_of
+from tropd.training.asked import check_evidence
 from tropd.training.given import NOTHING_GIVEN, Given
 from tropd.training.learner import ModelLearner
 from tropd.training.prompts import open_stream, read_held_out
-from tropd.training.scoring import check_evidence
 from tropd.types import READER, Prompt
 
 if TYPE_CHECKING:
@@ -174,9 +174,18 @@ def _origins(
         origins = {"student": origin_of_objects(*student, weights=frozen)}
     else:
         origins = {"student": origin_of(run.student, student[0] if frozen else None)}
-    origins |= {t.origin: loading.origin_of_teacher(t) for t in teachers if not t.config.is_student}
+    origins |= {t.origin: _origin_of(t) for t in teachers if not t.config.is_student}
     origins |= origins_of(run)
     return origins | ({"held-out prompts": prompts_origin(map(name_of, held_out))} if held_out else {})
+
+
+def _origin_of(teacher: TeacherParts) -> Origin:
+    """The hashes of its files, or the names of its servers or of the user's code."""
+    if teacher.own is not None:
+        return {"class": type(teacher.own).__qualname__}
+    if teacher.given:
+        return origin_of_objects(teacher.model, teacher.tokenizer, weights=True)
+    return origin_of(teacher.config, teacher.model) if teacher.served is None else {"server": teacher.served.identity}
 
 
 def _engine(run: Run, model: Any, tokenizer: Any, size: int, directory: Path, world: Ranks) -> Engine:
