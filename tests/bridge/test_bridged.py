@@ -91,12 +91,12 @@ def test_what_no_chunk_brings_back_counts_nowhere(tmp_path: Path) -> None:
 
 
 def test_the_end_of_a_turn_is_one_event(tmp_path: Path) -> None:
-    """The student ends with <|eos|>, the teacher with <|end|>, at other ids: the last token is read as that."""
+    """Both end a turn with <|end|>, at other ids: the last token is read as that."""
     world = world_of(tmp_path, "characters")
     parts = load_parts(bridged(world), tmp_path)
     bridge = parts.teacher.bridge
     text = parts.tokenizer.encode("dog", add_special_tokens=False)
-    found = bridge.translate([*text, parts.tokenizer.eos_token_id], [], True)
+    found = bridge.translate([*text, parts.tokenizer.convert_tokens_to_ids("<|end|>")], [], True)
     assert found.token_ids[-1] == bridge.end == bridge.teacher.convert_tokens_to_ids("<|end|>")
     assert found.read[-1].student == (3, 4) and found.read[-1].is_single
 
@@ -132,3 +132,33 @@ def test_tropd_with_clipped_outliers_trains_across_a_bridge(tmp_path: Path) -> N
     for outlier in ("clip", "mask"):
         method = {"name": "tropd", "outlier": outlier, "beta": 1.0, "prefix": {"start": 0.5}}
         train(bridged(world, method=method, output=str(tmp_path / outlier)))
+
+
+def test_a_name_of_a_special_token_in_a_text_is_text(tmp_path: Path) -> None:
+    """The student writes "<|end|>" letter by letter: the teacher reads letters, not the end of a turn."""
+    parts = load_parts(bridged(world_of(tmp_path, "smaller byte-level")), tmp_path)
+    bridge = parts.teacher.bridge
+    own = [*parts.tokenizer.convert_tokens_to_ids(["<", "|", "e", "n", "d", "|", ">"])]
+    found = bridge.translate(own, parts.stream.next(1)[0][0].told[READER], False)
+    assert bridge.end not in found.token_ids
+    assert bridge.teacher.decode(found.token_ids) == "<|end|>"
+
+
+def test_another_stop_token_than_the_end_of_a_turn_keeps_its_name(tmp_path: Path) -> None:
+    parts = load_parts(bridged(world_of(tmp_path, "characters")), tmp_path)
+    bridge, own = parts.teacher.bridge, parts.tokenizer
+    ended = [bridge.translate([own.convert_tokens_to_ids(x)], [], True).token_ids for x in ("<|eos|>", "<|end|>")]
+    assert [bridge.teacher.convert_ids_to_tokens(list(ids)) for ids in ended] == [["<|eos|>"], ["<|end|>"]]
+
+
+def test_a_piece_that_teacher_and_student_wrote_together_is_not_read(tmp_path: Path) -> None:
+    parts = load_parts(bridged(world_of(tmp_path, "smaller byte-level")), tmp_path)
+    (rollout, *_) = Source(parts).take(0).rollouts
+    saying = _saying(rollout, parts, "The quick")
+    start = len(saying.prompt.token_ids)
+    authors = list(saying.authors)
+    authors[start] = Author.TEACHER  # "The" is one token of the teacher
+    (told,) = parts.briefer.as_read(READER, [replace(saying, authors=tuple(authors))])
+    (score,) = parts.teacher.score(ScoreRequest([told]))
+    whole = parts.teacher.score(ScoreRequest(parts.briefer.as_read(READER, [saying])))[0]
+    assert bool(whole.read_T[:3].all()) and not bool(score.read_T[0])

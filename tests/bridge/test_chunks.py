@@ -1,10 +1,12 @@
 """Two cuts of one text: chunks are its shortest common pieces, and credit keeps their sums."""
 
+import copy
 import random
 from itertools import product
 
 import pytest
 import torch
+from tokenizers import normalizers
 
 from tests.bridge.kinds import KINDS, LINES, tokenizer_of
 from tropd.bridge.chunks import Chunk, chunks_of, credited, is_read
@@ -127,3 +129,13 @@ def test_additive_credit_is_the_nearest_to_the_student_that_keeps_the_sum_and_is
         best = float((torch.tensor(shared(total, *own.tolist())) - own).square().sum())
         weights = torch.rand(500, 4, generator=generator).log().mul(3).softmax(1)
         assert best <= float((total * weights - own).square().sum(1).min()) + 1e-5
+
+
+def test_a_letter_and_its_accent_are_one_piece_to_a_tokenizer_that_joins_them() -> None:
+    tokenizer = copy.deepcopy(tokenizer_of("byte-level"))
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    student = spelled(
+        tokenizer_of("characters"), tokenizer_of("characters").encode("e\u0301 ok", add_special_tokens=False)
+    )
+    pieces = [chunk.text for chunk in chunks_of(student, encoded(tokenizer, student.text))]
+    assert pieces[0] == "e\u0301" and "".join(pieces) == student.text

@@ -17,6 +17,7 @@ from tropd.doctor.method import check_guidance
 from tropd.doctor.subject import read_subject
 from tropd.errors import ConfigError, OutOfRange
 from tropd.methods import METHODS, Method
+from tropd.methods.adaptive_horizon import AdaptiveHorizon
 from tropd.methods.drafts import Draft, RolloutJob, Writer, teacher_texts
 from tropd.methods.explain import explain, methods
 from tropd.methods.horizon import Horizon
@@ -24,6 +25,7 @@ from tropd.methods.phased import Phased
 from tropd.methods.policies import Mixture, OnPolicy, RolloutPolicy, Shares, TeacherPrefix, TeacherText
 from tropd.methods.replay import Replay
 from tropd.methods.stacked import POLICIES as BY_NAME
+from tropd.methods.stacked import stacked
 from tropd.objective.losses import NegativeLogLikelihood, PolicyGradient
 from tropd.objective.objective import Objective
 from tropd.objective.rewards import LogRatio
@@ -187,3 +189,23 @@ def test_drafts_that_nobody_could_go_on_from_are_refused() -> None:
 def test_each_policy_has_an_example_that_prints_what_it_shows(policy: type[RolloutPolicy]) -> None:
     (example,) = doctest.DocTestFinder(recurse=False).find(policy, globs=dict(vars(inspect.getmodule(policy))))
     assert example.examples and doctest.DocTestRunner().run(example).failed == 0
+
+
+def test_policies_that_would_undo_each_other_are_refused() -> None:
+    twice = [AdaptiveHorizon(tokens=4), AdaptiveHorizon(tokens=8)]
+    with pytest.raises(ConfigError, match="AdaptiveHorizon is there twice"):
+        stacked(twice)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Always(Replay):
+    def again(self, job: RolloutJob) -> dict[str, list]:
+        return {"0/p": []}
+
+
+def test_what_is_measured_on_whole_responses_is_written_anew() -> None:
+    policy = stacked([AdaptiveHorizon(tokens=4, every=2), Always()])
+    job = RolloutJob(
+        prompts=(), num_rollouts=1, max_new_tokens=16, sampling=Sampling(), stop_ids=(), seed=0, progress=0.0
+    )
+    assert [policy.again(replace(job, step=step)) for step in (0, 1, 2)] == [{}, {"0/p": []}, {}]

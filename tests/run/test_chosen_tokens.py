@@ -79,6 +79,13 @@ def test_a_text_that_is_no_token_is_refused_by_training_and_by_the_doctor(models
     assert [check.name for check in examine(run, num_prompts=0) if says in check.found] == ["named tokens"]
 
 
+def test_an_id_that_the_models_do_not_have_and_an_empty_list_are_refused(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="names token id 99999, but the models share ids 0 to 261"):
+        train(Run.load(write_run(models, tmp_path / "run", "quick", method={"name": "rock", "ids": [99999]})))
+    with pytest.raises(ConfigError, match="the extra rock has no list of tokens"):
+        write_run(models, tmp_path / "run", "quick", method={"name": "opd", "plus": ["rock"]})
+
+
 def test_what_a_kept_batch_shows_knows_the_ids_of_texts(models: Path, tmp_path: Path) -> None:
     run = Run.load(write_run(models, tmp_path / "run", "quick", method={"name": "rock", "tokens": OFTEN}))
     parts = load_parts(run, tmp_path)

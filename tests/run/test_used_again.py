@@ -200,3 +200,11 @@ def test_a_run_file_that_names_another_policy_does_not_take_over_its_memory(
     saved = checkpoints.load(sorted((directory / "checkpoints").glob("*"))[-1])
     with pytest.raises(CheckpointError, match="remembers 'policy.Replay/.*belongs to another method or another policy"):
         restore(parts, State(Source(parts)), Alarms(), saved)
+
+
+def test_a_buffer_that_can_hold_no_prompt_is_refused_and_one_without_other_prompts_is_told(tmp_path: Path) -> None:
+    models = write_models(tmp_path)
+    with pytest.raises(ConfigError, match="replay.size = 1 rollouts are kept, but a prompt has"):
+        load_parts(run_of(models, rollout={"num_rollouts": 2, "plus": [{"name": "replay", "size": 1}]}), tmp_path)
+    run = run_of(models, rollout={"num_prompts": 20, "num_rollouts": 1, "plus": ["replay"]})
+    assert any("nothing is used again (replay)" in note for note in load_parts(run, tmp_path).notes)

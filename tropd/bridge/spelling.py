@@ -9,9 +9,10 @@ character at all.  It has no end of its own then, and belongs to a longer piece.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tropd.errors import VocabularyError
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 BROKEN = "\ufffd"
 """What a decoder writes for bytes that are no character."""
+_MARK = "\u0301"
 _BACK = 6
 """Tokens in front that a piece is decoded with: decoders treat the first token of a text otherwise."""
 
@@ -62,19 +64,40 @@ def spelled(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Spelled:
 
 def encoded(tokenizer: PreTrainedTokenizerBase, text: str, after: str = "") -> Spelled:
     """A text as this tokenizer cuts it behind another text; as it cuts it alone, where a token would reach across."""
-    ids, spans = _cut(tokenizer, after + text)
+    names: Any = (*tokenizer.all_special_tokens, *(str(token) for token in tokenizer.added_tokens_decoder.values()))
+    if after and any(name in text for name in names):
+        return encoded(tokenizer, text)  # which tells names that are text from tokens that stand for themselves
+    ids, spans = _cut(tokenizer, after + text, plain=not after)
     first = next((n for n, (start, end) in enumerate(spans) if start >= len(after) and end > len(after)), len(ids))
     if after and first and spans[first - 1][1] > len(after):
         return encoded(tokenizer, text)
     own = [(start - len(after), end - len(after)) for start, end in spans[first:]]
     starts = [*(start for start, _ in own), len(text)][1:]
+    if _composes(tokenizer):  # it reads a letter and its accent as one, but says that a token ends between them
+        own = [(start, _past_marks(text, end, limit)) for (start, end), limit in zip(own, starts, strict=True)]
     ends: list[int | None] = [end if start >= end else None for (_, end), start in zip(own, starts, strict=True)]
     if ends:
         ends[-1] = len(text)  # what no token writes, such as spaces at the end, belongs to the last one
     return Spelled(text=text, token_ids=tuple(ids[first:]), ends=tuple(ends))
 
 
-def _cut(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+def _composes(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer joins characters before it cuts them."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    normalizer = getattr(backend, "normalizer", None)
+    return normalizer is not None and _MARK not in normalizer.normalize_str("e" + _MARK)
+
+
+def _past_marks(text: str, end: int, limit: int) -> int:
+    """The end of a token, moved behind the characters that belong to the one in front."""
+    while 0 < end < limit and not unicodedata.is_normalized("NFC", text[end - 1 : end + 1]):
+        end += 1
+    while 0 < end < limit and unicodedata.combining(text[end]):
+        end += 1
+    return end
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, text: str, plain: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
     if not tokenizer.is_fast:
         raise VocabularyError(
             f"the tokenizer {type(tokenizer).__name__} does not say which characters a token stands for, which a "

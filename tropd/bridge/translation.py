@@ -49,6 +49,11 @@ class Bridge:
         return chat.response_end_id(self.teacher, bool(self.teacher.chat_template))
 
     @cached_property
+    def own_end(self) -> int | None:
+        """What ends the student's turn; another stop token is what the teacher has under its name, if anything."""
+        return chat.response_end_id(self.student, bool(self.student.chat_template))
+
+    @cached_property
     def special(self) -> Mapping[int, int | None]:
         """The student's special tokens, and what the teacher has for each; None: nothing."""
         own, theirs = _special_of(self.student), {name: index for index, name in _special_of(self.teacher).items()}
@@ -75,7 +80,9 @@ class Bridge:
         after = self._opening(prompt_ids)
         for part, special in _parts(response_ids, self.special, ended):
             if special:
-                mapped = self.end if ended and place + 1 == len(response_ids) else self.special[part[0]]
+                mapped = self.special.get(part[0])
+                if ended and place + 1 == len(response_ids) and (mapped is None or part[0] == self.own_end):
+                    mapped = self.end
                 text, theirs = decode(self.student, part), () if mapped is None else (mapped,)
                 found = [Chunk((0, 1), (0, len(theirs)), text)]
                 heard = found if theirs else []

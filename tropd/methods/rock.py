@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tropd.base.ranges import Whole
+from tropd.errors import ConfigError
 from tropd.methods.base import Method
 from tropd.methods.extras import Choose
 from tropd.objective.losses import PolicyGradient
@@ -70,4 +71,6 @@ class WithoutRock(Choose):
 
     @property
     def selector(self) -> Selector:
+        if not (self.ids or self.tokens):
+            raise ConfigError("the extra rock has no list of tokens. Set its ids or its tokens.")
         return ~Near(TokenIn(self.ids, self.tokens), self.window)

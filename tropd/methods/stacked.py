@@ -64,6 +64,8 @@ class Stacked(RolloutPolicy):
             if len(several := [p for p in self.policies if does(p)]) > 1:
                 names = " and ".join(type(p).__name__ for p in several)
                 raise ConfigError(f"rollout.plus: {names} both say {what}. Keep one of them.")
+        if twice := [p for p in self.policies if _remembers(p) and self.memories.count(p.memory) > 1]:
+            raise ConfigError(f"rollout.plus: {type(twice[0]).__name__} is there twice. Keep one of them.")
 
     @property
     def _beginner(self) -> RolloutPolicy:
@@ -86,6 +88,8 @@ class Stacked(RolloutPolicy):
         return self._beginner.begin(job, writer)
 
     def again(self, job: RolloutJob) -> Mapping[str, Sequence[Rollout]]:
+        if self.split(job.step, job.progress, job.memory) is not None:
+            return {}  # what is measured on whole responses is written anew
         return next((kept for p in self.policies if (kept := p.again(job))), {})
 
     @property
@@ -123,12 +127,21 @@ def stacked(policies: Sequence[RolloutPolicy]) -> RolloutPolicy:
     return policies[0] if len(policies) == 1 else Stacked(policies=tuple(policies))
 
 
+def parts_of(policy: RolloutPolicy) -> tuple[RolloutPolicy, ...]:
+    """The policies that it consists of."""
+    return policy.policies if isinstance(policy, Stacked) else (policy,)
+
+
 def _begins(policy: RolloutPolicy) -> bool:
     return type(policy).begin is not RolloutPolicy.begin
 
 
 def _repeats(policy: RolloutPolicy) -> bool:
     return type(policy).again is not RolloutPolicy.again
+
+
+def _remembers(policy: RolloutPolicy) -> bool:
+    return type(policy).remember is not RolloutPolicy.remember
 
 
 def _draws(policy: RolloutPolicy) -> bool:

@@ -127,6 +127,19 @@ class Objective:
         """The objective with the ids of tokens that it names by their text; each text is one token."""
         return Objective(*(term.with_ids(id_of) for term in self.terms))
 
+    def check_ids(self, size: int) -> None:
+        """Refuse ids of tokens that the models do not have."""
+        pieces: list[Piece] = [piece for term in self.terms for piece in (term.where, term.loss)]
+        while pieces:
+            piece = pieces.pop()
+            pieces += piece.parts()
+            ids = [i for i in getattr(piece, "ids", None) or () if isinstance(i, int)]
+            if wrong := [i for i in ids if i >= size]:
+                raise ConfigError(
+                    f"the method names token id {wrong[0]}, but the models share ids 0 to {size - 1}. Correct the id, "
+                    "or name the token by its text."
+                )
+
     def plan(self, tokens: Tokens, context: Context | None = None, counts: Counts | None = None) -> Plan:
         return make_plan(self.terms, tokens, context or Context(), counts)
 

@@ -75,7 +75,9 @@ class Bridged(Teacher):
         start = len(rollout.prompt.token_ids)
         student_T = torch.tensor((rollout.model_logprobs or rollout.behavior_logprobs)[start:])
         theirs_T = score.logprobs_T.float().cpu()
-        logprobs_T, read_T = credited(text.read, theirs_T, student_T, number, self.config.credit, self.config.most_nats)
+        authors = rollout.authors[start:]  # a piece that two wrote says of neither what its own tokens did
+        read = [chunk for chunk in text.read if len(set(authors[slice(*chunk.student)])) == 1]
+        logprobs_T, read_T = credited(read, theirs_T, student_T, number, self.config.credit, self.config.most_nats)
         return TeacherScores(logprobs_T=logprobs_T, read_T=read_T, teacher=score.teacher)
 
     def shard(self, world: Ranks) -> bool:

@@ -115,6 +115,7 @@ def load_parts(run: Run, directory: Path, world: Ranks = ALONE, given: Given = N
     cautions = without_dropout(loaded)
     model = wrap_student(loaded, run.student, run.seed)
     size = loading.shared_size(teachers, model, tokenizer)
+    objective.check_ids(size)
     tiling = Tiling(tokens_per_batch=run.tokens_per_micro_batch, tile_tokens=run.tile_tokens, tile_vocab=run.tile_vocab)
     engaged = loading.engage(run, teachers, model, size, tiling, directory, world)
     for reader in set(engaged.readers.values()):

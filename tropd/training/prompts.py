@@ -42,6 +42,11 @@ def open_stream(
     notes, number = [f"{data.path}: {loaded.report}"], share_prompts(run, loaded.prompts)
     if run.teachers:
         notes.append("prompts for " + ", ".join(f"teacher {name!r}: {n}" for name, n in number.items()))
+    if run.policy.oldest and len(loaded.prompts) <= run.rollout.num_prompts:
+        notes.append(
+            f"nothing is used again (replay): each step answers all {len(loaded.prompts)} prompts anew. Give more "
+            "prompts, or lower rollout.num_prompts."
+        )
     notes += briefer.check_lengths(loaded.prompts, run.policy.needs_teacher_text or run.policy.writes_jointly)
     return PromptStream(loaded.prompts, run.seed), notes
 

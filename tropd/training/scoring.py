@@ -174,6 +174,11 @@ class _Reading:
         read_S = torch.tensor([text is not None for text in self.texts])
         if int(context.world.gather((~read_S).sum()[None]).sum()):  # the same on every rank
             tokens = tokens.told(self.name, read_S=read_S.to(learner.device))
+        of = tokens.of(self.name)
+        some = of.peek("read_N") is not None
+        if int(context.world.gather(torch.tensor([int(some)])).sum()) and not some:  # of another teacher's prompts
+            every_N = torch.ones_like(tokens.authors_N, dtype=torch.bool)
+            tokens = tokens.told(self.name, read_N=every_N, num_read_S=tokens.num_actions_S)
         return tokens
 
     def score(self, needs: Needs, **how: Any) -> Sequence[TeacherScores]:
