@@ -3,6 +3,7 @@
 import copy
 import random
 from itertools import product
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -47,13 +48,14 @@ def test_chunks_cover_the_text_in_order_and_keep_every_sum(own: str, theirs: str
             assert at == (len(ids), len(teacher.token_ids))
             assert "".join(chunk.text for chunk in chunks) == student.text
         generator = torch.Generator().manual_seed(n)
-        given = [-5 * torch.rand(len(x), generator=generator) for x in (teacher.token_ids, ids)]
-        for credit in ("proportional", "additive", "uniform"):
-            logprobs_T, read_T = credited(chunks, *given, len(ids), credit, torch.inf)
+        theirs_T, own_T = (-5 * torch.rand(len(x), generator=generator) for x in (teacher.token_ids, ids))
+        credits: tuple[Literal["proportional", "additive", "uniform"], ...] = ("proportional", "additive", "uniform")
+        for credit in credits:
+            logprobs_T, read_T = credited(chunks, theirs_T, own_T, len(ids), credit, torch.inf)
             assert bool((logprobs_T <= 0).all())
             for chunk in chunks:
                 total = logprobs_T[slice(*chunk.student)].double().sum()
-                torch.testing.assert_close(total, given[0][slice(*chunk.teacher)].double().sum(), rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(total, theirs_T[slice(*chunk.teacher)].double().sum(), rtol=1e-5, atol=1e-5)
             assert bool(read_T.all()) == (at[0] == len(ids))
 
 
@@ -97,7 +99,7 @@ def test_a_dropped_or_shifted_token_is_seen(own: str, theirs: str) -> None:
 
 
 def test_broken_characters_unknown_words_and_long_chunks_teach_nothing() -> None:
-    tokenizer = tokenizer_of("byte-level")
+    tokenizer: Any = tokenizer_of("byte-level")
     pieces = tokenizer.encode("汉", add_special_tokens=False)
     first = tokenizer.convert_tokens_to_ids("æ")  # the first of three bytes
     student = spelled(tokenizer, [first, *tokenizer.encode(" fox", add_special_tokens=False)])

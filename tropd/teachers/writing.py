@@ -63,15 +63,16 @@ def writer_of(
     writers: dict[str, Engine] = {}
     notes: list[str] = []
     for teacher in (x for x in teachers if not x.reader):
+        rows = own_size(teacher) if teacher.config.bridge else size
         if teacher.served is not None:
             with teacher.named():
-                writer, remarks = serve_writer(teacher.config, teacher.served, *prompts, size, name=teacher.name)
+                writer, remarks = serve_writer(teacher.config, teacher.served, *prompts, rows, name=teacher.name)
             notes += teacher.says(remarks)
         elif teacher.own is not None:
             with teacher.named():
                 writer = _own_writer(teacher.own, run)
         else:
-            writer = _local_writer(teacher, run, student, own_size(teacher) if teacher.config.bridge else size)
+            writer = _local_writer(teacher, run, student, rows)
         if teacher.config.text_cache and not teacher.config.moves:
             writer = CachedTexts(writer, path, name_of(origins.get(teacher.origin) or origins["student"]))
         if teacher.config.bridge:  # text by text: its tokens are other tokens
