@@ -13,7 +13,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -52,7 +52,7 @@ class Pair:
     """For evaluation: different prompts from those for training."""
     grader: str
     max_new_tokens: int
-    others: dict[str, Path]
+    others: dict[str, Path] = field(default_factory=dict)
     """More teachers, by the names of their folders: "teacher-" and the testbed's name for it."""
     facts: dict[str, float]
     """Accuracies at temperature 1 and greedy, parameters, CPU seconds."""
