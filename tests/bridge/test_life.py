@@ -103,7 +103,7 @@ def test_a_special_name_that_is_spelled_out_is_text_on_both_sides() -> None:
     bridge = Bridge(student=student, teacher=teacher, config=BridgeConfig())
     letters = [[x.convert_tokens_to_ids(letter) for letter in "<|end|>"] for x in (student, teacher)]
     assert not set(bridge.translate(letters[0], [], False).token_ids) & set(teacher.all_special_ids)
-    assert not set(bridge.back(letters[1], False, None)) & set(student.all_special_ids)
+    assert not set(bridge.back(letters[1], False)) & set(student.all_special_ids)
 
 
 class Writes(Engine):

@@ -64,10 +64,7 @@ def spelled(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Spelled:
 
 def encoded(tokenizer: PreTrainedTokenizerBase, text: str, after: str = "") -> Spelled:
     """A text as this tokenizer cuts it behind another text; as it cuts it alone, where a token would reach across."""
-    names: Any = (*tokenizer.all_special_tokens, *(str(token) for token in tokenizer.added_tokens_decoder.values()))
-    if after and any(name in text for name in names):
-        return encoded(tokenizer, text)  # which tells names that are text from tokens that stand for themselves
-    ids, spans = _cut(tokenizer, after + text, plain=not after)
+    ids, spans = _cut(tokenizer, after + text)
     first = next((n for n, (start, end) in enumerate(spans) if start >= len(after) and end > len(after)), len(ids))
     if after and first and spans[first - 1][1] > len(after):
         return encoded(tokenizer, text)
@@ -97,7 +94,7 @@ def _past_marks(text: str, end: int, limit: int) -> int:
     return end
 
 
-def _cut(tokenizer: PreTrainedTokenizerBase, text: str, plain: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+def _cut(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     if not tokenizer.is_fast:
         raise VocabularyError(
             f"the tokenizer {type(tokenizer).__name__} does not say which characters a token stands for, which a "

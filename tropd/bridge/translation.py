@@ -100,9 +100,9 @@ class Bridge:
             after = ""
         return Translation(token_ids=tuple(ids), chunks=tuple(chunks), read=tuple(read))
 
-    def back(self, token_ids: Sequence[int], ended: bool, end: int | None) -> tuple[int, ...]:
-        """A text that the teacher wrote, in the student's tokens; `end` ends the student's turn.  Special tokens that
-        the student lacks are left out, and so is the character in which a text was cut."""
+    def back(self, token_ids: Sequence[int], ended: bool) -> tuple[int, ...]:
+        """A text that the teacher wrote, in the student's tokens.  Special tokens that the student lacks are left out,
+        and so is the character in which a text was cut."""
         own, ids = token_ids[:-1] if ended else token_ids, list[int]()
         for part, special in _parts(own, self.special_back, ended=False):
             if special:
@@ -111,7 +111,7 @@ class Bridge:
             else:
                 text = decode(self.teacher, part)
                 ids += encoded(self.student, text if ended else text.rstrip(BROKEN)).token_ids
-        return (*ids, end) if ended and end is not None else tuple(ids)
+        return (*ids, self.own_end) if ended and self.own_end is not None else tuple(ids)
 
     def _opening(self, prompt_ids: Sequence[int]) -> str:
         last = [*prompt_ids[-_OPENING:]]

@@ -11,8 +11,6 @@ from tropd.config.mixtures import check_mixtures
 from tropd.config.models import ModelConfig, base_url
 from tropd.config.settings import Settings
 from tropd.errors import ConfigError
-from tropd.methods.replay import Replay
-from tropd.methods.stacked import parts_of
 from tropd.objective.evidence import Needs
 from tropd.types import READER
 
@@ -63,12 +61,7 @@ def check_policy(run: Settings, graded: bool) -> None:
             "the rollout policy lets a grader decide what it takes (such as phased with verified = true), but there "
             "is no grader. Set `grader`, or choose another policy."
         )
-    for replay in (p for p in parts_of(run.policy) if isinstance(p, Replay) and p.oldest):
-        if replay.size < run.rollout.num_rollouts:
-            raise ConfigError(
-                f"replay.size = {replay.size} rollouts are kept, but a prompt has rollout.num_rollouts = "
-                f"{run.rollout.num_rollouts}, which are kept together: nothing would ever be used again. Raise size."
-            )
+    run.policy.check(run.rollout.num_rollouts)
     if run.policy.oldest and run.data.streaming:
         raise ConfigError(
             "the rollout policy uses rollouts again (replay), whose prompts it looks up by their ids, but "

@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 
 from tropd.base.reading import nearest
 from tropd.briefings.briefing import AsStudent, OwnBriefing, WithDemonstrations
@@ -126,7 +125,7 @@ def measure_gap(
 
     told = [dataclasses.replace(prompt, token_ids=prompt.told[reader]) for prompt in plain]
     without, with_it = answered(plain, "items.jsonl"), answered(told, "briefed.jsonl")
-    gap = paired_difference(_means(with_it), _means(without), seed=settings.seed)
+    gap = paired_difference(with_it.means, without.means, seed=settings.seed)
     said = "the teacher" if reader == READER else f"reader {reader!r}"
     left_out = len(loaded.prompts) - len(plain)
     return Gap(reader=said, plain=without, briefed=with_it, gap=gap, left_out=left_out), version
@@ -134,10 +133,6 @@ def measure_gap(
 
 def _fits(ids: Sequence[int], room: int | None) -> bool:
     return bool(ids) and (room is None or len(ids) <= room)
-
-
-def _means(result: EvalResult) -> list[float]:
-    return [fmean(answer.score or 0.0 for answer in item.samples) for item in result.items]
 
 
 def _told(run: Run, reader: str) -> dict[str, TeacherConfig]:

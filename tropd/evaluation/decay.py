@@ -187,13 +187,10 @@ def measure_decay(
         length: answered(Handed(student_engine, teacher_engine, length), f"decay_{length}.jsonl", f"{version} {other}")
         for length in sorted(lengths)
     }
-    means = {
-        length: [fmean(a.score or 0.0 for a in x.samples) for x in result.items] for length, result in handed.items()
-    }
-    first = min(means)
+    first = min(handed)
     falls = {
-        length: paired_difference(scores, means[first], seed=settings.seed)
-        for length, scores in means.items()
+        length: paired_difference(result.means, handed[first].means, seed=settings.seed)
+        for length, result in handed.items()
         if length != first
     }
     return Decay(student=alone, handed=handed, falls=falls), version

@@ -52,6 +52,11 @@ class EvalResult:
     """Share of sampled answers that were cut off at max_new_tokens."""
     items: tuple[EvalItem, ...]
 
+    @property
+    def means(self) -> list[float]:
+        """By prompt: the mean score of its samples, where an answer without a score counts 0."""
+        return [fmean(answer.score or 0.0 for answer in item.samples) for item in self.items]
+
     def summary(self) -> dict[str, float]:
         """Flat numbers for `StepRecord.evaluation`."""
         numbers: dict[str, float] = {}

@@ -76,6 +76,9 @@ class RolloutPolicy(Ranged):
         rollouts.  Of the whole batch, and the same on all ranks."""
         return {}
 
+    def check(self, num_rollouts: int) -> None:
+        """Refuse, before anything is loaded, so many rollouts of a prompt if the policy could do nothing with them."""
+
     def begin(self, job: RolloutJob, writer: Writer | None) -> list[Draft]:
         """The job's drafts, each with what stands before the student's first token.  `writer` writes as the teacher;
         it is None where the teacher cannot write.  By default there is nothing."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tropd.base.ranges import Count, Share, Whole
+from tropd.errors import ConfigError
 from tropd.methods.drafts import RolloutJob
 from tropd.methods.packed import pack, unpack
 from tropd.methods.policies import Done, RolloutPolicy
@@ -65,6 +66,13 @@ class Replay(RolloutPolicy):
     """[inferred] How many steps old a rollout may be; 0 is on-policy. At least 0."""
     size: Count = 512
     """[inferred] Rollouts that are kept, the newest ones (DistiLLM: 1,000). At least 1."""
+
+    def check(self, num_rollouts: int) -> None:
+        if self.oldest and self.size < num_rollouts:
+            raise ConfigError(
+                f"replay.size = {self.size} rollouts are kept, but a prompt has rollout.num_rollouts = {num_rollouts}, "
+                "which are kept together: nothing would ever be used again. Raise size."
+            )
 
     @property
     def description(self) -> str:

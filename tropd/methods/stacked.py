@@ -67,6 +67,10 @@ class Stacked(RolloutPolicy):
         if twice := [p for p in self.policies if _remembers(p) and self.memories.count(p.memory) > 1]:
             raise ConfigError(f"rollout.plus: {type(twice[0]).__name__} is there twice. Keep one of them.")
 
+    def check(self, num_rollouts: int) -> None:
+        for policy in self.policies:
+            policy.check(num_rollouts)
+
     @property
     def _beginner(self) -> RolloutPolicy:
         return next((p for p in self.policies if _begins(p)), OnPolicy())
@@ -125,11 +129,6 @@ class Stacked(RolloutPolicy):
 def stacked(policies: Sequence[RolloutPolicy]) -> RolloutPolicy:
     """One policy that does what they say."""
     return policies[0] if len(policies) == 1 else Stacked(policies=tuple(policies))
-
-
-def parts_of(policy: RolloutPolicy) -> tuple[RolloutPolicy, ...]:
-    """The policies that it consists of."""
-    return policy.policies if isinstance(policy, Stacked) else (policy,)
 
 
 def _begins(policy: RolloutPolicy) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,10 @@ class DivergenceLoss(TokenLoss):
             raise ConfigError(f"a sum over `ids` was asked for on support={self.support!r}: use support='full'.")
         if len(set(self.ids)) < len(self.ids):
             raise ConfigError("`ids` name a token more than once, which would count it twice. Give each id once.")
+
+    def named_ids(self) -> Iterator[int]:
+        yield from self.ids
+        yield from super().named_ids()
 
     @property
     def own_needs(self) -> Needs:  # type: ignore[override]

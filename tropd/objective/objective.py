@@ -13,7 +13,7 @@ from tropd.objective.chunks import Audit, audits
 from tropd.objective.context import Context, Reach
 from tropd.objective.evidence import Needs, StudentView, Tokens, at_least_float32, joined
 from tropd.objective.plan import Counts, Plan, make_plan
-from tropd.objective.terms import Piece, Term, support_width
+from tropd.objective.terms import Piece, Term
 from tropd.types import READER, TermStats
 
 
@@ -114,7 +114,7 @@ class Objective:
 
     def _width(self, whose: str, need: Needs, reader: str | None = None) -> int:
         pieces = [(term, piece) for term in self.terms for piece in (term.where, term.loss)]
-        width = max(support_width(piece, whose, reader) for _, piece in pieces)
+        width = max(_support_width(piece, whose, reader) for _, piece in pieces)
         if need in (self.needs if reader is None else self.needs_of(reader)) and width < 1:
             names = ", ".join(repr(term.name) for term in self.terms if need in term.needs)
             raise ConfigError(
@@ -129,16 +129,12 @@ class Objective:
 
     def check_ids(self, size: int) -> None:
         """Refuse ids of tokens that the models do not have."""
-        pieces: list[Piece] = [piece for term in self.terms for piece in (term.where, term.loss)]
-        while pieces:
-            piece = pieces.pop()
-            pieces += piece.parts()
-            ids = [i for i in getattr(piece, "ids", None) or () if isinstance(i, int)]
-            if wrong := [i for i in ids if i >= size]:
-                raise ConfigError(
-                    f"the method names token id {wrong[0]}, but the models share ids 0 to {size - 1}. Correct the id, "
-                    "or name the token by its text."
-                )
+        ids = (i for term in self.terms for piece in (term.where, term.loss) for i in piece.named_ids())
+        if (wrong := next((i for i in ids if i >= size), None)) is not None:
+            raise ConfigError(
+                f"the method names token id {wrong}, but the models share ids 0 to {size - 1}. Correct the id, or name "
+                "the token by its text."
+            )
 
     def plan(self, tokens: Tokens, context: Context | None = None, counts: Counts | None = None) -> Plan:
         return make_plan(self.terms, tokens, context or Context(), counts)
@@ -182,3 +178,11 @@ class Objective:
             )
         parts[term.name] = TermStats(loss=value, tokens=float(len(tokens)), weight=float(weight_N.sum()))
         return total
+
+
+def _support_width(piece: Piece, kind: str, reader: str | None = None, around: str = READER) -> int:
+    """The largest top-k of one kind ("teacher" or "student") that a piece or its parts ask for, of one reader or of
+    any."""
+    own = piece.reader or around
+    width = getattr(piece, f"{kind}_top_k", 0) if reader in (None, own) else 0
+    return max([width, *(_support_width(part, kind, reader, own) for part in piece.parts())])

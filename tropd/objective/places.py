@@ -5,7 +5,7 @@ They read nothing of a model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Self, cast
 
@@ -31,6 +31,9 @@ class _Named:
 
     def with_ids(self, id_of: Callable[[str], int]) -> Self:
         return replace(cast(Any, self), ids=(*self.ids, *map(id_of, self.texts)), texts=())
+
+    def named_ids(self) -> Iterator[int]:
+        yield from self.ids
 
     @property
     def known_ids(self) -> tuple[int, ...]:

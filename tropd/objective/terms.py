@@ -110,6 +110,11 @@ class Piece(Ranged):
                 object.__setattr__(changed, f.name, parts)
         return changed
 
+    def named_ids(self) -> Iterator[int]:
+        """The ids of tokens that it and its parts name."""
+        for part in self.parts():
+            yield from part.named_ids()
+
     @property
     def needs(self) -> Needs:
         """What it reads of anybody."""
@@ -286,11 +291,3 @@ class Term(Ranged):
 
     def coefficient(self, progress: float) -> float:
         return self.weight(progress) if isinstance(self.weight, Schedule) else self.weight
-
-
-def support_width(piece: Piece, kind: str, reader: str | None = None, around: str = READER) -> int:
-    """The largest top-k of one kind ("teacher" or "student") that a piece or its parts ask for, of one reader or of
-    any."""
-    own = piece.reader or around
-    width = getattr(piece, f"{kind}_top_k", 0) if reader in (None, own) else 0
-    return max([width, *(support_width(part, kind, reader, own) for part in piece.parts())])

@@ -17,7 +17,7 @@ import torch
 from tropd.bridge.chunks import credited
 from tropd.bridge.translation import Bridge, Translation
 from tropd.config.bridge import BridgeConfig
-from tropd.data.chat import response_end_id, stop_ids
+from tropd.data.chat import stop_ids
 from tropd.objective.evidence import Needs
 from tropd.rollout.engine import Engine
 from tropd.teachers.teacher import ScoreRequest, Teacher
@@ -119,14 +119,13 @@ class BridgedWriter(Engine):
     def __init__(self, inner: Engine, bridge: Bridge) -> None:
         self.inner, self.bridge, self.context = inner, bridge, None
         self.ends = stop_ids(bridge.teacher)
-        self.end = response_end_id(bridge.student, bool(bridge.student.chat_template))
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         texts = self.inner.generate([replace(request, stop_ids=self.ends) for request in requests])
         return [self._back(request, text) for request, text in zip(requests, texts, strict=True)]
 
     def _back(self, request: Request, text: Completion) -> Completion:
-        ids = self.bridge.back(text.token_ids, text.finish == Finish.STOP, self.end)
+        ids = self.bridge.back(text.token_ids, text.finish == Finish.STOP)
         ends = next((n + 1 for n, index in enumerate(ids) if index in request.stop_ids), None)
         cut = ids[: min(ends or len(ids), request.max_new_tokens)]
         silent = (0.0,) * len(cut)

@@ -7,12 +7,12 @@ endpoint that gives no answer at all, or does not let us in, is an error.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tropd.base.writing import write_whole
 from tropd.config.chat import ChatConfig
 from tropd.errors import BudgetSpent, ServerError, ServerGarbled, ServerRefused, TeacherError
 from tropd.rollout.engine import Engine
@@ -62,11 +62,9 @@ class Spent:
 
     def add(self, calls: int, tokens: int) -> None:
         self.calls, self.tokens = self.calls + calls, self.tokens + tokens
-        whole = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            whole.write_text(json.dumps({"calls": self.calls, "tokens": self.tokens}))
-            whole.replace(self.path)
+            write_whole(self.path, json.dumps({"calls": self.calls, "tokens": self.tokens}))
         except OSError as error:
             raise TeacherError(f"what the teacher costs cannot be kept in {self.path}: {error}.") from error
 

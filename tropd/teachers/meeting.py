@@ -7,7 +7,6 @@ answering.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from tropd.base.writing import write_whole
 from tropd.config.models import ServerConfig
 from tropd.errors import ServerGarbled, ServerRefused, TeacherError, TeacherRefused
 from tropd.servers.canary import Canary
@@ -92,10 +92,8 @@ def _score(url: str, settings: ServerConfig, model: str, canary: Canary, top_k: 
 
 def keep(canary: Canary, path: Path) -> None:
     """Store the canary, so that a resumed run notices another teacher."""
-    whole = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        whole.write_text(json.dumps(asdict(canary)))
-        whole.replace(path)  # several processes may do this at once
+        write_whole(path, json.dumps(asdict(canary)))
     except OSError as error:
         raise TeacherError(
             f"what the teacher's servers say of a known text cannot be kept in {path}: {error}. Free the disk or mend "

@@ -170,13 +170,14 @@ class _Reading:
         return some and Needs.STUDENT_TOPK in needs and Needs.TOPK not in needs
 
     def _heard(self, tokens: Tokens, learner: Learner, context: Context) -> Tokens:
-        """The tokens with which responses it read."""
+        """The tokens with what it read of them."""
         read_S = torch.tensor([text is not None for text in self.texts])
-        if int(context.world.gather((~read_S).sum()[None]).sum()):  # the same on every rank
+        by_token = tokens.of(self.name).peek("read_N") is not None
+        own = torch.tensor([[not bool(read_S.all()), by_token]])
+        some_unread, some_by_token = context.world.gather(own).any(0).tolist()  # the same on every rank
+        if some_unread:
             tokens = tokens.told(self.name, read_S=read_S.to(learner.device))
-        of = tokens.of(self.name)
-        some = of.peek("read_N") is not None
-        if int(context.world.gather(torch.tensor([int(some)])).sum()) and not some:  # of another teacher's prompts
+        if some_by_token and not by_token:  # this rank's prompts are another teacher's
             every_N = torch.ones_like(tokens.authors_N, dtype=torch.bool)
             tokens = tokens.told(self.name, read_N=every_N, num_read_S=tokens.num_actions_S)
         return tokens
